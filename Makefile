@@ -1,0 +1,52 @@
+# Everything runs in a virtual environment of the project's own, made on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake mlx_fused python/src -type f) python/mlx_fused/_build.py.in
+
+.PHONY: help demo test test-slow bench sanitize lint stubs dist clean
+.DEFAULT_GOAL := help
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip==26.3
+
+$(VENV)/installed: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+demo: $(VENV)/installed  ## Fine-tune a small model, stock and patched, and compare
+	$(BIN)/mlx-fused demo
+
+test: $(VENV)/installed  ## Run the tests
+	$(BIN)/python -m pytest --cov=mlx_fused --cov-report=term
+
+test-slow: $(VENV)/installed  ## Run the longer sweeps
+	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/installed  ## Time against MLX's own operations, and torch where it is installed
+	$(BIN)/python benchmarks/bench.py
+
+sanitize: $(VENV)/installed  ## Test the C++ CPU path under ASan and UBSan
+	$(BIN)/cmake -S . -B build/sanitize -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DMLX_FUSED_BUILD_PYTHON=OFF -DMLX_FUSED_BUILD_TESTS=ON \
+	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+	$(BIN)/cmake --build build/sanitize --parallel
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+lint: $(VENV)/bin/python  ## Check the formatting and style of all files
+	$(BIN)/python -m pip install --quiet pre-commit==4.7.0
+	$(BIN)/pre-commit run --all-files
+
+stubs: $(VENV)/installed  ## Write the type stubs anew from the bindings
+	$(BIN)/python -m nanobind.stubgen -q -m mlx_fused._ext -p python/src/stubs.nb -o python/mlx_fused/_ext.pyi
+
+dist: $(VENV)/bin/python  ## Build the sdist and the wheel
+	$(BIN)/python -m pip install --quiet build==1.6.1
+	$(BIN)/python -m build
+
+clean:  ## Remove what the targets above made
+	rm -rf $(VENV) build dist benchmarks/results mlx_fused_demo

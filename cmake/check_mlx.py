@@ -1,0 +1,45 @@
+"""Stops a build against an MLX that the extension would not work with.
+
+An extension of another MLX version fails to load, and one whose nanobind differs from mlx.core's loads and then
+refuses every array with `TypeError: incompatible function arguments`.
+"""
+
+import re
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+KEY = re.compile(rb"nanobind_[a-z0-9_]+_a\d+_v\d+")
+
+
+def nanobind_key(library: Path) -> str:
+    """The ABI key that nanobind compiles into an extension."""
+    found = KEY.search(library.read_bytes())
+    if found is None:
+        raise SystemExit(f"mlx-fused: no nanobind key in {library}.")
+    return found.group().decode()
+
+
+def check_version(expected: str) -> None:
+    installed = version("mlx")
+    if installed != expected:
+        raise SystemExit(
+            f"mlx-fused builds with mlx {expected} only, but {installed} is installed. Fix: pip install mlx=={expected}"
+        )
+
+
+def check_abi(extension: Path, core: Path) -> None:
+    ours, theirs = nanobind_key(extension), nanobind_key(core)
+    if ours != theirs:
+        raise SystemExit(
+            f"mlx-fused was compiled with nanobind key {ours}, but mlx.core has {theirs}. "
+            "Fix: build with the nanobind pinned in pyproject.toml."
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "version":
+        check_version(sys.argv[2])
+    else:
+        check_abi(Path(sys.argv[2]), Path(find_spec("mlx.core").origin))

@@ -1,0 +1,334 @@
+#include "mlx_fused/backend/cpu/amx.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "mlx_fused/backend/cpu/parallel.h"
+#include "mlx_fused/backend/cpu/scratch.h"
+
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
+#define AMX __attribute__((target("avx512f,avx512bw,avx512vl,amx-tile,amx-bf16")))
+
+namespace mlx_fused::cpu {
+
+namespace {
+
+// The unit multiplies tiles of 1 KB: c[16 x 16, float32] += a b, where a holds 16 rows of 32 bfloat16 (form rows), and
+// b, the transpose of such rows, keeps two neighbours of the summed index side by side (form pairs).
+constexpr int64_t side = 16, depth = 32, tile_bytes = 1024, row_bytes = 64;
+enum class Form { rows, pairs };
+
+// A tile seen as 16 x 16 words of two bfloat16 is in form pairs the transpose of what it is in form rows.
+AVX512 void transpose(__m512i (&v)[16]) {
+  __m512i w[16];
+  for (int i = 0; i < 16; i += 2) {
+    w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      v[i + 2 * j] = _mm512_unpacklo_epi64(w[i + j], w[i + j + 2]);
+      v[i + 2 * j + 1] = _mm512_unpackhi_epi64(w[i + j], w[i + j + 2]);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    w[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+    w[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+    w[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+    w[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0x88);
+    v[i + 8] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0xdd);
+    v[i + 4] = _mm512_shuffle_i32x4(w[i + 4], w[i + 12], 0x88);
+    v[i + 12] = _mm512_shuffle_i32x4(w[i + 4], w[i + 12], 0xdd);
+  }
+}
+
+// Copies the tile of v at (row, col) to 1 KB at to, zeros where v has ended.
+AVX512 void pack_tile(const View& v, int64_t row, int64_t col, Form form, char* to) {
+  Tile t{row, std::min(side, v.rows() - row), col, std::min(depth, v.cols() - col)};
+  auto s = strided(v, t);
+  __m512i words[16];
+  Form loaded = Form::rows;
+  if (s && s->row_stride == 1 && s->col_stride != 1) {
+    loaded = Form::pairs;
+    auto mask = static_cast<__mmask16>((1u << t.rows) - 1);
+    for (int i = 0; i < 16; ++i) {
+      const char* first = s->data + 2 * i * s->col_stride * 2;
+      __m256i low = _mm256_maskz_loadu_epi16(2 * i < t.cols ? mask : 0, first);
+      __m256i high = _mm256_maskz_loadu_epi16(2 * i + 1 < t.cols ? mask : 0, first + s->col_stride * 2);
+      words[i] = _mm512_or_si512(
+          _mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+    }
+  } else {
+    alignas(64) uint16_t gathered[side * depth];
+    if (!s || s->col_stride != 1) {
+      for (int64_t i = 0; i < t.rows; ++i) {
+        for_each_run(v, row + i, col, t.cols, [&](const char* from, int64_t j, int64_t n) {
+          for (int64_t k = 0; k < n; ++k) {
+            gathered[i * depth + j + k] = reinterpret_cast<const uint16_t*>(from)[k * v.dim_stride];
+          }
+        });
+      }
+      s = {reinterpret_cast<char*>(gathered), depth, 1};
+    }
+    auto mask = static_cast<__mmask32>((uint64_t{1} << t.cols) - 1);
+    for (int i = 0; i < 16; ++i) {
+      words[i] = _mm512_maskz_loadu_epi16(i < t.rows ? mask : 0, s->data + i * s->row_stride * 2);
+    }
+  }
+  if (loaded != form) {
+    transpose(words);
+  }
+  for (int i = 0; i < 16; ++i) {
+    _mm512_store_si512(to + i * row_bytes, words[i]);
+  }
+}
+
+// 16 rows of an operand: tile i of them is at data + i * step, its rows row_stride bytes apart.
+struct Panel {
+  const char* data;
+  int64_t row_stride, step;
+};
+
+Panel packed_panel(const char* data) {
+  return {data, row_bytes, tile_bytes};
+}
+
+// Where a tile lies along the summed index: in which piece, and where there.
+struct Step {
+  int64_t piece, col;
+};
+
+std::vector<Step> split(const std::vector<View>& pieces) {
+  std::vector<Step> steps;
+  for (size_t p = 0; p < pieces.size(); ++p) {
+    for (int64_t col = 0; col < pieces[p].cols(); col += depth) {
+      steps.push_back({static_cast<int64_t>(p), col});
+    }
+  }
+  return steps;
+}
+
+// The panel where it lies, if the unit can load form rows from there.
+std::optional<Panel> in_place(const std::vector<View>& pieces, int64_t row) {
+  const View& v = pieces[0];
+  if (pieces.size() == 1 && v.cols() % depth == 0 && v.dim_stride == 1 && row + side <= v.rows()) {
+    if (auto s = strided(v, {row, side, 0, v.cols()})) {
+      return Panel{s->data, s->row_stride * 2, row_bytes};
+    }
+  }
+  return std::nullopt;
+}
+
+AMX void configure() {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  // The tile intrinsics do not tell the compiler what memory they read.
+  __asm__ volatile("" ::"r"(&config) : "memory");
+  _tile_loadconfig(&config);
+}
+
+AMX void release() {
+  _tile_release();
+}
+
+// Four result tiles (+)= the products of two panels of left and two of right over n steps. With right in form rows and
+// left in form pairs the tiles hold the transpose of left times right, the other way round that itself.
+template <Form right_form>
+AMX void multiply(const Panel (&left)[2], const Panel (&right)[2], int64_t n, bool accumulate, float* const (&c)[4]) {
+  const char *l0 = left[0].data, *l1 = left[1].data, *r0 = right[0].data, *r1 = right[1].data;
+  __asm__ volatile("" ::: "memory");
+  if (accumulate) {
+    _tile_loadd(0, c[0], row_bytes);
+    _tile_loadd(1, c[1], row_bytes);
+    _tile_loadd(2, c[2], row_bytes);
+    _tile_loadd(3, c[3], row_bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    _tile_loadd(4, l0, left[0].row_stride);
+    _tile_loadd(6, r0, right[0].row_stride);
+    _tile_loadd(5, l1, left[1].row_stride);
+    _tile_loadd(7, r1, right[1].row_stride);
+    if constexpr (right_form == Form::rows) {
+      _tile_dpbf16ps(0, 6, 4);
+      _tile_dpbf16ps(2, 6, 5);
+      _tile_dpbf16ps(1, 7, 4);
+      _tile_dpbf16ps(3, 7, 5);
+    } else {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    l0 += left[0].step;
+    l1 += left[1].step;
+    r0 += right[0].step;
+    r1 += right[1].step;
+  }
+  _tile_stored(0, c[0], row_bytes);
+  _tile_stored(1, c[1], row_bytes);
+  _tile_stored(2, c[2], row_bytes);
+  _tile_stored(3, c[3], row_bytes);
+}
+
+// Puts a result tile into a row-major matrix.
+AVX512 void unpack_tile(const float* from, bool transposed, float* to, int64_t ld) {
+  __m512i words[16];
+  for (int i = 0; i < 16; ++i) {
+    words[i] = _mm512_load_si512(from + i * side);
+  }
+  if (transposed) {
+    transpose(words);
+  }
+  for (int i = 0; i < 16; ++i) {
+    _mm512_store_si512(to + i * ld, words[i]);
+  }
+}
+
+} // namespace
+
+bool has_amx() {
+  static const bool available = [] {
+    unsigned a, b, c, d;
+    constexpr unsigned tile_and_bf16 = 1u << 24 | 1u << 22;
+    bool cpu = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & tile_and_bf16) == tile_and_bf16 &&
+        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    // Linux wants to be asked, for the state is 8 KB per thread.
+    constexpr long request_permission = 0x1023, tile_data = 18;
+    return cpu && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  }();
+  return available;
+}
+
+void amx_product(const std::vector<View>& left, const std::vector<Output>& outputs) {
+  // A block of the left operand, one of the right and their result together fit in 2 MB of second-level cache.
+  constexpr int64_t block_steps = 32, max_rows = 512, max_cols = 256, left_bytes = 4 << 20;
+  constexpr int64_t pair = 2 * side, tile_floats = side * side;
+  Form right_form = outputs[0].right[0].dim_stride == 1 ? Form::rows : Form::pairs;
+  Form left_form = right_form == Form::rows ? Form::pairs : Form::rows;
+  auto multiply_pairs = right_form == Form::rows ? multiply<Form::rows> : multiply<Form::pairs>;
+  std::vector<Step> steps = split(left);
+  int64_t rows = left[0].rows(), count = steps.size(), panel_bytes = count * tile_bytes;
+
+  int64_t all_cols = 0;
+  for (const Output& o : outputs) {
+    all_cols += o.out.cols();
+  }
+  int64_t task_cols = std::clamp(all_cols / (4 * num_threads()) / pair * pair, pair, max_cols);
+  struct Task {
+    const Output* output;
+    int64_t col;
+  };
+  std::vector<Task> tasks;
+  for (const Output& o : outputs) {
+    for (int64_t col = 0; col < o.out.cols(); col += task_cols) {
+      tasks.push_back({&o, col});
+    }
+  }
+
+  int64_t max_panels = std::min(max_rows, std::max(left_bytes / panel_bytes * side, pair)) / side;
+  int64_t all_panels = (rows + side - 1) / side;
+  auto packed =
+      reinterpret_cast<char*>(scratch(Holder::operation, std::min(max_panels, all_panels) * panel_bytes / 4));
+  for (int64_t first_panel = 0; first_panel < all_panels; first_panel += max_panels) {
+    int64_t panels = std::min(max_panels, all_panels - first_panel);
+    parallel_for(panels, [&](int64_t p) {
+      for (int64_t i = 0; i < count; ++i) {
+        auto [piece, col] = steps[i];
+        pack_tile(left[piece], (first_panel + p) * side, col, left_form, packed + p * panel_bytes + i * tile_bytes);
+      }
+    });
+
+    parallel_for(tasks.size(), [&](int64_t t) {
+      auto [output, first_col] = tasks[t];
+      int64_t cols = std::min(task_cols, output->out.cols() - first_col), right_panels = (cols + side - 1) / side;
+      int64_t even_panels = (panels + 1) / 2 * 2, even_right = (right_panels + 1) / 2 * 2, ld = even_right * side;
+      float* acc = scratch(
+          Holder::task,
+          even_panels * even_right * tile_floats + right_panels * block_steps * tile_bytes / 4 + side * ld);
+      float* result = acc + even_panels * even_right * tile_floats;
+      auto right_packed = reinterpret_cast<char*>(result + side * ld);
+      auto tile = [&](int64_t p, int64_t r) { return acc + (p * even_right + r) * tile_floats; };
+
+      configure();
+      for (int64_t step = 0; step < count; step += block_steps) {
+        int64_t n = std::min(block_steps, count - step);
+        Panel right[max_cols / side];
+        bool all_in_place = true;
+        for (int64_t r = 0; r < right_panels; ++r) {
+          auto panel = in_place(output->right, first_col + r * side);
+          all_in_place &= panel.has_value() && right_form == Form::rows;
+          right[r] = panel.value_or(Panel{});
+          right[r].data += step * row_bytes;
+        }
+        if (!all_in_place) {
+          for (int64_t i = 0; i < n; ++i) {
+            auto [piece, col] = steps[step + i];
+            for (int64_t r = 0; r < right_panels; ++r) {
+              char* to = right_packed + (r * block_steps + i) * tile_bytes;
+              pack_tile(output->right[piece], first_col + r * side, col, right_form, to);
+              right[r] = packed_panel(right_packed + r * block_steps * tile_bytes);
+            }
+          }
+        }
+        // An odd last panel is multiplied twice rather than by code of its own.
+        for (int64_t r = 0; r < right_panels; r += 2) {
+          for (int64_t p = 0; p < panels; p += 2) {
+            const char* l = packed + p * panel_bytes + step * tile_bytes;
+            multiply_pairs(
+                {packed_panel(l), packed_panel(p + 1 < panels ? l + panel_bytes : l)},
+                {right[r], right[std::min(r + 1, right_panels - 1)]},
+                n,
+                step > 0,
+                {tile(p, r), tile(p, r + 1), tile(p + 1, r), tile(p + 1, r + 1)});
+          }
+        }
+      }
+      release();
+
+      for (int64_t p = 0; p < panels; ++p) {
+        for (int64_t r = 0; r < right_panels; ++r) {
+          unpack_tile(tile(p, r), right_form == Form::rows, result + r * side, ld);
+        }
+        int64_t row = (first_panel + p) * side;
+        store(
+            output->out,
+            {row, std::min(side, rows - row), first_col, cols},
+            result,
+            ld,
+            output->bias,
+            output->residual);
+      }
+    });
+  }
+}
+
+} // namespace mlx_fused::cpu
+
+#else
+
+namespace mlx_fused::cpu {
+
+bool has_amx() {
+  return false;
+}
+
+void amx_product(const std::vector<View>&, const std::vector<Output>&) {}
+
+} // namespace mlx_fused::cpu
+
+#endif

@@ -1,0 +1,264 @@
+// The primitives' CPU evaluation: allocate the outputs, describe every array as a view, enqueue the work.
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx_fused/backend/cpu/projection.h"
+#include "mlx_fused/output_projection.h"
+#include "mlx_fused/qkv_projection.h"
+
+namespace mlx_fused {
+
+namespace {
+
+using cpu::View;
+
+cpu::Type type_of(const mx::array& a) {
+  switch (a.dtype()) {
+    case mx::float16:
+      return cpu::Type::float16;
+    case mx::bfloat16:
+      return cpu::Type::bfloat16;
+    default:
+      return cpu::Type::float32;
+  }
+}
+
+void* data_of(const mx::array& a) {
+  return const_cast<char*>(a.data<char>());
+}
+
+View make_view(const mx::array& a, mx::Shape shape, mx::Strides strides) {
+  View view{
+      data_of(a),
+      type_of(a),
+      shape[0],
+      shape[2],
+      shape[1],
+      shape[3],
+      strides[0],
+      strides[2],
+      strides[1],
+      strides[3]};
+  // The simplest equal form: one axis of rows and one head wherever the strides allow.
+  if (view.seq == 1) {
+    std::swap(view.batch, view.seq);
+    std::swap(view.batch_stride, view.seq_stride);
+  } else if (view.batch_stride == view.seq * view.seq_stride) {
+    view.seq *= view.batch;
+    view.batch = 1;
+  }
+  if (view.heads > 1 && view.head_stride == view.dim * view.dim_stride) {
+    view.dim *= view.heads;
+    view.heads = 1;
+  }
+  return view;
+}
+
+// [B, heads, S, head_dim], seen as [B * S, heads * head_dim]
+View heads_view(const mx::array& a) {
+  return make_view(a, a.shape(), a.strides());
+}
+
+// [B, S, features]
+View tokens_view(const mx::array& a) {
+  return make_view(
+      a,
+      {a.shape(0), 1, a.shape(1), a.shape(2)},
+      {a.strides(0), 0, a.strides(1), a.strides(2)});
+}
+
+// [rows, cols]
+View matrix_view(const mx::array& a) {
+  return make_view(
+      a, {1, 1, a.shape(0), a.shape(1)}, {0, 0, a.strides(0), a.strides(1)});
+}
+
+// [features]
+View vector_view(const mx::array& a) {
+  return make_view(a, {1, 1, 1, a.shape(0)}, {0, 0, 0, a.strides(0)});
+}
+
+size_t itemsize(const View& view) {
+  return view.type == cpu::Type::float32 ? 4 : 2;
+}
+
+View rows_of(View view, int64_t first, int64_t count) {
+  view.data = static_cast<char*>(view.data) +
+      first * view.seq_stride * static_cast<int64_t>(itemsize(view));
+  view.seq = count;
+  return view;
+}
+
+View cols_of(View view, int64_t first, int64_t count) {
+  view.data = static_cast<char*>(view.data) +
+      first * view.dim_stride * static_cast<int64_t>(itemsize(view));
+  view.dim = count;
+  return view;
+}
+
+void allocate(Arrays& outputs) {
+  for (auto& out : outputs) {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+  }
+}
+
+template <class F>
+void dispatch(
+    mx::Stream stream,
+    const Arrays& inputs,
+    Arrays& outputs,
+    F work) {
+  auto& encoder = mx::cpu::get_command_encoder(stream);
+  for (auto& in : inputs) {
+    encoder.set_input_array(in);
+  }
+  for (auto& out : outputs) {
+    encoder.set_output_array(out);
+  }
+  encoder.dispatch(std::move(work));
+}
+
+// A segment's weight rows or bias entries, packed with the others or alone.
+View segment_weight(
+    const Arrays& inputs,
+    int first,
+    const QKVLayout& layout,
+    int segment) {
+  if (!layout.packed) {
+    return matrix_view(inputs[first + segment]);
+  }
+  return rows_of(
+      matrix_view(inputs[first]), layout.row(segment), layout.features(segment));
+}
+
+View segment_bias(
+    const Arrays& inputs,
+    int first,
+    const QKVLayout& layout,
+    int segment) {
+  if (!layout.packed) {
+    return vector_view(inputs[first + segment]);
+  }
+  return cols_of(
+      vector_view(inputs[first]), layout.row(segment), layout.features(segment));
+}
+
+} // namespace
+
+void FusedQKVProjection::eval_cpu(
+    const Arrays& inputs,
+    Arrays& outputs) {
+  allocate(outputs);
+  std::vector<cpu::Segment> segments;
+  for (int i = 0; i < QKVLayout::segments; ++i) {
+    std::optional<View> bias;
+    if (layout_.has_bias) {
+      bias = segment_bias(inputs, layout_.bias(0), layout_, i);
+    }
+    segments.push_back(
+        {segment_weight(inputs, layout_.weight(0), layout_, i),
+         bias,
+         heads_view(outputs[i])});
+  }
+  auto x = tokens_view(inputs[QKVLayout::input]);
+  dispatch(stream(), inputs, outputs, [x, segments = std::move(segments)] {
+    cpu::project(x, segments, std::nullopt);
+  });
+}
+
+void FusedQKVProjectionGrad::eval_cpu(
+    const Arrays& inputs,
+    Arrays& outputs) {
+  allocate(outputs);
+  auto& forward = layout_.forward;
+
+  struct WeightGrad {
+    View grad;
+    std::optional<View> dw, dbias;
+  };
+  std::vector<cpu::GradSegment> input_grad;
+  std::vector<WeightGrad> weight_grads;
+  for (int i = 0; i < QKVLayout::segments; ++i) {
+    auto grad = heads_view(inputs[QKVGradLayout::cotangent + i]);
+    if (layout_.reads_weight()) {
+      input_grad.push_back(
+          {segment_weight(inputs, layout_.weight(0), forward, i), grad});
+    }
+    int part = forward.packed ? 0 : i;
+    int weight_output = layout_.output(forward.weight(part));
+    int bias_output =
+        forward.has_bias ? layout_.output(forward.bias(part)) : -1;
+    WeightGrad out{grad, std::nullopt, std::nullopt};
+    if (weight_output >= 0) {
+      out.dw = segment_weight(outputs, weight_output - part, forward, i);
+    }
+    if (bias_output >= 0) {
+      out.dbias = segment_bias(outputs, bias_output - part, forward, i);
+    }
+    if (out.dw || out.dbias) {
+      weight_grads.push_back(out);
+    }
+  }
+
+  std::optional<View> x, dx;
+  if (layout_.reads_input()) {
+    x = tokens_view(inputs[QKVGradLayout::input]);
+  }
+  if (layout_.reads_weight()) {
+    dx = tokens_view(outputs[layout_.output(QKVLayout::input)]);
+  }
+  dispatch(stream(), inputs, outputs, [=] {
+    if (dx) {
+      cpu::project_input_grad(input_grad, *dx);
+    }
+    for (auto& out : weight_grads) {
+      cpu::project_weight_grad(x.value_or(View{}), out.grad, out.dw, out.dbias);
+    }
+  });
+}
+
+void FusedOutputProjection::eval_cpu(
+    const Arrays& inputs,
+    Arrays& outputs) {
+  allocate(outputs);
+  cpu::Segment segment{
+      matrix_view(inputs[OutputLayout::weight]),
+      std::nullopt,
+      tokens_view(outputs[0])};
+  if (layout_.has_bias) {
+    segment.bias = vector_view(inputs[OutputLayout::bias]);
+  }
+  auto x = tokens_view(inputs[OutputLayout::attn_out]);
+  auto residual = tokens_view(inputs[layout_.residual()]);
+  dispatch(stream(), inputs, outputs, [=] {
+    cpu::project(x, {segment}, residual);
+  });
+}
+
+void FusedOutputProjectionGrad::eval_cpu(
+    const Arrays& inputs,
+    Arrays& outputs) {
+  allocate(outputs);
+  auto grad = tokens_view(inputs[OutputGradLayout::cotangent]);
+  std::optional<View> weight, x, dx, dw, dbias;
+  if (layout_.reads_weight()) {
+    weight = matrix_view(inputs[layout_.weight()]);
+    dx = tokens_view(outputs[layout_.output(OutputLayout::attn_out)]);
+  }
+  if (layout_.reads_attn_out()) {
+    x = tokens_view(inputs[OutputGradLayout::attn_out]);
+    dw = matrix_view(outputs[layout_.output(OutputLayout::weight)]);
+  }
+  if (int bias = layout_.output(OutputLayout::bias); bias >= 0) {
+    dbias = vector_view(outputs[bias]);
+  }
+  dispatch(stream(), inputs, outputs, [=] {
+    if (dx) {
+      cpu::project_input_grad({{*weight, grad}}, *dx);
+    }
+    if (dw || dbias) {
+      cpu::project_weight_grad(x.value_or(View{}), grad, dw, dbias);
+    }
+  });
+}
+
+} // namespace mlx_fused

@@ -1,0 +1,29 @@
+#pragma once
+
+#include "mlx_fused/backend/cpu/projection.h"
+
+namespace mlx_fused::cpu {
+
+// The vector loops, compiled once per instruction set. All arrays have unit stride along their rows.
+struct Kernels {
+  // y[i * ldy + j] = the dot product of row i of x and row j of w, of length k
+  void (*dots)(
+      const float* x,
+      int64_t ldx,
+      int64_t m,
+      Type type,
+      const void* w,
+      int64_t ldw,
+      int64_t n,
+      int64_t k,
+      float* y,
+      int64_t ldy);
+  void (*widen)(Type type, const void* from, float* to, int64_t n); // to = from
+  void (*add)(Type type, const void* from, float* to, int64_t n); // to += from
+  void (*narrow)(Type type, const float* from, void* to, int64_t n); // to = from, rounded to nearest even
+};
+
+// The best ones this CPU can run.
+const Kernels& kernels();
+
+} // namespace mlx_fused::cpu

@@ -1,0 +1,165 @@
+#include "mlx_fused/backend/cpu/parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
+#include <pthread.h>
+
+namespace mlx_fused::cpu {
+
+namespace {
+
+// Long enough to bridge the gap between two operations of a decoding step, short enough not to be seen by others.
+constexpr auto spin_time = std::chrono::microseconds(50);
+
+template <typename Condition>
+bool spin_until(Condition&& condition) {
+  auto end = std::chrono::steady_clock::now() + spin_time;
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (condition()) {
+        return true;
+      }
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return false;
+}
+
+struct Job {
+  const std::function<void(int64_t)>& task;
+  const int64_t count;
+  std::atomic<int64_t> next{0};
+  std::atomic<int> helpers{0};
+
+  void work() {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      task(i);
+    }
+  }
+};
+
+class Pool {
+ public:
+  explicit Pool(int workers) {
+    for (int i = 0; i < workers; ++i) {
+      std::thread([this] { serve(); }).detach();
+    }
+  }
+
+  void run(Job& job) {
+    {
+      std::lock_guard lock(mutex_);
+      jobs_.push_back(&job);
+      posted_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    job.work();
+    auto idle = [&] { return job.helpers.load(std::memory_order_acquire) == 0; };
+    std::unique_lock lock(mutex_);
+    std::erase(jobs_, &job);
+    if (!idle()) {
+      lock.unlock();
+      spin_until(idle);
+      lock.lock(); // the last helper leaves under the lock, so the job may go out of scope after this
+      left_.wait(lock, idle);
+    }
+  }
+
+ private:
+  void serve() {
+    std::unique_lock lock(mutex_);
+    while (true) {
+      if (jobs_.empty()) {
+        uint64_t seen = posted_.load(std::memory_order_relaxed);
+        lock.unlock();
+        bool posted = spin_until([&] { return posted_.load(std::memory_order_acquire) != seen; });
+        lock.lock();
+        if (!posted) {
+          wake_.wait(lock, [&] { return !jobs_.empty(); });
+        }
+        continue;
+      }
+      Job* job = *std::ranges::min_element(jobs_, {}, [](Job* j) { return j->helpers.load(); });
+      job->helpers.fetch_add(1, std::memory_order_relaxed);
+      lock.unlock();
+      job->work();
+      lock.lock();
+      std::erase(jobs_, job);
+      if (job->helpers.fetch_sub(1, std::memory_order_release) == 1) {
+        left_.notify_all();
+      }
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_, left_;
+  std::vector<Job*> jobs_; // those that still have tasks to give out
+  std::atomic<uint64_t> posted_{0};
+};
+
+// Never destroyed: its threads may still be waiting on it while the process exits.
+std::atomic<Pool*> instance{nullptr};
+
+Pool& pool() {
+  Pool* current = instance.load(std::memory_order_acquire);
+  if (!current) {
+    static std::mutex mutex;
+    std::lock_guard lock(mutex);
+    current = instance.load(std::memory_order_acquire);
+    if (!current) {
+      // A forked child has none of its parent's threads.
+      static const int registered = pthread_atfork(nullptr, nullptr, [] { instance.store(nullptr); });
+      (void)registered;
+      current = new Pool(num_threads() - 1);
+      instance.store(current, std::memory_order_release);
+    }
+  }
+  return *current;
+}
+
+int count_cpus() {
+  if (const char* text = std::getenv("MLX_FUSED_NUM_THREADS")) {
+    if (int n = std::atoi(text); n > 0) {
+      return n;
+    }
+  }
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) {
+    return std::max(1, CPU_COUNT(&set));
+  }
+#endif
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+} // namespace
+
+int num_threads() {
+  static const int n = count_cpus();
+  return n;
+}
+
+void parallel_for(int64_t count, const std::function<void(int64_t)>& task) {
+  if (count <= 1 || num_threads() == 1) {
+    for (int64_t i = 0; i < count; ++i) {
+      task(i);
+    }
+    return;
+  }
+  Job job{task, count};
+  pool().run(job);
+}
+
+} // namespace mlx_fused::cpu

@@ -1,0 +1,291 @@
+// Compiled several times, each with other -m flags and another MLX_FUSED_ISA. Calls no inline function of the
+// standard library: the linker would keep any one copy of it, perhaps one that this CPU cannot run.
+#include "mlx_fused/backend/cpu/kernels.h"
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+namespace mlx_fused::cpu::MLX_FUSED_ISA {
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int lanes = 16, max_rows_w = 6;
+#elif defined(__AVX2__)
+constexpr int lanes = 8, max_rows_w = 2;
+#elif defined(__aarch64__)
+constexpr int lanes = 4, max_rows_w = 6;
+#else
+constexpr int lanes = 4, max_rows_w = 2;
+#endif
+constexpr int max_rows_x = 4;
+
+using Float = float __attribute__((vector_size(4 * lanes)));
+using Word = uint32_t __attribute__((vector_size(4 * lanes)));
+using FloatMemory = float __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
+using HalfMemory = _Float16 __attribute__((vector_size(2 * lanes), aligned(2), may_alias));
+using ShortMemory = uint16_t __attribute__((vector_size(2 * lanes), aligned(2), may_alias));
+
+template <typename To, typename From>
+To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// How elements of each type are read and written, a vector or one at a time. With intrinsics where GCC 12 makes slow
+// code of __builtin_convertvector.
+struct Float32 {
+  using Element = float;
+  static Float load(const float* p) {
+    return *(const FloatMemory*)p;
+  }
+  static void store(float* p, Float v) {
+    *(FloatMemory*)p = v;
+  }
+  static float widen(float v) {
+    return v;
+  }
+  static float narrow(float v) {
+    return v;
+  }
+};
+
+struct Float16 {
+  using Element = _Float16;
+#if defined(__AVX512F__)
+  static Float load(const _Float16* p) {
+    return (Float)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  }
+  static void store(_Float16* p, Float v) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif defined(__F16C__)
+  static Float load(const _Float16* p) {
+    return (Float)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+  }
+  static void store(_Float16* p, Float v) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+  }
+#else
+  static Float load(const _Float16* p) {
+    return __builtin_convertvector(*(const HalfMemory*)p, Float);
+  }
+  static void store(_Float16* p, Float v) {
+    *(HalfMemory*)p = __builtin_convertvector(v, HalfMemory);
+  }
+#endif
+  static float widen(_Float16 v) {
+    return (float)v;
+  }
+  static _Float16 narrow(float v) {
+    return (_Float16)v;
+  }
+};
+
+struct BFloat16 {
+  using Element = uint16_t;
+  static Float load(const uint16_t* p) {
+#ifdef __AVX512F__
+    Word w = (Word)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#else
+    Word w = __builtin_convertvector(*(const ShortMemory*)p, Word);
+#endif
+    return bits<Float>(w << 16);
+  }
+  static void store(uint16_t* p, Float v) {
+    Word w = bits<Word>(v);
+    Word rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
+    Word quiet = (w >> 16) | 0x40; // rounding could carry a NaN into an infinity
+    w = v == v ? rounded : quiet;
+#ifdef __AVX512F__
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)w));
+#else
+    *(ShortMemory*)p = __builtin_convertvector(w, ShortMemory);
+#endif
+  }
+  static float widen(uint16_t v) {
+    return bits<float>((uint32_t)v << 16);
+  }
+  static uint16_t narrow(float v) {
+    uint32_t w = bits<uint32_t>(v);
+    return (v == v ? w + 0x7fff + ((w >> 16) & 1) : w | 0x400000) >> 16;
+  }
+};
+
+float sum(Float v) {
+  float parts[lanes];
+  __builtin_memcpy(parts, &v, sizeof(parts));
+  for (int width = lanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) {
+      parts[i] += parts[i + width];
+    }
+  }
+  return parts[0];
+}
+
+// Every element of x and of w is loaded once for rows_x * rows_w multiplications.
+template <typename T, int rows_x, int rows_w>
+void dots_block(
+    const float* x,
+    int64_t ldx,
+    const typename T::Element* w,
+    int64_t ldw,
+    int64_t k,
+    float* y,
+    int64_t ldy) {
+  Float acc[rows_x][rows_w] = {};
+  int64_t p = 0;
+  for (; p + lanes <= k; p += lanes) {
+    Float xs[rows_x];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows_x; ++i) {
+      xs[i] = Float32::load(x + i * ldx + p);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < rows_w; ++j) {
+      Float ws = T::load(w + j * ldw + p);
+#pragma GCC unroll 8
+      for (int i = 0; i < rows_x; ++i) {
+        acc[i][j] += xs[i] * ws;
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows_x; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < rows_w; ++j) {
+      float total = sum(acc[i][j]);
+      for (int64_t q = p; q < k; ++q) {
+        total += x[i * ldx + q] * T::widen(w[j * ldw + q]);
+      }
+      y[i * ldy + j] = total;
+    }
+  }
+}
+
+template <typename T, int rows_w>
+void dots_rows(
+    const float* x,
+    int64_t ldx,
+    int64_t m,
+    const typename T::Element* w,
+    int64_t ldw,
+    int64_t k,
+    float* y,
+    int64_t ldy) {
+  for (; m >= max_rows_x; m -= max_rows_x, x += max_rows_x * ldx, y += max_rows_x * ldy) {
+    dots_block<T, max_rows_x, rows_w>(x, ldx, w, ldw, k, y, ldy);
+  }
+  switch (m) {
+    case 3:
+      return dots_block<T, 3, rows_w>(x, ldx, w, ldw, k, y, ldy);
+    case 2:
+      return dots_block<T, 2, rows_w>(x, ldx, w, ldw, k, y, ldy);
+    case 1:
+      return dots_block<T, 1, rows_w>(x, ldx, w, ldw, k, y, ldy);
+  }
+}
+
+template <typename T>
+void dots_as(
+    const float* x,
+    int64_t ldx,
+    int64_t m,
+    const void* from,
+    int64_t ldw,
+    int64_t n,
+    int64_t k,
+    float* y,
+    int64_t ldy) {
+  auto w = (const typename T::Element*)from;
+  int64_t j = 0;
+  for (; j + max_rows_w <= n; j += max_rows_w) {
+    dots_rows<T, max_rows_w>(x, ldx, m, w + j * ldw, ldw, k, y + j, ldy);
+  }
+  for (; j < n; ++j) {
+    dots_rows<T, 1>(x, ldx, m, w + j * ldw, ldw, k, y + j, ldy);
+  }
+}
+
+template <typename T>
+void widen_as(const void* source, float* to, int64_t n) {
+  auto from = (const typename T::Element*)source;
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    Float32::store(to + i, T::load(from + i));
+  }
+  for (; i < n; ++i) {
+    to[i] = T::widen(from[i]);
+  }
+}
+
+template <typename T>
+void add_as(const void* source, float* to, int64_t n) {
+  auto from = (const typename T::Element*)source;
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    Float32::store(to + i, Float32::load(to + i) + T::load(from + i));
+  }
+  for (; i < n; ++i) {
+    to[i] += T::widen(from[i]);
+  }
+}
+
+template <typename T>
+void narrow_as(const float* from, void* target, int64_t n) {
+  auto to = (typename T::Element*)target;
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    T::store(to + i, Float32::load(from + i));
+  }
+  for (; i < n; ++i) {
+    to[i] = T::narrow(from[i]);
+  }
+}
+
+// Calls f<T>(...) for the T of a Type.
+#define FOR_TYPE(f, ...)            \
+  switch (type) {                   \
+    case Type::float32:             \
+      return f<Float32>(__VA_ARGS__); \
+    case Type::float16:             \
+      return f<Float16>(__VA_ARGS__); \
+    case Type::bfloat16:            \
+      return f<BFloat16>(__VA_ARGS__); \
+  }
+
+void dots(
+    const float* x,
+    int64_t ldx,
+    int64_t m,
+    Type type,
+    const void* w,
+    int64_t ldw,
+    int64_t n,
+    int64_t k,
+    float* y,
+    int64_t ldy) {
+  FOR_TYPE(dots_as, x, ldx, m, w, ldw, n, k, y, ldy)
+}
+
+void widen(Type type, const void* from, float* to, int64_t n) {
+  FOR_TYPE(widen_as, from, to, n)
+}
+
+void add(Type type, const void* from, float* to, int64_t n) {
+  FOR_TYPE(add_as, from, to, n)
+}
+
+void narrow(Type type, const float* from, void* to, int64_t n) {
+  FOR_TYPE(narrow_as, from, to, n)
+}
+
+} // namespace
+
+extern const Kernels table;
+const Kernels table = {dots, widen, add, narrow};
+
+} // namespace mlx_fused::cpu::MLX_FUSED_ISA

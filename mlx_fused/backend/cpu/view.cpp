@@ -1,0 +1,93 @@
+#include "mlx_fused/backend/cpu/view.h"
+
+#include <cstring>
+
+#include "mlx_fused/backend/cpu/kernels.h"
+
+namespace mlx_fused::cpu {
+
+namespace {
+
+constexpr int64_t chunk = 256;
+
+template <typename Word>
+void copy(const void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    static_cast<Word*>(to)[i * to_stride] = static_cast<const Word*>(from)[i * from_stride];
+  }
+}
+
+void copy(Type type, const void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t n) {
+  return size_of(type) == 4 ? copy<uint32_t>(from, from_stride, to, to_stride, n)
+                            : copy<uint16_t>(from, from_stride, to, to_stride, n);
+}
+
+using Read = void (*)(Type, const void*, float*, int64_t);
+
+// Applies a kernel that reads unit stride to a stretch of any stride.
+void read(Read kernel, Type type, const char* from, int64_t stride, float* to, int64_t n) {
+  if (stride == 1) {
+    return kernel(type, from, to, n);
+  }
+  uint32_t packed[chunk];
+  for (int64_t i = 0; i < n; i += chunk) {
+    int64_t size = std::min(chunk, n - i);
+    copy(type, from + i * stride * size_of(type), stride, packed, 1, size);
+    kernel(type, packed, to + i, size);
+  }
+}
+
+void read_row(Read kernel, const View& v, int64_t row, int64_t col, int64_t cols, float* to) {
+  for_each_run(v, row, col, cols, [&](const char* from, int64_t i, int64_t n) {
+    read(kernel, v.type, from, v.dim_stride, to + i, n);
+  });
+}
+
+void write_row(const View& v, int64_t row, int64_t col, int64_t cols, const float* from) {
+  for_each_run(v, row, col, cols, [&](char* to, int64_t i, int64_t n) {
+    if (v.dim_stride == 1) {
+      return kernels().narrow(v.type, from + i, to, n);
+    }
+    uint32_t packed[chunk];
+    for (int64_t j = 0; j < n; j += chunk) {
+      int64_t size = std::min(chunk, n - j);
+      kernels().narrow(v.type, from + i + j, packed, size);
+      copy(v.type, packed, 1, to + j * v.dim_stride * size_of(v.type), v.dim_stride, size);
+    }
+  });
+}
+
+} // namespace
+
+void load(const View& v, const Tile& t, float* to, int64_t ld) {
+  for (int64_t i = 0; i < t.rows; ++i) {
+    read_row(kernels().widen, v, t.row + i, t.col, t.cols, to + i * ld);
+  }
+}
+
+void add_rows(const View& v, const Tile& t, float* to) {
+  for (int64_t i = 0; i < t.rows; ++i) {
+    read_row(kernels().add, v, t.row + i, t.col, t.cols, to);
+  }
+}
+
+void store(
+    const View& v,
+    const Tile& t,
+    float* from,
+    int64_t ld,
+    const std::optional<View>& bias,
+    const std::optional<View>& residual) {
+  for (int64_t i = 0; i < t.rows; ++i) {
+    float* row = from + i * ld;
+    if (bias) {
+      read_row(kernels().add, *bias, 0, t.col, t.cols, row);
+    }
+    if (residual) {
+      read_row(kernels().add, *residual, t.row + i, t.col, t.cols, row);
+    }
+    write_row(v, t.row + i, t.col, t.cols, row);
+  }
+}
+
+} // namespace mlx_fused::cpu

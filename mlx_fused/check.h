@@ -1,0 +1,30 @@
+#pragma once
+
+#include <string>
+
+#include "mlx/array.h"
+
+// Argument checks that raise ValueError with the operation, the argument, what was expected and what came.
+namespace mlx_fused {
+
+namespace mx = mlx::core;
+
+class Check {
+ public:
+  explicit Check(const char* op) : op_(op) {}
+
+  void ndim(const char* name, const mx::array& a, int expected) const;
+  void shape(
+      const std::string& name,
+      const mx::array& a,
+      const mx::Shape& expected) const;
+  void floating(const std::string& name, const mx::array& a) const;
+  void positive(const char* name, int value) const;
+
+  [[noreturn]] void fail(const std::string& message) const;
+
+ private:
+  const char* op_;
+};
+
+} // namespace mlx_fused

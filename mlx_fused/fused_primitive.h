@@ -1,0 +1,42 @@
+#pragma once
+
+#include <functional>
+#include <utility>
+#include <vector>
+
+#include "mlx/primitives.h"
+
+namespace mlx_fused {
+
+namespace mx = mlx::core;
+
+using Arrays = std::vector<mx::array>;
+using Function = std::function<Arrays(const Arrays&)>;
+
+// A primitive that has a composed form, and transforms by it where it knows no better way.
+class FusedPrimitive : public mx::Primitive {
+ public:
+  using mx::Primitive::Primitive;
+
+  // `routing` keeps calls off GPU streams as long as there are no kernels.
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
+
+  Arrays vjp(
+      const Arrays& primals,
+      const Arrays& cotangents,
+      const std::vector<int>& argnums,
+      const Arrays& outputs) override;
+  Arrays jvp(
+      const Arrays& primals,
+      const Arrays& tangents,
+      const std::vector<int>& argnums) override;
+  std::pair<Arrays, std::vector<int>> vmap(
+      const Arrays& inputs,
+      const std::vector<int>& axes) override;
+
+ protected:
+  // The same function of the same inputs in MLX's own ops.
+  virtual Function composed() = 0;
+};
+
+} // namespace mlx_fused

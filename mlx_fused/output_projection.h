@@ -1,0 +1,80 @@
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "mlx/utils.h"
+#include "mlx_fused/fused_primitive.h"
+#include "mlx_fused/layout.h"
+
+namespace mlx_fused {
+
+namespace mx = mlx::core;
+
+// attn_out weight^T + bias + residual: [B, S, H_out] from attn_out [B, S, heads head_dim].
+mx::array fused_output_projection_residual(
+    const mx::array& attn_out,
+    const mx::array& weight,
+    const std::optional<mx::array>& bias,
+    const mx::array& residual,
+    mx::StreamOrDevice s = {});
+
+// The gradients of attn_out, weight, bias if has_bias, and residual, in this order.
+Arrays fused_output_projection_residual_bwd(
+    const mx::array& d_output,
+    const mx::array& attn_out,
+    const mx::array& weight,
+    bool has_bias,
+    mx::StreamOrDevice s = {});
+
+// The forward's meaning in MLX's own ops: for mx.export_function, which takes no others.
+mx::array composed_output_projection_residual(
+    const mx::array& attn_out,
+    const mx::array& weight,
+    const std::optional<mx::array>& bias,
+    const mx::array& residual,
+    mx::StreamOrDevice s = {});
+
+class FusedOutputProjection : public FusedPrimitive {
+ public:
+  FusedOutputProjection(mx::Stream stream, OutputLayout layout)
+      : FusedPrimitive(stream), layout_(layout) {}
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  Arrays vjp(
+      const Arrays& primals,
+      const Arrays& cotangents,
+      const std::vector<int>& argnums,
+      const Arrays& outputs) override;
+  std::pair<Arrays, std::vector<int>> vmap(
+      const Arrays& inputs,
+      const std::vector<int>& axes) override;
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
+  bool is_equivalent(const mx::Primitive& other) const override;
+  DEFINE_NAME(FusedOutputProjection)
+
+ protected:
+  Function composed() override;
+
+ private:
+  OutputLayout layout_;
+};
+
+class FusedOutputProjectionGrad : public FusedPrimitive {
+ public:
+  FusedOutputProjectionGrad(mx::Stream stream, OutputGradLayout layout)
+      : FusedPrimitive(stream), layout_(std::move(layout)) {}
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
+  bool is_equivalent(const mx::Primitive& other) const override;
+  DEFINE_NAME(FusedOutputProjectionGrad)
+
+ protected:
+  Function composed() override;
+
+ private:
+  OutputGradLayout layout_;
+};
+
+} // namespace mlx_fused

@@ -1,0 +1,94 @@
+#pragma once
+
+#include <optional>
+#include <variant>
+#include <vector>
+
+#include "mlx/utils.h"
+#include "mlx_fused/fused_primitive.h"
+#include "mlx_fused/layout.h"
+
+namespace mlx_fused {
+
+namespace mx = mlx::core;
+
+// Weights or biases: one packed array of q's, k's and v's rows, or these three apart.
+using Parts = std::variant<mx::array, Arrays>;
+
+// q, k, v of shape [B, heads, S, head_dim] from input [B, S, H] and weight
+// [(num_heads + 2 num_kv_heads) head_dim, H]; a bias comes in parts as the weight does.
+Arrays fused_qkv_projection(
+    const mx::array& input,
+    const Parts& weight,
+    const std::optional<Parts>& bias,
+    int num_heads,
+    int num_kv_heads,
+    int head_dim,
+    mx::StreamOrDevice s = {});
+
+// The gradients of input, of every part of weight and, if has_bias, of bias, in this order.
+Arrays fused_qkv_projection_bwd(
+    const mx::array& dq,
+    const mx::array& dk,
+    const mx::array& dv,
+    const mx::array& input,
+    const Parts& weight,
+    bool has_bias,
+    int num_heads,
+    int num_kv_heads,
+    int head_dim,
+    mx::StreamOrDevice s = {});
+
+// The forward's meaning in MLX's own ops: for mx.export_function, which takes no others.
+Arrays composed_qkv_projection(
+    const mx::array& input,
+    const Parts& weight,
+    const std::optional<Parts>& bias,
+    int num_heads,
+    int num_kv_heads,
+    int head_dim,
+    mx::StreamOrDevice s = {});
+
+class FusedQKVProjection : public FusedPrimitive {
+ public:
+  FusedQKVProjection(mx::Stream stream, QKVLayout layout)
+      : FusedPrimitive(stream), layout_(layout) {}
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  Arrays vjp(
+      const Arrays& primals,
+      const Arrays& cotangents,
+      const std::vector<int>& argnums,
+      const Arrays& outputs) override;
+  std::pair<Arrays, std::vector<int>> vmap(
+      const Arrays& inputs,
+      const std::vector<int>& axes) override;
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
+  bool is_equivalent(const mx::Primitive& other) const override;
+  DEFINE_NAME(FusedQKVProjection)
+
+ protected:
+  Function composed() override;
+
+ private:
+  QKVLayout layout_;
+};
+
+class FusedQKVProjectionGrad : public FusedPrimitive {
+ public:
+  FusedQKVProjectionGrad(mx::Stream stream, QKVGradLayout layout)
+      : FusedPrimitive(stream), layout_(std::move(layout)) {}
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
+  bool is_equivalent(const mx::Primitive& other) const override;
+  DEFINE_NAME(FusedQKVProjectionGrad)
+
+ protected:
+  Function composed() override;
+
+ private:
+  QKVGradLayout layout_;
+};
+
+} // namespace mlx_fused

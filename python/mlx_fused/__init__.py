@@ -1,0 +1,31 @@
+"""Fused attention projections for MLX: QKV, and output projection with residual, forward and backward."""
+
+from importlib.metadata import version
+
+import mlx.core as mx  # the extension's types are mlx.core's, which must be there first
+
+from mlx_fused._version import __version__, check_mlx
+
+check_mlx(version("mlx"))
+
+from mlx_fused import composed, nn  # noqa: E402
+from mlx_fused._ext import (  # noqa: E402
+    fused_output_projection_residual,
+    fused_output_projection_residual_bwd,
+    fused_qkv_projection,
+    fused_qkv_projection_bwd,
+)
+from mlx_fused.patching import patch, patched, unpatch  # noqa: E402
+
+__all__ = [
+    "__version__",
+    "composed",
+    "fused_output_projection_residual",
+    "fused_output_projection_residual_bwd",
+    "fused_qkv_projection",
+    "fused_qkv_projection_bwd",
+    "nn",
+    "patch",
+    "patched",
+    "unpatch",
+]

@@ -1,0 +1,15 @@
+"""The fused operations written in MLX's own ones, with the same arguments and checks.
+
+They are what the fused operations mean, and what runs where there is no kernel. Call them directly for
+`mx.export_function`, which knows MLX's own primitives only:
+
+    def qkv(x):
+        return mlx_fused.composed.fused_qkv_projection(x, weight, None, 32, 8, 64)
+
+    mx.export_function("qkv.mlxfn", qkv, x)
+"""
+
+from mlx_fused._ext import composed_output_projection_residual as fused_output_projection_residual
+from mlx_fused._ext import composed_qkv_projection as fused_qkv_projection
+
+__all__ = ["fused_output_projection_residual", "fused_qkv_projection"]

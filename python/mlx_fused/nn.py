@@ -1,0 +1,170 @@
+"""The fused projections as layers."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+from mlx.nn import Linear, Module
+
+from mlx_fused._ext import fused_output_projection_residual, fused_qkv_projection
+
+
+class QKVProjection(Module):
+    """Projects to queries, keys and values, split into heads, in one operation.
+
+    Its parameters are ``q_weight`` of shape ``[num_heads * head_dim, input_dims]``, ``k_weight`` and
+    ``v_weight`` of shape ``[num_kv_heads * head_dim, input_dims]`` and, with a bias, ``q_bias``,
+    ``k_bias`` and ``v_bias``.
+
+    Args:
+        input_dims (int): The size of the input features.
+        num_heads (int): The number of query heads.
+        num_kv_heads (int, optional): The number of key and value heads, a divisor of ``num_heads``.
+            Default: ``num_heads``.
+        head_dim (int, optional): The size of a head. Default: ``input_dims // num_heads``.
+        bias (bool, optional): Whether to add a bias to each projection. Default: ``False``.
+
+    Raises:
+        ValueError: If ``num_heads`` is not a multiple of ``num_kv_heads``.
+    """
+
+    def __init__(
+        self,
+        input_dims: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = False,
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.head_dim = input_dims // num_heads if head_dim is None else head_dim
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"[QKVProjection] num_heads must be a multiple of num_kv_heads, "
+                f"got {self.num_heads} and {self.num_kv_heads}."
+            )
+        q_dims, kv_dims = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        for name, dims in (("q", q_dims), ("k", kv_dims), ("v", kv_dims)):
+            self[f"{name}_weight"] = _uniform(input_dims, (dims, input_dims))
+            if bias:
+                self[f"{name}_bias"] = _uniform(input_dims, (dims,))
+
+    @classmethod
+    def from_linear(
+        cls, q: Linear, k: Linear, v: Linear, num_heads: int, num_kv_heads: int | None = None
+    ) -> QKVProjection:
+        """Make a layer of the arrays of three linear layers; none is copied.
+
+        Args:
+            q (mlx.nn.Linear): The query projection.
+            k (mlx.nn.Linear): The key projection.
+            v (mlx.nn.Linear): The value projection.
+            num_heads (int): The number of query heads.
+            num_kv_heads (int, optional): The number of key and value heads. Default: ``num_heads``.
+
+        Raises:
+            TypeError: If a layer is not an ``mlx.nn.Linear``.
+            ValueError: If the shapes do not belong together, or only some layers have a bias.
+        """
+        linears = {"q": q, "k": k, "v": v}
+        for name, linear in linears.items():
+            _check_linear("QKVProjection", name, linear)
+        out_dims, input_dims = q.weight.shape
+        layer = cls(input_dims, num_heads, num_kv_heads, out_dims // num_heads, "bias" in q)
+        for name, linear in linears.items():
+            if linear.keys() != q.keys():
+                raise ValueError("[QKVProjection] q, k and v must all have a bias, or none.")
+            for parameter, array in linear.items():
+                expected = layer[f"{name}_{parameter}"].shape
+                if array.shape != expected:
+                    raise ValueError(
+                        f"[QKVProjection] expected the {parameter} of {name} to have shape "
+                        f"{expected}, got {array.shape}."
+                    )
+                layer[f"{name}_{parameter}"] = array
+        return layer
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Project ``x`` of shape ``[B, S, input_dims]``.
+
+        Returns:
+            tuple(array, array, array): Queries ``[B, num_heads, S, head_dim]``, keys and values
+            ``[B, num_kv_heads, S, head_dim]``.
+        """
+        weight = tuple(self[f"{name}_weight"] for name in "qkv")
+        bias = tuple(self[f"{name}_bias"] for name in "qkv") if "q_bias" in self else None
+        return fused_qkv_projection(x, weight, bias, self.num_heads, self.num_kv_heads, self.head_dim)
+
+    def _extra_repr(self) -> str:
+        return (
+            f"input_dims={self.q_weight.shape[1]}, num_heads={self.num_heads}, "
+            f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, bias={'q_bias' in self}"
+        )
+
+    def to_quantized(self, *args, **kwargs):
+        """Not supported yet; raises ``NotImplementedError``."""
+        raise NotImplementedError("[QKVProjection] quantization is not supported yet.")
+
+
+class OutputProjection(Module):
+    """Projects the output of attention and adds the residual in one operation.
+
+    Its parameters are ``weight`` of shape ``[output_dims, input_dims]`` and, with a bias, ``bias`` of
+    shape ``[output_dims]``.
+
+    Args:
+        input_dims (int): The size of the attention output, all heads together.
+        output_dims (int): The size of the residual.
+        bias (bool, optional): Whether to add a bias. Default: ``False``.
+    """
+
+    def __init__(self, input_dims: int, output_dims: int, bias: bool = False):
+        super().__init__()
+        self.weight = _uniform(input_dims, (output_dims, input_dims))
+        if bias:
+            self.bias = _uniform(input_dims, (output_dims,))
+
+    @classmethod
+    def from_linear(cls, o: Linear) -> OutputProjection:
+        """Make a layer of the arrays of a linear layer; none is copied.
+
+        Args:
+            o (mlx.nn.Linear): The output projection.
+
+        Raises:
+            TypeError: If ``o`` is not an ``mlx.nn.Linear``.
+        """
+        _check_linear("OutputProjection", "o", o)
+        output_dims, input_dims = o.weight.shape
+        layer = cls(input_dims, output_dims, "bias" in o)
+        layer.update(o)
+        return layer
+
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        """Project ``x`` of shape ``[B, S, input_dims]`` and add ``residual``.
+
+        Returns:
+            array: Of the shape of ``residual``, ``[B, S, output_dims]``.
+        """
+        return fused_output_projection_residual(x, self["weight"], self.get("bias"), residual)
+
+    def _extra_repr(self) -> str:
+        output_dims, input_dims = self.weight.shape
+        return f"input_dims={input_dims}, output_dims={output_dims}, bias={'bias' in self}"
+
+    def to_quantized(self, *args, **kwargs):
+        """Not supported yet; raises ``NotImplementedError``."""
+        raise NotImplementedError("[OutputProjection] quantization is not supported yet.")
+
+
+def _uniform(input_dims: int, shape: tuple[int, ...]) -> mx.array:
+    bound = 1 / math.sqrt(input_dims)  # the initial values of mlx.nn.Linear
+    return mx.random.uniform(-bound, bound, shape)
+
+
+def _check_linear(layer: str, name: str, linear: object) -> None:
+    if type(linear) is not Linear:
+        raise TypeError(f"[{layer}] expected {name} to be an mlx.nn.Linear, got {type(linear).__name__}.")

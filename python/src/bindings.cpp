@@ -1,0 +1,281 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#include "mlx_fused/output_projection.h"
+#include "mlx_fused/qkv_projection.h"
+
+namespace mx = mlx::core;
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using Triple = std::tuple<mx::array, mx::array, mx::array>;
+using OptionalParts = std::optional<mlx_fused::Parts>;
+using GradParts = std::variant<mx::array, Triple>;
+
+Triple triple(const std::vector<mx::array>& arrays, size_t first = 0) {
+  return {arrays[first], arrays[first + 1], arrays[first + 2]};
+}
+
+// Gradients come back as their arguments came: one packed array, or a tuple of three.
+GradParts parts(
+    const std::vector<mx::array>& arrays, size_t first, bool packed) {
+  if (packed) {
+    return arrays[first];
+  }
+  return triple(arrays, first);
+}
+
+Triple qkv_projection(
+    const mx::array& input,
+    const mlx_fused::Parts& weight,
+    const OptionalParts& bias,
+    int num_heads,
+    int num_kv_heads,
+    int head_dim,
+    mx::StreamOrDevice s) {
+  return triple(mlx_fused::fused_qkv_projection(
+      input, weight, bias, num_heads, num_kv_heads, head_dim, s));
+}
+
+Triple composed_qkv_projection(
+    const mx::array& input,
+    const mlx_fused::Parts& weight,
+    const OptionalParts& bias,
+    int num_heads,
+    int num_kv_heads,
+    int head_dim,
+    mx::StreamOrDevice s) {
+  return triple(mlx_fused::composed_qkv_projection(
+      input, weight, bias, num_heads, num_kv_heads, head_dim, s));
+}
+
+std::tuple<mx::array, GradParts, std::optional<GradParts>> qkv_projection_bwd(
+    const mx::array& dq,
+    const mx::array& dk,
+    const mx::array& dv,
+    const mx::array& input,
+    const mlx_fused::Parts& weight,
+    bool has_bias,
+    int num_heads,
+    int num_kv_heads,
+    int head_dim,
+    mx::StreamOrDevice s) {
+  auto grads = mlx_fused::fused_qkv_projection_bwd(
+      dq, dk, dv, input, weight, has_bias, num_heads, num_kv_heads, head_dim, s);
+  bool packed = std::holds_alternative<mx::array>(weight);
+  std::optional<GradParts> d_bias;
+  if (has_bias) {
+    d_bias = parts(grads, packed ? 2 : 4, packed);
+  }
+  return {grads[0], parts(grads, 1, packed), d_bias};
+}
+
+std::tuple<mx::array, mx::array, std::optional<mx::array>, mx::array>
+output_projection_bwd(
+    const mx::array& d_output,
+    const mx::array& attn_out,
+    const mx::array& weight,
+    bool has_bias,
+    mx::StreamOrDevice s) {
+  auto grads = mlx_fused::fused_output_projection_residual_bwd(
+      d_output, attn_out, weight, has_bias, s);
+  std::optional<mx::array> d_bias;
+  if (has_bias) {
+    d_bias = grads[2];
+  }
+  return {grads[0], grads[1], d_bias, grads.back()};
+}
+
+} // namespace
+
+NB_MODULE(_ext, m) {
+  m.doc() = "The C++ operations of mlx_fused.";
+
+  m.def(
+      "fused_qkv_projection",
+      &qkv_projection,
+      "input"_a,
+      "weight"_a,
+      "bias"_a.none(),
+      "num_heads"_a,
+      "num_kv_heads"_a,
+      "head_dim"_a,
+      nb::kw_only(),
+      "stream"_a = nb::none(),
+      nb::sig(
+          "def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, stream: StreamOrDevice = None) -> tuple[array, array, array]"),
+      R"pbdoc(
+        Project hidden states to queries, keys and values in one operation.
+
+        Equivalent to ``input @ weight.T + bias`` split into three segments, each
+        reshaped to ``[B, S, heads, head_dim]`` and transposed to put its heads
+        before its tokens. Accumulates in float32 and rounds once.
+
+        With ``Hq = num_heads * head_dim`` and ``Hkv = num_kv_heads * head_dim``:
+
+        Args:
+          input (array): Hidden states of shape ``[B, S, H]``, float32, float16 or
+            bfloat16. Any strides.
+          weight (array or tuple): Packed weights of shape ``[Hq + 2 * Hkv, H]``, or
+            a tuple ``(wq, wk, wv)`` of shapes ``[Hq, H]``, ``[Hkv, H]`` and
+            ``[Hkv, H]``, which are neither copied nor concatenated.
+          bias (array or tuple, optional): ``[Hq + 2 * Hkv]``, or a tuple of
+            ``[Hq]``, ``[Hkv]`` and ``[Hkv]`` if ``weight`` is a tuple, or ``None``.
+          num_heads (int): Query heads, a multiple of ``num_kv_heads``.
+          num_kv_heads (int): Key and value heads.
+          head_dim (int): Features per head, at least 1.
+          stream (Stream or Device, optional): Where to run. Default: ``None``, the
+            default stream of the default device.
+
+        Returns:
+          tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
+          shape ``[B, num_kv_heads, S, head_dim]``, of the dtype that MLX promotes
+          the arguments to.
+
+        Raises:
+          ValueError: If a rank, shape, dtype or head count is wrong; the message
+            names the argument, what was expected and what came.
+      )pbdoc");
+
+  m.def(
+      "fused_output_projection_residual",
+      &mlx_fused::fused_output_projection_residual,
+      "attn_out"_a,
+      "weight"_a,
+      "bias"_a.none(),
+      "residual"_a,
+      nb::kw_only(),
+      "stream"_a = nb::none(),
+      nb::sig(
+          "def fused_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, stream: StreamOrDevice = None) -> array"),
+      R"pbdoc(
+        Project attention's output and add the residual in one operation.
+
+        Equivalent to ``attn_out @ weight.T + bias + residual``, accumulated in
+        float32 and rounded once.
+
+        Args:
+          attn_out (array): Attention output of shape ``[B, S, Hq]``, heads side by
+            side, float32, float16 or bfloat16. Any strides.
+          weight (array): Output projection of shape ``[H, Hq]``.
+          bias (array, optional): ``[H]``, or ``None``.
+          residual (array): What the attention block was given, ``[B, S, H]``.
+          stream (Stream or Device, optional): Where to run. Default: ``None``, the
+            default stream of the default device.
+
+        Returns:
+          array: ``[B, S, H]``, of the dtype that MLX promotes the arguments to.
+
+        Raises:
+          ValueError: If a rank, shape or dtype is wrong; the message names the
+            argument, what was expected and what came.
+      )pbdoc");
+
+  m.def(
+      "fused_qkv_projection_bwd",
+      &qkv_projection_bwd,
+      "dq"_a,
+      "dk"_a,
+      "dv"_a,
+      "input"_a,
+      "weight"_a,
+      "has_bias"_a,
+      "num_heads"_a,
+      "num_kv_heads"_a,
+      "head_dim"_a,
+      nb::kw_only(),
+      "stream"_a = nb::none(),
+      nb::sig(
+          "def fused_qkv_projection_bwd(dq: array, dk: array, dv: array, input: array, weight: array | tuple[array, array, array], has_bias: bool, num_heads: int, num_kv_heads: int, head_dim: int, *, stream: StreamOrDevice = None) -> tuple[array, array | tuple[array, array, array], array | tuple[array, array, array] | None]"),
+      R"pbdoc(
+        All gradients of :func:`fused_qkv_projection`.
+
+        ``mx.grad`` and ``mx.vjp`` compute only those they are asked for; this is the
+        backward pass by hand.
+
+        Args:
+          dq (array): Gradient of ``q``, ``[B, num_heads, S, head_dim]``.
+          dk (array): Gradient of ``k``, ``[B, num_kv_heads, S, head_dim]``.
+          dv (array): Gradient of ``v``, ``[B, num_kv_heads, S, head_dim]``.
+          input (array): The forward's input, ``[B, S, H]``.
+          weight (array or tuple): The forward's weight, packed or a tuple.
+          has_bias (bool): Whether the forward had a bias.
+          num_heads (int): Query heads.
+          num_kv_heads (int): Key and value heads.
+          head_dim (int): Features per head.
+          stream (Stream or Device, optional): Where to run. Default: ``None``, the
+            default stream of the default device.
+
+        Returns:
+          tuple: ``d_input`` of shape ``[B, S, H]``, ``d_weight`` as ``weight`` came,
+          and ``d_bias`` likewise (in the weight's dtype), or ``None`` if
+          ``has_bias`` is false.
+
+        Raises:
+          ValueError: If a rank, shape, dtype or head count is wrong.
+      )pbdoc");
+
+  m.def(
+      "fused_output_projection_residual_bwd",
+      &output_projection_bwd,
+      "d_output"_a,
+      "attn_out"_a,
+      "weight"_a,
+      "has_bias"_a,
+      nb::kw_only(),
+      "stream"_a = nb::none(),
+      nb::sig(
+          "def fused_output_projection_residual_bwd(d_output: array, attn_out: array, weight: array, has_bias: bool, *, stream: StreamOrDevice = None) -> tuple[array, array, array | None, array]"),
+      R"pbdoc(
+        All gradients of :func:`fused_output_projection_residual`.
+
+        Args:
+          d_output (array): Gradient of the output, ``[B, S, H]``.
+          attn_out (array): The forward's ``attn_out``, ``[B, S, Hq]``.
+          weight (array): The forward's weight, ``[H, Hq]``.
+          has_bias (bool): Whether the forward had a bias.
+          stream (Stream or Device, optional): Where to run. Default: ``None``, the
+            default stream of the default device.
+
+        Returns:
+          tuple: ``d_attn_out`` of shape ``[B, S, Hq]``, ``d_weight`` of shape
+          ``[H, Hq]``, ``d_bias`` of shape ``[H]`` (in the weight's dtype) or
+          ``None``, and ``d_residual``, which is ``d_output`` itself.
+
+        Raises:
+          ValueError: If a rank, shape or dtype is wrong.
+      )pbdoc");
+
+  m.def(
+      "composed_qkv_projection",
+      &composed_qkv_projection,
+      "input"_a,
+      "weight"_a,
+      "bias"_a.none(),
+      "num_heads"_a,
+      "num_kv_heads"_a,
+      "head_dim"_a,
+      nb::kw_only(),
+      "stream"_a = nb::none(),
+      nb::sig(
+          "def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, stream: StreamOrDevice = None) -> tuple[array, array, array]"),
+      "``fused_qkv_projection`` written in MLX's own operations.");
+
+  m.def(
+      "composed_output_projection_residual",
+      &mlx_fused::composed_output_projection_residual,
+      "attn_out"_a,
+      "weight"_a,
+      "bias"_a.none(),
+      "residual"_a,
+      nb::kw_only(),
+      "stream"_a = nb::none(),
+      nb::sig(
+          "def composed_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, stream: StreamOrDevice = None) -> array"),
+      "``fused_output_projection_residual`` written in MLX's own operations.");
+}
