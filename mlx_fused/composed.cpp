@@ -78,8 +78,8 @@ Arrays qkv_projection_grad(
     if (argnum == QKVLayout::input) {
       auto dx = mx::matmul(grads[0], inputs[layout.weight(0)], s);
       for (int part = 1; part < forward.parts(); ++part) {
-        dx = mx::addmm(
-            dx, grads[part], inputs[layout.weight(part)], 1.0f, 1.0f, s);
+        dx = mx::add(
+            dx, mx::matmul(grads[part], inputs[layout.weight(part)], s), s);
       }
       outputs.push_back(dx);
     } else if (argnum < forward.bias(0)) {

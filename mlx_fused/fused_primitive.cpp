@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "mlx/ops.h"
 #include "mlx/transforms.h"
 
 namespace mlx_fused {
@@ -58,7 +59,20 @@ Arrays FusedPrimitive::jvp(
 std::pair<Arrays, std::vector<int>> FusedPrimitive::vmap(
     const Arrays& inputs,
     const std::vector<int>& axes) {
-  auto outputs = mx::vmap(composed(), axes)(inputs);
+  auto mapped_inputs = inputs;
+  auto mapped_axes = axes;
+  if (axes[0] == -1) {
+    // MLX's addmm maps a bias only together with the product that it is added to.
+    int i = 0;
+    while (axes[i] == -1) {
+      ++i;
+    }
+    auto shape = inputs[0].shape();
+    shape.insert(shape.begin(), inputs[i].shape(axes[i]));
+    mapped_inputs[0] = mx::broadcast_to(inputs[0], shape, stream());
+    mapped_axes[0] = 0;
+  }
+  auto outputs = mx::vmap(composed(), mapped_axes)(mapped_inputs);
   return {outputs, std::vector<int>(outputs.size(), 0)};
 }
 

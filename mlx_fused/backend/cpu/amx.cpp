@@ -17,8 +17,9 @@ namespace mlx_fused::cpu {
 
 namespace {
 
-// The unit multiplies tiles of 1 KB: c[16 x 16, float32] += a b, where a holds 16 rows of 32 bfloat16 (form rows), and
-// b, the transpose of such rows, keeps two neighbours of the summed index side by side (form pairs).
+// The unit multiplies tiles of 1 KB: c[16 x 16, float32] += a b, where a holds 16 rows of 32 bfloat16 (form
+// rows), and b, the transpose of such rows, keeps two neighbours of the summed index side by side (form
+// pairs).
 constexpr int64_t side = 16, depth = 32, tile_bytes = 1024, row_bytes = 64;
 enum class Form { rows, pairs };
 
@@ -62,8 +63,8 @@ AVX512 void pack_tile(const View& v, int64_t row, int64_t col, Form form, char* 
       const char* first = s->data + 2 * i * s->col_stride * 2;
       __m256i low = _mm256_maskz_loadu_epi16(2 * i < t.cols ? mask : 0, first);
       __m256i high = _mm256_maskz_loadu_epi16(2 * i + 1 < t.cols ? mask : 0, first + s->col_stride * 2);
-      words[i] = _mm512_or_si512(
-          _mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+      words[i] =
+          _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
     }
   } else {
     alignas(64) uint16_t gathered[side * depth];
@@ -105,7 +106,7 @@ struct Step {
   int64_t piece, col;
 };
 
-std::vector<Step> split(const std::vector<View>& pieces) {
+std::vector<Step> split_depth(const std::vector<View>& pieces) {
   std::vector<Step> steps;
   for (size_t p = 0; p < pieces.size(); ++p) {
     for (int64_t col = 0; col < pieces[p].cols(); col += depth) {
@@ -141,10 +142,12 @@ AMX void release() {
   _tile_release();
 }
 
-// Four result tiles (+)= the products of two panels of left and two of right over n steps. With right in form rows and
-// left in form pairs the tiles hold the transpose of left times right, the other way round that itself.
+// Four result tiles (+)= the products of two panels of left and two of right over n steps. With right in form
+// rows and left in form pairs the tiles hold the transpose of left times right, the other way round that
+// itself.
 template <Form right_form>
-AMX void multiply(const Panel (&left)[2], const Panel (&right)[2], int64_t n, bool accumulate, float* const (&c)[4]) {
+AMX void multiply(
+    const Panel (&left)[2], const Panel (&right)[2], int64_t n, bool accumulate, float* const (&c)[4]) {
   const char *l0 = left[0].data, *l1 = left[1].data, *r0 = right[0].data, *r1 = right[1].data;
   __asm__ volatile("" ::: "memory");
   if (accumulate) {
@@ -199,14 +202,15 @@ AVX512 void unpack_tile(const float* from, bool transposed, float* to, int64_t l
   }
 }
 
-} // namespace
+}  // namespace
 
 bool has_amx() {
   static const bool available = [] {
     unsigned a, b, c, d;
     constexpr unsigned tile_and_bf16 = 1u << 24 | 1u << 22;
     bool cpu = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & tile_and_bf16) == tile_and_bf16 &&
-        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+               __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl");
     // Linux wants to be asked, for the state is 8 KB per thread.
     constexpr long request_permission = 0x1023, tile_data = 18;
     return cpu && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
@@ -215,31 +219,17 @@ bool has_amx() {
 }
 
 void amx_product(const std::vector<View>& left, const std::vector<Output>& outputs) {
-  // A block of the left operand, one of the right and their result together fit in 2 MB of second-level cache.
+  // A block of the left operand, one of the right and their result together fit in 2 MB of second-level
+  // cache.
   constexpr int64_t block_steps = 32, max_rows = 512, max_cols = 256, left_bytes = 4 << 20;
   constexpr int64_t pair = 2 * side, tile_floats = side * side;
   Form right_form = outputs[0].right[0].dim_stride == 1 ? Form::rows : Form::pairs;
   Form left_form = right_form == Form::rows ? Form::pairs : Form::rows;
   auto multiply_pairs = right_form == Form::rows ? multiply<Form::rows> : multiply<Form::pairs>;
-  std::vector<Step> steps = split(left);
+  std::vector<Step> steps = split_depth(left);
   int64_t rows = left[0].rows(), count = steps.size(), panel_bytes = count * tile_bytes;
 
-  int64_t all_cols = 0;
-  for (const Output& o : outputs) {
-    all_cols += o.out.cols();
-  }
-  int64_t task_cols = std::clamp(all_cols / (4 * num_threads()) / pair * pair, pair, max_cols);
-  struct Task {
-    const Output* output;
-    int64_t col;
-  };
-  std::vector<Task> tasks;
-  for (const Output& o : outputs) {
-    for (int64_t col = 0; col < o.out.cols(); col += task_cols) {
-      tasks.push_back({&o, col});
-    }
-  }
-
+  auto tasks = split(outputs, rows, pair, max_cols);
   int64_t max_panels = std::min(max_rows, std::max(left_bytes / panel_bytes * side, pair)) / side;
   int64_t all_panels = (rows + side - 1) / side;
   auto packed =
@@ -249,14 +239,17 @@ void amx_product(const std::vector<View>& left, const std::vector<Output>& outpu
     parallel_for(panels, [&](int64_t p) {
       for (int64_t i = 0; i < count; ++i) {
         auto [piece, col] = steps[i];
-        pack_tile(left[piece], (first_panel + p) * side, col, left_form, packed + p * panel_bytes + i * tile_bytes);
+        pack_tile(
+            left[piece], (first_panel + p) * side, col, left_form, packed + p * panel_bytes + i * tile_bytes);
       }
     });
 
     parallel_for(tasks.size(), [&](int64_t t) {
-      auto [output, first_col] = tasks[t];
-      int64_t cols = std::min(task_cols, output->out.cols() - first_col), right_panels = (cols + side - 1) / side;
-      int64_t even_panels = (panels + 1) / 2 * 2, even_right = (right_panels + 1) / 2 * 2, ld = even_right * side;
+      const Output& output = *tasks[t].output;
+      int64_t first_col = tasks[t].tile.col, cols = tasks[t].tile.cols,
+              right_panels = (cols + side - 1) / side;
+      int64_t even_panels = (panels + 1) / 2 * 2, even_right = (right_panels + 1) / 2 * 2,
+              ld = even_right * side;
       float* acc = scratch(
           Holder::task,
           even_panels * even_right * tile_floats + right_panels * block_steps * tile_bytes / 4 + side * ld);
@@ -270,7 +263,7 @@ void amx_product(const std::vector<View>& left, const std::vector<Output>& outpu
         Panel right[max_cols / side];
         bool all_in_place = true;
         for (int64_t r = 0; r < right_panels; ++r) {
-          auto panel = in_place(output->right, first_col + r * side);
+          auto panel = in_place(output.right, first_col + r * side);
           all_in_place &= panel.has_value() && right_form == Form::rows;
           right[r] = panel.value_or(Panel{});
           right[r].data += step * row_bytes;
@@ -280,7 +273,7 @@ void amx_product(const std::vector<View>& left, const std::vector<Output>& outpu
             auto [piece, col] = steps[step + i];
             for (int64_t r = 0; r < right_panels; ++r) {
               char* to = right_packed + (r * block_steps + i) * tile_bytes;
-              pack_tile(output->right[piece], first_col + r * side, col, right_form, to);
+              pack_tile(output.right[piece], first_col + r * side, col, right_form, to);
               right[r] = packed_panel(right_packed + r * block_steps * tile_bytes);
             }
           }
@@ -306,18 +299,18 @@ void amx_product(const std::vector<View>& left, const std::vector<Output>& outpu
         }
         int64_t row = (first_panel + p) * side;
         store(
-            output->out,
+            output.out,
             {row, std::min(side, rows - row), first_col, cols},
             result,
             ld,
-            output->bias,
-            output->residual);
+            output.bias,
+            output.residual);
       }
     });
   }
 }
 
-} // namespace mlx_fused::cpu
+}  // namespace mlx_fused::cpu
 
 #else
 
@@ -329,6 +322,6 @@ bool has_amx() {
 
 void amx_product(const std::vector<View>&, const std::vector<Output>&) {}
 
-} // namespace mlx_fused::cpu
+}  // namespace mlx_fused::cpu
 
 #endif

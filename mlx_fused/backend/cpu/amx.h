@@ -4,8 +4,9 @@
 
 namespace mlx_fused::cpu {
 
-// Products of bfloat16 operands on Intel's matrix unit (AMX). Like the hardware it takes subnormal bfloat16 for zero.
+// Products of bfloat16 operands on Intel's matrix unit (AMX). Like the hardware it takes subnormal bfloat16
+// for zero.
 bool has_amx();
 void amx_product(const std::vector<View>& left, const std::vector<Output>& outputs);
 
-} // namespace mlx_fused::cpu
+}  // namespace mlx_fused::cpu

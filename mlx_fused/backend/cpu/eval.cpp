@@ -26,8 +26,9 @@ void* data_of(const mx::array& a) {
   return const_cast<char*>(a.data<char>());
 }
 
+// `shape` and `strides` in the order batch, heads, seq, dim.
 View make_view(const mx::array& a, mx::Shape shape, mx::Strides strides) {
-  View view{
+  return {
       data_of(a),
       type_of(a),
       shape[0],
@@ -38,19 +39,6 @@ View make_view(const mx::array& a, mx::Shape shape, mx::Strides strides) {
       strides[2],
       strides[1],
       strides[3]};
-  // The simplest equal form: one axis of rows and one head wherever the strides allow.
-  if (view.seq == 1) {
-    std::swap(view.batch, view.seq);
-    std::swap(view.batch_stride, view.seq_stride);
-  } else if (view.batch_stride == view.seq * view.seq_stride) {
-    view.seq *= view.batch;
-    view.batch = 1;
-  }
-  if (view.heads > 1 && view.head_stride == view.dim * view.dim_stride) {
-    view.dim *= view.heads;
-    view.heads = 1;
-  }
-  return view;
 }
 
 // [B, heads, S, head_dim], seen as [B * S, heads * head_dim]

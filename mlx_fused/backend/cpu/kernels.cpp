@@ -17,7 +17,7 @@ extern const Kernels table;
 const Kernels& kernels() {
 #ifdef __x86_64__
   static const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   return has_avx512 ? avx512::table : has_avx2 ? avx2::table : baseline::table;
 #else
@@ -25,4 +25,4 @@ const Kernels& kernels() {
 #endif
 }
 
-} // namespace mlx_fused::cpu
+}  // namespace mlx_fused::cpu

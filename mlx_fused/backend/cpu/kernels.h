@@ -18,12 +18,12 @@ struct Kernels {
       int64_t k,
       float* y,
       int64_t ldy);
-  void (*widen)(Type type, const void* from, float* to, int64_t n); // to = from
-  void (*add)(Type type, const void* from, float* to, int64_t n); // to += from
-  void (*narrow)(Type type, const float* from, void* to, int64_t n); // to = from, rounded to nearest even
+  void (*widen)(Type type, const void* from, float* to, int64_t n);   // to = from
+  void (*add)(Type type, const void* from, float* to, int64_t n);     // to += from
+  void (*narrow)(Type type, const float* from, void* to, int64_t n);  // to = from, rounded to nearest even
 };
 
 // The best ones this CPU can run.
 const Kernels& kernels();
 
-} // namespace mlx_fused::cpu
+}  // namespace mlx_fused::cpu

@@ -37,4 +37,4 @@ void sgemm(
       ldc);
 }
 
-} // namespace mlx_fused::cpu
+}  // namespace mlx_fused::cpu

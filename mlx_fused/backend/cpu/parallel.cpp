@@ -18,7 +18,8 @@ namespace mlx_fused::cpu {
 
 namespace {
 
-// Long enough to bridge the gap between two operations of a decoding step, short enough not to be seen by others.
+// Long enough to bridge the gap between two operations of a decoding step, short enough not to be seen by
+// others.
 constexpr auto spin_time = std::chrono::microseconds(50);
 
 template <typename Condition>
@@ -72,7 +73,7 @@ class Pool {
     if (!idle()) {
       lock.unlock();
       spin_until(idle);
-      lock.lock(); // the last helper leaves under the lock, so the job may go out of scope after this
+      lock.lock();  // the last helper leaves under the lock, so the job may go out of scope after this
       left_.wait(lock, idle);
     }
   }
@@ -105,7 +106,7 @@ class Pool {
 
   std::mutex mutex_;
   std::condition_variable wake_, left_;
-  std::vector<Job*> jobs_; // those that still have tasks to give out
+  std::vector<Job*> jobs_;  // those that still have tasks to give out
   std::atomic<uint64_t> posted_{0};
 };
 
@@ -144,7 +145,7 @@ int count_cpus() {
   return std::max(1u, std::thread::hardware_concurrency());
 }
 
-} // namespace
+}  // namespace
 
 int num_threads() {
   static const int n = count_cpus();
@@ -162,4 +163,4 @@ void parallel_for(int64_t count, const std::function<void(int64_t)>& task) {
   pool().run(job);
 }
 
-} // namespace mlx_fused::cpu
+}  // namespace mlx_fused::cpu

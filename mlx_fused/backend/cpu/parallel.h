@@ -12,4 +12,4 @@ int num_threads();
 // are done. May be called from several threads at once and from inside a task. Tasks must not throw.
 void parallel_for(int64_t count, const std::function<void(int64_t)>& task);
 
-} // namespace mlx_fused::cpu
+}  // namespace mlx_fused::cpu

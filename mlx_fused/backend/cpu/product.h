@@ -15,7 +15,17 @@ struct Output {
   View out;
 };
 
+// A tile of an output for one thread to compute.
+struct Task {
+  const Output* output;
+  Tile tile;
+};
+
+// Tiles that cover the outputs: at most rows high, and min_cols to max_cols wide, so that every thread gets a
+// few.
+std::vector<Task> split(const std::vector<Output>& outputs, int64_t rows, int64_t min_cols, int64_t max_cols);
+
 // Computes every output with the one left operand.
 void product(std::vector<View> left, std::vector<Output> outputs);
 
-} // namespace mlx_fused::cpu
+}  // namespace mlx_fused::cpu

@@ -18,7 +18,7 @@ void sum_rows(const View& grad, const View& out) {
   });
 }
 
-} // namespace
+}  // namespace
 
 void project(const View& x, const std::vector<Segment>& segments, const std::optional<View>& residual) {
   std::vector<Output> outputs;
@@ -38,10 +38,7 @@ void project_input_grad(const std::vector<GradSegment>& segments, const View& dx
 }
 
 void project_weight_grad(
-    const View& x,
-    const View& grad,
-    const std::optional<View>& dw,
-    const std::optional<View>& dbias) {
+    const View& x, const View& grad, const std::optional<View>& dw, const std::optional<View>& dbias) {
   if (dw) {
     product({transposed(grad)}, {{{transposed(x)}, std::nullopt, std::nullopt, *dw}});
   }
@@ -50,4 +47,4 @@ void project_weight_grad(
   }
 }
 
-} // namespace mlx_fused::cpu
+}  // namespace mlx_fused::cpu

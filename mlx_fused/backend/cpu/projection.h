@@ -28,20 +28,17 @@ struct View {
 };
 
 struct Segment {
-  View weight; // [out_features, in_features], a plain matrix
-  std::optional<View> bias; // [1, out_features]
-  View out; // [rows, out_features]
+  View weight;               // [out_features, in_features], a plain matrix
+  std::optional<View> bias;  // [1, out_features]
+  View out;                  // [rows, out_features]
 };
 
 // out = x weight^T + bias + residual for every segment, reading x once per tile of all of them.
-void project(
-    const View& x,
-    const std::vector<Segment>& segments,
-    const std::optional<View>& residual);
+void project(const View& x, const std::vector<Segment>& segments, const std::optional<View>& residual);
 
 struct GradSegment {
-  View weight; // [out_features, in_features]
-  View grad; // [rows, out_features]
+  View weight;  // [out_features, in_features]
+  View grad;    // [rows, out_features]
 };
 
 // dx = the sum of grad weight over the segments.
@@ -49,9 +46,6 @@ void project_input_grad(const std::vector<GradSegment>& segments, const View& dx
 
 // dw = grad^T x and dbias = the sum of grad over its rows; either may be absent.
 void project_weight_grad(
-    const View& x,
-    const View& grad,
-    const std::optional<View>& dw,
-    const std::optional<View>& dbias);
+    const View& x, const View& grad, const std::optional<View>& dw, const std::optional<View>& dbias);
 
-} // namespace mlx_fused::cpu
+}  // namespace mlx_fused::cpu

@@ -9,7 +9,8 @@ namespace mlx_fused::cpu {
 // Who holds a thread's scratch: an operation for all its tasks, or one task.
 enum class Holder { operation, task };
 
-// Memory of this thread for floats, aligned for vectors. Kept, for fresh pages cost more than a small product.
+// Memory of this thread for floats, aligned for vectors. Kept, for fresh pages cost more than a small
+// product.
 inline float* scratch(Holder holder, int64_t count) {
   struct alignas(64) Line {
     float values[16];
@@ -23,4 +24,4 @@ inline float* scratch(Holder holder, int64_t count) {
   return buffer.empty() ? nullptr : buffer[0].values;
 }
 
-} // namespace mlx_fused::cpu
+}  // namespace mlx_fused::cpu

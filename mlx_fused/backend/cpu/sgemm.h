@@ -20,4 +20,4 @@ void sgemm(
     float* c,
     int ldc);
 
-} // namespace mlx_fused::cpu
+}  // namespace mlx_fused::cpu

@@ -35,8 +35,8 @@ To bits(From from) {
   return to;
 }
 
-// How elements of each type are read and written, a vector or one at a time. With intrinsics where GCC 12 makes slow
-// code of __builtin_convertvector.
+// How elements of each type are read and written, a vector or one at a time. With intrinsics where GCC 12
+// makes slow code of __builtin_convertvector.
 struct Float32 {
   using Element = float;
   static Float load(const float* p) {
@@ -98,7 +98,7 @@ struct BFloat16 {
   static void store(uint16_t* p, Float v) {
     Word w = bits<Word>(v);
     Word rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-    Word quiet = (w >> 16) | 0x40; // rounding could carry a NaN into an infinity
+    Word quiet = (w >> 16) | 0x40;  // rounding could carry a NaN into an infinity
     w = v == v ? rounded : quiet;
 #ifdef __AVX512F__
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)w));
@@ -247,13 +247,13 @@ void narrow_as(const float* from, void* target, int64_t n) {
 }
 
 // Calls f<T>(...) for the T of a Type.
-#define FOR_TYPE(f, ...)            \
-  switch (type) {                   \
-    case Type::float32:             \
-      return f<Float32>(__VA_ARGS__); \
-    case Type::float16:             \
-      return f<Float16>(__VA_ARGS__); \
-    case Type::bfloat16:            \
+#define FOR_TYPE(f, ...)               \
+  switch (type) {                      \
+    case Type::float32:                \
+      return f<Float32>(__VA_ARGS__);  \
+    case Type::float16:                \
+      return f<Float16>(__VA_ARGS__);  \
+    case Type::bfloat16:               \
       return f<BFloat16>(__VA_ARGS__); \
   }
 
@@ -283,9 +283,9 @@ void narrow(Type type, const float* from, void* to, int64_t n) {
   FOR_TYPE(narrow_as, from, to, n)
 }
 
-} // namespace
+}  // namespace
 
 extern const Kernels table;
 const Kernels table = {dots, widen, add, narrow};
 
-} // namespace mlx_fused::cpu::MLX_FUSED_ISA
+}  // namespace mlx_fused::cpu::MLX_FUSED_ISA

@@ -57,7 +57,7 @@ void write_row(const View& v, int64_t row, int64_t col, int64_t cols, const floa
   });
 }
 
-} // namespace
+}  // namespace
 
 void load(const View& v, const Tile& t, float* to, int64_t ld) {
   for (int64_t i = 0; i < t.rows; ++i) {
@@ -90,4 +90,4 @@ void store(
   }
 }
 
-} // namespace mlx_fused::cpu
+}  // namespace mlx_fused::cpu

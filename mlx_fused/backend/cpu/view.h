@@ -28,7 +28,17 @@ inline int64_t size_of(Type type) {
 }
 
 inline View transposed(const View& v) {
-  return {v.data, v.type, v.heads, v.dim, v.batch, v.seq, v.head_stride, v.dim_stride, v.batch_stride, v.seq_stride};
+  return {
+      v.data,
+      v.type,
+      v.heads,
+      v.dim,
+      v.batch,
+      v.seq,
+      v.head_stride,
+      v.dim_stride,
+      v.batch_stride,
+      v.seq_stride};
 }
 
 // The same matrix with as few batches and heads as its strides allow, so that stretches of it are long.
@@ -48,7 +58,7 @@ inline View flattened(View v) {
 
 inline char* element(const View& v, int64_t row, int64_t col) {
   int64_t offset = row / v.seq * v.batch_stride + row % v.seq * v.seq_stride + col / v.dim * v.head_stride +
-      col % v.dim * v.dim_stride;
+                   col % v.dim * v.dim_stride;
   return static_cast<char*>(v.data) + offset * size_of(v.type);
 }
 
@@ -85,4 +95,4 @@ void store(
     const std::optional<View>& bias,
     const std::optional<View>& residual);
 
-} // namespace mlx_fused::cpu
+}  // namespace mlx_fused::cpu
