@@ -1,7 +1,7 @@
 """Stops a build against an MLX that the extension would not work with.
 
-An extension of another MLX version fails to load, and one whose nanobind differs from mlx.core's loads and then
-refuses every array with `TypeError: incompatible function arguments`.
+An extension of another MLX version fails to load, and one whose nanobind differs from mlx.core's loads and
+then refuses every array with `TypeError: incompatible function arguments`.
 """
 
 import re
@@ -25,7 +25,8 @@ def check_version(expected: str) -> None:
     installed = version("mlx")
     if installed != expected:
         raise SystemExit(
-            f"mlx-fused builds with mlx {expected} only, but {installed} is installed. Fix: pip install mlx=={expected}"
+            f"mlx-fused builds with mlx {expected} only, but {installed} is installed. "
+            f"Fix: pip install mlx=={expected}"
         )
 
 

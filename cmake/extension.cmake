@@ -8,9 +8,8 @@ execute_process(
   OUTPUT_VARIABLE MLX_ROOT
   OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 find_package(MLX CONFIG REQUIRED)
-execute_process(
-  COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/check_mlx.py" version
-          ${MLX_FUSED_MLX_VERSION} COMMAND_ERROR_IS_FATAL ANY)
+execute_process(COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/check_mlx.py" version
+                        ${MLX_FUSED_MLX_VERSION} COMMAND_ERROR_IS_FATAL ANY)
 
 execute_process(
   COMMAND "${Python_EXECUTABLE}" -m nanobind --cmake_dir
@@ -40,17 +39,13 @@ if(APPLE)
 else()
   set(ORIGIN "$ORIGIN")
 endif()
-set_target_properties(
-  _ext
-  PROPERTIES BUILD_WITH_INSTALL_RPATH ON
-             INSTALL_RPATH
-             "${ORIGIN}/../mlx/lib;${ORIGIN}/../scipy_openblas32/lib")
+set_target_properties(_ext PROPERTIES BUILD_WITH_INSTALL_RPATH ON
+                                      INSTALL_RPATH "${ORIGIN}/../mlx/lib;${ORIGIN}/../scipy_openblas32/lib")
 
 add_custom_command(
   TARGET _ext
   POST_BUILD
-  COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/check_mlx.py" abi
-          "$<TARGET_FILE:_ext>"
+  COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/check_mlx.py" abi "$<TARGET_FILE:_ext>"
   VERBATIM)
 
 configure_file("${CMAKE_SOURCE_DIR}/python/mlx_fused/_build.py.in" _build.py @ONLY)

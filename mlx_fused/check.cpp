@@ -19,42 +19,34 @@ std::string to_string(const mx::Shape& shape) {
   return os.str();
 }
 
-} // namespace
+}  // namespace
 
 void Check::ndim(const char* name, const mx::array& a, int expected) const {
   if (static_cast<int>(a.ndim()) != expected) {
     std::ostringstream msg;
-    msg << name << " must have " << expected << " dimensions but got "
-        << a.ndim() << " with shape " << to_string(a.shape()) << ".";
+    msg << name << " must have " << expected << " dimensions but got " << a.ndim() << " with shape "
+        << to_string(a.shape()) << ".";
     fail(msg.str());
   }
 }
 
-void Check::shape(
-    const std::string& name,
-    const mx::array& a,
-    const mx::Shape& expected) const {
+void Check::shape(const std::string& name, const mx::array& a, const mx::Shape& expected) const {
   if (a.shape() != expected) {
-    fail(
-        name + " must have shape " + to_string(expected) + " but got " +
-        to_string(a.shape()) + ".");
+    fail(name + " must have shape " + to_string(expected) + " but got " + to_string(a.shape()) + ".");
   }
 }
 
 void Check::floating(const std::string& name, const mx::array& a) const {
   if (!mx::issubdtype(a.dtype(), mx::floating)) {
     std::ostringstream msg;
-    msg << name << " must be float32, float16 or bfloat16 but got " << a.dtype()
-        << ".";
+    msg << name << " must be float32, float16 or bfloat16 but got " << a.dtype() << ".";
     fail(msg.str());
   }
 }
 
 void Check::positive(const char* name, int value) const {
   if (value < 1) {
-    fail(
-        std::string(name) + " must be at least 1 but got " +
-        std::to_string(value) + ".");
+    fail(std::string(name) + " must be at least 1 but got " + std::to_string(value) + ".");
   }
 }
 
@@ -62,4 +54,4 @@ void Check::fail(const std::string& message) const {
   throw std::invalid_argument("[" + std::string(op_) + "] " + message);
 }
 
-} // namespace mlx_fused
+}  // namespace mlx_fused

@@ -14,10 +14,7 @@ class Check {
   explicit Check(const char* op) : op_(op) {}
 
   void ndim(const char* name, const mx::array& a, int expected) const;
-  void shape(
-      const std::string& name,
-      const mx::array& a,
-      const mx::Shape& expected) const;
+  void shape(const std::string& name, const mx::array& a, const mx::Shape& expected) const;
   void floating(const std::string& name, const mx::array& a) const;
   void positive(const char* name, int value) const;
 
@@ -27,4 +24,4 @@ class Check {
   const char* op_;
 };
 
-} // namespace mlx_fused
+}  // namespace mlx_fused

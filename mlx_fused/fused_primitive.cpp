@@ -19,10 +19,7 @@ Arrays select(const Arrays& arrays, const std::vector<int>& indices) {
 }
 
 // The function of the arguments in argnums alone, the others held at their primals.
-Function restrict_to(
-    const Function& fun,
-    const Arrays& primals,
-    const std::vector<int>& argnums) {
+Function restrict_to(const Function& fun, const Arrays& primals, const std::vector<int>& argnums) {
   return [fun, primals, argnums](const Arrays& args) {
     auto all = primals;
     for (size_t i = 0; i < argnums.size(); ++i) {
@@ -32,33 +29,24 @@ Function restrict_to(
   };
 }
 
-} // namespace
+}  // namespace
 
 void FusedPrimitive::eval_gpu(const Arrays&, Arrays&) {
-  throw std::runtime_error(
-      "[" + std::string(name()) + "] There is no GPU kernel.");
+  throw std::runtime_error("[" + std::string(name()) + "] There is no GPU kernel.");
 }
 
 Arrays FusedPrimitive::vjp(
-    const Arrays& primals,
-    const Arrays& cotangents,
-    const std::vector<int>& argnums,
-    const Arrays&) {
+    const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) {
   auto fun = restrict_to(composed(), primals, argnums);
   return mx::vjp(fun, select(primals, argnums), cotangents).second;
 }
 
-Arrays FusedPrimitive::jvp(
-    const Arrays& primals,
-    const Arrays& tangents,
-    const std::vector<int>& argnums) {
+Arrays FusedPrimitive::jvp(const Arrays& primals, const Arrays& tangents, const std::vector<int>& argnums) {
   auto fun = restrict_to(composed(), primals, argnums);
   return mx::jvp(fun, select(primals, argnums), tangents).second;
 }
 
-std::pair<Arrays, std::vector<int>> FusedPrimitive::vmap(
-    const Arrays& inputs,
-    const std::vector<int>& axes) {
+std::pair<Arrays, std::vector<int>> FusedPrimitive::vmap(const Arrays& inputs, const std::vector<int>& axes) {
   auto mapped_inputs = inputs;
   auto mapped_axes = axes;
   if (axes[0] == -1) {
@@ -76,4 +64,4 @@ std::pair<Arrays, std::vector<int>> FusedPrimitive::vmap(
   return {outputs, std::vector<int>(outputs.size(), 0)};
 }
 
-} // namespace mlx_fused
+}  // namespace mlx_fused

@@ -26,17 +26,12 @@ class FusedPrimitive : public mx::Primitive {
       const Arrays& cotangents,
       const std::vector<int>& argnums,
       const Arrays& outputs) override;
-  Arrays jvp(
-      const Arrays& primals,
-      const Arrays& tangents,
-      const std::vector<int>& argnums) override;
-  std::pair<Arrays, std::vector<int>> vmap(
-      const Arrays& inputs,
-      const std::vector<int>& axes) override;
+  Arrays jvp(const Arrays& primals, const Arrays& tangents, const std::vector<int>& argnums) override;
+  std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes) override;
 
  protected:
   // The same function of the same inputs in MLX's own ops.
   virtual Function composed() = 0;
 };
 
-} // namespace mlx_fused
+}  // namespace mlx_fused

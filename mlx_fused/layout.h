@@ -57,7 +57,7 @@ struct QKVLayout {
 // then its weights if the input's gradient is. Outputs: one per argnum, in order.
 struct QKVGradLayout {
   QKVLayout forward;
-  std::vector<int> argnums; // positions in the forward's inputs, ascending
+  std::vector<int> argnums;  // positions in the forward's inputs, ascending
 
   static constexpr int cotangent = 0;
   static constexpr int input = QKVLayout::segments;
@@ -65,9 +65,8 @@ struct QKVGradLayout {
   bool operator==(const QKVGradLayout&) const = default;
 
   bool reads_input() const {
-    return std::any_of(argnums.begin(), argnums.end(), [&](int n) {
-      return n >= forward.weight(0) && n < forward.bias(0);
-    });
+    return std::any_of(
+        argnums.begin(), argnums.end(), [&](int n) { return n >= forward.weight(0) && n < forward.bias(0); });
   }
   bool reads_weight() const {
     return output(QKVLayout::input) >= 0;
@@ -98,7 +97,7 @@ struct OutputLayout {
 // Gradient inputs: d_output, then attn_out if the weight's gradient is asked for, then the weight
 // if attn_out's is. Outputs: one per argnum. The residual's gradient is d_output itself.
 struct OutputGradLayout {
-  std::vector<int> argnums; // of OutputLayout's attn_out, weight, bias, ascending
+  std::vector<int> argnums;  // of OutputLayout's attn_out, weight, bias, ascending
 
   static constexpr int cotangent = 0;
   static constexpr int attn_out = 1;
@@ -119,4 +118,4 @@ struct OutputGradLayout {
   }
 };
 
-} // namespace mlx_fused
+}  // namespace mlx_fused

@@ -11,10 +11,7 @@ namespace mlx_fused {
 
 namespace {
 
-void check_arguments(
-    const Check& check,
-    const mx::array& attn_out,
-    const mx::array& weight) {
+void check_arguments(const Check& check, const mx::array& attn_out, const mx::array& weight) {
   check.ndim("attn_out", attn_out, 3);
   check.floating("attn_out", attn_out);
   check.ndim("weight", weight, 2);
@@ -33,10 +30,7 @@ void check_forward(
     check.shape("bias", *bias, {weight.shape(0)});
     check.floating("bias", *bias);
   }
-  check.shape(
-      "residual",
-      residual,
-      {attn_out.shape(0), attn_out.shape(1), weight.shape(0)});
+  check.shape("residual", residual, {attn_out.shape(0), attn_out.shape(1), weight.shape(0)});
   check.floating("residual", residual);
 }
 
@@ -53,16 +47,9 @@ Arrays forward_inputs(
   return inputs;
 }
 
-mx::array make_forward(
-    const Arrays& inputs,
-    const OutputLayout& layout,
-    mx::Stream stream) {
+mx::array make_forward(const Arrays& inputs, const OutputLayout& layout, mx::Stream stream) {
   auto primitive = std::make_shared<FusedOutputProjection>(stream, layout);
-  return mx::array(
-      primitive->output_shapes(inputs)[0],
-      inputs[0].dtype(),
-      primitive,
-      inputs);
+  return mx::array(primitive->output_shapes(inputs)[0], inputs[0].dtype(), primitive, inputs);
 }
 
 // Keeps alive only what the gradients asked for will read.
@@ -81,17 +68,13 @@ Arrays grad_inputs(
   return inputs;
 }
 
-Arrays make_grad(
-    const Arrays& inputs,
-    const OutputGradLayout& layout,
-    mx::Stream stream) {
+Arrays make_grad(const Arrays& inputs, const OutputGradLayout& layout, mx::Stream stream) {
   auto primitive = std::make_shared<FusedOutputProjectionGrad>(stream, layout);
   std::vector<mx::Dtype> dtypes(layout.argnums.size(), inputs[0].dtype());
-  return mx::array::make_arrays(
-      primitive->output_shapes(inputs), dtypes, primitive, inputs);
+  return mx::array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, inputs);
 }
 
-} // namespace
+}  // namespace
 
 mx::array fused_output_projection_residual(
     const mx::array& attn_out,
@@ -109,8 +92,7 @@ mx::array fused_output_projection_residual(
     dtype = mx::promote_types(dtype, bias->dtype());
   }
   auto stream = mx::to_stream(s);
-  if (route(stream.device, {dtype, mx::promote_types(dtype, residual.dtype())}) ==
-      Route::composed) {
+  if (route(stream.device, {dtype, mx::promote_types(dtype, residual.dtype())}) == Route::composed) {
     return composed::output_projection(inputs, layout, stream)[0];
   }
   for (auto& x : inputs) {
@@ -128,9 +110,7 @@ mx::array composed_output_projection_residual(
   Check check("composed.fused_output_projection_residual");
   check_forward(check, attn_out, weight, bias, residual);
   return composed::output_projection(
-      forward_inputs(attn_out, weight, bias, residual),
-      OutputLayout{bias.has_value()},
-      mx::to_stream(s))[0];
+      forward_inputs(attn_out, weight, bias, residual), OutputLayout{bias.has_value()}, mx::to_stream(s))[0];
 }
 
 Arrays fused_output_projection_residual_bwd(
@@ -141,10 +121,7 @@ Arrays fused_output_projection_residual_bwd(
     mx::StreamOrDevice s) {
   Check check("fused_output_projection_residual_bwd");
   check_arguments(check, attn_out, weight);
-  check.shape(
-      "d_output",
-      d_output,
-      {attn_out.shape(0), attn_out.shape(1), weight.shape(0)});
+  check.shape("d_output", d_output, {attn_out.shape(0), attn_out.shape(1), weight.shape(0)});
   check.floating("d_output", d_output);
 
   OutputGradLayout layout{{OutputLayout::attn_out, OutputLayout::weight}};
@@ -158,8 +135,8 @@ Arrays fused_output_projection_residual_bwd(
     x = mx::astype(x, dtype, stream);
   }
   auto grads = route(stream.device, {dtype}) == Route::composed
-      ? composed::output_projection_grad(inputs, layout, stream)
-      : make_grad(inputs, layout, stream);
+                   ? composed::output_projection_grad(inputs, layout, stream)
+                   : make_grad(inputs, layout, stream);
   // A bias has its weight's dtype here, for the bias itself is not an argument.
   for (size_t i = 0; i < grads.size(); ++i) {
     auto& primal = i == 0 ? attn_out : weight;
@@ -176,10 +153,7 @@ Function FusedOutputProjection::composed() {
 }
 
 Arrays FusedOutputProjection::vjp(
-    const Arrays& primals,
-    const Arrays& cotangents,
-    const std::vector<int>& argnums,
-    const Arrays&) {
+    const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) {
   OutputGradLayout layout{argnums};
   bool wants_residual = argnums.back() == layout_.residual();
   if (wants_residual) {
@@ -187,11 +161,8 @@ Arrays FusedOutputProjection::vjp(
   }
   Arrays grads;
   if (!layout.argnums.empty()) {
-    auto inputs = grad_inputs(
-        cotangents[0],
-        primals[OutputLayout::attn_out],
-        primals[OutputLayout::weight],
-        layout);
+    auto inputs =
+        grad_inputs(cotangents[0], primals[OutputLayout::attn_out], primals[OutputLayout::weight], layout);
     grads = make_grad(inputs, layout, stream());
   }
   if (wants_residual) {
@@ -201,14 +172,11 @@ Arrays FusedOutputProjection::vjp(
 }
 
 std::pair<Arrays, std::vector<int>> FusedOutputProjection::vmap(
-    const Arrays& inputs,
-    const std::vector<int>& axes) {
+    const Arrays& inputs, const std::vector<int>& axes) {
   int residual = layout_.residual();
-  bool only_activations = axes[OutputLayout::attn_out] != -1 &&
-      axes[residual] != -1 &&
-      std::all_of(axes.begin() + 1, axes.begin() + residual, [](int axis) {
-                            return axis == -1;
-                          });
+  bool only_activations =
+      axes[OutputLayout::attn_out] != -1 && axes[residual] != -1 &&
+      std::all_of(axes.begin() + 1, axes.begin() + residual, [](int axis) { return axis == -1; });
   if (!only_activations) {
     return FusedPrimitive::vmap(inputs, axes);
   }
@@ -229,8 +197,7 @@ bool FusedOutputProjection::is_equivalent(const mx::Primitive& other) const {
   return layout_ == static_cast<const FusedOutputProjection&>(other).layout_;
 }
 
-std::vector<mx::Shape> FusedOutputProjection::output_shapes(
-    const Arrays& inputs) {
+std::vector<mx::Shape> FusedOutputProjection::output_shapes(const Arrays& inputs) {
   return {inputs[layout_.residual()].shape()};
 }
 
@@ -240,14 +207,11 @@ Function FusedOutputProjectionGrad::composed() {
   };
 }
 
-bool FusedOutputProjectionGrad::is_equivalent(
-    const mx::Primitive& other) const {
-  return layout_ ==
-      static_cast<const FusedOutputProjectionGrad&>(other).layout_;
+bool FusedOutputProjectionGrad::is_equivalent(const mx::Primitive& other) const {
+  return layout_ == static_cast<const FusedOutputProjectionGrad&>(other).layout_;
 }
 
-std::vector<mx::Shape> FusedOutputProjectionGrad::output_shapes(
-    const Arrays& inputs) {
+std::vector<mx::Shape> FusedOutputProjectionGrad::output_shapes(const Arrays& inputs) {
   auto& grad = inputs[OutputGradLayout::cotangent];
   std::vector<mx::Shape> shapes;
   for (int argnum : layout_.argnums) {
@@ -264,4 +228,4 @@ std::vector<mx::Shape> FusedOutputProjectionGrad::output_shapes(
   return shapes;
 }
 
-} // namespace mlx_fused
+}  // namespace mlx_fused

@@ -37,8 +37,7 @@ mx::array composed_output_projection_residual(
 
 class FusedOutputProjection : public FusedPrimitive {
  public:
-  FusedOutputProjection(mx::Stream stream, OutputLayout layout)
-      : FusedPrimitive(stream), layout_(layout) {}
+  FusedOutputProjection(mx::Stream stream, OutputLayout layout) : FusedPrimitive(stream), layout_(layout) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   Arrays vjp(
@@ -46,9 +45,7 @@ class FusedOutputProjection : public FusedPrimitive {
       const Arrays& cotangents,
       const std::vector<int>& argnums,
       const Arrays& outputs) override;
-  std::pair<Arrays, std::vector<int>> vmap(
-      const Arrays& inputs,
-      const std::vector<int>& axes) override;
+  std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes) override;
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
   bool is_equivalent(const mx::Primitive& other) const override;
   DEFINE_NAME(FusedOutputProjection)
@@ -77,4 +74,4 @@ class FusedOutputProjectionGrad : public FusedPrimitive {
   OutputGradLayout layout_;
 };
 
-} // namespace mlx_fused
+}  // namespace mlx_fused

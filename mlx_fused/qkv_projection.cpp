@@ -33,12 +33,10 @@ Arrays check_parts(
         std::string(name) +
         (layout.packed ? " must be one packed array as weight is"
                        : " must be a tuple of three arrays (q, k, v)") +
-        " but got " +
-        (packed ? "one array." :  "a tuple of " + std::to_string(arrays.size()) + "."));
+        " but got " + (packed ? "one array." : "a tuple of " + std::to_string(arrays.size()) + "."));
   }
   for (int part = 0; part < layout.parts(); ++part) {
-    auto part_name =
-        packed ? name : name + ("[" + std::to_string(part) + "]");
+    auto part_name = packed ? name : name + ("[" + std::to_string(part) + "]");
     mx::Shape shape = {layout.part_features(part)};
     if (in_features) {
       shape.push_back(*in_features);
@@ -68,16 +66,13 @@ Arguments check_arguments(
   check.positive("head_dim", head_dim);
   if (num_heads % num_kv_heads != 0) {
     check.fail(
-        "num_heads must be a multiple of num_kv_heads but got " +
-        std::to_string(num_heads) + " and " + std::to_string(num_kv_heads) +
-        ".");
+        "num_heads must be a multiple of num_kv_heads but got " + std::to_string(num_heads) + " and " +
+        std::to_string(num_kv_heads) + ".");
   }
-  if ((num_heads + 2 * int64_t(num_kv_heads)) * head_dim >
-      std::numeric_limits<int>::max()) {
+  if ((num_heads + 2 * int64_t(num_kv_heads)) * head_dim > std::numeric_limits<int>::max()) {
     check.fail(
         "(num_heads + 2 * num_kv_heads) * head_dim must be below 2^31 but got num_heads " +
-        std::to_string(num_heads) + ", num_kv_heads " +
-        std::to_string(num_kv_heads) + " and head_dim " +
+        std::to_string(num_heads) + ", num_kv_heads " + std::to_string(num_kv_heads) + " and head_dim " +
         std::to_string(head_dim) + ".");
   }
   check.ndim("input", input, 3);
@@ -101,21 +96,14 @@ Arguments check_arguments(
   return {layout, std::move(inputs)};
 }
 
-Arrays make_forward(
-    const Arrays& inputs,
-    const QKVLayout& layout,
-    mx::Stream stream) {
+Arrays make_forward(const Arrays& inputs, const QKVLayout& layout, mx::Stream stream) {
   auto primitive = std::make_shared<FusedQKVProjection>(stream, layout);
   std::vector<mx::Dtype> dtypes(QKVLayout::segments, inputs[0].dtype());
-  return mx::array::make_arrays(
-      primitive->output_shapes(inputs), dtypes, primitive, inputs);
+  return mx::array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, inputs);
 }
 
 // Keeps alive only what the gradients asked for will read.
-Arrays grad_inputs(
-    const Arrays& cotangents,
-    const Arrays& primals,
-    const QKVGradLayout& layout) {
+Arrays grad_inputs(const Arrays& cotangents, const Arrays& primals, const QKVGradLayout& layout) {
   auto inputs = cotangents;
   if (layout.reads_input()) {
     inputs.push_back(primals[QKVLayout::input]);
@@ -127,17 +115,13 @@ Arrays grad_inputs(
   return inputs;
 }
 
-Arrays make_grad(
-    const Arrays& inputs,
-    const QKVGradLayout& layout,
-    mx::Stream stream) {
+Arrays make_grad(const Arrays& inputs, const QKVGradLayout& layout, mx::Stream stream) {
   auto primitive = std::make_shared<FusedQKVProjectionGrad>(stream, layout);
   std::vector<mx::Dtype> dtypes(layout.argnums.size(), inputs[0].dtype());
-  return mx::array::make_arrays(
-      primitive->output_shapes(inputs), dtypes, primitive, inputs);
+  return mx::array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, inputs);
 }
 
-} // namespace
+}  // namespace
 
 Arrays fused_qkv_projection(
     const mx::array& input,
@@ -148,8 +132,7 @@ Arrays fused_qkv_projection(
     int head_dim,
     mx::StreamOrDevice s) {
   Check check("fused_qkv_projection");
-  auto [layout, inputs] = check_arguments(
-      check, input, weight, bias, num_heads, num_kv_heads, head_dim);
+  auto [layout, inputs] = check_arguments(check, input, weight, bias, num_heads, num_kv_heads, head_dim);
 
   std::vector<mx::Dtype> promoted;
   for (int part = 0; part < layout.parts(); ++part) {
@@ -178,8 +161,7 @@ Arrays composed_qkv_projection(
     int head_dim,
     mx::StreamOrDevice s) {
   Check check("composed.fused_qkv_projection");
-  auto [layout, inputs] = check_arguments(
-      check, input, weight, bias, num_heads, num_kv_heads, head_dim);
+  auto [layout, inputs] = check_arguments(check, input, weight, bias, num_heads, num_kv_heads, head_dim);
   return composed::qkv_projection(inputs, layout, mx::to_stream(s));
 }
 
@@ -195,16 +177,13 @@ Arrays fused_qkv_projection_bwd(
     int head_dim,
     mx::StreamOrDevice s) {
   Check check("fused_qkv_projection_bwd");
-  auto [forward, primals] = check_arguments(
-      check, input, weight, std::nullopt, num_heads, num_kv_heads, head_dim);
+  auto [forward, primals] =
+      check_arguments(check, input, weight, std::nullopt, num_heads, num_kv_heads, head_dim);
   forward.has_bias = has_bias;
   const char* names[] = {"dq", "dk", "dv"};
   Arrays cotangents = {dq, dk, dv};
   for (int i = 0; i < QKVLayout::segments; ++i) {
-    check.shape(
-        names[i],
-        cotangents[i],
-        {input.shape(0), forward.heads(i), input.shape(1), head_dim});
+    check.shape(names[i], cotangents[i], {input.shape(0), forward.heads(i), input.shape(1), head_dim});
     check.floating(names[i], cotangents[i]);
   }
 
@@ -219,8 +198,8 @@ Arrays fused_qkv_projection_bwd(
     x = mx::astype(x, dtype, stream);
   }
   auto grads = route(stream.device, {dtype}) == Route::composed
-      ? composed::qkv_projection_grad(inputs, layout, stream)
-      : make_grad(inputs, layout, stream);
+                   ? composed::qkv_projection_grad(inputs, layout, stream)
+                   : make_grad(inputs, layout, stream);
   // A bias gets its weight's dtype, for the bias itself is not an argument.
   for (int i = 0; i < int(grads.size()); ++i) {
     auto& primal = primals[i < forward.bias(0) ? i : i - forward.parts()];
@@ -236,19 +215,14 @@ Function FusedQKVProjection::composed() {
 }
 
 Arrays FusedQKVProjection::vjp(
-    const Arrays& primals,
-    const Arrays& cotangents,
-    const std::vector<int>& argnums,
-    const Arrays&) {
+    const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) {
   QKVGradLayout layout{layout_, argnums};
   return make_grad(grad_inputs(cotangents, primals, layout), layout, stream());
 }
 
 std::pair<Arrays, std::vector<int>> FusedQKVProjection::vmap(
-    const Arrays& inputs,
-    const std::vector<int>& axes) {
-  bool only_input = std::all_of(
-      axes.begin() + 1, axes.end(), [](int axis) { return axis == -1; });
+    const Arrays& inputs, const std::vector<int>& axes) {
+  bool only_input = std::all_of(axes.begin() + 1, axes.end(), [](int axis) { return axis == -1; });
   if (!only_input) {
     return FusedPrimitive::vmap(inputs, axes);
   }
@@ -268,13 +242,11 @@ bool FusedQKVProjection::is_equivalent(const mx::Primitive& other) const {
   return layout_ == static_cast<const FusedQKVProjection&>(other).layout_;
 }
 
-std::vector<mx::Shape> FusedQKVProjection::output_shapes(
-    const Arrays& inputs) {
+std::vector<mx::Shape> FusedQKVProjection::output_shapes(const Arrays& inputs) {
   auto& input = inputs[QKVLayout::input];
   std::vector<mx::Shape> shapes;
   for (int i = 0; i < QKVLayout::segments; ++i) {
-    shapes.push_back(
-        {input.shape(0), layout_.heads(i), input.shape(1), layout_.head_dim});
+    shapes.push_back({input.shape(0), layout_.heads(i), input.shape(1), layout_.head_dim});
   }
   return shapes;
 }
@@ -289,8 +261,7 @@ bool FusedQKVProjectionGrad::is_equivalent(const mx::Primitive& other) const {
   return layout_ == static_cast<const FusedQKVProjectionGrad&>(other).layout_;
 }
 
-std::vector<mx::Shape> FusedQKVProjectionGrad::output_shapes(
-    const Arrays& inputs) {
+std::vector<mx::Shape> FusedQKVProjectionGrad::output_shapes(const Arrays& inputs) {
   auto& forward = layout_.forward;
   auto& dq = inputs[QKVGradLayout::cotangent];
   std::vector<mx::Shape> shapes;
@@ -300,8 +271,7 @@ std::vector<mx::Shape> FusedQKVProjectionGrad::output_shapes(
       shapes.push_back({dq.shape(0), dq.shape(2), hidden});
     } else if (argnum < forward.bias(0)) {
       auto hidden = inputs[QKVGradLayout::input].shape(2);
-      shapes.push_back(
-          {forward.part_features(argnum - forward.weight(0)), hidden});
+      shapes.push_back({forward.part_features(argnum - forward.weight(0)), hidden});
     } else {
       shapes.push_back({forward.part_features(argnum - forward.bias(0))});
     }
@@ -309,4 +279,4 @@ std::vector<mx::Shape> FusedQKVProjectionGrad::output_shapes(
   return shapes;
 }
 
-} // namespace mlx_fused
+}  // namespace mlx_fused

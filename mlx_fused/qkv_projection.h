@@ -51,8 +51,7 @@ Arrays composed_qkv_projection(
 
 class FusedQKVProjection : public FusedPrimitive {
  public:
-  FusedQKVProjection(mx::Stream stream, QKVLayout layout)
-      : FusedPrimitive(stream), layout_(layout) {}
+  FusedQKVProjection(mx::Stream stream, QKVLayout layout) : FusedPrimitive(stream), layout_(layout) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   Arrays vjp(
@@ -60,9 +59,7 @@ class FusedQKVProjection : public FusedPrimitive {
       const Arrays& cotangents,
       const std::vector<int>& argnums,
       const Arrays& outputs) override;
-  std::pair<Arrays, std::vector<int>> vmap(
-      const Arrays& inputs,
-      const std::vector<int>& axes) override;
+  std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes) override;
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
   bool is_equivalent(const mx::Primitive& other) const override;
   DEFINE_NAME(FusedQKVProjection)
@@ -91,4 +88,4 @@ class FusedQKVProjectionGrad : public FusedPrimitive {
   QKVGradLayout layout_;
 };
 
-} // namespace mlx_fused
+}  // namespace mlx_fused

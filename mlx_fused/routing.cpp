@@ -8,7 +8,7 @@ bool has_kernel(mx::Dtype dtype) {
   return dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
 }
 
-} // namespace
+}  // namespace
 
 Route route(mx::Device device, const std::vector<mx::Dtype>& promoted) {
   // GPU streams have no kernels of ours yet.
@@ -24,4 +24,4 @@ Route route(mx::Device device, const std::vector<mx::Dtype>& promoted) {
   return Route::primitive;
 }
 
-} // namespace mlx_fused
+}  // namespace mlx_fused

@@ -15,4 +15,4 @@ enum class Route { composed, primitive };
 // `promoted` is the dtype that MLX's promotion gives each product of the call, and its residual.
 Route route(mx::Device device, const std::vector<mx::Dtype>& promoted);
 
-} // namespace mlx_fused
+}  // namespace mlx_fused

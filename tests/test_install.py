@@ -50,7 +50,7 @@ def test_import_fails_before_the_extension_loads(tmp_path):
 
 def test_build_refuses_another_mlx(check_mlx_module):
     check_mlx_module.check_version(version("mlx"))
-    with pytest.raises(SystemExit, match="Fix: pip install mlx==0.32.3"):
+    with pytest.raises(SystemExit, match=r"Fix: pip install mlx==0\.32\.3"):
         check_mlx_module.check_version("0.32.3")
 
 
@@ -91,7 +91,8 @@ def test_types_reach_a_caller(tmp_path):
         "mlx_fused.fused_qkv_projection(x, [1], None, 2, 1, 4)\n"
     )
     mypy = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--cache-dir", str(tmp_path), str(user)]
-    run = subprocess.run(mypy, capture_output=True, text=True, cwd=tmp_path, env={"MYPYPATH": str(package.parent)})
+    env = {"MYPYPATH": str(package.parent)}
+    run = subprocess.run(mypy, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert 'Revealed type is "tuple[mlx.core.array, mlx.core.array, mlx.core.array]"' in run.stdout
     assert "user.py:5: error: Argument 2" in run.stdout
     assert "Found 1 error" in run.stdout

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-import mlx.core as mx  # the extension's types are mlx.core's, which must be there first
+import mlx.core  # noqa: F401 - the extension's types are those of mlx.core, which must be there first
 
 from mlx_fused._version import __version__, check_mlx
 

@@ -22,8 +22,7 @@ Triple triple(const std::vector<mx::array>& arrays, size_t first = 0) {
 }
 
 // Gradients come back as their arguments came: one packed array, or a tuple of three.
-GradParts parts(
-    const std::vector<mx::array>& arrays, size_t first, bool packed) {
+GradParts parts(const std::vector<mx::array>& arrays, size_t first, bool packed) {
   if (packed) {
     return arrays[first];
   }
@@ -38,8 +37,7 @@ Triple qkv_projection(
     int num_kv_heads,
     int head_dim,
     mx::StreamOrDevice s) {
-  return triple(mlx_fused::fused_qkv_projection(
-      input, weight, bias, num_heads, num_kv_heads, head_dim, s));
+  return triple(mlx_fused::fused_qkv_projection(input, weight, bias, num_heads, num_kv_heads, head_dim, s));
 }
 
 Triple composed_qkv_projection(
@@ -50,8 +48,8 @@ Triple composed_qkv_projection(
     int num_kv_heads,
     int head_dim,
     mx::StreamOrDevice s) {
-  return triple(mlx_fused::composed_qkv_projection(
-      input, weight, bias, num_heads, num_kv_heads, head_dim, s));
+  return triple(
+      mlx_fused::composed_qkv_projection(input, weight, bias, num_heads, num_kv_heads, head_dim, s));
 }
 
 std::tuple<mx::array, GradParts, std::optional<GradParts>> qkv_projection_bwd(
@@ -75,15 +73,13 @@ std::tuple<mx::array, GradParts, std::optional<GradParts>> qkv_projection_bwd(
   return {grads[0], parts(grads, 1, packed), d_bias};
 }
 
-std::tuple<mx::array, mx::array, std::optional<mx::array>, mx::array>
-output_projection_bwd(
+std::tuple<mx::array, mx::array, std::optional<mx::array>, mx::array> output_projection_bwd(
     const mx::array& d_output,
     const mx::array& attn_out,
     const mx::array& weight,
     bool has_bias,
     mx::StreamOrDevice s) {
-  auto grads = mlx_fused::fused_output_projection_residual_bwd(
-      d_output, attn_out, weight, has_bias, s);
+  auto grads = mlx_fused::fused_output_projection_residual_bwd(d_output, attn_out, weight, has_bias, s);
   std::optional<mx::array> d_bias;
   if (has_bias) {
     d_bias = grads[2];
@@ -91,7 +87,7 @@ output_projection_bwd(
   return {grads[0], grads[1], d_bias, grads.back()};
 }
 
-} // namespace
+}  // namespace
 
 NB_MODULE(_ext, m) {
   m.doc() = "The C++ operations of mlx_fused.";
@@ -108,7 +104,9 @@ NB_MODULE(_ext, m) {
       nb::kw_only(),
       "stream"_a = nb::none(),
       nb::sig(
-          "def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, stream: StreamOrDevice = None) -> tuple[array, array, array]"),
+          "def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | "
+          "tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, stream: "
+          "StreamOrDevice = None) -> tuple[array, array, array]"),
       R"pbdoc(
         Project hidden states to queries, keys and values in one operation.
 
@@ -152,7 +150,8 @@ NB_MODULE(_ext, m) {
       nb::kw_only(),
       "stream"_a = nb::none(),
       nb::sig(
-          "def fused_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, stream: StreamOrDevice = None) -> array"),
+          "def fused_output_projection_residual(attn_out: array, weight: array, bias: array | None, "
+          "residual: array, *, stream: StreamOrDevice = None) -> array"),
       R"pbdoc(
         Project attention's output and add the residual in one operation.
 
@@ -191,7 +190,10 @@ NB_MODULE(_ext, m) {
       nb::kw_only(),
       "stream"_a = nb::none(),
       nb::sig(
-          "def fused_qkv_projection_bwd(dq: array, dk: array, dv: array, input: array, weight: array | tuple[array, array, array], has_bias: bool, num_heads: int, num_kv_heads: int, head_dim: int, *, stream: StreamOrDevice = None) -> tuple[array, array | tuple[array, array, array], array | tuple[array, array, array] | None]"),
+          "def fused_qkv_projection_bwd(dq: array, dk: array, dv: array, input: array, weight: array | "
+          "tuple[array, array, array], has_bias: bool, num_heads: int, num_kv_heads: int, head_dim: int, *, "
+          "stream: StreamOrDevice = None) -> tuple[array, array | tuple[array, array, array], array | "
+          "tuple[array, array, array] | None]"),
       R"pbdoc(
         All gradients of :func:`fused_qkv_projection`.
 
@@ -230,7 +232,8 @@ NB_MODULE(_ext, m) {
       nb::kw_only(),
       "stream"_a = nb::none(),
       nb::sig(
-          "def fused_output_projection_residual_bwd(d_output: array, attn_out: array, weight: array, has_bias: bool, *, stream: StreamOrDevice = None) -> tuple[array, array, array | None, array]"),
+          "def fused_output_projection_residual_bwd(d_output: array, attn_out: array, weight: array, "
+          "has_bias: bool, *, stream: StreamOrDevice = None) -> tuple[array, array, array | None, array]"),
       R"pbdoc(
         All gradients of :func:`fused_output_projection_residual`.
 
@@ -263,7 +266,9 @@ NB_MODULE(_ext, m) {
       nb::kw_only(),
       "stream"_a = nb::none(),
       nb::sig(
-          "def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, stream: StreamOrDevice = None) -> tuple[array, array, array]"),
+          "def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array "
+          "| tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, stream: "
+          "StreamOrDevice = None) -> tuple[array, array, array]"),
       "``fused_qkv_projection`` written in MLX's own operations.");
 
   m.def(
@@ -276,6 +281,7 @@ NB_MODULE(_ext, m) {
       nb::kw_only(),
       "stream"_a = nb::none(),
       nb::sig(
-          "def composed_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, stream: StreamOrDevice = None) -> array"),
+          "def composed_output_projection_residual(attn_out: array, weight: array, bias: array | None, "
+          "residual: array, *, stream: StreamOrDevice = None) -> array"),
       "``fused_output_projection_residual`` written in MLX's own operations.");
 }

@@ -48,16 +48,12 @@ View heads_view(const mx::array& a) {
 
 // [B, S, features]
 View tokens_view(const mx::array& a) {
-  return make_view(
-      a,
-      {a.shape(0), 1, a.shape(1), a.shape(2)},
-      {a.strides(0), 0, a.strides(1), a.strides(2)});
+  return make_view(a, {a.shape(0), 1, a.shape(1), a.shape(2)}, {a.strides(0), 0, a.strides(1), a.strides(2)});
 }
 
 // [rows, cols]
 View matrix_view(const mx::array& a) {
-  return make_view(
-      a, {1, 1, a.shape(0), a.shape(1)}, {0, 0, a.strides(0), a.strides(1)});
+  return make_view(a, {1, 1, a.shape(0), a.shape(1)}, {0, 0, a.strides(0), a.strides(1)});
 }
 
 // [features]
@@ -70,15 +66,13 @@ size_t itemsize(const View& view) {
 }
 
 View rows_of(View view, int64_t first, int64_t count) {
-  view.data = static_cast<char*>(view.data) +
-      first * view.seq_stride * static_cast<int64_t>(itemsize(view));
+  view.data = static_cast<char*>(view.data) + first * view.seq_stride * static_cast<int64_t>(itemsize(view));
   view.seq = count;
   return view;
 }
 
 View cols_of(View view, int64_t first, int64_t count) {
-  view.data = static_cast<char*>(view.data) +
-      first * view.dim_stride * static_cast<int64_t>(itemsize(view));
+  view.data = static_cast<char*>(view.data) + first * view.dim_stride * static_cast<int64_t>(itemsize(view));
   view.dim = count;
   return view;
 }
@@ -90,11 +84,7 @@ void allocate(Arrays& outputs) {
 }
 
 template <class F>
-void dispatch(
-    mx::Stream stream,
-    const Arrays& inputs,
-    Arrays& outputs,
-    F work) {
+void dispatch(mx::Stream stream, const Arrays& inputs, Arrays& outputs, F work) {
   auto& encoder = mx::cpu::get_command_encoder(stream);
   for (auto& in : inputs) {
     encoder.set_input_array(in);
@@ -106,35 +96,23 @@ void dispatch(
 }
 
 // A segment's weight rows or bias entries, packed with the others or alone.
-View segment_weight(
-    const Arrays& inputs,
-    int first,
-    const QKVLayout& layout,
-    int segment) {
+View segment_weight(const Arrays& inputs, int first, const QKVLayout& layout, int segment) {
   if (!layout.packed) {
     return matrix_view(inputs[first + segment]);
   }
-  return rows_of(
-      matrix_view(inputs[first]), layout.row(segment), layout.features(segment));
+  return rows_of(matrix_view(inputs[first]), layout.row(segment), layout.features(segment));
 }
 
-View segment_bias(
-    const Arrays& inputs,
-    int first,
-    const QKVLayout& layout,
-    int segment) {
+View segment_bias(const Arrays& inputs, int first, const QKVLayout& layout, int segment) {
   if (!layout.packed) {
     return vector_view(inputs[first + segment]);
   }
-  return cols_of(
-      vector_view(inputs[first]), layout.row(segment), layout.features(segment));
+  return cols_of(vector_view(inputs[first]), layout.row(segment), layout.features(segment));
 }
 
-} // namespace
+}  // namespace
 
-void FusedQKVProjection::eval_cpu(
-    const Arrays& inputs,
-    Arrays& outputs) {
+void FusedQKVProjection::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs);
   std::vector<cpu::Segment> segments;
   for (int i = 0; i < QKVLayout::segments; ++i) {
@@ -142,10 +120,7 @@ void FusedQKVProjection::eval_cpu(
     if (layout_.has_bias) {
       bias = segment_bias(inputs, layout_.bias(0), layout_, i);
     }
-    segments.push_back(
-        {segment_weight(inputs, layout_.weight(0), layout_, i),
-         bias,
-         heads_view(outputs[i])});
+    segments.push_back({segment_weight(inputs, layout_.weight(0), layout_, i), bias, heads_view(outputs[i])});
   }
   auto x = tokens_view(inputs[QKVLayout::input]);
   dispatch(stream(), inputs, outputs, [x, segments = std::move(segments)] {
@@ -153,9 +128,7 @@ void FusedQKVProjection::eval_cpu(
   });
 }
 
-void FusedQKVProjectionGrad::eval_cpu(
-    const Arrays& inputs,
-    Arrays& outputs) {
+void FusedQKVProjectionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs);
   auto& forward = layout_.forward;
 
@@ -168,13 +141,11 @@ void FusedQKVProjectionGrad::eval_cpu(
   for (int i = 0; i < QKVLayout::segments; ++i) {
     auto grad = heads_view(inputs[QKVGradLayout::cotangent + i]);
     if (layout_.reads_weight()) {
-      input_grad.push_back(
-          {segment_weight(inputs, layout_.weight(0), forward, i), grad});
+      input_grad.push_back({segment_weight(inputs, layout_.weight(0), forward, i), grad});
     }
     int part = forward.packed ? 0 : i;
     int weight_output = layout_.output(forward.weight(part));
-    int bias_output =
-        forward.has_bias ? layout_.output(forward.bias(part)) : -1;
+    int bias_output = forward.has_bias ? layout_.output(forward.bias(part)) : -1;
     WeightGrad out{grad, std::nullopt, std::nullopt};
     if (weight_output >= 0) {
       out.dw = segment_weight(outputs, weight_output - part, forward, i);
@@ -204,27 +175,18 @@ void FusedQKVProjectionGrad::eval_cpu(
   });
 }
 
-void FusedOutputProjection::eval_cpu(
-    const Arrays& inputs,
-    Arrays& outputs) {
+void FusedOutputProjection::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs);
-  cpu::Segment segment{
-      matrix_view(inputs[OutputLayout::weight]),
-      std::nullopt,
-      tokens_view(outputs[0])};
+  cpu::Segment segment{matrix_view(inputs[OutputLayout::weight]), std::nullopt, tokens_view(outputs[0])};
   if (layout_.has_bias) {
     segment.bias = vector_view(inputs[OutputLayout::bias]);
   }
   auto x = tokens_view(inputs[OutputLayout::attn_out]);
   auto residual = tokens_view(inputs[layout_.residual()]);
-  dispatch(stream(), inputs, outputs, [=] {
-    cpu::project(x, {segment}, residual);
-  });
+  dispatch(stream(), inputs, outputs, [=] { cpu::project(x, {segment}, residual); });
 }
 
-void FusedOutputProjectionGrad::eval_cpu(
-    const Arrays& inputs,
-    Arrays& outputs) {
+void FusedOutputProjectionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs);
   auto grad = tokens_view(inputs[OutputGradLayout::cotangent]);
   std::optional<View> weight, x, dx, dw, dbias;
@@ -249,4 +211,4 @@ void FusedOutputProjectionGrad::eval_cpu(
   });
 }
 
-} // namespace mlx_fused
+}  // namespace mlx_fused
