@@ -113,8 +113,6 @@ def patched(model: nn.Module) -> Iterator[PatchReport]:
 class _FusedProjections:
     """Put before an attention class: its projections are one operation during a call."""
 
-    __slots__ = ()  # an object can only change to a class of the same memory layout
-
     def __call__(self, *args, **kwargs):
         token = _running.set(_Call(self))
         try:
@@ -123,7 +121,7 @@ class _FusedProjections:
             _running.reset(token)
 
     def __reduce_ex__(self, protocol):
-        # Pickle finds a class by its name, and this one goes by the name of the original.
+        # Pickle finds classes by name, and this one, made on demand, has a name but no place.
         _, (cls, *_), *state = super().__reduce_ex__(max(protocol, 2))
         return _new, (cls._original,), *state
 
@@ -131,10 +129,8 @@ class _FusedProjections:
 @cache
 def _fused_class(original: type) -> type:
     # One class for all layers: mlx-lm's grad_checkpoint edits the class of the first, to reach all.
-    same = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     properties = {name: _property(name) for name in _NAMES}
-    body = {**same, **properties, "__slots__": (), "_original": original}
-    return type(original.__name__, (_FusedProjections, original), body)
+    return type(original.__name__, (_FusedProjections, original), {**properties, "_original": original})
 
 
 def _property(name: str) -> property:
@@ -226,7 +222,7 @@ def _obstacle(attention: nn.Module) -> str | None:
     """Why the projections of ``attention`` cannot be one operation, None if they can."""
     if not isinstance(attention, _FusedProjections):
         return f"{type(attention).__name__} has no __call__"
-    if getattr(attention, "is_kv_shared_layer", False):
+    if vars(attention).get("is_kv_shared_layer"):
         return "it takes keys and values from another layer"
     modules = [attention.get(name) for name in _NAMES]
     linears = [_linear(module) for module in modules]

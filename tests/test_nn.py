@@ -1,0 +1,152 @@
+"""The projections as layers."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import oracle
+import pytest
+from graph import output_counts, primitives
+from mlx.utils import tree_flatten
+from mlx_fused.nn import OutputProjection, QKVProjection
+from operands import normal
+
+import mlx_fused
+
+
+def parameters(layer):
+    return dict(tree_flatten(layer.parameters()))
+
+
+def linears(bias, dtype=mx.float32):
+    q, k, v = nn.Linear(24, 32, bias), nn.Linear(24, 16, bias), nn.Linear(24, 16, bias)
+    for linear in (q, k, v):
+        linear.set_dtype(dtype)
+    return q, k, v
+
+
+def arguments(layer):
+    weight = layer.q_weight, layer.k_weight, layer.v_weight
+    return weight, (layer.q_bias, layer.k_bias, layer.v_bias) if "q_bias" in layer else None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_qkv_projection(rng, bias, dtype):
+    layer = QKVProjection(24, 4, 2, 8, bias)
+    layer.set_dtype(dtype)
+    x = normal(rng, (2, 5, 24), dtype)
+    outputs = layer(x)
+    assert [y.shape for y in outputs] == [(2, 4, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)]
+    assert all(y.dtype == dtype for y in outputs)
+    assert primitives(*outputs)["FusedQKVProjection"] == 1
+    oracle.assert_close(outputs, oracle.fused_qkv_projection, x, *arguments(layer), 4, 2, 8)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_output_projection(rng, bias, dtype):
+    layer = OutputProjection(32, 24, bias)
+    layer.set_dtype(dtype)
+    x, residual = normal(rng, (2, 5, 32), dtype), normal(rng, (2, 5, 24), dtype)
+    out = layer(x, residual)
+    assert out.shape == (2, 5, 24) and out.dtype == dtype
+    assert primitives(out)["FusedOutputProjection"] == 1
+    formula = oracle.fused_output_projection_residual
+    oracle.assert_close(out, formula, x, layer.weight, layer.get("bias"), residual)
+
+
+def test_default_sizes():
+    layer = QKVProjection(24, 4)
+    shapes = {name: array.shape for name, array in parameters(layer).items()}
+    assert shapes == {"q_weight": (24, 24), "k_weight": (24, 24), "v_weight": (24, 24)}
+    q, k, _ = layer(mx.zeros((1, 2, 24)))
+    assert q.shape == k.shape == (1, 4, 2, 6)
+
+
+def test_starts_as_linear_does():
+    mx.random.seed(0)
+    for layer in (QKVProjection(400, 8, bias=True), OutputProjection(400, 400, bias=True)):
+        for array in parameters(layer).values():
+            assert 0.045 < mx.abs(array).max().item() <= 0.05  # 1 / sqrt(400)
+            assert abs(array.mean().item()) < 0.01
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_from_linear_shares_the_arrays(rng, bias):
+    q, k, v = linears(bias)
+    o = nn.Linear(32, 24, bias)
+    qkv, output = QKVProjection.from_linear(q, k, v, 4, 2), OutputProjection.from_linear(o)
+    assert (qkv.num_heads, qkv.num_kv_heads, qkv.head_dim) == (4, 2, 8)
+    for name, linear in (("q", q), ("k", k), ("v", v)):
+        assert qkv[f"{name}_weight"] is linear.weight
+        assert not bias or qkv[f"{name}_bias"] is linear.bias
+    assert output.weight is o.weight and (not bias or output.bias is o.bias)
+    assert len(parameters(qkv)) == (6 if bias else 3)
+    assert len(parameters(output)) == (2 if bias else 1)
+    x, residual = normal(rng, (2, 5, 24)), normal(rng, (2, 5, 24))
+    oracle.assert_close(qkv(x), oracle.fused_qkv_projection, x, *arguments(qkv), 4, 2, 8)
+    a = normal(rng, (2, 5, 32))
+    formula = oracle.fused_output_projection_residual
+    oracle.assert_close(output(a, residual), formula, a, o.weight, o.get("bias"), residual)
+
+
+def test_training(rng):
+    layer = QKVProjection(24, 4, 2, 8, bias=True)
+    x = normal(rng, (2, 5, 24))
+
+    def loss(layer):
+        return sum(y.square().mean() for y in layer(x))
+
+    layer.freeze(keys=["q_weight", "q_bias"])
+    before = parameters(layer)
+    value, gradients = nn.value_and_grad(layer, loss)(layer)
+    assert sorted(gradients) == ["k_bias", "k_weight", "v_bias", "v_weight"]
+    assert output_counts("FusedQKVProjectionGrad", *gradients.values()) == [4]
+    optimizer = optim.Adam(0.01)
+    optimizer.update(layer, gradients)
+    assert loss(layer).item() < value.item()
+    changed = {name for name, array in parameters(layer).items() if array is not before[name]}
+    assert changed == {"k_bias", "k_weight", "v_bias", "v_weight"}
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: QKVProjection(24, 4, 2, bias=True), lambda: OutputProjection(8, 24)]
+)
+def test_save_and_load(make, tmp_path):
+    layer, other = make(), make()
+    layer.save_weights(str(tmp_path / "weights.safetensors"))
+    other.load_weights(str(tmp_path / "weights.safetensors"))
+    assert parameters(layer).keys() == parameters(other).keys()
+    for name, array in parameters(layer).items():
+        assert np.array_equal(array, parameters(other)[name])
+
+
+def test_repr():
+    assert repr(QKVProjection(24, 4, 2, bias=True)) == (
+        "QKVProjection(input_dims=24, num_heads=4, num_kv_heads=2, head_dim=6, bias=True)"
+    )
+    assert repr(OutputProjection(32, 24)) == ("OutputProjection(input_dims=32, output_dims=24, bias=False)")
+
+
+@pytest.mark.parametrize("layer", [QKVProjection(64, 2), OutputProjection(64, 64)])
+def test_quantization_is_refused(layer):
+    with pytest.raises(NotImplementedError, match="quantization is not supported yet"):
+        nn.quantize(nn.Sequential(layer), 64, 4)
+
+
+def test_errors():
+    q, k, v = linears(bias=False)
+    with pytest.raises(ValueError, match="num_heads must be a multiple of num_kv_heads, got 4 and 3"):
+        QKVProjection(24, 4, 3)
+    with pytest.raises(TypeError, match=r"expected k to be an mlx\.nn\.Linear, got QuantizedLinear"):
+        QKVProjection.from_linear(q, nn.QuantizedLinear(64, 32), v, 4, 2)
+    with pytest.raises(TypeError, match=r"expected o to be an mlx\.nn\.Linear, got Linear4"):
+        OutputProjection.from_linear(type("Linear4", (nn.Linear,), {})(4, 4))
+    with pytest.raises(ValueError, match="q, k and v must all have a bias, or none"):
+        QKVProjection.from_linear(q, k, nn.Linear(24, 16, bias=True), 4, 2)
+    with pytest.raises(ValueError, match=r"weight of v to have shape \(16, 24\), got \(32, 24\)"):
+        QKVProjection.from_linear(q, k, nn.Linear(24, 32, bias=False), 4, 2)
+    with pytest.raises(ValueError, match=r"weight of q to have shape \(30, 24\), got \(32, 24\)"):
+        QKVProjection.from_linear(q, k, v, 3, 3)
+    assert mlx_fused.nn.QKVProjection is QKVProjection

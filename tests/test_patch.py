@@ -1,0 +1,228 @@
+"""What patching does to a model and what it leaves alone."""
+
+import copy
+import pickle
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from graph import output_counts
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.trainer import grad_checkpoint
+from tiny_models import LAYERS, Attention, assert_same, calls, fused, loss, make, sample, tokens
+
+import mlx_fused
+
+# The report
+
+
+def test_report_lists_every_layer():
+    model = make("llama")
+    model.layers[1].self_attn.k_proj = model.layers[1].self_attn.k_proj.to_quantized(32, 4)
+    report = mlx_fused.patch(model)
+    assert [layer.fused for layer in report.layers] == [True, False]
+    assert str(report) == repr(report)
+    assert str(report).splitlines() == [
+        "QKV projection fused in 1 of 2 attention layers",
+        "model.layers.0.self_attn  fused",
+        "model.layers.1.self_attn  not fused: k_proj is QuantizedLinear",
+    ]
+
+
+def test_report_is_in_the_order_of_the_layers():
+    model = nn.Sequential(*(Attention() for _ in range(12)))
+    names = [layer.name for layer in mlx_fused.patch(model).layers]
+    assert names == [f"layers.{i}" for i in range(12)]
+
+
+def test_nothing_to_patch():
+    report = mlx_fused.patch(nn.Sequential(nn.Linear(4, 4)))
+    assert not report.layers
+    assert str(report) == "nothing to patch: no module has q_proj, k_proj, v_proj"
+
+
+@pytest.mark.parametrize("thing", [None, "model", {"q_proj": 1}, nn.Linear])
+def test_only_a_module_can_be_patched(thing):
+    name = type(thing).__name__
+    with pytest.raises(TypeError, match=f"expected an mlx.nn.Module, got {name}"):
+        mlx_fused.patch(thing)
+    with pytest.raises(TypeError, match=f"got {name}"):
+        mlx_fused.unpatch(thing)
+    with pytest.raises(TypeError, match=f"got {name}"), mlx_fused.patched(thing):
+        pass
+
+
+def test_one_attention_module_is_a_model():
+    attention = Attention()
+    report = mlx_fused.patch(attention)
+    assert [(layer.name, layer.fused) for layer in report.layers] == [("Attention", True)]
+
+
+# Going in and out
+
+
+def snapshot(model):
+    """Everything a user can see of a model but what it computes."""
+    modules = [(name, type(m).__name__, m.training) for name, m in model.named_modules()]
+    arrays = [(name, id(array)) for name, array in tree_flatten(model.parameters())]
+    trainable = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    return modules, arrays, trainable, repr(model), [vars(m).keys() for m in model.modules()]
+
+
+def test_only_the_class_changes():
+    model = make("qwen3")
+    model.layers[0].freeze()
+    before, classes = snapshot(model), [type(m) for m in model.modules()]
+    mlx_fused.patch(model)
+    model(tokens(1, 3))
+    assert snapshot(model) == before
+    assert isinstance(model.layers[0].self_attn, type(make("qwen3").layers[0].self_attn))
+    changed = {type(m) for m, cls in zip(model.modules(), classes, strict=True) if type(m) is not cls}
+    assert changed == {type(model.layers[0].self_attn)}  # one for all layers
+    mlx_fused.unpatch(model)
+    assert snapshot(model) == before
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_patching_twice_is_patching_once():
+    model = make("llama")
+    first, cls = mlx_fused.patch(model), type(model.layers[0].self_attn)
+    assert mlx_fused.patch(model) == first
+    assert type(model.layers[0].self_attn) is cls
+    mlx_fused.unpatch(model)
+    mlx_fused.unpatch(model)
+    assert fused(model(tokens(1, 3))) == (0, 0)
+
+
+def test_patched_ends_with_its_block():
+    model = make("llama")
+    with mlx_fused.patched(model) as report:
+        assert len(report.layers) == LAYERS
+        assert fused(model(tokens(1, 3))) == (LAYERS, 0)
+    assert fused(model(tokens(1, 3))) == (0, 0)
+    with pytest.raises(KeyError), mlx_fused.patched(model):
+        raise KeyError
+    assert fused(model(tokens(1, 3))) == (0, 0)
+
+
+def test_patched_leaves_what_was_patched_before():
+    model = make("llama")
+    mlx_fused.patch(model.layers[1])
+    with mlx_fused.patched(model):
+        assert fused(model(tokens(1, 3))) == (LAYERS, 0)
+    assert fused(model(tokens(1, 3))) == (1, 0)
+
+
+# The rest of the model's life
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, copy.copy], ids=["deepcopy", "copy"])
+def test_copies_are_patched(copy_of):
+    attention, x = Attention(), sample(1, 3, 64)
+    mlx_fused.patch(attention)
+    other = copy_of(attention)
+    assert type(other) is type(attention) and other is not attention
+    assert calls(other(x)) == (1, 0)
+    assert_same(other(x), attention(x))
+    mlx_fused.unpatch(other)
+    assert type(other) is Attention and calls(attention(x)) == (1, 0)
+
+
+def test_deepcopy_of_a_model():
+    model = make("qwen2")
+    mlx_fused.patch(model)
+    other = copy.deepcopy(model)
+    assert fused(other(tokens(1, 4))) == (LAYERS, 0)
+    assert mx.array_equal(other(tokens(1, 4)), model(tokens(1, 4)))
+    shared = {id(a) for a in model.modules()} & {id(a) for a in other.modules()}
+    assert not shared
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_pickle(protocol):
+    model = make("llama")
+    model.layers[0].freeze()
+    mlx_fused.patch(model)
+    other = pickle.loads(pickle.dumps(model, protocol))
+    assert fused(other(tokens(1, 4))) == (LAYERS, 0)
+    assert mx.array_equal(other(tokens(1, 4)), model(tokens(1, 4)))
+    for parameters in (nn.Module.parameters, nn.Module.trainable_parameters):
+        names = [[name for name, _ in tree_flatten(parameters(m))] for m in (model, other)]
+        assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_pickle_protocols_without_arrays(protocol):
+    attention = Attention()
+    for _ in range(2):
+        with pytest.raises(TypeError, match="array"):
+            pickle.dumps(attention, protocol)
+        mlx_fused.patch(attention)
+
+
+def test_save_and_load(tmp_path):
+    model, other = make("qwen2"), make("qwen2")
+    stock, patched = tmp_path / "stock.safetensors", tmp_path / "patched.safetensors"
+    model.save_weights(str(stock))
+    mlx_fused.patch(model)
+    model.save_weights(str(patched))
+    saved = [mx.load(str(path)) for path in (stock, patched)]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(mx.array_equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+    expected = model(tokens(1, 4))
+    other.apply(mx.zeros_like)
+    mlx_fused.patch(other)
+    other.load_weights(str(stock))  # new arrays in patched modules
+    assert mx.array_equal(other(tokens(1, 4)), expected)
+
+
+def test_frozen_weights_cost_no_gradient():
+    model = make("llama")
+    mlx_fused.patch(model)
+    for layer in model.layers:
+        layer.self_attn.freeze()
+    _, gradients = nn.value_and_grad(model, loss)(model, tokens(1, 5))
+    names = [name for name, _ in tree_flatten(gradients)]
+    assert names and not any("self_attn" in name for name in names)
+    arrays = [g for _, g in tree_flatten(gradients)]
+    assert output_counts("FusedQKVProjectionGrad", *arrays) == [1] * LAYERS
+
+    model.layers[0].self_attn.q_proj.unfreeze()
+    _, gradients = nn.value_and_grad(model, loss)(model, tokens(1, 5))
+    arrays = [g for _, g in tree_flatten(gradients)]
+    assert sorted(output_counts("FusedQKVProjectionGrad", *arrays)) == [1, 2]
+
+
+@pytest.mark.parametrize("order", ["patch first", "quantize first"])
+def test_a_quantized_model_runs_its_own_code(order):
+    model, stock = make("llama"), make("llama")
+    nn.quantize(stock, 32, 4)
+    if order == "patch first":
+        mlx_fused.patch(model)
+    nn.quantize(model, 32, 4)
+    report = mlx_fused.patch(model)
+    assert {layer.obstacle for layer in report.layers} == {"q_proj is QuantizedLinear"}
+    assert mx.array_equal(model(tokens(1, 4)), stock(tokens(1, 4)))
+
+
+def test_a_projection_can_be_replaced_and_removed():
+    attention, x = Attention(), sample(1, 3, 64)
+    mlx_fused.patch(attention)
+    attention.k_proj = Attention().k_proj
+    assert_same([attention(x)[1]], [x @ attention.k_proj.weight.T])
+    del attention.v_proj
+    assert not hasattr(attention, "v_proj")
+    with pytest.raises(AttributeError, match="v_proj"):
+        attention(x)
+    assert mlx_fused.patch(attention).layers[0].obstacle == "v_proj is NoneType"
+
+
+def test_checkpointing_the_attention_class_reaches_all_layers(monkeypatch):
+    model = make("llama")
+    mlx_fused.patch(model)
+    cls = type(model.layers[0].self_attn)
+    monkeypatch.setattr(cls, "__call__", cls.__call__)  # grad_checkpoint edits the class
+    grad_checkpoint(model.layers[0].self_attn)
+    _, gradients = nn.value_and_grad(model, loss)(model, tokens(1, 5))
+    assert fused(*(g for _, g in tree_flatten(gradients))) == (2 * LAYERS, LAYERS)
