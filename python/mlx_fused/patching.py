@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -213,9 +214,11 @@ def _project(attention: nn.Module, x: mx.array) -> dict[str, mx.array]:
     q_dims, kv_dims = weight[0].shape[0], weight[1].shape[0]
     # As a batch of sequences of one token the head-major results lie in memory token by token,
     # which is what the model's code goes on with: no reshape here moves a byte.
-    tokens = x.reshape(-1, 1, x.shape[-1])
+    tokens = x.reshape(prod(x.shape[:-1]), 1, x.shape[-1])
     outputs = fused_qkv_projection(tokens, weight, bias, q_dims // kv_dims, 1, kv_dims)
-    return {name: y.reshape(*x.shape[:-1], -1) for name, y in zip(_NAMES, outputs, strict=True)}
+    return {
+        name: y.reshape(*x.shape[:-1], len(w)) for name, w, y in zip(_NAMES, weight, outputs, strict=True)
+    }
 
 
 def _obstacle(attention: nn.Module) -> str | None:

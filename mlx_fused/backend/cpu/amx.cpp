@@ -116,17 +116,6 @@ std::vector<Step> split_depth(const std::vector<View>& pieces) {
   return steps;
 }
 
-// The panel where it lies, if the unit can load form rows from there.
-std::optional<Panel> in_place(const std::vector<View>& pieces, int64_t row) {
-  const View& v = pieces[0];
-  if (pieces.size() == 1 && v.cols() % depth == 0 && v.dim_stride == 1 && row + side <= v.rows()) {
-    if (auto s = strided(v, {row, side, 0, v.cols()})) {
-      return Panel{s->data, s->row_stride * 2, row_bytes};
-    }
-  }
-  return std::nullopt;
-}
-
 AMX void configure() {
   struct alignas(64) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -202,6 +191,133 @@ AVX512 void unpack_tile(const float* from, bool transposed, float* to, int64_t l
   }
 }
 
+// One product. The left operand is packed in chunks of rows, by all threads for all tasks; each task then
+// goes through its columns of the right one, block by block along the summed index.
+class AmxProduct {
+ public:
+  AmxProduct(const std::vector<View>& left, const std::vector<Output>& outputs)
+      : left_(left),
+        steps_(split_depth(left)),
+        right_form_(outputs[0].right[0].dim_stride == 1 ? Form::rows : Form::pairs),
+        rows_(left[0].rows()),
+        panel_bytes_(steps_.size() * tile_bytes),
+        tasks_(split(outputs, rows_, 2 * side, max_cols)) {}
+
+  void run() {
+    int64_t all = (rows_ + side - 1) / side;
+    int64_t chunk = std::clamp<int64_t>(left_bytes / panel_bytes_ / 2 * 2, 2, max_rows / side);
+    packed_ = reinterpret_cast<char*>(scratch(Holder::operation, std::min(chunk, all) * panel_bytes_ / 4));
+    for (first_panel_ = 0; first_panel_ < all; first_panel_ += chunk) {
+      panels_ = std::min(chunk, all - first_panel_);
+      parallel_for(panels_, [&](int64_t p) { pack_left(p); });
+      parallel_for(tasks_.size(), [&](int64_t i) { multiply_task(*tasks_[i].output, tasks_[i].tile); });
+    }
+  }
+
+ private:
+  // A block of the left operand, one of the right and their result fit in 2 MB of second-level cache.
+  static constexpr int64_t block_steps = 32, max_rows = 512, max_cols = 256, max_panels = max_cols / side;
+  static constexpr int64_t left_bytes = 4 << 20, tile_floats = side * side;
+
+  void pack_left(int64_t p) {
+    Form form = right_form_ == Form::rows ? Form::pairs : Form::rows;
+    char* to = packed_ + p * panel_bytes_;
+    for (auto [piece, col] : steps_) {
+      pack_tile(left_[piece], (first_panel_ + p) * side, col, form, to);
+      to += tile_bytes;
+    }
+  }
+
+  // A panel's steps from the given one on where they lie, if the unit can load form rows from there.
+  std::optional<Panel> in_place(const std::vector<View>& pieces, int64_t row, int64_t step) const {
+    const View& v = pieces[0];
+    if (right_form_ == Form::rows && pieces.size() == 1 && v.cols() % depth == 0 && row + side <= v.rows()) {
+      if (auto s = strided(v, {row, side, 0, v.cols()}); s && s->col_stride == 1) {
+        return Panel{s->data + step * row_bytes, s->row_stride * 2, row_bytes};
+      }
+    }
+    return std::nullopt;
+  }
+
+  // Panels of the right operand from row on, n steps of each, in place or packed into memory at to.
+  void get_right(
+      const std::vector<View>& pieces,
+      int64_t row,
+      int64_t count,
+      int64_t step,
+      int64_t n,
+      char* to,
+      Panel* panels) {
+    bool packs = false;
+    for (int64_t r = 0; r < count; ++r) {
+      auto panel = in_place(pieces, row + r * side, step);
+      packs |= !panel;
+      panels[r] = panel.value_or(Panel{});
+    }
+    if (!packs) {
+      return;
+    }
+    // Step by step, for neighbouring panels may share the cache lines of a step.
+    for (int64_t i = 0; i < n; ++i) {
+      auto [piece, col] = steps_[step + i];
+      for (int64_t r = 0; r < count; ++r) {
+        char* panel = to + r * block_steps * tile_bytes;
+        pack_tile(pieces[piece], row + r * side, col, right_form_, panel + i * tile_bytes);
+        panels[r] = packed_panel(panel);
+      }
+    }
+  }
+
+  void multiply_task(const Output& output, const Tile& t) {
+    int64_t count = steps_.size(), cols = (t.cols + side - 1) / side;
+    int64_t even_rows = (panels_ + 1) / 2 * 2, even_cols = (cols + 1) / 2 * 2, ld = even_cols * side;
+    int64_t acc_floats = even_rows * even_cols * tile_floats,
+            right_floats = cols * block_steps * tile_bytes / 4;
+    float* acc = scratch(Holder::task, acc_floats + right_floats + side * ld);
+    auto right_memory = reinterpret_cast<char*>(acc + acc_floats);
+    float* result = acc + acc_floats + right_floats;
+    auto tile = [&](int64_t p, int64_t r) { return acc + (p * even_cols + r) * tile_floats; };
+    auto multiply_panels = right_form_ == Form::rows ? multiply<Form::rows> : multiply<Form::pairs>;
+
+    configure();
+    for (int64_t step = 0; step < count; step += block_steps) {
+      int64_t n = std::min(block_steps, count - step);
+      Panel right[max_panels];
+      get_right(output.right, t.col, cols, step, n, right_memory, right);
+      // An odd last panel is multiplied twice rather than by code of its own.
+      for (int64_t r = 0; r < cols; r += 2) {
+        for (int64_t p = 0; p < panels_; p += 2) {
+          const char* left = packed_ + p * panel_bytes_ + step * tile_bytes;
+          multiply_panels(
+              {packed_panel(left), packed_panel(p + 1 < panels_ ? left + panel_bytes_ : left)},
+              {right[r], right[std::min(r + 1, cols - 1)]},
+              n,
+              step > 0,
+              {tile(p, r), tile(p, r + 1), tile(p + 1, r), tile(p + 1, r + 1)});
+        }
+      }
+    }
+    release();
+
+    for (int64_t p = 0; p < panels_; ++p) {
+      for (int64_t r = 0; r < cols; ++r) {
+        unpack_tile(tile(p, r), right_form_ == Form::rows, result + r * side, ld);
+      }
+      int64_t row = (first_panel_ + p) * side;
+      Tile rows{row, std::min(side, rows_ - row), t.col, t.cols};
+      store(output.out, rows, result, ld, output.bias, output.residual);
+    }
+  }
+
+  const std::vector<View>& left_;
+  std::vector<Step> steps_;
+  Form right_form_;
+  int64_t rows_, panel_bytes_;
+  std::vector<Task> tasks_;
+  char* packed_ = nullptr;
+  int64_t first_panel_ = 0, panels_ = 0;  // the chunk at work
+};
+
 }  // namespace
 
 bool has_amx() {
@@ -219,95 +335,7 @@ bool has_amx() {
 }
 
 void amx_product(const std::vector<View>& left, const std::vector<Output>& outputs) {
-  // A block of the left operand, one of the right and their result together fit in 2 MB of second-level
-  // cache.
-  constexpr int64_t block_steps = 32, max_rows = 512, max_cols = 256, left_bytes = 4 << 20;
-  constexpr int64_t pair = 2 * side, tile_floats = side * side;
-  Form right_form = outputs[0].right[0].dim_stride == 1 ? Form::rows : Form::pairs;
-  Form left_form = right_form == Form::rows ? Form::pairs : Form::rows;
-  auto multiply_pairs = right_form == Form::rows ? multiply<Form::rows> : multiply<Form::pairs>;
-  std::vector<Step> steps = split_depth(left);
-  int64_t rows = left[0].rows(), count = steps.size(), panel_bytes = count * tile_bytes;
-
-  auto tasks = split(outputs, rows, pair, max_cols);
-  int64_t max_panels = std::min(max_rows, std::max(left_bytes / panel_bytes * side, pair)) / side;
-  int64_t all_panels = (rows + side - 1) / side;
-  auto packed =
-      reinterpret_cast<char*>(scratch(Holder::operation, std::min(max_panels, all_panels) * panel_bytes / 4));
-  for (int64_t first_panel = 0; first_panel < all_panels; first_panel += max_panels) {
-    int64_t panels = std::min(max_panels, all_panels - first_panel);
-    parallel_for(panels, [&](int64_t p) {
-      for (int64_t i = 0; i < count; ++i) {
-        auto [piece, col] = steps[i];
-        pack_tile(
-            left[piece], (first_panel + p) * side, col, left_form, packed + p * panel_bytes + i * tile_bytes);
-      }
-    });
-
-    parallel_for(tasks.size(), [&](int64_t t) {
-      const Output& output = *tasks[t].output;
-      int64_t first_col = tasks[t].tile.col, cols = tasks[t].tile.cols,
-              right_panels = (cols + side - 1) / side;
-      int64_t even_panels = (panels + 1) / 2 * 2, even_right = (right_panels + 1) / 2 * 2,
-              ld = even_right * side;
-      float* acc = scratch(
-          Holder::task,
-          even_panels * even_right * tile_floats + right_panels * block_steps * tile_bytes / 4 + side * ld);
-      float* result = acc + even_panels * even_right * tile_floats;
-      auto right_packed = reinterpret_cast<char*>(result + side * ld);
-      auto tile = [&](int64_t p, int64_t r) { return acc + (p * even_right + r) * tile_floats; };
-
-      configure();
-      for (int64_t step = 0; step < count; step += block_steps) {
-        int64_t n = std::min(block_steps, count - step);
-        Panel right[max_cols / side];
-        bool all_in_place = true;
-        for (int64_t r = 0; r < right_panels; ++r) {
-          auto panel = in_place(output.right, first_col + r * side);
-          all_in_place &= panel.has_value() && right_form == Form::rows;
-          right[r] = panel.value_or(Panel{});
-          right[r].data += step * row_bytes;
-        }
-        if (!all_in_place) {
-          for (int64_t i = 0; i < n; ++i) {
-            auto [piece, col] = steps[step + i];
-            for (int64_t r = 0; r < right_panels; ++r) {
-              char* to = right_packed + (r * block_steps + i) * tile_bytes;
-              pack_tile(output.right[piece], first_col + r * side, col, right_form, to);
-              right[r] = packed_panel(right_packed + r * block_steps * tile_bytes);
-            }
-          }
-        }
-        // An odd last panel is multiplied twice rather than by code of its own.
-        for (int64_t r = 0; r < right_panels; r += 2) {
-          for (int64_t p = 0; p < panels; p += 2) {
-            const char* l = packed + p * panel_bytes + step * tile_bytes;
-            multiply_pairs(
-                {packed_panel(l), packed_panel(p + 1 < panels ? l + panel_bytes : l)},
-                {right[r], right[std::min(r + 1, right_panels - 1)]},
-                n,
-                step > 0,
-                {tile(p, r), tile(p, r + 1), tile(p + 1, r), tile(p + 1, r + 1)});
-          }
-        }
-      }
-      release();
-
-      for (int64_t p = 0; p < panels; ++p) {
-        for (int64_t r = 0; r < right_panels; ++r) {
-          unpack_tile(tile(p, r), right_form == Form::rows, result + r * side, ld);
-        }
-        int64_t row = (first_panel + p) * side;
-        store(
-            output.out,
-            {row, std::min(side, rows - row), first_col, cols},
-            result,
-            ld,
-            output.bias,
-            output.residual);
-      }
-    });
-  }
+  AmxProduct(left, outputs).run();
 }
 
 }  // namespace mlx_fused::cpu

@@ -1,3 +1,6 @@
+#ifdef __linux__
+#include <sched.h>  // cblas.h uses its cpu_set_t
+#endif
 #include <cblas.h>
 
 #include "mlx_fused/backend/cpu/sgemm.h"

@@ -23,16 +23,25 @@ constexpr int max_rows_x = 4;
 
 using Float = float __attribute__((vector_size(4 * lanes)));
 using Word = uint32_t __attribute__((vector_size(4 * lanes)));
-using FloatMemory = float __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
-using HalfMemory = _Float16 __attribute__((vector_size(2 * lanes), aligned(2), may_alias));
-using ShortMemory = uint16_t __attribute__((vector_size(2 * lanes), aligned(2), may_alias));
+using Half = _Float16 __attribute__((vector_size(2 * lanes)));
+using Short = uint16_t __attribute__((vector_size(2 * lanes)));
+
+template <typename T>
+T read(const void* from) {
+  T value;
+  __builtin_memcpy(&value, from, sizeof(T));
+  return value;
+}
+
+template <typename T>
+void write(void* to, T value) {
+  __builtin_memcpy(to, &value, sizeof(T));
+}
 
 template <typename To, typename From>
 To bits(From from) {
   static_assert(sizeof(To) == sizeof(From));
-  To to;
-  __builtin_memcpy(&to, &from, sizeof(to));
-  return to;
+  return read<To>(&from);
 }
 
 // How elements of each type are read and written, a vector or one at a time. With intrinsics where GCC 12
@@ -40,10 +49,10 @@ To bits(From from) {
 struct Float32 {
   using Element = float;
   static Float load(const float* p) {
-    return *(const FloatMemory*)p;
+    return read<Float>(p);
   }
   static void store(float* p, Float v) {
-    *(FloatMemory*)p = v;
+    write(p, v);
   }
   static float widen(float v) {
     return v;
@@ -57,24 +66,24 @@ struct Float16 {
   using Element = _Float16;
 #if defined(__AVX512F__)
   static Float load(const _Float16* p) {
-    return (Float)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+    return (Float)_mm512_cvtph_ps(read<__m256i>(p));
   }
   static void store(_Float16* p, Float v) {
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+    write(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
   }
 #elif defined(__F16C__)
   static Float load(const _Float16* p) {
-    return (Float)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+    return (Float)_mm256_cvtph_ps(read<__m128i>(p));
   }
   static void store(_Float16* p, Float v) {
-    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+    write(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
   }
 #else
   static Float load(const _Float16* p) {
-    return __builtin_convertvector(*(const HalfMemory*)p, Float);
+    return __builtin_convertvector(read<Half>(p), Float);
   }
   static void store(_Float16* p, Float v) {
-    *(HalfMemory*)p = __builtin_convertvector(v, HalfMemory);
+    write(p, __builtin_convertvector(v, Half));
   }
 #endif
   static float widen(_Float16 v) {
@@ -89,9 +98,9 @@ struct BFloat16 {
   using Element = uint16_t;
   static Float load(const uint16_t* p) {
 #ifdef __AVX512F__
-    Word w = (Word)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    Word w = (Word)_mm512_cvtepu16_epi32(read<__m256i>(p));
 #else
-    Word w = __builtin_convertvector(*(const ShortMemory*)p, Word);
+    Word w = __builtin_convertvector(read<Short>(p), Word);
 #endif
     return bits<Float>(w << 16);
   }
@@ -101,9 +110,9 @@ struct BFloat16 {
     Word quiet = (w >> 16) | 0x40;  // rounding could carry a NaN into an infinity
     w = v == v ? rounded : quiet;
 #ifdef __AVX512F__
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)w));
+    write(p, _mm512_cvtepi32_epi16((__m512i)w));
 #else
-    *(ShortMemory*)p = __builtin_convertvector(w, ShortMemory);
+    write(p, __builtin_convertvector(w, Short));
 #endif
   }
   static float widen(uint16_t v) {
