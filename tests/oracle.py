@@ -1,0 +1,111 @@
+"""The four operations in NumPy float64, written from their formulas, and the error a kernel may make."""
+
+import mlx.core as mx
+import numpy as np
+
+UNIT_ROUNDOFF = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8, mx.float32: 2.0**-24, mx.float64: 2.0**-53}
+SMALLEST_NORMAL = {
+    mx.float16: 2.0**-14,
+    mx.bfloat16: 2.0**-126,
+    mx.float32: 2.0**-126,
+    mx.float64: 2.0**-1022,
+}
+
+
+def fused_qkv_projection(x, weight, bias, num_heads, num_kv_heads, head_dim):
+    batch, seq, _ = x.shape
+    heads = (num_heads, num_kv_heads, num_kv_heads)
+    weights, biases = _segments(weight, heads, head_dim), _segments(bias, heads, head_dim)
+    outputs = []
+    for n, w, b in zip(heads, weights, biases, strict=True):
+        y = np.einsum("bsi,oi->bso", x, w) + (0 if b is None else b)
+        outputs.append(y.reshape(batch, seq, n, head_dim).transpose(0, 2, 1, 3))
+    return tuple(outputs)
+
+
+def fused_qkv_projection_bwd(dq, dk, dv, x, weight, has_bias, num_heads, num_kv_heads, head_dim):
+    batch, seq, _ = x.shape
+    heads = (num_heads, num_kv_heads, num_kv_heads)
+    cotangents = zip((dq, dk, dv), heads, strict=True)
+    grads = [g.transpose(0, 2, 1, 3).reshape(batch, seq, n * head_dim) for g, n in cotangents]
+    weights = _segments(weight, heads, head_dim)
+    d_input = sum(np.einsum("bso,oi->bsi", g, w) for g, w in zip(grads, weights, strict=True))
+    d_weight = tuple(np.einsum("bso,bsi->oi", g, x) for g in grads)
+    d_bias = tuple(g.sum((0, 1)) for g in grads)
+    if not isinstance(weight, tuple):
+        d_weight, d_bias = np.concatenate(d_weight), np.concatenate(d_bias)
+    return d_input, d_weight, d_bias if has_bias else None
+
+
+def fused_output_projection_residual(attn_out, weight, bias, residual):
+    return np.einsum("bsi,oi->bso", attn_out, weight) + (0 if bias is None else bias) + residual
+
+
+def fused_output_projection_residual_bwd(d_output, attn_out, weight, has_bias):
+    d_attn_out = np.einsum("bso,oi->bsi", d_output, weight)
+    d_weight = np.einsum("bso,bsi->oi", d_output, attn_out)
+    return d_attn_out, d_weight, d_output.sum((0, 1)) if has_bias else None, d_output
+
+
+def _segments(packed, heads, head_dim):
+    if packed is None:
+        return (None, None, None)
+    if isinstance(packed, tuple):
+        return packed
+    return np.split(packed, np.cumsum(heads)[:2] * head_dim)
+
+
+def exact(tree):
+    """The same values as float64 arrays of NumPy."""
+    return _map(lambda a: np.array(a.astype(mx.float64, stream=mx.cpu)), tree, mx.array)
+
+
+def assert_equal(actual, expected):
+    """The same bits: for operands whose every sum is exact (see ``operands.integers``)."""
+    for a, e in zip(_leaves(actual), _leaves(exact(expected)), strict=True):
+        np.testing.assert_array_equal(exact(a), e)
+
+
+def assert_close(actual, formula, *args, roundings=1):
+    """``actual`` is ``formula(*args)`` computed with float32 sums, each rounded once to its dtype.
+
+    A sum of n products has an error of at most n u sum|x||y|, and, the rounding errors being as good as
+    independent, above 8 sqrt(n) u sum|x||y| with probability below 2 exp(-8^2/2) = 3e-14 (Higham and Mary,
+    2019); u is float32's unit roundoff. The result's own rounding adds its dtype's unit roundoff times the
+    result. The formulas being sums of products, formula(|args|) is sum|x||y| and formula(ones) is n.
+    """
+    args = exact(args)
+    expected = _leaves(formula(*args))
+    magnitudes = _leaves(formula(*_map(np.abs, args, np.ndarray)))
+    terms = _leaves(formula(*_map(np.ones_like, args, np.ndarray)))
+    for a, e, magnitude, n in zip(_leaves(actual), expected, magnitudes, terms, strict=True):
+        unit, normal = UNIT_ROUNDOFF[a.dtype], SMALLEST_NORMAL[a.dtype]
+        sum_unit = min(UNIT_ROUNDOFF[mx.float32], unit) + UNIT_ROUNDOFF[mx.float64]
+        with np.errstate(invalid="ignore"):
+            sum_error = np.minimum(n, 8 * np.sqrt(n)) * sum_unit * magnitude
+            bound = sum_error + roundings * unit * (np.maximum(np.abs(e), normal) + sum_error)
+            _assert_within(exact(a), e, bound)
+
+
+def _assert_within(actual, expected, bound):
+    assert actual.shape == expected.shape
+    good = (actual == expected) | (np.isnan(actual) & np.isnan(expected))
+    good |= np.abs(actual - expected) <= bound
+    if not good.all():
+        at = tuple(int(i) for i in np.argwhere(~good)[0])
+        raise AssertionError(
+            f"{(~good).sum()} of {good.size} elements are off, the first at {at}: "
+            f"{actual[at]!r} for {expected[at]!r}, with an error of at most {bound[at]!r} allowed"
+        )
+
+
+def _map(function, tree, kind):
+    if isinstance(tree, (tuple, list)):
+        return tuple(_map(function, t, kind) for t in tree)
+    return function(tree) if isinstance(tree, kind) else tree
+
+
+def _leaves(tree):
+    if isinstance(tree, (tuple, list)):
+        return [leaf for t in tree for leaf in _leaves(t)]
+    return [] if tree is None else [tree]

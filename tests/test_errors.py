@@ -1,0 +1,232 @@
+"""Wrong operands: ValueError naming the operation, the argument, what was expected and what came."""
+
+import re
+
+import mlx.core as mx
+import pytest
+
+import mlx_fused
+
+
+def zeros(*shape, dtype=mx.float32):
+    return mx.zeros(shape, dtype)
+
+
+def tensors(*shapes):
+    return tuple(zeros(*shape) for shape in shapes)
+
+
+# 4 query heads and 2 of keys and values, of 8: Hq = 32, Hkv = 16, packed 64; H = 12.
+QKV = {
+    "input": zeros(2, 3, 12),
+    "weight": zeros(64, 12),
+    "bias": zeros(64),
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+}
+QKV_BWD = {
+    "dq": zeros(2, 4, 3, 8),
+    "dk": zeros(2, 2, 3, 8),
+    "dv": zeros(2, 2, 3, 8),
+    "input": zeros(2, 3, 12),
+    "weight": zeros(64, 12),
+    "has_bias": True,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+}
+OUTPUT = {
+    "attn_out": zeros(2, 3, 32),
+    "weight": zeros(12, 32),
+    "bias": zeros(12),
+    "residual": zeros(2, 3, 12),
+}
+OUTPUT_BWD = {
+    "d_output": zeros(2, 3, 12),
+    "attn_out": zeros(2, 3, 32),
+    "weight": zeros(12, 32),
+    "has_bias": True,
+}
+OPERATIONS = {
+    "fused_qkv_projection": QKV,
+    "fused_qkv_projection_bwd": QKV_BWD,
+    "fused_output_projection_residual": OUTPUT,
+    "fused_output_projection_residual_bwd": OUTPUT_BWD,
+}
+SEPARATE = {"weight": tensors((32, 12), (16, 12), (16, 12)), "bias": tensors((32,), (16,), (16,))}
+
+# The wrong arguments, and what the message must say of them.
+HEAD_COUNTS = [
+    ({"num_heads": 0}, ["num_heads", "1", "0"]),
+    ({"num_heads": -4}, ["num_heads", "1", "-4"]),
+    ({"num_kv_heads": 0}, ["num_kv_heads", "1", "0"]),
+    ({"num_kv_heads": -1}, ["num_kv_heads", "1", "-1"]),
+    ({"head_dim": 0}, ["head_dim", "1", "0"]),
+    ({"head_dim": -8}, ["head_dim", "1", "-8"]),
+    ({"num_heads": 3}, ["num_heads", "multiple", "3"]),
+    ({"num_heads": 2, "num_kv_heads": 4}, ["num_heads", "multiple", "4"]),
+]
+WEIGHTS = [
+    ({"weight": zeros(12, 64)}, ["weight", "(64, 12)", "(12, 64)"]),
+    ({"weight": zeros(63, 12)}, ["weight", "(64, 12)", "(63, 12)"]),
+    ({"weight": zeros(32, 12)}, ["weight", "(64, 12)", "(32, 12)"]),
+    ({"weight": zeros(64, 11)}, ["weight", "(64, 12)", "(64, 11)"]),
+    ({"weight": zeros(64)}, ["weight", "(64,)"]),
+    ({"weight": zeros(1, 64, 12)}, ["weight", "(1, 64, 12)"]),
+    ({"weight": zeros(0, 12)}, ["weight", "(64, 12)", "(0, 12)"]),
+    ({"input": zeros(2, 3, 11)}, ["weight", "(64, 11)", "(64, 12)"]),
+    ({"input": zeros(4, 12)}, ["input", "3", "2", "(4, 12)"]),
+    ({"input": zeros(1, 2, 3, 12)}, ["input", "3", "4", "(1, 2, 3, 12)"]),
+    ({"input": zeros()}, ["input", "3", "0", "()"]),
+]
+SEPARATE_WEIGHTS = [
+    ({"weight": SEPARATE["weight"][:2]}, ["weight", "three", "2"]),
+    ({"weight": SEPARATE["weight"] * 2}, ["weight", "three", "6"]),
+    ({"weight": ()}, ["weight", "three", "0"]),
+    ({"weight": tensors((31, 12), (16, 12), (16, 12))}, ["weight", "(32, 12)", "(31, 12)"]),
+    ({"weight": tensors((32, 12), (32, 12), (16, 12))}, ["weight", "(16, 12)", "(32, 12)"]),
+    ({"weight": tensors((32, 12), (16, 12), (16, 13))}, ["weight", "(16, 12)", "(16, 13)"]),
+    ({"weight": tensors((32, 12), (16, 12), (16,))}, ["weight", "(16,)"]),
+]
+BIASES = [
+    ({"bias": zeros(63)}, ["bias", "(64,)", "(63,)"]),
+    ({"bias": zeros(1)}, ["bias", "(64,)", "(1,)"]),
+    ({"bias": zeros(64, 1)}, ["bias", "(64, 1)"]),
+    ({"bias": zeros()}, ["bias", "()"]),
+    ({"bias": SEPARATE["bias"]}, ["bias"]),
+    ({"weight": SEPARATE["weight"]}, ["bias"]),
+    (SEPARATE | {"bias": SEPARATE["bias"][:2]}, ["bias", "three", "2"]),
+    (SEPARATE | {"bias": tensors((32,), (16,), (15,))}, ["bias", "(16,)", "(15,)"]),
+    (SEPARATE | {"bias": tensors((16,), (16,), (32,))}, ["bias", "(32,)", "(16,)"]),
+]
+COTANGENTS = [
+    ({"dq": zeros(2, 3, 4, 8)}, ["dq", "(2, 4, 3, 8)", "(2, 3, 4, 8)"]),
+    ({"dq": zeros(2, 3, 32)}, ["dq", "(2, 3, 32)"]),
+    ({"dk": zeros(2, 4, 3, 8)}, ["dk", "(2, 2, 3, 8)", "(2, 4, 3, 8)"]),
+    ({"dv": zeros(1, 2, 3, 8)}, ["dv", "(2, 2, 3, 8)", "(1, 2, 3, 8)"]),
+    ({"dv": zeros(2, 2, 3, 1)}, ["dv", "(2, 2, 3, 8)", "(2, 2, 3, 1)"]),
+]
+OUTPUT_SHAPES = [
+    ({"attn_out": zeros(3, 32)}, ["attn_out", "3", "2", "(3, 32)"]),
+    ({"attn_out": zeros(1, 2, 3, 32)}, ["attn_out", "3", "4", "(1, 2, 3, 32)"]),
+    ({"weight": zeros(12)}, ["weight", "(12,)"]),
+    ({"weight": zeros(12, 31)}, ["weight", "32", "(12, 31)"]),
+]
+OUTPUT_FORWARD_SHAPES = [
+    ({"bias": zeros(1)}, ["bias", "(12,)", "(1,)"]),
+    ({"bias": zeros(1, 12)}, ["bias", "(1, 12)"]),
+    ({"residual": zeros(2, 3, 1)}, ["residual", "(2, 3, 12)", "(2, 3, 1)"]),
+    ({"residual": zeros(1, 3, 12)}, ["residual", "(2, 3, 12)", "(1, 3, 12)"]),
+    ({"residual": zeros(3, 12)}, ["residual", "(3, 12)"]),
+    ({"residual": zeros(12)}, ["residual", "(12,)"]),
+]
+OUTPUT_BACKWARD_SHAPES = [
+    ({"d_output": zeros(2, 3, 11)}, ["d_output", "(2, 3, 12)", "(2, 3, 11)"]),
+    ({"d_output": zeros(1, 3, 12)}, ["d_output", "(2, 3, 12)", "(1, 3, 12)"]),
+    ({"d_output": zeros(3, 12)}, ["d_output", "(3, 12)"]),
+]
+CASES = [
+    ("fused_qkv_projection", HEAD_COUNTS + WEIGHTS + SEPARATE_WEIGHTS + BIASES),
+    ("fused_qkv_projection_bwd", HEAD_COUNTS + WEIGHTS + SEPARATE_WEIGHTS + COTANGENTS),
+    ("fused_output_projection_residual", OUTPUT_SHAPES + OUTPUT_FORWARD_SHAPES),
+    ("fused_output_projection_residual_bwd", OUTPUT_SHAPES + OUTPUT_BACKWARD_SHAPES),
+]
+
+
+def call(operation, **changes):
+    return getattr(mlx_fused, operation)(**(OPERATIONS[operation] | changes))
+
+
+def describe(value):
+    if isinstance(value, tuple):
+        return "/".join(map(describe, value))
+    return "x".join(map(str, value.shape)) or "scalar" if isinstance(value, mx.array) else str(value)
+
+
+def message(operation, words):
+    """The operation in brackets, then each of the words, whole and in any order."""
+    lookaheads = (rf"(?=.*(?<![\w-]){re.escape(word)}(?!\w))" for word in words)
+    return rf"(?s)^\[{operation}\]" + "".join(lookaheads)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_arguments_that_the_cases_change_are_right(operation):
+    mx.eval(call(operation))
+
+
+def test_separate_arguments_that_the_cases_change_are_right():
+    mx.eval(call("fused_qkv_projection", **SEPARATE))
+    mx.eval(call("fused_qkv_projection", weight=SEPARATE["weight"], bias=None))
+    mx.eval(call("fused_qkv_projection_bwd", weight=SEPARATE["weight"]))
+
+
+@pytest.mark.parametrize(
+    "operation,changes,words",
+    [(operation, *case) for operation, cases in CASES for case in cases],
+    ids=lambda value: (
+        ",".join(f"{k}={describe(v)}" for k, v in value.items()) if isinstance(value, dict) else None
+    ),
+)
+def test_wrong_shapes_and_counts(operation, changes, words):
+    with pytest.raises(ValueError, match=message(operation, words)):
+        call(operation, **changes)
+
+
+@pytest.mark.parametrize("dtype", [mx.int32, mx.uint8, mx.int64, mx.bool_, mx.complex64], ids=str)
+@pytest.mark.parametrize(
+    "operation,argument",
+    [(op, arg) for op, args in OPERATIONS.items() for arg, v in args.items() if isinstance(v, mx.array)],
+)
+def test_dtypes_that_are_not_floating(operation, argument, dtype):
+    wrong = OPERATIONS[operation][argument].astype(dtype)
+    name = str(dtype).removeprefix("mlx.core.")
+    with pytest.raises(ValueError, match=message(operation, [argument, "float32", name])):
+        call(operation, **{argument: wrong})
+
+
+@pytest.mark.parametrize("argument", ["weight", "bias"])
+@pytest.mark.parametrize("segment", range(3))
+def test_dtypes_that_are_not_floating_in_a_tuple(argument, segment):
+    wrong = [a.astype(mx.int32) if i == segment else a for i, a in enumerate(SEPARATE[argument])]
+    with pytest.raises(ValueError, match=message("fused_qkv_projection", [argument, "int32"])):
+        call("fused_qkv_projection", **SEPARATE | {argument: tuple(wrong)})
+
+
+def test_the_exact_messages():
+    with pytest.raises(ValueError) as error:
+        call("fused_qkv_projection", weight=zeros(12, 64))
+    assert str(error.value) == ("[fused_qkv_projection] weight must have shape (64, 12) but got (12, 64).")
+    with pytest.raises(ValueError) as error:
+        call("fused_qkv_projection", input=zeros(4, 12))
+    assert str(error.value) == (
+        "[fused_qkv_projection] input must have 3 dimensions but got 2 with shape (4, 12)."
+    )
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_errors_are_raised_by_the_call_and_inside_transforms(operation):
+    argument = "input" if "qkv" in operation else "attn_out"
+    a = OPERATIONS[operation][argument]
+
+    def wrong(a):
+        return call(operation, **{argument: a[0]})
+
+    for transform in (lambda f: f, mx.compile, mx.checkpoint):
+        with pytest.raises(ValueError, match=message(operation, [argument, "3", "2"])):
+            transform(wrong)(a)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_operands_that_are_no_arrays(operation):
+    argument = "input" if "qkv" in operation else "attn_out"
+    for wrong in (None, "text", [[[1.0]]]):
+        with pytest.raises(TypeError):
+            call(operation, **{argument: wrong})
+
+
+def test_empty_batches_are_checked_as_well():
+    with pytest.raises(ValueError, match=message("fused_qkv_projection", ["weight"])):
+        call("fused_qkv_projection", input=zeros(0, 3, 12), weight=zeros(64, 13))
+    with pytest.raises(ValueError, match=message("fused_output_projection_residual", ["residual"])):
+        call("fused_output_projection_residual", attn_out=zeros(0, 3, 32))
