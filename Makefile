@@ -21,7 +21,7 @@ $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
 demo: $(VENV)/installed  ## Fine-tune a small model, stock and patched, and compare
 	$(BIN)/mlx-fused demo
 
-test: $(VENV)/installed  ## Run the tests
+test: $(VENV)/installed sanitize  ## Run the tests
 	$(BIN)/python -m pytest --cov=mlx_fused --cov-report=term
 
 test-slow: $(VENV)/installed  ## Run the longer sweeps
@@ -30,7 +30,7 @@ test-slow: $(VENV)/installed  ## Run the longer sweeps
 bench: $(VENV)/installed  ## Time against MLX's own operations, and torch where it is installed
 	$(BIN)/python benchmarks/bench.py
 
-sanitize: $(VENV)/installed  ## Test the C++ CPU path under ASan and UBSan
+sanitize: $(VENV)/installed  ## Test the C++ CPU path under ASan and UBSan (part of test)
 	$(BIN)/cmake -S . -B build/sanitize -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DMLX_FUSED_BUILD_PYTHON=OFF -DMLX_FUSED_BUILD_TESTS=ON \
 	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"

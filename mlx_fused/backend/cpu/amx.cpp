@@ -7,6 +7,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "mlx_fused/backend/cpu/kernels.h"
 #include "mlx_fused/backend/cpu/parallel.h"
 #include "mlx_fused/backend/cpu/scratch.h"
 
@@ -329,7 +330,7 @@ bool has_amx() {
                __builtin_cpu_supports("avx512vl");
     // Linux wants to be asked, for the state is 8 KB per thread.
     constexpr long request_permission = 0x1023, tile_data = 18;
-    return cpu && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    return cpu && allowed(Isa::amx) && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
   }();
   return available;
 }

@@ -132,29 +132,22 @@ void FusedQKVProjectionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs);
   auto& forward = layout_.forward;
 
-  struct WeightGrad {
-    View grad;
-    std::optional<View> dw, dbias;
+  struct ParameterGrad {
+    View grad, out;
   };
   std::vector<cpu::GradSegment> input_grad;
-  std::vector<WeightGrad> weight_grads;
+  std::vector<ParameterGrad> weight_grads, bias_grads;
   for (int i = 0; i < QKVLayout::segments; ++i) {
     auto grad = heads_view(inputs[QKVGradLayout::cotangent + i]);
     if (layout_.reads_weight()) {
       input_grad.push_back({segment_weight(inputs, layout_.weight(0), forward, i), grad});
     }
     int part = forward.packed ? 0 : i;
-    int weight_output = layout_.output(forward.weight(part));
-    int bias_output = forward.has_bias ? layout_.output(forward.bias(part)) : -1;
-    WeightGrad out{grad, std::nullopt, std::nullopt};
-    if (weight_output >= 0) {
-      out.dw = segment_weight(outputs, weight_output - part, forward, i);
+    if (int out = layout_.output(forward.weight(part)); out >= 0) {
+      weight_grads.push_back({grad, segment_weight(outputs, out - part, forward, i)});
     }
-    if (bias_output >= 0) {
-      out.dbias = segment_bias(outputs, bias_output - part, forward, i);
-    }
-    if (out.dw || out.dbias) {
-      weight_grads.push_back(out);
+    if (int out = forward.has_bias ? layout_.output(forward.bias(part)) : -1; out >= 0) {
+      bias_grads.push_back({grad, segment_bias(outputs, out - part, forward, i)});
     }
   }
 
@@ -169,8 +162,11 @@ void FusedQKVProjectionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
     if (dx) {
       cpu::project_input_grad(input_grad, *dx);
     }
-    for (auto& out : weight_grads) {
-      cpu::project_weight_grad(x.value_or(View{}), out.grad, out.dw, out.dbias);
+    for (auto& [grad, dw] : weight_grads) {
+      cpu::project_weight_grad(*x, grad, dw);
+    }
+    for (auto& [grad, dbias] : bias_grads) {
+      cpu::project_bias_grad(grad, dbias);
     }
   });
 }
@@ -205,8 +201,11 @@ void FusedOutputProjectionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) 
     if (dx) {
       cpu::project_input_grad({{*weight, grad}}, *dx);
     }
-    if (dw || dbias) {
-      cpu::project_weight_grad(x.value_or(View{}), grad, dw, dbias);
+    if (dw) {
+      cpu::project_weight_grad(*x, grad, *dw);
+    }
+    if (dbias) {
+      cpu::project_bias_grad(grad, *dbias);
     }
   });
 }

@@ -5,7 +5,9 @@
 #include <vector>
 
 // The products of a projection layer on strided views of memory: y = x W^T and its two gradients.
-// Accumulates in float32 and rounds once. Knows neither MLX nor attention, so it can be tested alone.
+// Accumulates in float32 and rounds once, to nearest even. Operands may be of different types. Every function
+// may be called from several threads at once and returns when its result is complete. Knows neither MLX nor
+// attention, so it can be tested alone.
 namespace mlx_fused::cpu {
 
 enum class Type : uint8_t { float32, float16, bfloat16 };
@@ -44,8 +46,10 @@ struct GradSegment {
 // dx = the sum of grad weight over the segments.
 void project_input_grad(const std::vector<GradSegment>& segments, const View& dx);
 
-// dw = grad^T x and dbias = the sum of grad over its rows; either may be absent.
-void project_weight_grad(
-    const View& x, const View& grad, const std::optional<View>& dw, const std::optional<View>& dbias);
+// dw = grad^T x.
+void project_weight_grad(const View& x, const View& grad, const View& dw);
+
+// dbias = the sum of grad over its rows.
+void project_bias_grad(const View& grad, const View& dbias);
 
 }  // namespace mlx_fused::cpu

@@ -1,0 +1,105 @@
+"""mlx-lm's own LoRA training of a checkpoint, with its model patched or as it is."""
+
+import io
+import json
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+from mlx_lm import lora
+from mlx_lm.tuner.callbacks import TrainingCallback
+from mlx_lm.tuner.datasets import load_dataset
+
+import mlx_fused
+
+from .settings import Settings
+
+_VAL_BATCHES = 4
+
+
+@dataclass
+class Run(TrainingCallback):
+    """What one training run reported; losses by iteration."""
+
+    on_report: Callable[[int, float], None]
+    train_losses: dict[int, float] = field(default_factory=dict)
+    val_losses: dict[int, float] = field(default_factory=dict)
+    speeds: list[float] = field(default_factory=list)
+    peak_memory: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The median of the reports, which a pause of the machine does not move."""
+        return median(self.speeds)
+
+    def on_train_loss_report(self, train_info: dict) -> None:
+        iteration, loss = train_info["iteration"], train_info["train_loss"]
+        self.train_losses[iteration] = loss
+        self.speeds.append(train_info["tokens_per_second"])
+        self.on_report(iteration, loss)
+
+    def on_val_loss_report(self, val_info: dict) -> None:
+        self.val_losses[val_info["iteration"]] = val_info["val_loss"]
+
+
+def write_dataset(path: Path, texts: list[str], settings: Settings) -> None:
+    """Write ``train.jsonl`` and ``valid.jsonl`` as mlx-lm reads them."""
+    path.mkdir(exist_ok=True)
+    split = _VAL_BATCHES * settings.batch_size
+    for name, part in (("valid", texts[:split]), ("train", texts[split:])):
+        lines = (json.dumps({"text": text}) + "\n" for text in part)
+        (path / f"{name}.jsonl").write_text("".join(lines))
+
+
+def finetune(
+    model_path: Path,
+    data_path: Path,
+    adapter_path: Path,
+    settings: Settings,
+    patch: bool,
+    on_report: Callable[[int, float], None],
+) -> Run:
+    """Train LoRA adapters with mlx-lm and write them to ``adapter_path``.
+
+    Raises:
+        RuntimeError: If ``patch`` is asked for and a layer is not fused.
+    """
+    changes = {
+        "model": str(model_path),
+        "data": str(data_path),
+        "adapter_path": str(adapter_path),
+        "train": True,
+        "seed": settings.seed,
+        "num_layers": -1,
+        "batch_size": settings.batch_size,
+        "iters": settings.iters,
+        "learning_rate": settings.learning_rate,
+        "max_seq_length": settings.seq_length,
+        "steps_per_report": max(1, settings.iters // 8),
+        "steps_per_eval": settings.iters,
+        "save_every": settings.iters + 1,
+        "val_batches": _VAL_BATCHES,
+    }
+    args = SimpleNamespace(**lora.CONFIG_DEFAULTS | changes)
+    np.random.seed(args.seed)  # mlx-lm shuffles with it; its trainer seeds mlx.random itself
+    model, tokenizer = mlx_lm.load(args.model)
+    train_set, valid_set, _ = load_dataset(args, tokenizer)
+    if patch:
+        mlx_fused.patch(model)
+    run = Run(on_report)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    with redirect_stdout(io.StringIO()):  # its display would interleave with the demo's own
+        lora.train_model(args, model, train_set, valid_set, run)
+    run.peak_memory = mx.get_peak_memory()
+    if patch:
+        report = mlx_fused.patch(model)  # of the model as it was trained, LoRA layers in place
+        if not all(layer.fused for layer in report.layers):
+            raise RuntimeError(f"Not every layer ran fused.\n{report}")
+    return run

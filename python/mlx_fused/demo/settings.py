@@ -1,0 +1,28 @@
+"""How large the demo is."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the model and of its two trainings: a few minutes on two CPU cores.
+
+    The feed-forward part is small beside the attention, so that the part this package changes is
+    a visible share of a step.
+    """
+
+    iters: int
+    seed: int
+    vocab_size: int = 1024
+    hidden_size: int = 256
+    intermediate_size: int = 256
+    num_layers: int = 4
+    num_heads: int = 8
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    seq_length: int = 128
+    batch_size: int = 4
+    pretrain_steps: int = 30
+    pretrain_learning_rate: float = 1.5e-4
+    learning_rate: float = 2e-4
+    max_new_tokens: int = 24
