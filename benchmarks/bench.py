@@ -7,13 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import click
-import machine
 import mlx.core as mx
 import numpy as np
-import report
-from contenders import Case, Model, WrongResult, contenders, operands, reference, verify
 from rich.console import Console
 from rich.progress import track
+
+import machine
+import report
+from contenders import Case, Model, WrongResult, contenders, operands, reference, verify
 
 LLAMA = Model("Llama-3.2-1B", hidden=2048, num_heads=32, num_kv_heads=8, head_dim=64)
 TINY = Model("tiny", hidden=64, num_heads=4, num_kv_heads=2, head_dim=16)

@@ -6,9 +6,9 @@ from math import sqrt
 
 import mlx.core as mx
 import numpy as np
-from machine import cores
 
 import mlx_fused
+from machine import cores
 
 # Spacing of each dtype's numbers at 1, and at 0 (the smallest subnormal); rounding errs by half.
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}

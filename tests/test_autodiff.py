@@ -6,14 +6,14 @@ Values are compared with the composed form's on integers, where every sum is exa
 from itertools import combinations
 
 import mlx.core as mx
-import operands
-import oracle
 import pytest
-from graph import output_counts, primitives
-from test_forward import dtypes
 
 import mlx_fused
+import operands
+import oracle
+from graph import output_counts, primitives
 from mlx_fused import composed
+from test_forward import dtypes
 
 HEADS = (4, 2, 3)
 MODULES = (mlx_fused, composed)

@@ -2,12 +2,12 @@
 
 import mlx.core as mx
 import numpy as np
-import operands
-import oracle
 import pytest
-from test_forward import ROWS, biases, dtypes, packings
 
 import mlx_fused
+import operands
+import oracle
+from test_forward import ROWS, biases, dtypes, packings
 
 
 def qkv_args(rng, batch, seq, hidden, heads, dtype=mx.float32, bias=True, packed=False):

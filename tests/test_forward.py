@@ -2,11 +2,11 @@
 
 import mlx.core as mx
 import numpy as np
-import operands
-import oracle
 import pytest
 
 import mlx_fused
+import operands
+import oracle
 from mlx_fused import composed
 
 dtypes = pytest.mark.parametrize("dtype", operands.DTYPES, ids=str)

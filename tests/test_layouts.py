@@ -1,12 +1,12 @@
 """Operands that are views: transposed, sliced, offset, reversed, broadcast, overlapping."""
 
 import mlx.core as mx
-import operands
-import oracle
 import pytest
-from test_forward import dtypes
 
 import mlx_fused
+import operands
+import oracle
+from test_forward import dtypes
 
 HEADS = (4, 2, 6)
 

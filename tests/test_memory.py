@@ -4,11 +4,11 @@ import subprocess
 import sys
 
 import mlx.core as mx
-import operands
 import pytest
-from test_forward import dtypes
 
 import mlx_fused
+import operands
+from test_forward import dtypes
 
 # 512 x 512 and twice 128 x 512: a copy of the smallest is 15% of the sum of the weights.
 HEADS, HIDDEN = (8, 2, 64), 512

@@ -11,10 +11,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from oracle import UNIT_ROUNDOFF
-from tiny_models import CONFIGS, HIDDEN, LAYERS, fused, loss, make, tokens
 
 import mlx_fused
+from oracle import UNIT_ROUNDOFF
+from tiny_models import CONFIGS, HIDDEN, LAYERS, fused, loss, make, tokens
 
 DTYPES = {"f32": mx.float32, "bf16": mx.bfloat16}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -4,14 +4,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-import oracle
 import pytest
-from graph import output_counts, primitives
 from mlx.utils import tree_flatten
-from mlx_fused.nn import OutputProjection, QKVProjection
-from operands import normal
 
 import mlx_fused
+import oracle
+from graph import output_counts, primitives
+from mlx_fused.nn import OutputProjection, QKVProjection
+from operands import normal
 
 
 def parameters(layer):

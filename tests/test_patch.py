@@ -6,12 +6,12 @@ import pickle
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from graph import output_counts
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.trainer import grad_checkpoint
-from tiny_models import LAYERS, Attention, assert_same, calls, fused, loss, make, sample, tokens
 
 import mlx_fused
+from graph import output_counts
+from tiny_models import LAYERS, Attention, assert_same, calls, fused, loss, make, sample, tokens
 
 # The report
 

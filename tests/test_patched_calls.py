@@ -8,9 +8,9 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
-from tiny_models import LAYERS, Attention, assert_same, calls, fused, make, sample, tokens
 
 import mlx_fused
+from tiny_models import LAYERS, Attention, assert_same, calls, fused, make, sample, tokens
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 64), (1, 1, 64), (3, 64), (64,), (2, 3, 4, 64), (2, 0, 64)])

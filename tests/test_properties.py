@@ -2,13 +2,13 @@
 
 import mlx.core as mx
 import numpy as np
-import operands
-import oracle
 from hypothesis import given
 from hypothesis import strategies as st
-from test_layouts import VIEWS
 
 import mlx_fused
+import operands
+import oracle
+from test_layouts import VIEWS
 
 sizes = st.integers(0, 5) | st.integers(0, 70)
 widths = st.integers(1, 9) | st.integers(1, 140)

@@ -8,11 +8,11 @@ from threading import Barrier
 
 import mlx.core as mx
 import numpy as np
-import operands
-import oracle
 import pytest
 
 import mlx_fused
+import operands
+import oracle
 
 THREADS = 8
 

@@ -4,14 +4,14 @@ from itertools import product
 
 import mlx.core as mx
 import numpy as np
-import operands
-import oracle
 import pytest
-from graph import primitives
-from test_autodiff import cube_sum, packed_function, qkv_flat, qkv_function, subsets
 
 import mlx_fused
+import operands
+import oracle
+from graph import primitives
 from mlx_fused import composed
+from test_autodiff import cube_sum, packed_function, qkv_flat, qkv_function, subsets
 
 HEADS = (4, 2, 3)
 EXAMPLES = 3

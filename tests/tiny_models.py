@@ -4,6 +4,7 @@ import importlib
 
 import mlx.core as mx
 import mlx.nn as nn
+
 from graph import primitives
 
 LAYERS, HIDDEN, VOCABULARY = 2, 64, 96
