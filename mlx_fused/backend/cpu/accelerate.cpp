@@ -4,6 +4,9 @@
 
 namespace mlx_fused::cpu {
 
+// Accelerate has the matrix units that our loops cannot reach. Not measured.
+const int64_t sgemm_min_rows = 0;
+
 void sgemm(
     bool transpose_a,
     bool transpose_b,

@@ -18,6 +18,19 @@ struct Kernels {
       int64_t k,
       float* y,
       int64_t ldy);
+  // y[j * ldy + i] (+)= the sum over p < k of w[j * ldw + p] * x[p * cols + i], for i < cols and j < n; cols
+  // is one to three times lanes
+  void (*panel)(
+      const float* x,
+      int64_t cols,
+      const float* w,
+      int64_t ldw,
+      int64_t n,
+      int64_t k,
+      float* y,
+      int64_t ldy,
+      bool accumulate);
+  int64_t lanes;                                                      // floats in a vector
   void (*widen)(Type type, const void* from, float* to, int64_t n);   // to = from
   void (*add)(Type type, const void* from, float* to, int64_t n);     // to += from
   void (*narrow)(Type type, const float* from, void* to, int64_t n);  // to = from, rounded to nearest even

@@ -3,9 +3,14 @@
 #endif
 #include <cblas.h>
 
+#include <limits>
+
 #include "mlx_fused/backend/cpu/sgemm.h"
 
 namespace mlx_fused::cpu {
+
+// It packs the weights anew in every call.
+const int64_t sgemm_min_rows = std::numeric_limits<int64_t>::max();
 
 void sgemm(
     bool transpose_a,

@@ -20,7 +20,7 @@ namespace {
 
 // Long enough to bridge the gap between two operations of a decoding step, short enough not to be seen by
 // others.
-constexpr auto spin_time = std::chrono::microseconds(50);
+constexpr auto spin_time = std::chrono::microseconds(200);
 
 template <typename Condition>
 bool spin_until(Condition&& condition) {

@@ -5,6 +5,7 @@
 
 #include "mlx_fused/backend/cpu/amx.h"
 #include "mlx_fused/backend/cpu/kernels.h"
+#include "mlx_fused/backend/cpu/panels.h"
 #include "mlx_fused/backend/cpu/parallel.h"
 #include "mlx_fused/backend/cpu/scratch.h"
 #include "mlx_fused/backend/cpu/sgemm.h"
@@ -168,12 +169,19 @@ void product(std::vector<View> left, std::vector<Output> outputs) {
       }
     }
   }
-  constexpr int64_t few_rows = 32, few_rows_amx = 4;
   bool amx = !left.empty() && all_bfloat16 && has_amx();
-  if (left.size() == 1 && unit_rows && left[0].rows() <= (amx ? few_rows_amx : few_rows)) {
-    return dots_product(left[0], outputs);
+  bool in_place = left.size() == 1 && unit_rows;
+  int64_t rows = outputs[0].out.rows();
+  constexpr int64_t few_rows = 24, few_rows_amx = 4;
+  if (in_place && rows <= (amx ? few_rows_amx : few_rows)) {
+    dots_product(left[0], outputs);
+  } else if (amx) {
+    amx_product(left, outputs);
+  } else if (in_place && rows < sgemm_min_rows) {
+    panels_product(left[0], outputs);
+  } else {
+    blas_product(left, outputs);
   }
-  return amx ? amx_product(left, outputs) : blas_product(left, outputs);
 }
 
 }  // namespace mlx_fused::cpu

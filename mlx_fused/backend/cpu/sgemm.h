@@ -20,4 +20,7 @@ void sgemm(
     float* c,
     int ldc);
 
+// From this many rows on the library beats our own loops even where those need not pack the weights.
+extern const int64_t sgemm_min_rows;
+
 }  // namespace mlx_fused::cpu

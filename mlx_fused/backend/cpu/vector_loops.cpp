@@ -11,13 +11,13 @@ namespace mlx_fused::cpu::MLX_FUSED_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int lanes = 16, max_rows_w = 6;
+constexpr int lanes = 16, max_rows_w = 6, panel_rows_w = 8;
 #elif defined(__AVX2__)
-constexpr int lanes = 8, max_rows_w = 2;
+constexpr int lanes = 8, max_rows_w = 2, panel_rows_w = 4;
 #elif defined(__aarch64__)
-constexpr int lanes = 4, max_rows_w = 6;
+constexpr int lanes = 4, max_rows_w = 6, panel_rows_w = 8;
 #else
-constexpr int lanes = 4, max_rows_w = 2;
+constexpr int lanes = 4, max_rows_w = 2, panel_rows_w = 4;
 #endif
 constexpr int max_rows_x = 4;
 
@@ -219,6 +219,81 @@ void dots_as(
   }
 }
 
+// Every vector of x is loaded once for rows_w multiplications, every element of w once for vectors.
+template <int vectors, int rows_w>
+void panel_block(
+    const float* x, const float* w, int64_t ldw, int64_t k, float* y, int64_t ldy, bool accumulate) {
+  Float acc[rows_w][vectors];
+#pragma GCC unroll 8
+  for (int j = 0; j < rows_w; ++j) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      acc[j][v] = accumulate ? Float32::load(y + j * ldy + v * lanes) : Float{};
+    }
+  }
+  for (int64_t p = 0; p < k; ++p) {
+    Float xs[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      xs[v] = Float32::load(x + (p * vectors + v) * lanes);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < rows_w; ++j) {
+      float ws = w[j * ldw + p];
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) {
+        acc[j][v] += xs[v] * ws;
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < rows_w; ++j) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      Float32::store(y + j * ldy + v * lanes, acc[j][v]);
+    }
+  }
+}
+
+template <int vectors>
+void panel_of(
+    const float* x,
+    const float* w,
+    int64_t ldw,
+    int64_t n,
+    int64_t k,
+    float* y,
+    int64_t ldy,
+    bool accumulate) {
+  int64_t j = 0;
+  for (; j + panel_rows_w <= n; j += panel_rows_w) {
+    panel_block<vectors, panel_rows_w>(x, w + j * ldw, ldw, k, y + j * ldy, ldy, accumulate);
+  }
+  for (; j < n; ++j) {
+    panel_block<vectors, 1>(x, w + j * ldw, ldw, k, y + j * ldy, ldy, accumulate);
+  }
+}
+
+void panel(
+    const float* x,
+    int64_t cols,
+    const float* w,
+    int64_t ldw,
+    int64_t n,
+    int64_t k,
+    float* y,
+    int64_t ldy,
+    bool accumulate) {
+  switch (cols / lanes) {
+    case 3:
+      return panel_of<3>(x, w, ldw, n, k, y, ldy, accumulate);
+    case 2:
+      return panel_of<2>(x, w, ldw, n, k, y, ldy, accumulate);
+    case 1:
+      return panel_of<1>(x, w, ldw, n, k, y, ldy, accumulate);
+  }
+}
+
 template <typename T>
 void widen_as(const void* source, float* to, int64_t n) {
   auto from = (const typename T::Element*)source;
@@ -295,6 +370,6 @@ void narrow(Type type, const float* from, void* to, int64_t n) {
 }  // namespace
 
 extern const Kernels table;
-const Kernels table = {dots, widen, add, narrow};
+const Kernels table = {dots, panel, lanes, widen, add, narrow};
 
 }  // namespace mlx_fused::cpu::MLX_FUSED_ISA
