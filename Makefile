@@ -22,7 +22,7 @@ demo: $(VENV)/installed  ## Fine-tune a small model, stock and patched, and comp
 	$(BIN)/mlx-fused demo
 
 test: $(VENV)/installed sanitize  ## Run the tests
-	$(BIN)/python -m pytest --cov=mlx_fused --cov-report=term
+	$(BIN)/python -m pytest --cov=python/mlx_fused --cov-report=term
 
 test-slow: $(VENV)/installed  ## Run the longer sweeps
 	$(BIN)/python -m pytest -m slow
