@@ -2,14 +2,14 @@
 
 # libmlx has no stable C++ ABI, not even between patch releases.
 set(MLX_FUSED_MLX_VERSION 0.32.4)
+execute_process(COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/check_mlx.py" version
+                        ${MLX_FUSED_MLX_VERSION} COMMAND_ERROR_IS_FATAL ANY)
 
 execute_process(
   COMMAND "${Python_EXECUTABLE}" -m mlx --cmake-dir
   OUTPUT_VARIABLE MLX_ROOT
   OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 find_package(MLX CONFIG REQUIRED)
-execute_process(COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/check_mlx.py" version
-                        ${MLX_FUSED_MLX_VERSION} COMMAND_ERROR_IS_FATAL ANY)
 
 execute_process(
   COMMAND "${Python_EXECUTABLE}" -m nanobind --cmake_dir
