@@ -17,6 +17,13 @@ execute_process(
   OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 find_package(nanobind CONFIG REQUIRED)
 
+# The GPU's side of evaluation: Metal where MLX has it.
+if(MLX_BUILD_METAL)
+  set(MLX_FUSED_GPU_SOURCES mlx_fused/backend/metal/eval.cpp mlx_fused/backend/metal/library.cpp)
+else()
+  set(MLX_FUSED_GPU_SOURCES mlx_fused/backend/no_metal/eval.cpp)
+endif()
+
 # NB_DOMAIN: mlx.core's types are known to extensions of the same domain only.
 nanobind_add_module(
   _ext
@@ -24,13 +31,16 @@ nanobind_add_module(
   NB_DOMAIN
   mlx
   python/src/bindings.cpp
+  python/src/internals.cpp
   mlx_fused/check.cpp
   mlx_fused/composed.cpp
   mlx_fused/fused_primitive.cpp
   mlx_fused/output_projection.cpp
   mlx_fused/qkv_projection.cpp
   mlx_fused/routing.cpp
-  mlx_fused/backend/cpu/eval.cpp)
+  mlx_fused/backend/cpu/eval.cpp
+  mlx_fused/backend/metal/plan.cpp
+  ${MLX_FUSED_GPU_SOURCES})
 target_include_directories(_ext PRIVATE "${CMAKE_SOURCE_DIR}")
 target_link_libraries(_ext PRIVATE mlx_fused_cpu mlx)
 

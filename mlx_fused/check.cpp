@@ -50,6 +50,17 @@ void Check::positive(const char* name, int value) const {
   }
 }
 
+Route Check::route(const Call& call, mx::Stream stream, const std::optional<std::string>& wish) const {
+  auto device = describe(stream.device);
+  if (wish && *wish != "composed" && *wish != "fused") {
+    fail("route must be 'composed', 'fused' or None but got '" + *wish + "'.");
+  }
+  if (wish == "fused" && !has_kernels(call, device)) {
+    fail("route must be 'composed' or None for these dtypes on this device but got 'fused'.");
+  }
+  return mlx_fused::route(call, device, wish);
+}
+
 void Check::fail(const std::string& message) const {
   throw std::invalid_argument("[" + std::string(op_) + "] " + message);
 }

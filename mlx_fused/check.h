@@ -3,6 +3,7 @@
 #include <string>
 
 #include "mlx/array.h"
+#include "mlx_fused/routing.h"
 
 // Argument checks that raise ValueError with the operation, the argument, what was expected and what came.
 namespace mlx_fused {
@@ -17,6 +18,9 @@ class Check {
   void shape(const std::string& name, const mx::array& a, const mx::Shape& expected) const;
   void floating(const std::string& name, const mx::array& a) const;
   void positive(const char* name, int value) const;
+
+  // Routes a call, once the caller's wish, if there is one, is known and can be met.
+  Route route(const Call& call, mx::Stream stream, const std::optional<std::string>& wish) const;
 
   [[noreturn]] void fail(const std::string& message) const;
 

@@ -74,12 +74,13 @@ Arrays qkv_projection_grad(const Arrays& inputs, const QKVGradLayout& layout, mx
 }
 
 Arrays output_projection(const Arrays& inputs, const OutputLayout& layout, mx::StreamOrDevice s) {
-  auto y = linear(
-      inputs[OutputLayout::attn_out],
-      inputs[OutputLayout::weight],
-      layout.has_bias ? &inputs[OutputLayout::bias] : nullptr,
-      s);
-  return {mx::add(y, inputs[layout.residual()], s)};
+  auto& x = inputs[OutputLayout::attn_out];
+  auto& weight = inputs[OutputLayout::weight];
+  auto& residual = inputs[layout.residual()];
+  if (layout.has_bias) {
+    return {mx::add(linear(x, weight, &inputs[OutputLayout::bias], s), residual, s)};
+  }
+  return {mx::addmm(residual, x, mx::transpose(weight, s), 1.0f, 1.0f, s)};
 }
 
 Arrays output_projection_grad(const Arrays& inputs, const OutputGradLayout& layout, mx::StreamOrDevice s) {

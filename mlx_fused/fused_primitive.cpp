@@ -1,8 +1,5 @@
 #include "mlx_fused/fused_primitive.h"
 
-#include <stdexcept>
-#include <string>
-
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
 
@@ -30,10 +27,6 @@ Function restrict_to(const Function& fun, const Arrays& primals, const std::vect
 }
 
 }  // namespace
-
-void FusedPrimitive::eval_gpu(const Arrays&, Arrays&) {
-  throw std::runtime_error("[" + std::string(name()) + "] There is no GPU kernel.");
-}
 
 Arrays FusedPrimitive::vjp(
     const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) {

@@ -18,9 +18,6 @@ class FusedPrimitive : public mx::Primitive {
  public:
   using mx::Primitive::Primitive;
 
-  // `routing` keeps calls off GPU streams as long as there are no kernels.
-  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
-
   Arrays vjp(
       const Arrays& primals,
       const Arrays& cotangents,

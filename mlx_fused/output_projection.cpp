@@ -74,6 +74,12 @@ Arrays make_grad(const Arrays& inputs, const OutputGradLayout& layout, mx::Strea
   return mx::array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, inputs);
 }
 
+Call grad_call(const Arrays& inputs) {
+  auto& grad = inputs[OutputGradLayout::cotangent];
+  int64_t rows = int64_t(grad.shape(0)) * grad.shape(1);
+  return {Operation::output_grad, {grad.dtype()}, rows, grad.shape(2), false};
+}
+
 }  // namespace
 
 mx::array fused_output_projection_residual(
@@ -81,6 +87,7 @@ mx::array fused_output_projection_residual(
     const mx::array& weight,
     const std::optional<mx::array>& bias,
     const mx::array& residual,
+    const std::optional<std::string>& wish,
     mx::StreamOrDevice s) {
   Check check("fused_output_projection_residual");
   check_forward(check, attn_out, weight, bias, residual);
@@ -92,7 +99,13 @@ mx::array fused_output_projection_residual(
     dtype = mx::promote_types(dtype, bias->dtype());
   }
   auto stream = mx::to_stream(s);
-  if (route(stream.device, {dtype, mx::promote_types(dtype, residual.dtype())}) == Route::composed) {
+  Call call{
+      Operation::output,
+      {dtype, mx::promote_types(dtype, residual.dtype())},
+      int64_t(attn_out.shape(0)) * attn_out.shape(1),
+      attn_out.shape(2),
+      layout.has_bias};
+  if (check.route(call, stream, wish) == Route::composed) {
     return composed::output_projection(inputs, layout, stream)[0];
   }
   for (auto& x : inputs) {
@@ -118,6 +131,7 @@ Arrays fused_output_projection_residual_bwd(
     const mx::array& attn_out,
     const mx::array& weight,
     bool has_bias,
+    const std::optional<std::string>& wish,
     mx::StreamOrDevice s) {
   Check check("fused_output_projection_residual_bwd");
   check_arguments(check, attn_out, weight);
@@ -134,7 +148,7 @@ Arrays fused_output_projection_residual_bwd(
   for (auto& x : inputs) {
     x = mx::astype(x, dtype, stream);
   }
-  auto grads = route(stream.device, {dtype}) == Route::composed
+  auto grads = check.route(grad_call(inputs), stream, wish) == Route::composed
                    ? composed::output_projection_grad(inputs, layout, stream)
                    : make_grad(inputs, layout, stream);
   // A bias has its weight's dtype here, for the bias itself is not an argument.
@@ -163,7 +177,9 @@ Arrays FusedOutputProjection::vjp(
   if (!layout.argnums.empty()) {
     auto inputs =
         grad_inputs(cotangents[0], primals[OutputLayout::attn_out], primals[OutputLayout::weight], layout);
-    grads = make_grad(inputs, layout, stream());
+    grads = route(grad_call(inputs), describe(stream().device)) == Route::composed
+                ? composed::output_projection_grad(inputs, layout, stream())
+                : make_grad(inputs, layout, stream());
   }
   if (wants_residual) {
     grads.push_back(cotangents[0]);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "mlx/utils.h"
@@ -17,6 +18,7 @@ mx::array fused_output_projection_residual(
     const mx::array& weight,
     const std::optional<mx::array>& bias,
     const mx::array& residual,
+    const std::optional<std::string>& wish = std::nullopt,
     mx::StreamOrDevice s = {});
 
 // The gradients of attn_out, weight, bias if has_bias, and residual, in this order.
@@ -25,6 +27,7 @@ Arrays fused_output_projection_residual_bwd(
     const mx::array& attn_out,
     const mx::array& weight,
     bool has_bias,
+    const std::optional<std::string>& wish = std::nullopt,
     mx::StreamOrDevice s = {});
 
 // The forward's meaning in MLX's own ops: for mx.export_function, which takes no others.
@@ -40,6 +43,7 @@ class FusedOutputProjection : public FusedPrimitive {
   FusedOutputProjection(mx::Stream stream, OutputLayout layout) : FusedPrimitive(stream), layout_(layout) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
   Arrays vjp(
       const Arrays& primals,
       const Arrays& cotangents,
@@ -63,6 +67,7 @@ class FusedOutputProjectionGrad : public FusedPrimitive {
       : FusedPrimitive(stream), layout_(std::move(layout)) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
   bool is_equivalent(const mx::Primitive& other) const override;
   DEFINE_NAME(FusedOutputProjectionGrad)

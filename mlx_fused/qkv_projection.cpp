@@ -121,6 +121,21 @@ Arrays make_grad(const Arrays& inputs, const QKVGradLayout& layout, mx::Stream s
   return mx::array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, inputs);
 }
 
+Call grad_call(const Arrays& inputs, const QKVGradLayout& layout) {
+  auto& forward = layout.forward;
+  auto& dq = inputs[QKVGradLayout::cotangent];
+  Call call{Operation::qkv_grad, {dq.dtype()}, int64_t(dq.shape(0)) * dq.shape(2), 0, forward.has_bias};
+  if (layout.reads_input()) {
+    call.in_features = inputs[QKVGradLayout::input].shape(2);
+  } else if (layout.reads_weight()) {
+    call.in_features = inputs[layout.weight(0)].shape(1);
+  }
+  for (int i = 0; forward.has_bias && i < forward.parts(); ++i) {
+    call.bias_grad_alone |= layout.output(forward.bias(i)) >= 0 && layout.output(forward.weight(i)) < 0;
+  }
+  return call;
+}
+
 }  // namespace
 
 Arrays fused_qkv_projection(
@@ -130,6 +145,7 @@ Arrays fused_qkv_projection(
     int num_heads,
     int num_kv_heads,
     int head_dim,
+    const std::optional<std::string>& wish,
     mx::StreamOrDevice s) {
   Check check("fused_qkv_projection");
   auto [layout, inputs] = check_arguments(check, input, weight, bias, num_heads, num_kv_heads, head_dim);
@@ -143,7 +159,9 @@ Arrays fused_qkv_projection(
     promoted.push_back(dtype);
   }
   auto stream = mx::to_stream(s);
-  if (route(stream.device, promoted) == Route::composed) {
+  Call call{
+      Operation::qkv, promoted, int64_t(input.shape(0)) * input.shape(1), input.shape(2), layout.has_bias};
+  if (check.route(call, stream, wish) == Route::composed) {
     return composed::qkv_projection(inputs, layout, stream);
   }
   for (auto& x : inputs) {
@@ -175,6 +193,7 @@ Arrays fused_qkv_projection_bwd(
     int num_heads,
     int num_kv_heads,
     int head_dim,
+    const std::optional<std::string>& wish,
     mx::StreamOrDevice s) {
   Check check("fused_qkv_projection_bwd");
   auto [forward, primals] =
@@ -197,7 +216,7 @@ Arrays fused_qkv_projection_bwd(
   for (auto& x : inputs) {
     x = mx::astype(x, dtype, stream);
   }
-  auto grads = route(stream.device, {dtype}) == Route::composed
+  auto grads = check.route(grad_call(inputs, layout), stream, wish) == Route::composed
                    ? composed::qkv_projection_grad(inputs, layout, stream)
                    : make_grad(inputs, layout, stream);
   // A bias gets its weight's dtype, for the bias itself is not an argument.
@@ -217,7 +236,10 @@ Function FusedQKVProjection::composed() {
 Arrays FusedQKVProjection::vjp(
     const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) {
   QKVGradLayout layout{layout_, argnums};
-  return make_grad(grad_inputs(cotangents, primals, layout), layout, stream());
+  auto inputs = grad_inputs(cotangents, primals, layout);
+  return route(grad_call(inputs, layout), describe(stream().device)) == Route::composed
+             ? composed::qkv_projection_grad(inputs, layout, stream())
+             : make_grad(inputs, layout, stream());
 }
 
 std::pair<Arrays, std::vector<int>> FusedQKVProjection::vmap(

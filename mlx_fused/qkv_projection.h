@@ -1,6 +1,7 @@
 #pragma once
 
 #include <optional>
+#include <string>
 #include <variant>
 #include <vector>
 
@@ -15,6 +16,8 @@ namespace mx = mlx::core;
 // Weights or biases: one packed array of q's, k's and v's rows, or these three apart.
 using Parts = std::variant<mx::array, Arrays>;
 
+// `wish` is routing's: "composed", "fused" or nothing.
+
 // q, k, v of shape [B, heads, S, head_dim] from input [B, S, H] and weight
 // [(num_heads + 2 num_kv_heads) head_dim, H]; a bias comes in parts as the weight does.
 Arrays fused_qkv_projection(
@@ -24,6 +27,7 @@ Arrays fused_qkv_projection(
     int num_heads,
     int num_kv_heads,
     int head_dim,
+    const std::optional<std::string>& wish = std::nullopt,
     mx::StreamOrDevice s = {});
 
 // The gradients of input, of every part of weight and, if has_bias, of bias, in this order.
@@ -37,6 +41,7 @@ Arrays fused_qkv_projection_bwd(
     int num_heads,
     int num_kv_heads,
     int head_dim,
+    const std::optional<std::string>& wish = std::nullopt,
     mx::StreamOrDevice s = {});
 
 // The forward's meaning in MLX's own ops: for mx.export_function, which takes no others.
@@ -54,6 +59,7 @@ class FusedQKVProjection : public FusedPrimitive {
   FusedQKVProjection(mx::Stream stream, QKVLayout layout) : FusedPrimitive(stream), layout_(layout) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
   Arrays vjp(
       const Arrays& primals,
       const Arrays& cotangents,
@@ -77,6 +83,7 @@ class FusedQKVProjectionGrad : public FusedPrimitive {
       : FusedPrimitive(stream), layout_(std::move(layout)) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
   bool is_equivalent(const mx::Primitive& other) const override;
   DEFINE_NAME(FusedQKVProjectionGrad)

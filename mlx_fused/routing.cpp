@@ -1,27 +1,60 @@
 #include "mlx_fused/routing.h"
 
+#include <cstdlib>
+
 namespace mlx_fused {
 
 namespace {
 
-bool has_kernel(mx::Dtype dtype) {
-  return dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
+// From here on a tile kernel is bound by arithmetic, in which MLX's matrix units are ahead.
+constexpr int64_t matmul_unit_rows = 32;
+
+Route best(const Call& call, const DeviceInfo& device) {
+  if (device.kind == DeviceInfo::cpu) {
+    return Route::primitive;  // any of our loops is ahead of MLX's CPU matmul
+  }
+  if (call.rows >= matmul_unit_rows && device.matmul_units) {
+    return Route::composed;
+  }
+  bool few_rows = call.rows > 1 && call.rows <= 8;
+  if (call.operation == Operation::output && !call.has_bias && !few_rows) {
+    return Route::composed;  // mx.addmm is one launch already, by gemv for one row
+  }
+  return Route::primitive;  // saves launches: two projections of three, bias and residual, the sums of dx
 }
 
 }  // namespace
 
-Route route(mx::Device device, const std::vector<mx::Dtype>& promoted) {
-  // GPU streams have no kernels of ours yet.
-  if (device != mx::Device::cpu) {
-    return Route::composed;
+bool has_kernels(const Call& call, const DeviceInfo& device) {
+  if (device.kind == DeviceInfo::other_gpu) {
+    return false;
   }
-  for (auto dtype : promoted) {
-    // float64, or segments of several dtypes: each would need a rounding of its own.
-    if (!has_kernel(dtype) || dtype != promoted[0]) {
-      return Route::composed;
+  if (device.kind == DeviceInfo::metal) {
+    bool plain_matmuls = call.operation == Operation::output_grad;
+    bool no_buffers = call.in_features == 0;  // to bind
+    if (plain_matmuls || no_buffers || call.bias_grad_alone) {
+      return false;
     }
   }
-  return Route::primitive;
+  for (auto dtype : call.promoted) {
+    bool known = dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
+    if (!known || dtype != call.promoted[0]) {
+      return false;  // several dtypes would each need a rounding of their own
+    }
+  }
+  return true;
+}
+
+Route route(const Call& call, const DeviceInfo& device, const std::optional<std::string>& wish) {
+  if (!has_kernels(call, device)) {
+    return Route::composed;
+  }
+  const char* variable = std::getenv("MLX_FUSED_ROUTE");
+  auto wanted = wish ? *wish : std::string(variable ? variable : "");
+  if (wanted == "composed") {
+    return Route::composed;
+  }
+  return wanted == "fused" ? Route::primitive : best(call, device);
 }
 
 }  // namespace mlx_fused

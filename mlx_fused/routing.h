@@ -1,5 +1,8 @@
 #pragma once
 
+#include <cstdint>
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "mlx/array.h"
@@ -12,7 +15,31 @@ namespace mx = mlx::core;
 // Who computes a call: MLX's own ops, or a primitive of ours.
 enum class Route { composed, primitive };
 
-// `promoted` is the dtype that MLX's promotion gives each product of the call, and its residual.
-Route route(mx::Device device, const std::vector<mx::Dtype>& promoted);
+// What routing knows of a device.
+struct DeviceInfo {
+  enum Kind { cpu, metal, other_gpu } kind;
+  bool matmul_units;  // MLX's matmul reaches matrix units that simdgroup code does not (M5, A19 and later)
+};
+
+enum class Operation { qkv, qkv_grad, output, output_grad };
+
+struct Call {
+  Operation operation;
+  std::vector<mx::Dtype> promoted;  // what MLX promotes each product of the call to, and its residual
+  int64_t rows;                     // batch times sequence
+  int64_t in_features;
+  bool has_bias;
+  bool bias_grad_alone = false;  // the gradient of a bias is asked for, and not that of its weight
+};
+
+// Whether there are kernels of ours for the call at all.
+bool has_kernels(const Call& call, const DeviceInfo& device);
+
+// `wish`, "composed" or "fused", overrules the table wherever there is a choice; so does MLX_FUSED_ROUTE.
+Route route(
+    const Call& call, const DeviceInfo& device, const std::optional<std::string>& wish = std::nullopt);
+
+// Defined by the backends.
+DeviceInfo describe(mx::Device device);
 
 }  // namespace mlx_fused

@@ -2,13 +2,13 @@
 
 
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from mlx.core import Device, DeviceType, Stream, array
 
 StreamOrDevice: TypeAlias = Stream | Device | DeviceType | None
 
-def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, stream: StreamOrDevice = None) -> tuple[array, array, array]:
+def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """
     Project hidden states to queries, keys and values in one operation.
 
@@ -29,6 +29,9 @@ def fused_qkv_projection(input: array, weight: array | tuple[array, array, array
       num_heads (int): Query heads, a multiple of ``num_kv_heads``.
       num_kv_heads (int): Key and value heads.
       head_dim (int): Features per head, at least 1.
+      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
+        ours, where there are any. Default: ``None``, whichever is expected to be faster
+        (or what the environment variable ``MLX_FUSED_ROUTE`` says).
       stream (Stream or Device, optional): Where to run. Default: ``None``, the
         default stream of the default device.
 
@@ -42,7 +45,7 @@ def fused_qkv_projection(input: array, weight: array | tuple[array, array, array
         names the argument, what was expected and what came.
     """
 
-def fused_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, stream: StreamOrDevice = None) -> array:
+def fused_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array:
     """
     Project attention's output and add the residual in one operation.
 
@@ -55,6 +58,9 @@ def fused_output_projection_residual(attn_out: array, weight: array, bias: array
       weight (array): Output projection of shape ``[H, Hq]``.
       bias (array, optional): ``[H]``, or ``None``.
       residual (array): What the attention block was given, ``[B, S, H]``.
+      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
+        ours, where there are any. Default: ``None``, whichever is expected to be faster
+        (or what the environment variable ``MLX_FUSED_ROUTE`` says).
       stream (Stream or Device, optional): Where to run. Default: ``None``, the
         default stream of the default device.
 
@@ -66,7 +72,7 @@ def fused_output_projection_residual(attn_out: array, weight: array, bias: array
         argument, what was expected and what came.
     """
 
-def fused_qkv_projection_bwd(dq: array, dk: array, dv: array, input: array, weight: array | tuple[array, array, array], has_bias: bool, num_heads: int, num_kv_heads: int, head_dim: int, *, stream: StreamOrDevice = None) -> tuple[array, array | tuple[array, array, array], array | tuple[array, array, array] | None]:
+def fused_qkv_projection_bwd(dq: array, dk: array, dv: array, input: array, weight: array | tuple[array, array, array], has_bias: bool, num_heads: int, num_kv_heads: int, head_dim: int, *, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array | tuple[array, array, array], array | tuple[array, array, array] | None]:
     """
     All gradients of :func:`fused_qkv_projection`.
 
@@ -83,6 +89,9 @@ def fused_qkv_projection_bwd(dq: array, dk: array, dv: array, input: array, weig
       num_heads (int): Query heads.
       num_kv_heads (int): Key and value heads.
       head_dim (int): Features per head.
+      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
+        ours, where there are any. Default: ``None``, whichever is expected to be faster
+        (or what the environment variable ``MLX_FUSED_ROUTE`` says).
       stream (Stream or Device, optional): Where to run. Default: ``None``, the
         default stream of the default device.
 
@@ -95,7 +104,7 @@ def fused_qkv_projection_bwd(dq: array, dk: array, dv: array, input: array, weig
       ValueError: If a rank, shape, dtype or head count is wrong.
     """
 
-def fused_output_projection_residual_bwd(d_output: array, attn_out: array, weight: array, has_bias: bool, *, stream: StreamOrDevice = None) -> tuple[array, array, array | None, array]:
+def fused_output_projection_residual_bwd(d_output: array, attn_out: array, weight: array, has_bias: bool, *, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array | None, array]:
     """
     All gradients of :func:`fused_output_projection_residual`.
 
@@ -104,6 +113,9 @@ def fused_output_projection_residual_bwd(d_output: array, attn_out: array, weigh
       attn_out (array): The forward's ``attn_out``, ``[B, S, Hq]``.
       weight (array): The forward's weight, ``[H, Hq]``.
       has_bias (bool): Whether the forward had a bias.
+      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
+        ours, where there are any. Default: ``None``, whichever is expected to be faster
+        (or what the environment variable ``MLX_FUSED_ROUTE`` says).
       stream (Stream or Device, optional): Where to run. Default: ``None``, the
         default stream of the default device.
 

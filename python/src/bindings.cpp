@@ -1,11 +1,13 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include "mlx_fused/output_projection.h"
 #include "mlx_fused/qkv_projection.h"
+#include "python/src/bindings.h"
 
 namespace mx = mlx::core;
 namespace nb = nanobind;
@@ -15,6 +17,7 @@ namespace {
 
 using Triple = std::tuple<mx::array, mx::array, mx::array>;
 using OptionalParts = std::optional<mlx_fused::Parts>;
+using Route = std::optional<std::string>;
 using GradParts = std::variant<mx::array, Triple>;
 
 Triple triple(const std::vector<mx::array>& arrays, size_t first = 0) {
@@ -36,8 +39,10 @@ Triple qkv_projection(
     int num_heads,
     int num_kv_heads,
     int head_dim,
+    const Route& route,
     mx::StreamOrDevice s) {
-  return triple(mlx_fused::fused_qkv_projection(input, weight, bias, num_heads, num_kv_heads, head_dim, s));
+  return triple(
+      mlx_fused::fused_qkv_projection(input, weight, bias, num_heads, num_kv_heads, head_dim, route, s));
 }
 
 Triple composed_qkv_projection(
@@ -62,9 +67,10 @@ std::tuple<mx::array, GradParts, std::optional<GradParts>> qkv_projection_bwd(
     int num_heads,
     int num_kv_heads,
     int head_dim,
+    const Route& route,
     mx::StreamOrDevice s) {
   auto grads = mlx_fused::fused_qkv_projection_bwd(
-      dq, dk, dv, input, weight, has_bias, num_heads, num_kv_heads, head_dim, s);
+      dq, dk, dv, input, weight, has_bias, num_heads, num_kv_heads, head_dim, route, s);
   bool packed = std::holds_alternative<mx::array>(weight);
   std::optional<GradParts> d_bias;
   if (has_bias) {
@@ -78,8 +84,10 @@ std::tuple<mx::array, mx::array, std::optional<mx::array>, mx::array> output_pro
     const mx::array& attn_out,
     const mx::array& weight,
     bool has_bias,
+    const Route& route,
     mx::StreamOrDevice s) {
-  auto grads = mlx_fused::fused_output_projection_residual_bwd(d_output, attn_out, weight, has_bias, s);
+  auto grads =
+      mlx_fused::fused_output_projection_residual_bwd(d_output, attn_out, weight, has_bias, route, s);
   std::optional<mx::array> d_bias;
   if (has_bias) {
     d_bias = grads[2];
@@ -102,11 +110,13 @@ NB_MODULE(_ext, m) {
       "num_kv_heads"_a,
       "head_dim"_a,
       nb::kw_only(),
+      "route"_a = nb::none(),
       "stream"_a = nb::none(),
       nb::sig(
-          "def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | "
-          "tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, stream: "
-          "StreamOrDevice = None) -> tuple[array, array, array]"),
+          "def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array "
+          "| tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, "
+          "route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> "
+          "tuple[array, array, array]"),
       R"pbdoc(
         Project hidden states to queries, keys and values in one operation.
 
@@ -127,6 +137,9 @@ NB_MODULE(_ext, m) {
           num_heads (int): Query heads, a multiple of ``num_kv_heads``.
           num_kv_heads (int): Key and value heads.
           head_dim (int): Features per head, at least 1.
+          route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
+            ours, where there are any. Default: ``None``, whichever is expected to be faster
+            (or what the environment variable ``MLX_FUSED_ROUTE`` says).
           stream (Stream or Device, optional): Where to run. Default: ``None``, the
             default stream of the default device.
 
@@ -148,10 +161,12 @@ NB_MODULE(_ext, m) {
       "bias"_a.none(),
       "residual"_a,
       nb::kw_only(),
+      "route"_a = nb::none(),
       "stream"_a = nb::none(),
       nb::sig(
           "def fused_output_projection_residual(attn_out: array, weight: array, bias: array | None, "
-          "residual: array, *, stream: StreamOrDevice = None) -> array"),
+          "residual: array, *, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice "
+          "= None) -> array"),
       R"pbdoc(
         Project attention's output and add the residual in one operation.
 
@@ -164,6 +179,9 @@ NB_MODULE(_ext, m) {
           weight (array): Output projection of shape ``[H, Hq]``.
           bias (array, optional): ``[H]``, or ``None``.
           residual (array): What the attention block was given, ``[B, S, H]``.
+          route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
+            ours, where there are any. Default: ``None``, whichever is expected to be faster
+            (or what the environment variable ``MLX_FUSED_ROUTE`` says).
           stream (Stream or Device, optional): Where to run. Default: ``None``, the
             default stream of the default device.
 
@@ -188,12 +206,13 @@ NB_MODULE(_ext, m) {
       "num_kv_heads"_a,
       "head_dim"_a,
       nb::kw_only(),
+      "route"_a = nb::none(),
       "stream"_a = nb::none(),
       nb::sig(
           "def fused_qkv_projection_bwd(dq: array, dk: array, dv: array, input: array, weight: array | "
-          "tuple[array, array, array], has_bias: bool, num_heads: int, num_kv_heads: int, head_dim: int, *, "
-          "stream: StreamOrDevice = None) -> tuple[array, array | tuple[array, array, array], array | "
-          "tuple[array, array, array] | None]"),
+          "tuple[array, array, array], has_bias: bool, num_heads: int, num_kv_heads: int, head_dim: int, "
+          "*, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> "
+          "tuple[array, array | tuple[array, array, array], array | tuple[array, array, array] | None]"),
       R"pbdoc(
         All gradients of :func:`fused_qkv_projection`.
 
@@ -210,6 +229,9 @@ NB_MODULE(_ext, m) {
           num_heads (int): Query heads.
           num_kv_heads (int): Key and value heads.
           head_dim (int): Features per head.
+          route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
+            ours, where there are any. Default: ``None``, whichever is expected to be faster
+            (or what the environment variable ``MLX_FUSED_ROUTE`` says).
           stream (Stream or Device, optional): Where to run. Default: ``None``, the
             default stream of the default device.
 
@@ -230,10 +252,12 @@ NB_MODULE(_ext, m) {
       "weight"_a,
       "has_bias"_a,
       nb::kw_only(),
+      "route"_a = nb::none(),
       "stream"_a = nb::none(),
       nb::sig(
           "def fused_output_projection_residual_bwd(d_output: array, attn_out: array, weight: array, "
-          "has_bias: bool, *, stream: StreamOrDevice = None) -> tuple[array, array, array | None, array]"),
+          "has_bias: bool, *, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = "
+          "None) -> tuple[array, array, array | None, array]"),
       R"pbdoc(
         All gradients of :func:`fused_output_projection_residual`.
 
@@ -242,6 +266,9 @@ NB_MODULE(_ext, m) {
           attn_out (array): The forward's ``attn_out``, ``[B, S, Hq]``.
           weight (array): The forward's weight, ``[H, Hq]``.
           has_bias (bool): Whether the forward had a bias.
+          route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
+            ours, where there are any. Default: ``None``, whichever is expected to be faster
+            (or what the environment variable ``MLX_FUSED_ROUTE`` says).
           stream (Stream or Device, optional): Where to run. Default: ``None``, the
             default stream of the default device.
 
@@ -284,4 +311,6 @@ NB_MODULE(_ext, m) {
           "def composed_output_projection_residual(attn_out: array, weight: array, bias: array | None, "
           "residual: array, *, stream: StreamOrDevice = None) -> array"),
       "``fused_output_projection_residual`` written in MLX's own operations.");
+
+  bind_internals(m);
 }

@@ -1,0 +1,84 @@
+// Many rows: y = x W^T + bias + residual, tile by tile. A tile lies in one segment and takes that one's weight.
+#include "common.h"
+
+namespace mlx_fused {
+
+// Adds bias and residual, rounds once, and puts each feature into its head. Pointers are those of the tile.
+template <typename T>
+struct HeadsStore {
+  const device T* bias;
+  const device T* residual;
+  int64_t residual_row_stride;
+  device T* out;
+  int first_feature;
+  constant SegmentParams& segment;
+
+  METAL_FUNC void operator()(short row, short col, float sum) const thread {
+    if (has_bias) {
+      sum += static_cast<float>(bias[col]);
+    }
+    if (has_residual) {
+      sum += static_cast<float>(residual[row * residual_row_stride + col]);
+    }
+    out[row * segment.row_stride + feature_offset(first_feature + col, segment)] = static_cast<T>(sum);
+  }
+};
+
+template <typename T, int BM, int BN>
+[[kernel, max_total_threads_per_threadgroup(tile_threads)]] void projection(
+    const device T* input [[buffer(0)]],
+    const device T* q_weight [[buffer(1)]],
+    const device T* k_weight [[buffer(2)]],
+    const device T* v_weight [[buffer(3)]],
+    const device T* q_bias [[buffer(4)]],
+    const device T* k_bias [[buffer(5)]],
+    const device T* v_bias [[buffer(6)]],
+    const device T* residual [[buffer(7)]],
+    device T* q [[buffer(8)]],
+    device T* k [[buffer(9)]],
+    device T* v [[buffer(10)]],
+    constant ProjectionParams& params [[buffer(11)]],
+    uint3 tile [[threadgroup_position_in_grid]],
+    ushort simdgroup [[simdgroup_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  using Gemm = mlx::steel::GEMMKernel<T, T, BM, BN, tile_depth, 2, 2, false, true, true, true>;
+  threadgroup T input_block[Gemm::tgp_mem_size_a];
+  threadgroup T weight_block[Gemm::tgp_mem_size_b];
+
+  const int index = segment_of(tile.x, params);
+  constant SegmentParams& segment = params.segment[index];
+  const int first_col = (int(tile.x) - segment.first_tile) * BN;
+  const int first_row = int(tile.y) * BM;
+  const short cols = metal::min(BN, segment.features - first_col);
+  const short rows = metal::min(BM, params.rows - first_row);
+  const int64_t batch = tile.z;
+
+  const device T* x = input + batch * params.input_batch_stride + first_row * params.input_row_stride;
+  const device T* w = pick(index, q_weight, k_weight, v_weight) + first_col * segment.weight_row_stride;
+  typename Gemm::loader_a_t load_input(x, params.input_row_stride, input_block, simdgroup, lane);
+  typename Gemm::loader_b_t load_weight(w, segment.weight_row_stride, weight_block, simdgroup, lane);
+  typename Gemm::mma_t mma(simdgroup, lane);
+  for (int i = 0; i < params.in_features; i += tile_depth) {
+    const short depth = metal::min(tile_depth, params.in_features - i);
+    const bool whole = rows == BM && cols == BN && depth == tile_depth;
+    load_blocks(load_input, load_weight, whole, short2(depth, rows), short2(depth, cols));
+    mma.mma(input_block, weight_block);
+  }
+
+  store_results(
+      mma,
+      rows,
+      cols,
+      HeadsStore<T>{
+          pick(index, q_bias, k_bias, v_bias) + first_col,
+          residual + batch * params.residual_batch_stride + first_row * params.residual_row_stride + first_col,
+          params.residual_row_stride,
+          pick(index, q, k, v) + batch * segment.batch_stride + first_row * segment.row_stride,
+          first_col,
+          segment});
+}
+
+INSTANTIATE_TYPES("projection_32", projection, 32, 64)
+INSTANTIATE_TYPES("projection_64", projection, 64, 64)
+
+}  // namespace mlx_fused

@@ -1,0 +1,56 @@
+// dx = dq Wq + dk Wk + dv Wv in one pass, each gradient read as it lies, head by head.
+#include "common.h"
+
+namespace mlx_fused {
+
+template <typename T, int BM, int BN>
+[[kernel, max_total_threads_per_threadgroup(tile_threads)]] void qkv_input_grad(
+    const device T* dq [[buffer(0)]],
+    const device T* dk [[buffer(1)]],
+    const device T* dv [[buffer(2)]],
+    const device T* q_weight [[buffer(3)]],
+    const device T* k_weight [[buffer(4)]],
+    const device T* v_weight [[buffer(5)]],
+    device T* d_input [[buffer(6)]],
+    constant ProjectionParams& params [[buffer(7)]],
+    uint3 tile [[threadgroup_position_in_grid]],
+    ushort simdgroup [[simdgroup_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  using Gemm = mlx::steel::GEMMKernel<T, T, BM, BN, tile_depth, 2, 2, false, false, true, true>;
+  threadgroup T grad_block[Gemm::tgp_mem_size_a];
+  threadgroup T weight_block[Gemm::tgp_mem_size_b];
+
+  const int first_col = int(tile.x) * BN;
+  const int first_row = int(tile.y) * BM;
+  const short cols = metal::min(BN, params.in_features - first_col);
+  const short rows = metal::min(BM, params.rows - first_row);
+  const int64_t batch = tile.z;
+
+  typename Gemm::mma_t mma(simdgroup, lane);
+  for (int index = 0; index < params.segments; ++index) {
+    constant SegmentParams& segment = params.segment[index];
+    const device T* grad =
+        pick(index, dq, dk, dv) + batch * segment.batch_stride + first_row * segment.row_stride;
+    const device T* weight = pick(index, q_weight, k_weight, v_weight) + first_col;
+    for (int first = 0; first < segment.features; first += segment.head_dim) {
+      typename Gemm::loader_a_t load_grad(
+          grad + feature_offset(first, segment), segment.row_stride, grad_block, simdgroup, lane);
+      typename Gemm::loader_b_t load_weight(
+          weight + first * segment.weight_row_stride, segment.weight_row_stride, weight_block, simdgroup, lane);
+      for (int d = 0; d < segment.head_dim; d += tile_depth) {
+        const short depth = metal::min(tile_depth, segment.head_dim - d);
+        const bool whole = rows == BM && cols == BN && depth == tile_depth;
+        load_blocks(load_grad, load_weight, whole, short2(depth, rows), short2(cols, depth));
+        mma.mma(grad_block, weight_block);
+      }
+    }
+  }
+
+  device T* out = d_input + batch * params.input_batch_stride + first_row * params.input_row_stride + first_col;
+  store_results(mma, rows, cols, RowMajorStore<T>{out, params.input_row_stride});
+}
+
+INSTANTIATE_TYPES("qkv_input_grad_32", qkv_input_grad, 32, 64)
+INSTANTIATE_TYPES("qkv_input_grad_64", qkv_input_grad, 64, 64)
+
+}  // namespace mlx_fused

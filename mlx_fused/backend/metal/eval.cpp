@@ -1,0 +1,213 @@
+// The primitives' GPU evaluation: allocate the outputs, plan the launches, encode them.
+#include "mlx/allocator.h"
+#include "mlx/backend/metal/device.h"
+#include "mlx/dtype_utils.h"
+#include "mlx/ops.h"
+#include "mlx_fused/backend/metal/library.h"
+#include "mlx_fused/backend/metal/plan.h"
+#include "mlx_fused/output_projection.h"
+#include "mlx_fused/qkv_projection.h"
+#include "mlx_fused/routing.h"
+
+namespace mlx_fused {
+
+namespace {
+
+using metal::Plan;
+using metal::Tensor;
+
+// The arrays of one call, numbered for its plan.
+class Call {
+ public:
+  explicit Call(mx::Stream stream) : stream_(stream) {}
+
+  // Kernels read any strides but along the last axis, where they want neighbours.
+  Tensor input(const mx::array& a) {
+    bool unit = a.shape(-1) <= 1 || a.strides(-1) == 1;
+    arrays_.push_back(unit ? a : copy(a));
+    return tensor(arrays_.back());
+  }
+
+  Tensor output(mx::array& a) {
+    outputs_.push_back(static_cast<int>(arrays_.size()));
+    arrays_.push_back(a);
+    return tensor(arrays_.back());
+  }
+
+  void encode(const Plan& plan) {
+    auto& device = mx::metal::device(stream_.device);
+    auto& encoder = mx::metal::get_command_encoder(stream_);
+    for (auto& launch : plan) {
+      mx::metal::MTLFCList constants;
+      std::string specialized = launch.kernel;
+      for (auto& [index, value] : launch.constants) {
+        constants.emplace_back(&value, MTL::DataType::DataTypeBool, index);
+        specialized += value ? "_1" : "_0";
+      }
+      auto kernel = device.get_kernel(launch.kernel, metal::library(device), specialized, constants);
+      encoder.set_compute_pipeline_state(kernel);
+      for (auto& binding : launch.buffers) {
+        bool is_output = std::find(outputs_.begin(), outputs_.end(), binding.array) != outputs_.end();
+        auto& a = arrays_[binding.array];
+        if (is_output) {
+          encoder.set_output_array(a, binding.index, binding.byte_offset);
+        } else {
+          encoder.set_input_array(a, binding.index, binding.byte_offset);
+        }
+      }
+      encoder.set_bytes(launch.params, launch.params_index);
+      auto size = [](const metal::Extent& e) { return MTL::Size(e[0], e[1], e[2]); };
+      encoder.dispatch_threadgroups(size(launch.grid), size(launch.threadgroup));
+    }
+  }
+
+ private:
+  mx::array copy(const mx::array& a) {
+    auto contiguous = mx::contiguous(a, false, stream_);
+    std::vector<mx::array> outputs = {contiguous};
+    contiguous.primitive().eval_gpu(contiguous.inputs(), outputs);
+    mx::metal::get_command_encoder(stream_).add_temporary(outputs[0]);
+    return outputs[0];
+  }
+
+  Tensor tensor(const mx::array& a) const {
+    return {
+        static_cast<int>(arrays_.size()) - 1,
+        {a.shape().begin(), a.shape().end()},
+        {a.strides().begin(), a.strides().end()}};
+  }
+
+  mx::Stream stream_;
+  std::vector<mx::array> arrays_;
+  std::vector<int> outputs_;
+};
+
+std::string name_of(const mx::array& a) {
+  return a.dtype() == mx::float32 ? "float32" : a.dtype() == mx::float16 ? "float16" : "bfloat16";
+}
+
+void allocate(Arrays& outputs) {
+  for (auto& out : outputs) {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+  }
+}
+
+// A segment's rows of a weight, or entries of a bias, which may be packed with the others.
+Tensor part(Tensor t, const QKVLayout& layout, int segment) {
+  if (layout.packed) {
+    t.offset += layout.row(segment) * t.strides[0];
+    t.shape[0] = layout.features(segment);
+  }
+  return t;
+}
+
+// [B, S, features] as one head.
+Tensor one_head(Tensor t) {
+  t.shape.insert(t.shape.begin() + 1, 1);
+  t.strides.insert(t.strides.begin() + 1, 0);
+  return t;
+}
+
+}  // namespace
+
+void FusedQKVProjection::eval_gpu(const Arrays& inputs, Arrays& outputs) {
+  allocate(outputs);
+  Call call(stream());
+  auto x = call.input(inputs[QKVLayout::input]);
+  std::vector<Tensor> weights, biases;
+  for (int i = 0; i < layout_.parts(); ++i) {
+    weights.push_back(call.input(inputs[layout_.weight(i)]));
+    if (layout_.has_bias) {
+      biases.push_back(call.input(inputs[layout_.bias(i)]));
+    }
+  }
+  std::vector<metal::Segment> segments;
+  for (int i = 0; i < QKVLayout::segments; ++i) {
+    int p = layout_.packed ? 0 : i;
+    std::optional<Tensor> bias;
+    if (layout_.has_bias) {
+      bias = part(biases[p], layout_, i);
+    }
+    segments.push_back({part(weights[p], layout_, i), bias, call.output(outputs[i])});
+  }
+  call.encode(metal::plan_projection(name_of(inputs[0]), x, segments, std::nullopt));
+}
+
+void FusedQKVProjectionGrad::eval_gpu(const Arrays& inputs, Arrays& outputs) {
+  allocate(outputs);
+  auto& forward = layout_.forward;
+  Call call(stream());
+  auto dtype = name_of(inputs[0]);
+  std::vector<Tensor> grads;
+  for (int i = 0; i < QKVLayout::segments; ++i) {
+    grads.push_back(call.input(inputs[QKVGradLayout::cotangent + i]));
+  }
+  if (layout_.reads_weight()) {
+    std::vector<Tensor> weights;
+    for (int i = 0; i < forward.parts(); ++i) {
+      weights.push_back(call.input(inputs[layout_.weight(i)]));
+    }
+    std::vector<metal::InputGradSegment> segments;
+    for (int i = 0; i < QKVLayout::segments; ++i) {
+      segments.push_back({grads[i], part(weights[forward.packed ? 0 : i], forward, i)});
+    }
+    auto dx = call.output(outputs[layout_.output(QKVLayout::input)]);
+    call.encode(metal::plan_input_grad(dtype, segments, dx));
+  }
+  if (layout_.reads_input()) {
+    auto x = call.input(inputs[QKVGradLayout::input]);
+    std::vector<std::optional<Tensor>> dw(forward.parts()), dbias(forward.parts());
+    for (int i = 0; i < forward.parts(); ++i) {
+      if (int out = layout_.output(forward.weight(i)); out >= 0) {
+        dw[i] = call.output(outputs[out]);
+      }
+      if (int out = forward.has_bias ? layout_.output(forward.bias(i)) : -1; out >= 0) {
+        dbias[i] = call.output(outputs[out]);
+      }
+    }
+    std::vector<metal::WeightGradSegment> segments;
+    for (int i = 0; i < QKVLayout::segments; ++i) {
+      int p = forward.packed ? 0 : i;
+      if (dw[p]) {
+        std::optional<Tensor> bias;
+        if (dbias[p]) {
+          bias = part(*dbias[p], forward, i);
+        }
+        segments.push_back({grads[i], part(*dw[p], forward, i), bias});
+      }
+    }
+    call.encode(metal::plan_weight_grad(dtype, x, segments));
+  }
+}
+
+void FusedOutputProjection::eval_gpu(const Arrays& inputs, Arrays& outputs) {
+  allocate(outputs);
+  Call call(stream());
+  auto x = call.input(inputs[OutputLayout::attn_out]);
+  auto weight = call.input(inputs[OutputLayout::weight]);
+  std::optional<Tensor> bias;
+  if (layout_.has_bias) {
+    bias = call.input(inputs[OutputLayout::bias]);
+  }
+  auto residual = call.input(inputs[layout_.residual()]);
+  auto out = one_head(call.output(outputs[0]));
+  call.encode(metal::plan_projection(name_of(inputs[0]), x, {{weight, bias, out}}, residual));
+}
+
+void FusedOutputProjectionGrad::eval_gpu(const Arrays&, Arrays&) {
+  throw std::runtime_error("[FusedOutputProjectionGrad] MLX's matmuls are what routing chooses on a GPU.");
+}
+
+DeviceInfo describe(mx::Device device) {
+  if (device == mx::Device::cpu) {
+    return {DeviceInfo::cpu, false};
+  }
+  // As MLX decides it: from macOS 26.2 on, with GPUs of generation 17, of phones 18.
+  auto& gpu = mx::metal::device(device);
+  auto version = NS::ProcessInfo::processInfo()->operatingSystemVersion();
+  bool system = version.majorVersion > 26 || (version.majorVersion == 26 && version.minorVersion >= 2);
+  bool phone = gpu.get_architecture().back() == 'p';
+  return {DeviceInfo::metal, system && gpu.get_architecture_gen() >= (phone ? 18 : 17)};
+}
+
+}  // namespace mlx_fused

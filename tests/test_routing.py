@@ -1,0 +1,118 @@
+"""Which calls take our kernels: the table of routing.cpp, and what overrules it."""
+
+import mlx.core as mx
+import pytest
+
+import mlx_fused
+from graph import primitives
+from mlx_fused._ext import _internals
+
+HALVES = [mx.float32, mx.float16, mx.bfloat16]
+
+
+def route(operation, *promoted, device="metal", rows=128, **kwargs):
+    promoted = promoted or (mx.bfloat16,)
+    return _internals.route(operation, promoted, rows, device=device, **kwargs)
+
+
+@pytest.mark.parametrize("operation", ["qkv", "qkv_grad", "output", "output_grad"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_call_is_fused_on_the_cpu(operation, dtype):
+    for rows in (0, 1, 8, 9, 1000):
+        assert route(operation, dtype, dtype, device="cpu", rows=rows) == "fused"
+
+
+@pytest.mark.parametrize("device", ["cpu", "metal"])
+@pytest.mark.parametrize("operation", ["qkv", "qkv_grad", "output"])
+def test_dtypes_without_kernels_are_composed(device, operation):
+    assert route(operation, mx.float64, device=device) == "composed"
+    assert route(operation, mx.float32, mx.bfloat16, device=device) == "composed"
+
+
+@pytest.mark.parametrize("operation", ["qkv", "qkv_grad", "output", "output_grad"])
+@pytest.mark.parametrize("rows", [1, 128])
+def test_other_gpus_are_composed_whatever_the_wish(operation, rows):
+    for wish in (None, "fused", "composed"):
+        assert route(operation, device="cuda", rows=rows, wish=wish) == "composed"
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 31, 32, 4096])
+def test_metal_fuses_what_saves_launches(rows):
+    assert route("qkv", rows=rows) == "fused"
+    assert route("qkv_grad", rows=rows) == "fused"
+    assert route("output", rows=rows, has_bias=True) == "fused"
+    # Without a bias MLX's addmm is one launch too, but reads the weights once per row for a few rows.
+    assert route("output", rows=rows) == ("fused" if rows == 8 else "composed")
+    assert route("output_grad", rows=rows) == "composed"
+
+
+@pytest.mark.parametrize("operation", ["qkv", "qkv_grad", "output"])
+def test_matmul_units_take_the_large_products(operation):
+    for rows, expected in ((1, "fused"), (31, "fused"), (32, "composed"), (4096, "composed")):
+        assert route(operation, rows=rows, has_bias=True, matmul_units=True) == expected
+
+
+def test_metal_has_no_kernel_for_an_empty_sum_or_a_bias_gradient_alone():
+    for wish in (None, "fused"):
+        assert route("qkv", in_features=0, wish=wish) == "composed"
+        assert route("qkv_grad", bias_grad_alone=True, wish=wish) == "composed"
+    assert route("qkv_grad", bias_grad_alone=True, device="cpu") == "fused"
+
+
+def test_a_wish_overrules_the_table_and_the_variable(monkeypatch):
+    assert route("qkv", matmul_units=True, wish="fused") == "fused"
+    assert route("qkv", wish="composed") == "composed"
+    monkeypatch.setenv("MLX_FUSED_ROUTE", "fused")
+    assert route("qkv", matmul_units=True) == "fused"
+    assert route("qkv", matmul_units=True, wish="composed") == "composed"
+    monkeypatch.setenv("MLX_FUSED_ROUTE", "composed")
+    assert route("qkv") == route("qkv", device="cpu") == "composed"
+    assert route("qkv", wish="fused") == "fused"
+
+
+def calls(route=None):
+    """The four operations, as functions of arrays of ones."""
+    x, w = mx.ones((1, 2, 4)), mx.ones((4, 4))
+    g = mx.ones((1, 2, 1, 4)), mx.ones((1, 1, 1, 4))
+    x1, w3 = mx.ones((1, 1, 4)), mx.ones((16, 4))
+    return [
+        lambda: mlx_fused.fused_qkv_projection(x1, w3, None, 2, 1, 4, route=route),
+        lambda: mlx_fused.fused_qkv_projection_bwd(g[0], g[1], g[1], x1, w3, False, 2, 1, 4, route=route)[:2],
+        lambda: [mlx_fused.fused_output_projection_residual(x, w, None, x, route=route)],
+        lambda: mlx_fused.fused_output_projection_residual_bwd(x, x, w, False, route=route)[:2],
+    ]
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_the_keyword_and_the_variable_reach_every_operation(index, monkeypatch):
+    def fused(route=None):
+        return any(name.startswith("Fused") for name in primitives(*calls(route)[index]()))
+
+    assert fused()
+    assert fused("fused")
+    assert not fused("composed")
+    monkeypatch.setenv("MLX_FUSED_ROUTE", "composed")
+    assert not fused()
+    assert fused("fused")
+    with pytest.raises(ValueError, match=r"route must be 'composed', 'fused' or None but got 'slow'\."):
+        fused("slow")
+
+
+def test_a_gradient_is_routed_on_its_own(monkeypatch):
+    x, w = mx.ones((1, 2, 4)), mx.ones((4, 4))
+    y, grads = [], []
+
+    def loss(w):
+        y.append(mlx_fused.fused_output_projection_residual(x, w, None, x, route="fused"))
+        monkeypatch.setenv("MLX_FUSED_ROUTE", "composed")
+        return y[0].sum()
+
+    grads = mx.grad(loss)(w)
+    assert "FusedOutputProjectionGrad" not in primitives(grads)
+    assert mx.array_equal(grads, mx.full((4, 4), 2.0))
+
+
+def test_a_wish_that_cannot_be_met_is_refused():
+    x, w = mx.ones((1, 2, 4)).astype(mx.float64, stream=mx.cpu), mx.ones((4, 4))
+    with pytest.raises(ValueError, match=r"route must be 'composed' or None .* but got 'fused'\."):
+        mlx_fused.fused_output_projection_residual(x, w, None, x, route="fused")
