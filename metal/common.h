@@ -2,7 +2,9 @@
 
 #include <metal_stdlib>
 
-#include "mlx/backend/metal/kernels/bf16.h"
+#include "mlx/backend/metal/kernels/utils.h"
+
+// After utils.h, whose types it names.
 #include "mlx/backend/metal/kernels/steel/gemm/gemm.h"
 #include "params.h"
 
