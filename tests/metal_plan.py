@@ -1,13 +1,13 @@
-"""Runs the library's launch plans for Metal on the simulator, against which tests hold the four operations."""
+"""Runs the library's launch plans for Metal on the simulator."""
 
 from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from msl_sim import Library
 
 from mlx_fused._ext import _internals
+from msl_sim import Library
 
 KERNELS = Path(__file__).parent.parent / "metal"
 NAMES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
@@ -41,7 +41,11 @@ class Call:
     def output(self, shape, strides=None, size=None):
         """An output of this shape, filled with a bit pattern that no result has."""
         size = int(np.prod(shape)) if size is None else size
-        data = np.full(size, 0x7E57, np.uint16) if self.dtype != mx.float32 else np.full(size, np.nan, np.float32)
+        data = (
+            np.full(size, 0x7E57, np.uint16)
+            if self.dtype != mx.float32
+            else np.full(size, np.nan, np.float32)
+        )
         if self.dtype == mx.float16:
             data = data.view(np.float16)
         tensor = self._tensor(shape, data, strides, 0)

@@ -1,4 +1,7 @@
 // The primitives' GPU evaluation: allocate the outputs, plan the launches, encode them.
+#include <algorithm>
+#include <cstdlib>
+
 #include "mlx/allocator.h"
 #include "mlx/backend/metal/device.h"
 #include "mlx/dtype_utils.h"
@@ -21,10 +24,16 @@ class Call {
  public:
   explicit Call(mx::Stream stream) : stream_(stream) {}
 
-  // Kernels read any strides but along the last axis, where they want neighbours.
+  // Kernels read any strides, but want neighbours along the last axis, and step through a tile's rows in 32
+  // bits.
   Tensor input(const mx::array& a) {
-    bool unit = a.shape(-1) <= 1 || a.strides(-1) == 1;
-    arrays_.push_back(unit ? a : copy(a));
+    constexpr int64_t max_tile = 64, far = (int64_t(1) << 31) / max_tile;
+    bool readable = a.shape(-1) <= 1 || a.strides(-1) == 1;
+    if (a.ndim() > 1) {
+      int row_axis = a.shape(-2) == 1 ? 0 : static_cast<int>(a.ndim()) - 2;
+      readable &= std::abs(a.strides(row_axis)) < far;
+    }
+    arrays_.push_back(readable ? a : copy(a));
     return tensor(arrays_.back());
   }
 
