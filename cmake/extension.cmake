@@ -58,6 +58,10 @@ add_custom_command(
   COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/check_mlx.py" abi "$<TARGET_FILE:_ext>"
   VERBATIM)
 
+if(MLX_BUILD_METAL)
+  include("${CMAKE_CURRENT_LIST_DIR}/metal.cmake")
+endif()
+
 configure_file("${CMAKE_SOURCE_DIR}/python/mlx_fused/_build.py.in" _build.py @ONLY)
 install(TARGETS _ext LIBRARY DESTINATION mlx_fused)
 install(FILES "${CMAKE_CURRENT_BINARY_DIR}/_build.py" DESTINATION mlx_fused)

@@ -2,10 +2,9 @@
 
 #include <metal_stdlib>
 
-#include "mlx/backend/metal/kernels/utils.h"
-
-// After utils.h, whose types it names.
-#include "mlx/backend/metal/kernels/steel/gemm/gemm.h"
+#include "mlx/backend/metal/kernels/bf16.h"
+#include "mlx/backend/metal/kernels/complex.h"
+#include "mlx/backend/metal/kernels/steel/gemm/gemm.h"  // names the types of the two above
 #include "params.h"
 
 namespace mlx_fused {
@@ -57,8 +56,11 @@ METAL_FUNC void load_blocks(
 // Gives the elements of a tile that this thread holds, and that exist, to store(row, column, sum).
 template <typename Mma, typename Store>
 METAL_FUNC void store_results(thread Mma& mma, short rows, short cols, Store store) {
+  STEEL_PRAGMA_UNROLL
   for (short i = 0; i < Mma::TM; ++i) {
+    STEEL_PRAGMA_UNROLL
     for (short j = 0; j < Mma::TN; ++j) {
+      STEEL_PRAGMA_UNROLL
       for (short e = 0; e < 2; ++e) {
         const short row = mma.sm + i * Mma::TM_stride;
         const short col = mma.sn + j * Mma::TN_stride + e;

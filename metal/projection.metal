@@ -11,7 +11,7 @@ struct HeadsStore {
   int64_t residual_row_stride;
   device T* out;
   int first_feature;
-  constant SegmentParams& segment;
+  constant SegmentParams* segment;
 
   METAL_FUNC void operator()(short row, short col, float sum) const thread {
     if (has_bias) {
@@ -20,7 +20,7 @@ struct HeadsStore {
     if (has_residual) {
       sum += static_cast<float>(residual[row * residual_row_stride + col]);
     }
-    out[row * segment.row_stride + feature_offset(first_feature + col, segment)] = static_cast<T>(sum);
+    out[row * segment->row_stride + feature_offset(first_feature + col, *segment)] = static_cast<T>(sum);
   }
 };
 
@@ -75,7 +75,7 @@ template <typename T, int BM, int BN>
           params.residual_row_stride,
           pick(index, q, k, v) + batch * segment.batch_stride + first_row * segment.row_stride,
           first_col,
-          segment});
+          &segment});
 }
 
 INSTANTIATE_TYPES("projection_32", projection, 32, 64)

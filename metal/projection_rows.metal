@@ -21,14 +21,19 @@ METAL_FUNC void accumulate(
     int depth,
     thread float (&sums)[features_per_simdgroup][M]) {
   float x[M][values_per_lane];
+  STEEL_PRAGMA_UNROLL
   for (int m = 0; m < M; ++m) {
+    STEEL_PRAGMA_UNROLL
     for (int j = 0; j < values_per_lane; ++j) {
       x[m][j] = m < rows && j < depth ? static_cast<float>(input[row_offset[m] + j]) : 0.0f;
     }
   }
+  STEEL_PRAGMA_UNROLL
   for (int f = 0; f < features_per_simdgroup; ++f) {
+    STEEL_PRAGMA_UNROLL
     for (int j = 0; j < values_per_lane; ++j) {
       const float value = f < count && j < depth ? static_cast<float>(w[f * weight_row_stride + j]) : 0.0f;
+      STEEL_PRAGMA_UNROLL
       for (int m = 0; m < M; ++m) {
         sums[f][m] += x[m][j] * value;
       }
@@ -61,6 +66,7 @@ template <typename T, int M>
   const device T* w = pick(index, q_weight, k_weight, v_weight) + first * segment.weight_row_stride;
 
   int64_t row_offset[M];
+  STEEL_PRAGMA_UNROLL
   for (int m = 0; m < M; ++m) {
     row_offset[m] = m / params.rows * params.input_batch_stride + m % params.rows * params.input_row_stride;
   }
@@ -77,7 +83,9 @@ template <typename T, int M>
 
   const device T* bias = pick(index, q_bias, k_bias, v_bias);
   device T* out = pick(index, q, k, v);
+  STEEL_PRAGMA_UNROLL
   for (int f = 0; f < features_per_simdgroup; ++f) {
+    STEEL_PRAGMA_UNROLL
     for (int m = 0; m < M; ++m) {
       float sum = metal::simd_sum(sums[f][m]);
       if (lane == 0 && f < count && m < rows) {
