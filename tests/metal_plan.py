@@ -131,14 +131,20 @@ def qkv_projection(x, weight, bias, num_heads, num_kv_heads, head_dim, **options
     return call, tuple(call.value(out) for out in outputs)
 
 
-def output_projection(x, weight, bias, residual, **options):
-    """``fused_output_projection_residual`` on the simulator."""
+def output_projection(x, weight, bias, residual, gap=0, **options):
+    """``fused_output_projection_residual`` on the simulator; x and residual with `gap` rows between batches."""
     call = Call(x.dtype)
-    tx, tw, tb, tr = (call.input(a) for a in (x, weight, bias, residual))
+    tx, tw, tb, tr = apart(call, x, gap), call.input(weight), call.input(bias), apart(call, residual, gap)
     out = call.output(residual.shape)
     one_head = (out[0], [out[1][0], 1, *out[1][1:]], [out[2][0], 0, *out[2][1:]], 0)
     call.run(_internals.plan_projection(NAMES[x.dtype], tx, [(tw, tb, one_head)], tr), **options)
     return call, call.value(out)
+
+
+def apart(call, a, gap):
+    batch, seq, features = a.shape
+    base = mx.concatenate([a, mx.full((batch, gap, features), 9.0, a.dtype)], 1)
+    return call.input(a, [(seq + gap) * features, features, 1], 0, base)
 
 
 def qkv_projection_bwd(dq, dk, dv, x, weight, has_bias, num_heads, num_kv_heads, head_dim, **options):

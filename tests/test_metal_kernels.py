@@ -216,6 +216,15 @@ def test_strided_input(rng, layout, seq, out, dtype):
 
 
 @dtypes
+@pytest.mark.parametrize("batch,seq", [(2, 3), (7, 1), (3, 20), (2, 70)])
+def test_batches_apart_in_the_output_projection(rng, batch, seq, dtype):
+    args = operands.output(rng, batch, seq, 37, 70, dtype)
+    call, output = output_projection(*args, gap=3)
+    oracle.assert_close(output, oracle.fused_output_projection_residual, *args)
+    call.assert_written_once()
+
+
+@dtypes
 @pytest.mark.parametrize("seq", [3, 20, 70])
 def test_sliced_weights_and_token_major_gradients(rng, seq, dtype):
     batch, hidden = 2, 37
