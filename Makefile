@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake mlx_fused python/src -type f) python/mlx_fused/_build.py.in
 
-.PHONY: help demo test test-slow bench sanitize lint stubs dist clean
+.PHONY: help demo test test-slow bench sanitize lint stubs dist wheel-macos clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,9 @@ stubs: $(VENV)/installed  ## Write the type stubs anew from the bindings
 dist: $(VENV)/bin/python  ## Build the sdist and the wheel
 	$(BIN)/python -m pip install --quiet build==1.6.1
 	$(BIN)/python -m build
+
+wheel-macos: $(VENV)/installed  ## Cross-build the wheel for macOS; it is not run
+	$(BIN)/python tests/macos/wheel.py
 
 clean:  ## Remove what the targets above made
 	rm -rf $(VENV) build dist benchmarks/results mlx_fused_demo

@@ -41,4 +41,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "version":
         check_version(sys.argv[2])
     else:
-        check_abi(Path(sys.argv[2]), Path(find_spec("mlx.core").origin))
+        # By path, for in a cross build it is of another platform.
+        mlx = Path(find_spec("mlx").submodule_search_locations[0])
+        check_abi(Path(sys.argv[2]), next(mlx.glob("core.*.so")))

@@ -19,10 +19,10 @@ namespace {
 using metal::Plan;
 using metal::Tensor;
 
-// The arrays of one call, numbered for its plan.
-class Call {
+// Encodes one call: numbers its arrays for its plan, and launches what that says.
+class Launcher {
  public:
-  explicit Call(mx::Stream stream) : stream_(stream) {}
+  explicit Launcher(mx::Stream stream) : stream_(stream) {}
 
   // Kernels read any strides, but want neighbours along the last axis, and step through a tile's rows in 32
   // bits.
@@ -121,13 +121,13 @@ Tensor one_head(Tensor t) {
 
 void FusedQKVProjection::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs);
-  Call call(stream());
-  auto x = call.input(inputs[QKVLayout::input]);
+  Launcher launcher(stream());
+  auto x = launcher.input(inputs[QKVLayout::input]);
   std::vector<Tensor> weights, biases;
   for (int i = 0; i < layout_.parts(); ++i) {
-    weights.push_back(call.input(inputs[layout_.weight(i)]));
+    weights.push_back(launcher.input(inputs[layout_.weight(i)]));
     if (layout_.has_bias) {
-      biases.push_back(call.input(inputs[layout_.bias(i)]));
+      biases.push_back(launcher.input(inputs[layout_.bias(i)]));
     }
   }
   std::vector<metal::Segment> segments;
@@ -137,41 +137,41 @@ void FusedQKVProjection::eval_gpu(const Arrays& inputs, Arrays& outputs) {
     if (layout_.has_bias) {
       bias = part(biases[p], layout_, i);
     }
-    segments.push_back({part(weights[p], layout_, i), bias, call.output(outputs[i])});
+    segments.push_back({part(weights[p], layout_, i), bias, launcher.output(outputs[i])});
   }
-  call.encode(metal::plan_projection(name_of(inputs[0]), x, segments, std::nullopt));
+  launcher.encode(metal::plan_projection(name_of(inputs[0]), x, segments, std::nullopt));
 }
 
 void FusedQKVProjectionGrad::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs);
   auto& forward = layout_.forward;
-  Call call(stream());
+  Launcher launcher(stream());
   auto dtype = name_of(inputs[0]);
   std::vector<Tensor> grads;
   for (int i = 0; i < QKVLayout::segments; ++i) {
-    grads.push_back(call.input(inputs[QKVGradLayout::cotangent + i]));
+    grads.push_back(launcher.input(inputs[QKVGradLayout::cotangent + i]));
   }
   if (layout_.reads_weight()) {
     std::vector<Tensor> weights;
     for (int i = 0; i < forward.parts(); ++i) {
-      weights.push_back(call.input(inputs[layout_.weight(i)]));
+      weights.push_back(launcher.input(inputs[layout_.weight(i)]));
     }
     std::vector<metal::InputGradSegment> segments;
     for (int i = 0; i < QKVLayout::segments; ++i) {
       segments.push_back({grads[i], part(weights[forward.packed ? 0 : i], forward, i)});
     }
-    auto dx = call.output(outputs[layout_.output(QKVLayout::input)]);
-    call.encode(metal::plan_input_grad(dtype, segments, dx));
+    auto dx = launcher.output(outputs[layout_.output(QKVLayout::input)]);
+    launcher.encode(metal::plan_input_grad(dtype, segments, dx));
   }
   if (layout_.reads_input()) {
-    auto x = call.input(inputs[QKVGradLayout::input]);
+    auto x = launcher.input(inputs[QKVGradLayout::input]);
     std::vector<std::optional<Tensor>> dw(forward.parts()), dbias(forward.parts());
     for (int i = 0; i < forward.parts(); ++i) {
       if (int out = layout_.output(forward.weight(i)); out >= 0) {
-        dw[i] = call.output(outputs[out]);
+        dw[i] = launcher.output(outputs[out]);
       }
       if (int out = forward.has_bias ? layout_.output(forward.bias(i)) : -1; out >= 0) {
-        dbias[i] = call.output(outputs[out]);
+        dbias[i] = launcher.output(outputs[out]);
       }
     }
     std::vector<metal::WeightGradSegment> segments;
@@ -185,22 +185,22 @@ void FusedQKVProjectionGrad::eval_gpu(const Arrays& inputs, Arrays& outputs) {
         segments.push_back({grads[i], part(*dw[p], forward, i), bias});
       }
     }
-    call.encode(metal::plan_weight_grad(dtype, x, segments));
+    launcher.encode(metal::plan_weight_grad(dtype, x, segments));
   }
 }
 
 void FusedOutputProjection::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs);
-  Call call(stream());
-  auto x = call.input(inputs[OutputLayout::attn_out]);
-  auto weight = call.input(inputs[OutputLayout::weight]);
+  Launcher launcher(stream());
+  auto x = launcher.input(inputs[OutputLayout::attn_out]);
+  auto weight = launcher.input(inputs[OutputLayout::weight]);
   std::optional<Tensor> bias;
   if (layout_.has_bias) {
-    bias = call.input(inputs[OutputLayout::bias]);
+    bias = launcher.input(inputs[OutputLayout::bias]);
   }
-  auto residual = call.input(inputs[layout_.residual()]);
-  auto out = one_head(call.output(outputs[0]));
-  call.encode(metal::plan_projection(name_of(inputs[0]), x, {{weight, bias, out}}, residual));
+  auto residual = launcher.input(inputs[layout_.residual()]);
+  auto out = one_head(launcher.output(outputs[0]));
+  launcher.encode(metal::plan_projection(name_of(inputs[0]), x, {{weight, bias, out}}, residual));
 }
 
 void FusedOutputProjectionGrad::eval_gpu(const Arrays&, Arrays&) {

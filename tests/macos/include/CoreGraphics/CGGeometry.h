@@ -1,0 +1,7 @@
+// What metal-cpp uses of Apple's header.
+#pragma once
+
+typedef struct CGSize {
+  double width;
+  double height;
+} CGSize;
