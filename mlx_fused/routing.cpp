@@ -18,7 +18,7 @@ Route best(const Call& call, const DeviceInfo& device) {
   }
   bool few_rows = call.rows > 1 && call.rows <= 8;
   if (call.operation == Operation::output && !call.has_bias && !few_rows) {
-    return Route::composed;  // mx.addmm is one launch already, by gemv for one row
+    return Route::composed;  // mx.addmm adds the residual in its epilogue already
   }
   return Route::primitive;  // saves launches: two projections of three, bias and residual, the sums of dx
 }

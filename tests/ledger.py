@@ -1,0 +1,421 @@
+"""What a call costs: launches, and bytes of device memory read and written, by our kernels and by MLX's.
+
+Ours are counted by the simulator that runs the call's launch plan. MLX's follow from the graph of the same
+call in MLX's own operations and the rules of `Kernels`. ``python tests/ledger.py`` writes the counts anew, to
+tests/ledger.json and as tables to docs/ledger.md.
+"""
+
+import json
+from collections import namedtuple
+from math import ceil
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+import metal_plan
+import mlx_fused
+from mlx_fused import composed
+from mlx_fused._ext import _internals
+
+GOLDEN = Path(__file__).with_name("ledger.json")
+DOCUMENT = Path(__file__).parents[1] / "docs" / "ledger.md"
+DTYPE = mx.bfloat16
+
+# Distinct counts a buffer's bytes once however often they are read or written, total every time.
+Cost = namedtuple("Cost", "launches distinct_read distinct_written total_read total_written")
+# heads is (num_heads, num_kv_heads, head_dim), for the output projection the attention's.
+Case = namedtuple("Case", "operation rows hidden heads packed bias")
+
+GQA_8_1, GQA_4_2, RAGGED, LLAMA_1B = (8, 1, 64), (4, 2, 64), (4, 2, 80), (32, 8, 64)
+
+
+def small_cases():
+    for heads in (GQA_8_1, GQA_4_2):
+        for rows in (1, 2, 8, 33, 64, 128):
+            yield Case("qkv", rows, 256, heads, False, False)
+    for rows in (1, 64):
+        for packed, bias in ((False, True), (True, False), (True, True)):
+            yield Case("qkv", rows, 256, GQA_4_2, packed, bias)
+    for rows in (1, 8, 64):
+        for bias in (False, True):
+            yield Case("output", rows, 256, GQA_4_2, False, bias)
+    for operation in ("dx", "dw"):
+        for rows in (33, 128):
+            for packed in (False, True):
+                yield Case(operation, rows, 256, GQA_4_2, packed, True)
+    for operation in ("qkv", "output", "dx", "dw"):
+        yield Case(operation, 33, 200, RAGGED, False, True)
+
+
+def large_cases():
+    for operation in ("qkv", "output"):
+        for rows in (1, 8, 512):
+            yield Case(operation, rows, 2048, LLAMA_1B, False, operation == "output")
+    yield Case("dx", 512, 2048, LLAMA_1B, False, False)
+    yield Case("dw", 512, 2048, LLAMA_1B, False, False)
+
+
+SIMULATED = list(small_cases())
+PLANNED = list(large_cases())  # of Llama-3.2-1B's sizes, which would take the simulator hours
+
+
+# Ours
+
+
+def run_plan(case, **options):
+    """The case's call, and which of the plan's launches are the case's: those of dx, say."""
+    x, weight, bias, extra = operands(case)
+    if case.operation == "qkv":
+        call, _ = metal_plan.qkv_projection(x, weight, bias, *case.heads, **options)
+    elif case.operation == "output":
+        call, _ = metal_plan.output_projection(x, weight, bias, *extra, **options)
+    else:
+        call, _ = metal_plan.qkv_projection_bwd(*extra, x, weight, case.bias, *case.heads, **options)
+    dx = call.outputs[0]
+    of_dw = [dx not in bound(launch).values() for launch in call.plan]
+    return call, [i for i, dw in enumerate(of_dw) if dw == (case.operation == "dw")]
+
+
+def bound(launch):
+    """The name of the buffer in each slot."""
+    return {index: f"a{array}" for index, array, _ in launch["buffers"]}
+
+
+def reads(launch, rows):
+    """How often the launch reads each of its inputs, as its tiling implies: {buffer: times}.
+
+    A tile of the output needs its rows of the one operand and its columns of the other, each in full.
+    """
+    columns, row_tiles, batches = launch["grid"]
+    kernel, constants = launch["kernel"], launch["constants"]
+    if kernel.startswith("projection_rows"):
+        simdgroups = columns * launch["threadgroup"][0] // 32
+        slots = {(0,): simdgroups, (1, 2, 3): 1}
+    elif kernel.startswith("projection"):
+        slots = {(0,): columns, (1, 2, 3): row_tiles * batches}
+    elif kernel.startswith("qkv_input_grad"):
+        slots = {(0, 1, 2): columns, (3, 4, 5): row_tiles * batches}
+    else:
+        slots = {(0,): row_tiles, (1, 2, 3): columns}
+    if constants.get(0):
+        slots[4, 5, 6] = rows  # a bias, by every element of the output
+    if constants.get(1):
+        slots[7,] = 1  # the residual
+    names = bound(launch)
+    return {names[slot]: times for group, times in slots.items() for slot in group}
+
+
+def simulated(case) -> Cost:
+    """Counted while the launches ran."""
+    call, launches = run_plan(case)
+    traffic = [t for i in launches for t in call.results[i].traffic.values()]
+    return Cost(len(launches), *(sum(getattr(t, field) for t in traffic) for field in Cost._fields[1:]))
+
+
+class NotRun:
+    """In place of a library, when it is only the plan that is wanted."""
+
+    def __getitem__(self, kernel):
+        return self
+
+    def run(self, launches, buffers):
+        return None
+
+
+def planned(case) -> Cost:
+    """The same by `reads`, which tests hold against the simulator."""
+    call, launches = run_plan(case, library_of=NotRun())
+    size = {name: buffer.nbytes for name, buffer in call.buffers.items()}
+    times = [item for i in launches for item in reads(call.plan[i], case.rows).items()]
+    written = sum(size[a] for i in launches for a in set(bound(call.plan[i]).values()) & set(call.outputs))
+    return Cost(
+        len(launches), sum(size[a] for a, _ in times), written, sum(size[a] * n for a, n in times), written
+    )
+
+
+# MLX's
+
+
+def operands(case):
+    """(x, weight, bias, the rest) of zeros: costs depend on shapes alone."""
+
+    def zeros(*shape):
+        return mx.zeros(shape, DTYPE)
+
+    num_heads, num_kv_heads, head_dim = case.heads
+    features = [n * head_dim for n in (num_heads, num_kv_heads, num_kv_heads)]
+    if case.operation == "output":
+        bias = zeros(case.hidden) if case.bias else None
+        x, weight = zeros(1, case.rows, features[0]), zeros(case.hidden, features[0])
+        return x, weight, bias, (zeros(1, case.rows, case.hidden),)
+    if case.packed:
+        weight, bias = zeros(sum(features), case.hidden), zeros(sum(features))
+    else:
+        weight, bias = tuple(zeros(n, case.hidden) for n in features), tuple(map(zeros, features))
+    gradients = tuple(zeros(1, n, case.rows, head_dim) for n in (num_heads, num_kv_heads, num_kv_heads))
+    return zeros(1, case.rows, case.hidden), weight, bias if case.bias else None, gradients
+
+
+def linear(x, weight, bias):
+    layer = nn.Linear(1, 1, bias=bias is not None)
+    layer.weight = weight
+    if bias is not None:
+        layer.bias = bias
+    return layer(x)
+
+
+def linear_qkv(x, weight, bias, num_heads, num_kv_heads, head_dim):
+    """q, k and v as mlx-lm's models project them."""
+    if isinstance(weight, tuple):
+        parts = [linear(x, *wb) for wb in zip(weight, bias or (None,) * 3, strict=True)]
+    else:
+        ends = (num_heads * head_dim, (num_heads + num_kv_heads) * head_dim)
+        parts = mx.split(linear(x, weight, bias), ends, axis=-1)
+    return tuple(p.reshape(*x.shape[:2], -1, head_dim).transpose(0, 2, 1, 3) for p in parts)
+
+
+def linear_output(x, weight, bias, residual):
+    return residual + linear(x, weight, bias)
+
+
+def gradients_of_linear(dq, dk, dv, x, weight, has_bias, *heads):
+    """What `mx.vjp` makes of `linear_qkv`, returned as `fused_qkv_projection_bwd` does."""
+    parts = weight if isinstance(weight, tuple) else (weight,)
+    biases = [mx.zeros(w.shape[:1], w.dtype) for w in parts] if has_bias else []
+
+    def project(x, *wb):
+        weights, biases = wb[: len(parts)], wb[len(parts) :] or None
+        if not isinstance(weight, tuple):
+            weights, biases = weights[0], biases and biases[0]
+        return linear_qkv(x, weights, biases, *heads)
+
+    _, (dx, *grads) = mx.vjp(project, [x, *parts, *biases], [dq, dk, dv])
+    return dx, tuple(grads[: len(parts)]), tuple(grads[len(parts) :])
+
+
+FORMS = {
+    "composed": (
+        composed.fused_qkv_projection,
+        composed.fused_output_projection_residual,
+        lambda *a: mlx_fused.fused_qkv_projection_bwd(*a, route="composed"),
+    ),
+    "mlx-lm": (linear_qkv, linear_output, gradients_of_linear),
+}
+
+
+def flatten(tree):
+    return [leaf for part in tree for leaf in flatten(part)] if isinstance(tree, tuple | list) else [tree]
+
+
+def unflatten(tree, leaves):
+    if isinstance(tree, tuple):
+        return tuple(unflatten(part, leaves) for part in tree)
+    return None if tree is None else next(leaves)
+
+
+def graph(case, form):
+    """The nodes of the case's graph, in the order of their evaluation, as `mx.export_function` has them."""
+    qkv, output, bwd = FORMS[form]
+    x, weight, bias, extra = operands(case)
+
+    def run(*arrays):
+        left = iter(arrays)
+        x, weight, bias, extra = unflatten(args, left)
+        if case.operation == "qkv":
+            return qkv(x, weight, bias, *case.heads)
+        if case.operation == "output":
+            return output(x, weight, bias, *extra)
+        dx, dw, db = bwd(*extra, x, weight, case.bias, *case.heads)
+        return dx if case.operation == "dx" else tuple(a for a in flatten((dw, db)) if a is not None)
+
+    args = (x, weight, bias, extra)
+    nodes = []
+    mx.export_function(nodes.append, run, *(a for a in flatten(args) if a is not None))
+    return nodes
+
+
+class Kernels:
+    """The kernels that MLX's Metal backend launches for a graph, and what they read and write.
+
+    Arrays are NumPy's: what is a view of what is the same for both. The rules are those of MLX 0.32, mostly
+    of mlx/backend/metal/matmul.cpp, for 16-bit data on the GPU of a plain M3 or M4.
+    """
+
+    def __init__(self, nodes):
+        self.arrays = {}
+        self.names, self.read, self.written = [], [], []
+        for node in nodes:
+            if node["type"] == "inputs":
+                self.arrays |= {name: new(shape, dtype) for name, shape, dtype in node["inputs"]}
+            elif node["type"] == "primitive":
+                inputs = [self.arrays[name] for name, *_ in node["inputs"]]
+                outputs = self.evaluate(node["name"], node["arguments"], inputs, node["outputs"])
+                self.arrays |= {name: out for (name, *_), out in zip(node["outputs"], outputs, strict=True)}
+
+    def cost(self) -> Cost:
+        total_read = sum(times * a.nbytes for a, times in self.read)
+        total_written = sum(a.nbytes for a in self.written)
+        return Cost(
+            len(self.names),
+            distinct(a for a, _ in self.read),
+            distinct(self.written),
+            total_read,
+            total_written,
+        )
+
+    def launch(self, name, out, *reads):
+        """One kernel that writes out once and reads each (array, times)."""
+        self.names.append(name)
+        self.read += reads
+        self.written.append(out)
+        return out
+
+    def copy(self, source, out):
+        return self.launch("copy", out, (source, 1))
+
+    def evaluate(self, name, arguments, inputs, outputs):
+        _, shape, dtype = outputs[0]
+        if name in ("Reshape", "Flatten", "Unflatten", "Squeeze"):
+            view = inputs[0].reshape(shape)
+            if not np.shares_memory(view, inputs[0]):
+                self.copy(inputs[0], view := new(shape, dtype))
+            return [view]
+        if name == "Transpose":
+            return [inputs[0].transpose(arguments[0])]
+        if name == "Broadcast":
+            return [np.broadcast_to(inputs[0], shape)]
+        if name == "Split":
+            return np.split(inputs[0], *arguments)
+        out = new(shape, dtype)
+        if name == "Concatenate":  # a kernel for each part
+            ends = np.cumsum([a.shape[arguments[0]] for a in inputs])[:-1]
+            for source, part in zip(inputs, np.split(out, ends, arguments[0]), strict=True):
+                self.copy(source, part)
+        elif name == "AsType":
+            self.copy(inputs[0], out)
+        elif name == "Add":
+            self.launch("add", out, *((a, 1) for a in inputs))
+        elif name == "Reduce":
+            self.sum_rows(*inputs, out)
+        elif name in ("Matmul", "AddMM"):
+            self.matmul(*inputs, out=out)
+        else:
+            raise NotImplementedError(f"no rule for MLX's {name}")
+        return [out]
+
+    def sum_rows(self, a, out):
+        """Of more than 256 rows in two passes, with 32 partial sums between."""
+        if a.size // out.size > 256 and out.size < 32 * 1024:
+            a = self.launch("sum, 1st pass", np.empty((32, *out.shape), out.dtype), (a, 1))
+        self.launch("sum", out, (a, 1))
+
+    def matmul(self, a, b, c=None, *, out):
+        if b.ndim == 3:  # MLX takes a batch that shares its weight as more rows
+            a, b = a.reshape(-1, a.shape[-1]), b[0]
+        (m, k), n = a.shape, b.shape[1]
+        added = [] if c is None else [(c, 1)]
+        b_transposed = b.strides[1] != b.itemsize
+        a_transposed = a.strides[1] != a.itemsize
+        passes = ceil(m / 5)
+        if m == 1:
+            # gemv: a simdgroup takes 4 columns of the output.
+            assert b_transposed
+            self.launch("gemv", out, (a, ceil(n / 4)), (b, 1), *added)
+        elif passes <= 3 and k % 4 == 0 and b_transposed and not a_transposed:
+            # gemv_wide: weights once for at most 5 rows, and the rows for every column.
+            self.launch("gemv_wide", out, (a, n), (b, passes), *added)
+        elif ceil(m / 16) * ceil(n / 16) <= 1024 and k // 16 >= 8 and k >= max(m, n):
+            # Split-K, and a second kernel for the sum.
+            tiles_m, tiles_n = ceil(m / 32), ceil(n / 32)
+            parts = min(max(2, power_of_2(k // 16 // (tiles_m * tiles_n))), 32)
+            side_m, side_n = (16 if size < 40 else 32 for size in (m, n))
+            partial = np.empty((parts, m, n), np.float32)
+            self.launch("split-K", partial, (a, ceil(n / side_n)), (b, ceil(m / side_m)))
+            self.launch("split-K sum", out, (partial, 1), *added)
+        else:
+            # steel: tiles of 64 x 32 for x W^T, of 64 x 64 otherwise.
+            side_n = 32 if b_transposed and not a_transposed else 64
+            self.launch("gemm", out, (a, ceil(n / side_n)), (b, ceil(m / 64)), *added)
+
+
+def power_of_2(n):
+    """The next one at or above n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def new(shape, dtype):
+    return np.empty(shape, np.float32 if dtype == mx.float32 else np.uint16)
+
+
+def distinct(arrays):
+    """Bytes of the buffers behind these arrays, each of which is used as a whole."""
+    buffers = {id(base): base for base in (a if a.base is None else a.base for a in arrays)}
+    return sum(base.nbytes for base in buffers.values())
+
+
+# The tables
+
+
+def costs(case) -> dict[str, Cost]:
+    ours = (simulated if case in SIMULATED else planned)(case)
+    return {"ours": ours} | {form: Kernels(graph(case, form)).cost() for form in FORMS}
+
+
+def count():
+    """A row for each case: what it is, and the cost of each form."""
+    return [{"case": case} | costs(case) for case in SIMULATED + PLANNED]
+
+
+def to_json(rows):
+    return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
+
+
+OPERATIONS = {"qkv": "QKV", "output": "output + residual", "dx": "QKV: dX", "dw": "QKV: dW, dbias"}
+ROUTED_AS = {"qkv": "qkv", "output": "output", "dx": "qkv_grad", "dw": "qkv_grad"}
+COLUMNS = ("operation", "M", "hidden", "heads", "weights", "bias", "form")
+COLUMNS += ("launches", "read", "read in all", "written", "written in all")
+HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * 7}{'--:|' * 5}\n"
+
+
+def table(cases, rows, unit):
+    lines = []
+    for case, row in zip(cases, rows, strict=True):
+        what = [OPERATIONS[case.operation], case.rows, case.hidden, "{}:{} of {}".format(*case.heads)]
+        what += ["packed" if case.packed else "separate", "yes" if case.bias else "no"]
+        route = _internals.route(
+            ROUTED_AS[case.operation], [DTYPE], case.rows, case.hidden, case.bias, device="metal"
+        )
+        taken = "ours" if route == "fused" else "composed"
+        forms = {}  # those that cost the same on one line
+        for form in ("ours", *FORMS):
+            forms.setdefault(Cost(*row[form]), []).append(f"**{form}**" if form == taken else form)
+        for cost, names in forms.items():
+            sizes = (cost.distinct_read, cost.total_read, cost.distinct_written, cost.total_written)
+            numbers = [f"{size / unit:,.1f}" for size in sizes]
+            lines.append([*what, ", ".join(names), cost.launches, *numbers])
+            what = [""] * len(what)
+    return HEADER + "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def with_tables(text, rows):
+    """The document, its tables those of the rows."""
+    few = len(SIMULATED)
+    tables = table(SIMULATED, rows[:few], 1 << 10), table(PLANNED, rows[few:], 1 << 20)
+    for name, new_table in zip(("simulated", "planned"), tables, strict=True):
+        head, begin, tail = text.partition(f"<!-- {name} -->\n")
+        _, end, tail = tail.partition("<!-- end -->\n")
+        text = head + begin + new_table + end + tail
+    return text
+
+
+def main():
+    mx.set_default_device(mx.cpu)
+    rows = count()
+    GOLDEN.write_text(to_json(rows))
+    DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""What the operations cost, by their launch plans on the simulator, and that docs/ledger.md says so."""
+
+import json
+import struct
+from math import ceil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import ledger
+from msl_sim import Library
+from msl_sim.toolchain import BUILD
+
+SIMULATED = [pytest.param(case, id="-".join(map(str, case))) for case in ledger.SIMULATED]
+DECODING = [p for p in SIMULATED if p.values[0].rows <= 8]
+
+
+@pytest.mark.parametrize("case", SIMULATED)
+def test_one_launch_writes_once_and_reads_as_its_tiles_imply(case):
+    call, launches = ledger.run_plan(case)
+    assert len(launches) == 1
+    call.assert_written_once()
+    launch, traffic = call.plan[launches[0]], call.results[launches[0]].traffic
+    times = ledger.reads(launch, case.rows)
+    for name, t in traffic.items():
+        size = call.buffers[name].nbytes if name in times else 0
+        assert t.distinct_read == size, name
+        assert t.total_read == size * times.get(name, 0), name
+
+
+@pytest.mark.parametrize("case", DECODING)
+def test_decoding_reads_every_weight_once(case):
+    call, launches = ledger.run_plan(case)
+    result = call.results[launches[0]]
+    weights = {ledger.bound(call.plan[launches[0]])[slot] for slot in (1, 2, 3)}
+    for name in weights:
+        assert (
+            result.traffic[name].total_read == result.traffic[name].distinct_read == call.buffers[name].nbytes
+        )
+
+
+@pytest.mark.parametrize("case", SIMULATED)
+def test_grid_has_no_more_tiles_than_the_shapes_need(case):
+    num_heads, num_kv_heads, head_dim = case.heads
+    features = [n * head_dim for n in (num_heads, num_kv_heads, num_kv_heads)]
+    call, launches = ledger.run_plan(case, library_of=ledger.NotRun())
+    rows, side = (1, 32) if case.rows <= 8 else (ceil(case.rows / 64), 64)
+    columns = {
+        "qkv": sum(ceil(n / side) for n in features),
+        "output": ceil(case.hidden / side),
+        "dx": ceil(case.hidden / 64),
+        "dw": ceil(case.hidden / 64),
+    }[case.operation]
+    if case.operation == "dw":
+        rows = (num_heads + 2 * num_kv_heads) * ceil(head_dim / 64)
+    assert call.plan[launches[0]]["grid"] == (columns, rows, 1)
+
+
+@pytest.mark.parametrize("case", SIMULATED)
+def test_formula(case):
+    assert ledger.planned(case) == ledger.simulated(case)
+
+
+@pytest.mark.parametrize("case", [p for p in SIMULATED if p.values[0].operation == "qkv"])
+def test_composed_projection_costs_what_models_pay(case):
+    composed, model = (ledger.Kernels(ledger.graph(case, form)) for form in ledger.FORMS)
+    assert (composed.names, composed.cost()) == (model.names, model.cost())
+
+
+def test_golden_and_document_are_up_to_date():
+    rows = ledger.count()
+    assert ledger.to_json(rows) == ledger.GOLDEN.read_text(), "python tests/ledger.py writes it anew"
+    document = ledger.DOCUMENT.read_text()
+    assert ledger.with_tables(document, json.loads(ledger.GOLDEN.read_text())) == document
+
+
+def test_an_operation_without_a_rule_is_an_error():
+    nodes = []
+    mx.export_function(nodes.append, mx.sin, mx.zeros(3))
+    with pytest.raises(NotImplementedError, match="Sin"):
+        ledger.Kernels(nodes)
+
+
+MLX_KERNELS = """#include "mlx/backend/metal/kernels/utils.h"
+//
+#include "mlx/backend/metal/kernels/gemv.h"
+#include "mlx/backend/metal/kernels/steel/gemm/gemm.h"
+#include "mlx/backend/metal/kernels/steel/gemm/kernels/steel_gemm_fused.h"
+#include "mlx/backend/metal/kernels/steel/gemm/kernels/steel_gemm_splitk.h"
+instantiate_kernel("gemv", gemv, bfloat16_t, 4, 1, 1, 32, 4, 4, 0, 1)
+instantiate_kernel("gemv_wide", gemv_wide, bfloat16_t, 4, 16)
+instantiate_kernel("gemm", gemm, bfloat16_t, 64, 32, 32, 2, 2, false, true, float)
+instantiate_kernel("split-K", gemm_splitk, bfloat16_t, float, 16, 32, 16, 2, 2, false, true, false, true)
+instantiate_kernel("split-K sum", gemm_splitk_accum_axpby, float, bfloat16_t)
+"""
+
+
+@pytest.fixture(scope="module")
+def mlx_kernels():
+    path = (
+        BUILD / "ledger_mlx_kernels.metal"
+    )  # always there, for its path is part of what the compiler's cache knows
+    BUILD.mkdir(parents=True, exist_ok=True)
+    path.write_text(MLX_KERNELS)
+    return Library(path, lints=False)
+
+
+def ints(*values):
+    return struct.pack(f"{len(values)}i", *values)
+
+
+def mlx_launch(kernel, m, n, k):
+    """MLX's launch for x W^T + c, with two parts for split-K."""
+    one, stride = struct.pack("f", 1), struct.pack("q", 0)
+    vector = {"w": 0, "x": 1, "c": 2, "out": 3}
+    constants, tiles_n = {}, ceil(n / 32)
+    if kernel == "gemv":
+        slots, grid, threads = vector, (ceil(n / 16), 1, 1), (32, 1, 4)
+        values = [ints(k), ints(n), ints(k), one, one, ints(1), ints(1), stride, stride, stride, ints(1)]
+    elif kernel == "gemv_wide":
+        slots, grid, threads = vector, (ceil(m / 5), ceil(n / 4), 1), (32, 2, 1)
+        constants = {0: False, 1: True}
+        values = [ints(v) for v in (k, n, m, k, k)] + [one, one, ints(1), ints(1)]
+        values += [stride, stride, stride, ints(0), ints(1)]
+    elif kernel == "gemm":
+        tiles_m = ceil(m / 64)
+        slots, grid, threads = {"x": 0, "w": 1, "c": 2, "out": 3}, (tiles_n, tiles_m, 1), (32, 2, 2)
+        constants = {10: False, 100: True, 110: False, 200: m % 64 == 0, 201: n % 32 == 0, 202: k % 32 == 0}
+        sizes = ints(m, n, k, k, k, n, tiles_n, tiles_m)
+        values = [sizes + struct.pack("3q3i4x", 0, 0, 0, 0, k // 32, 1), struct.pack("2iq2f", 0, 1, 0, 1, 1)]
+    elif kernel == "split-K":
+        tiles_m = ceil(m / 16)
+        slots, grid, threads = {"x": 0, "w": 1, "partial": 2}, (tiles_n, tiles_m, 2), (32, 2, 2)
+        values = [ints(m, n, k, k, k, n, tiles_n, tiles_m, 2, m * n, k // 2, 0, k // 32)]
+    else:
+        slots, grid, threads = {"partial": 0, "out": 1, "c": 5}, (tiles_n, m, 1), (32, 1, 1)
+        values = [ints(v) for v in (2, m * n, n, 0, 1)] + [one, one]
+    free = (i for i in range(32) if i not in slots.values())
+    return {
+        "kernel": kernel,
+        "constants": constants,
+        "buffers": [(slot, name, 0) for name, slot in slots.items()],
+        "bytes": list(zip(free, values, strict=False)),
+        "grid": grid,
+        "threadgroup": threads,
+    }
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "kernels"),
+    [
+        (1, 512, 256, ["gemv"]),
+        (8, 128, 256, ["gemv_wide"]),
+        (128, 512, 256, ["gemm"]),
+        (33, 64, 128, ["split-K", "split-K sum"]),
+    ],
+)
+def test_rules_are_what_mlx_kernels_read(mlx_kernels, m, n, k, kernels):
+    """MLX's own kernels on the simulator read, launch by launch, what `Kernels` says."""
+    x, w, c, out = (np.zeros(shape, np.uint16) for shape in ((m, k), (n, k), n, (m, n)))
+    rules = ledger.Kernels([])
+    rules.matmul(x, w.T, np.broadcast_to(c, (m, n)), out=out)
+    assert rules.names == kernels
+    buffers = {"x": x, "w": w, "c": c, "out": out, "partial": np.zeros((2, m, n), np.float32)}
+    traffic = mlx_kernels.run([mlx_launch(kernel, m, n, k) for kernel in kernels], buffers).traffic
+    assert sum(t.total_read for t in traffic.values()) == rules.cost().total_read
+    assert sum(t.distinct_read for t in traffic.values()) == rules.cost().distinct_read
+    assert sum(t.total_written for t in traffic.values()) == rules.cost().total_written
+    names = {buffer.shape: name for name, buffer in buffers.items()}
+    for array, times in rules.read:
+        assert (
+            traffic[names[(array if array.base is None else array.base).shape]].total_read
+            == times * array.nbytes
+        )
