@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake mlx_fused python/src -type f) python/mlx_fused/_build.py.in
 
-.PHONY: help demo test test-slow bench sanitize lint stubs dist wheel-macos clean
+.PHONY: help demo test test-slow test-metal bench crossover sanitize lint stubs dist wheel-macos clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -27,8 +27,15 @@ test: $(VENV)/installed sanitize  ## Run the tests
 test-slow: $(VENV)/installed  ## Run the longer sweeps
 	$(BIN)/python -m pytest -m slow
 
+test-metal: $(VENV)/installed  ## Run the tests on this Mac's GPU, with Metal's validation layers on
+	MTL_DEBUG_LAYER=1 MTL_SHADER_VALIDATION=1 MTL_SHADER_VALIDATION_REPORT_TO_STDERR=1 \
+	MTL_SHADER_VALIDATION_ABORT_ON_FAULT=1 MLX_ENABLE_TF32=0 $(BIN)/python -m pytest tests/metal_device
+
 bench: $(VENV)/installed  ## Time against MLX's own operations, and torch where it is installed
 	$(BIN)/python benchmarks/bench.py
+
+crossover: $(VENV)/installed  ## Time our kernels against MLX's on all that routing decides about
+	$(BIN)/python benchmarks/crossover.py
 
 sanitize: $(VENV)/installed  ## Test the C++ CPU path under ASan and UBSan (part of test)
 	$(BIN)/cmake -S . -B build/sanitize -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_BUILD_TYPE=RelWithDebInfo \

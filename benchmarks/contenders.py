@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 
 import mlx.core as mx
@@ -95,13 +96,14 @@ def operands(case: Case) -> Operands:
     return Operands(primals, [draw(*shape) for shape in shapes])
 
 
-def _fused(case: Case, *primals: mx.array) -> Sequence[mx.array]:
+def _fused(case: Case, *primals: mx.array, **options: str) -> Sequence[mx.array]:
     if case.op == "output":
         x, w, residual = primals
-        return [mlx_fused.fused_output_projection_residual(x, w, None, residual)]
+        return [mlx_fused.fused_output_projection_residual(x, w, None, residual, **options)]
     x, *weights = primals
     m = case.model
-    return mlx_fused.fused_qkv_projection(x, tuple(weights), None, m.num_heads, m.num_kv_heads, m.head_dim)
+    heads = m.num_heads, m.num_kv_heads, m.head_dim
+    return mlx_fused.fused_qkv_projection(x, tuple(weights), None, *heads, **options)
 
 
 def _composed(case: Case, *primals: mx.array) -> Sequence[mx.array]:
@@ -115,6 +117,27 @@ def _composed(case: Case, *primals: mx.array) -> Sequence[mx.array]:
     ]
 
 
+def _addmm(case: Case, *primals: mx.array) -> Sequence[mx.array]:
+    x, w, residual = primals
+    return [mx.addmm(residual, x, w.T)]
+
+
+def chain(function: Callable, primals: Sequence[mx.array], length: int) -> None:
+    """Evaluates ``length`` calls, each waiting for all of the one before, as a model's layers do.
+
+    One evaluation of many calls, so that its own cost is shared; from one to the next leads a maximum
+    of the first operand and a number, the same for every contender.
+    """
+    first, *rest = primals
+    link = first
+    for _ in range(length):
+        results = list(function(link, *rest))
+        (done,) = mx.depends(results[:1], results[1:])
+        link = mx.maximum(first, done[(0,) * done.ndim])
+    mx.eval(link)
+    mx.synchronize()
+
+
 class MLX:
     """Runs a function of MLX arrays, forward or with the gradients of all its arguments."""
 
@@ -126,17 +149,21 @@ class MLX:
         mx.eval(self.primals, self.cotangents)
 
     def __call__(self) -> list[mx.array]:
-        if self.case.backward:
-            # The gradients do not need the outputs: only evaluating both is forward + backward.
-            outputs, gradients = mx.vjp(
-                lambda *p: self.function(self.case, *p), self.primals, self.cotangents
-            )
-            results = [*outputs, *gradients]
-        else:
-            results = list(self.function(self.case, *self.primals))
+        results = self._results(*self.primals)
         mx.eval(results)
         mx.synchronize()
         return results
+
+    def chain(self, length: int) -> None:
+        """Runs ``length`` calls one after another."""
+        chain(self._results, self.primals, length)
+
+    def _results(self, *primals: mx.array) -> list[mx.array]:
+        if not self.case.backward:
+            return list(self.function(self.case, *primals))
+        # The gradients do not need the outputs: only evaluating both is forward + backward.
+        outputs, gradients = mx.vjp(lambda *p: self.function(self.case, *p), list(primals), self.cotangents)
+        return [*outputs, *gradients]
 
     @staticmethod
     def to_numpy(result: mx.array) -> np.ndarray:
@@ -177,12 +204,17 @@ class Torch:
         return result.detach().float().numpy()
 
 
-def contenders(case: Case, given: Operands, torch: bool) -> dict[str, MLX | Torch]:
-    """Returns the contenders of one case by name, in the order in which they take turns."""
-    found: dict[str, MLX | Torch] = {
-        "fused": MLX(_fused, case, given),
-        "composed": MLX(_composed, case, given),
-    }
+def contenders(case: Case, given: Operands, torch: bool, gpu: bool = False) -> dict[str, MLX | Torch]:
+    """Returns the contenders of one case by name, in the order in which they take turns.
+
+    On a GPU ``fused`` is what our kernels do, and ``routed`` what a user gets.
+    """
+    functions: dict[str, Callable] = {"fused": _fused, "composed": _composed}
+    if gpu:
+        functions = {"fused": partial(_fused, route="fused"), "routed": _fused, "composed": _composed}
+        if case.op == "output":
+            functions["addmm"] = _addmm
+    found: dict[str, MLX | Torch] = {name: MLX(f, case, given) for name, f in functions.items()}
     if torch:
         found["torch"] = Torch(case, given)
     return found

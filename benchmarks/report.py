@@ -14,7 +14,7 @@ matplotlib.use("Agg")  # no display needed
 from matplotlib import pyplot as plt
 
 TITLES = {"qkv": "QKV projection", "output": "Output projection + residual"}
-COLORS = {"composed": "#2f6db5", "torch": "#e08a2e"}
+COLORS = {"composed": "#2f6db5", "torch": "#e08a2e", "routed": "#8a8a8a", "addmm": "#58a55c"}
 
 
 def show(console: Console, result: dict) -> None:
@@ -22,7 +22,7 @@ def show(console: Console, result: dict) -> None:
     for (op, dtype), group in groupby(result["cells"], key=lambda c: (c["op"], c["dtype"])):
         cells = list(group)
         names = list(cells[0]["contenders"])
-        table = _table(f"{TITLES[op]} {_shape(cells[0])} · {dtype}")
+        table = make_table(f"{TITLES[op]} {_shape(cells[0])} · {dtype}")
         times, ratios = [f"{n}\nms" for n in names], [f"vs\n{n}" for n in names[1:]]
         for column in ("M", *times, *ratios, "fused\nreaches", "of\npeak"):
             table.add_column(column, justify="right")
@@ -42,7 +42,7 @@ def show(console: Console, result: dict) -> None:
 def _show_summary(console: Console, result: dict) -> None:
     cells = result["cells"]
     columns = list(dict.fromkeys(_rows(c) for c in sorted(cells, key=lambda c: c["backward"])))
-    table = _table("Speedup over composed MLX (goal)")
+    table = make_table("Speedup over composed MLX (goal)")
     table.add_column()
     for column in columns:
         table.add_column(f"M = {column}", justify="right")
@@ -149,7 +149,7 @@ def _bars(axis: plt.Axes, cells: list[dict]) -> None:
     axis.set_xticks(range(len(cells)), [_rows(c).replace(" ", "\n") for c in cells])
 
 
-def _table(title: str) -> Table:
+def make_table(title: str) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
 
 

@@ -8,7 +8,7 @@ DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 
 
 def normal(rng, shape, dtype=mx.float32):
-    return mx.array(rng.standard_normal(shape), dtype=mx.float64).astype(dtype)
+    return mx.array(rng.standard_normal(shape), dtype=mx.float64).astype(dtype, stream=mx.cpu)
 
 
 def integers(rng, shape, dtype=mx.float32):

@@ -48,7 +48,7 @@ def assert_close(actual, expected, dtype):
 
 
 def exact(tree):
-    return {name: np.array(array.astype(mx.float64), dtype=np.float64) for name, array in tree_flatten(tree)}
+    return {name: np.array(a.astype(mx.float64, stream=mx.cpu)) for name, a in tree_flatten(tree)}
 
 
 def both(run, model):
