@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import pytest
+
 import operands
 import oracle
-import pytest
 from metal_plan import qkv_projection, qkv_projection_bwd
 from msl_sim import Library
 

@@ -30,24 +30,33 @@ KINDS = (
     "no end",
 )
 SLOTS = 64
-SECONDS = 60  # of CPU time that one launch may take
+SECONDS = 20  # of CPU time that one launch may take
 Launch = dict
 
 
 class _Region(ctypes.Structure):
     _fields_ = (
-        [("base", ctypes.c_void_p), ("size", ctypes.c_uint64), ("cell_count", ctypes.c_uint64)]
-        + [("cells", ctypes.c_void_p), ("shift", ctypes.c_uint32), ("read_only", ctypes.c_bool)]
-        + [("distinct", ctypes.c_uint64 * 2), ("total", ctypes.c_uint64 * 2), ("most_writes", ctypes.c_uint32)]
+        ("base", ctypes.c_void_p),
+        ("size", ctypes.c_uint64),
+        ("cell_count", ctypes.c_uint64),
+        ("cells", ctypes.c_void_p),
+        ("shift", ctypes.c_uint32),
+        ("read_only", ctypes.c_bool),
+        ("distinct", ctypes.c_uint64 * 2),
+        ("total", ctypes.c_uint64 * 2),
+        ("most_writes", ctypes.c_uint32),
     )
 
 
 class _Finding(ctypes.Structure):
     _fields_ = (
-        [(n, ctypes.c_uint32) for n in ("kind", "memory", "region", "thread", "other_thread", "line")]
-        + [("group", ctypes.c_uint32 * 3), ("is_write", ctypes.c_uint32), ("bytes", ctypes.c_uint32)]
-        + [("offset", ctypes.c_int64), ("pc", ctypes.c_uint64), ("other_pc", ctypes.c_uint64)]
-        + [("file", ctypes.c_char_p), ("text", ctypes.c_char_p)]
+        *((n, ctypes.c_uint32) for n in ("kind", "memory", "region", "thread", "other_thread", "line")),
+        ("group", ctypes.c_uint32 * 3),
+        *((n, ctypes.c_uint32) for n in ("is_write", "bytes")),
+        ("offset", ctypes.c_int64),
+        *((n, ctypes.c_uint64) for n in ("pc", "other_pc")),
+        *((n, ctypes.c_char_p) for n in ("file", "text", "other_file")),
+        ("other_line", ctypes.c_uint32),
     )
 
 
@@ -155,7 +164,7 @@ class Library:
 
     Args:
         path: the .metal file.
-        lints: check the file, and those that it includes from its own folder, for what only Apple's compiler sees.
+        lints: check it, and what it includes from its own folder, for what only Apple's compiler sees.
     """
 
     def __init__(self, path, lints=True):
@@ -195,7 +204,7 @@ class Library:
         """Runs launches one after the other.
 
         Args:
-            launches: dicts as `Launch` in the package's docstring describes.
+            launches: dicts as the package's docstring describes.
             buffers: name -> contiguous NumPy array; written in place.
             check: raise a CheckerError when there are findings.
             seed: other than zero, permutes threadgroups and the order in which threads run.
@@ -259,42 +268,46 @@ class Library:
         total = rt.msl_findings(ctypes.byref(found))
         locator = Locator(kernel.path, kernel.image[0])
         for f in found[before:total]:
-            result.findings.append(_describe(f, locator, names, launch["kernel"]))
+            finding = _describe(f, locator, names, launch["kernel"])
+            # Unrolled, one line has many addresses.
+            if all((finding.kind, finding.where) != (r.kind, r.where) for r in result.findings):
+                result.findings.append(finding)
         return done
 
     def _count(self, rt):
         return rt.msl_findings(ctypes.byref(ctypes.POINTER(_Finding)()))
 
 
+def _place(pc, file, line, locator):
+    """The line in the kernel's own folder where there is one, and the innermost line."""
+    own, inner = locator.where(pc)
+    if file:
+        inner = f"{Path(file.decode()).name}:{line}"
+        own = inner if file.startswith(b"own/") else own
+    return own or inner, inner
+
+
 def _describe(f, locator, names, kernel):
     kind = KINDS[f.kind]
-    where, inner = locator.where(f.pc)
-    if f.file:
-        place = f"{Path(f.file.decode()).name}:{f.line}"
-        where, inner = (where if where != "?" else place), place
+    where, inner = _place(f.pc, f.file, f.line, locator)
+    other, _ = _place(f.other_pc, f.other_file, f.other_line, locator)
     text = f.text.decode() if f.text else ""
-    other = locator.where(f.other_pc)[0] if f.other_pc else ""
     memory = "threadgroup memory" if f.memory else names.get(f.region, "no buffer")
     access = f"{'write' if f.is_write else 'read'} of {f.bytes} bytes at byte {f.offset} of {memory}"
-    if kind == "race":
-        detail = f"{access}, {text} by thread {f.other_thread} at {other} without a barrier between"
-    elif kind == "out of bounds" and f.bytes or kind in ("uninitialised threadgroup memory", "write to constant"):
-        detail = access
-    elif kind.startswith("divergent"):
-        detail = {
-            "returned": f"{f.other_thread} threads of the threadgroup have returned",
-            "elsewhere": f"others wait at {other}",
-        }.get(text, f"others wait at {other}")
-    elif kind == "threadgroup memory":
-        detail = f"{f.bytes} bytes, where there are 32768"
-    elif kind == "too many threads":
-        detail = f"max_total_threads_per_threadgroup is {f.bytes}"
-    elif kind == "no end":
-        detail = "the time is up; the line is that of the thread's last barrier"
-    elif kind == "undefined function constant":
-        detail = f"function constant {f.bytes} is used and not set"
-    else:
-        detail = text or "address not a multiple of the type's alignment"
+    details = {
+        "out of bounds": text or access,
+        "race": f"{access}, {text} by thread {f.other_thread} at {other} without a barrier between",
+        "uninitialised threadgroup memory": access,
+        "misaligned": "address not a multiple of the type's alignment",
+        "threadgroup memory": f"{f.bytes} bytes, where there are 32768",
+        "too many threads": f"max_total_threads_per_threadgroup is {f.bytes}",
+        "undefined behaviour": text,
+        "write to constant": access,
+        "undefined function constant": f"function constant {f.bytes} is used and not set",
+        "no end": "the time is up; the line is that of the thread's last barrier",
+    }
+    elsewhere = f"{f.other_thread} threads have returned" if text == "returned" else f"others wait at {other}"
+    detail = details.get(kind, elsewhere)  # of the two divergences
     thread = f"thread {f.thread} of threadgroup {tuple(f.group)}"
     via = f", in {inner}" if inner != where else ""
     return Finding(kind, where, f"{detail} ({thread}{via})", kernel)

@@ -11,13 +11,10 @@ class Locator:
         self.path, self.base = path, base
 
     def where(self, address):
-        """Two "file:line": the innermost in the kernel's own folder, and the innermost of all."""
-        frames = self._frames(address - self.base - 1)  # a return address is one past the call
-        if not frames:
-            return "?", "?"
-        ours = [f for f in frames if "own" in Path(f[0]).parts]
-        text = [f"{Path(file).name}:{line}" for file, line in (ours[:1] or frames[:1]) + frames[:1]]
-        return text[0], text[1]
+        """Two "file:line", or "": the innermost in the kernel's own folder, and the innermost of all."""
+        frames = self._frames(address - self.base - 1) if address else []  # it is one past the call
+        own = [f for f in frames if "own" in Path(f[0]).parts]
+        return tuple(f"{Path(f[0][0]).name}:{f[0][1]}" if f else "" for f in (own, frames))
 
     @cached_property
     def _dwarf(self):

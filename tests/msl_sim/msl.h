@@ -1,103 +1,16 @@
-// The Metal Shading Language's library, as far as the kernels use it, in C++. Included before a flattened kernel source;
-// the macros at the end turn MSL's own keywords into C++.
+// The Metal Shading Language's library, as far as the kernels use it, in C++. Included before a flattened
+// kernel source; the macros at the end turn MSL's own keywords into C++.
 #pragma once
 #include <stddef.h>
 
 #include <limits>
 #include <utility>
 
-#include "msl_vec.h"
+#include "msl_types.h"
 #include "runtime.h"
 
 #define METAL_FUNC inline __attribute__((always_inline))
 #define MSL_FUNC inline __attribute__((always_inline))
-
-using half = _Float16;
-using uchar = unsigned char;
-using ushort = unsigned short;
-using uint = unsigned int;
-using ulong = unsigned long;
-
-// Converts as Apple's does: to float implicitly, to half never implicitly, from float and half only explicitly.
-struct bfloat {
-  uint16_t bits;
-  constexpr bfloat() = default;
-  template <class T>
-    requires std::is_integral_v<T>
-  constexpr bfloat(T value) : bfloat(static_cast<float>(value)) {}
-  template <class T>
-    requires std::is_same_v<T, float> || std::is_same_v<T, half>
-  explicit constexpr bfloat(T value) : bits(round(static_cast<float>(value))) {}
-  template <class T>
-    requires std::is_same_v<T, float>
-  constexpr operator T() const {
-    return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16);
-  }
-  template <class T>
-    requires std::is_same_v<T, half> || std::is_integral_v<T>
-  explicit constexpr operator T() const {
-    return static_cast<T>(static_cast<float>(*this));
-  }
-
- private:
-  static constexpr uint16_t round(float value) {
-    uint32_t u = __builtin_bit_cast(uint32_t, value);
-    if (value != value) {
-      return static_cast<uint16_t>((u >> 16) | 0x40);
-    }
-    return static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-  }
-};
-
-// With a bfloat or an integer the result is a bfloat, with a float a float; with a half there is none.
-#define MSL_BFLOAT_OPERATOR(op, Result)                                              \
-  constexpr Result operator op(bfloat a, bfloat b) {                                 \
-    return static_cast<Result>(static_cast<float>(a) op static_cast<float>(b));      \
-  }                                                                                  \
-  template <class T>                                                                 \
-    requires std::is_integral_v<T>                                                   \
-  constexpr Result operator op(bfloat a, T b) {                                      \
-    return a op bfloat(b);                                                           \
-  }                                                                                  \
-  template <class T>                                                                 \
-    requires std::is_integral_v<T>                                                   \
-  constexpr Result operator op(T a, bfloat b) {                                      \
-    return bfloat(a) op b;                                                           \
-  }                                                                                  \
-  template <class T>                                                                 \
-    requires std::is_same_v<T, float>                                                \
-  constexpr auto operator op(bfloat a, T b) {                                        \
-    return static_cast<float>(a) op b;                                               \
-  }                                                                                  \
-  template <class T>                                                                 \
-    requires std::is_same_v<T, float>                                                \
-  constexpr auto operator op(T a, bfloat b) {                                        \
-    return a op static_cast<float>(b);                                               \
-  }
-#define MSL_BFLOAT(op)                                  \
-  MSL_BFLOAT_OPERATOR(op, bfloat)                       \
-  constexpr bfloat& operator op##=(bfloat & a, bfloat b) { \
-    return a = a op b;                                  \
-  }
-MSL_BFLOAT(+)
-MSL_BFLOAT(-)
-MSL_BFLOAT(*)
-MSL_BFLOAT(/)
-MSL_BFLOAT_OPERATOR(<, bool)
-MSL_BFLOAT_OPERATOR(<=, bool)
-MSL_BFLOAT_OPERATOR(>, bool)
-MSL_BFLOAT_OPERATOR(>=, bool)
-MSL_BFLOAT_OPERATOR(==, bool)
-MSL_BFLOAT_OPERATOR(!=, bool)
-constexpr bfloat operator-(bfloat a) {
-  return bfloat(-static_cast<float>(a));
-}
-constexpr half operator""h(long double value) {
-  return static_cast<half>(value);
-}
-constexpr bfloat operator""bf(long double value) {
-  return bfloat(static_cast<float>(value));
-}
 
 namespace metal {
 
@@ -125,30 +38,44 @@ template <class T>
 struct numeric_limits : std::numeric_limits<T> {};
 template <>
 struct numeric_limits<half> {
-  static constexpr half max() { return __builtin_bit_cast(half, uint16_t(0x7bff)); }
-  static constexpr half min() { return __builtin_bit_cast(half, uint16_t(0x0400)); }
-  static constexpr half infinity() { return __builtin_bit_cast(half, uint16_t(0x7c00)); }
+  static constexpr half max() {
+    return __builtin_bit_cast(half, uint16_t(0x7bff));
+  }
+  static constexpr half min() {
+    return __builtin_bit_cast(half, uint16_t(0x0400));
+  }
+  static constexpr half infinity() {
+    return __builtin_bit_cast(half, uint16_t(0x7c00));
+  }
 };
 template <>
 struct numeric_limits<bfloat> {
-  static constexpr bfloat max() { return __builtin_bit_cast(bfloat, uint16_t(0x7f7f)); }
-  static constexpr bfloat min() { return __builtin_bit_cast(bfloat, uint16_t(0x0080)); }
-  static constexpr bfloat infinity() { return __builtin_bit_cast(bfloat, uint16_t(0x7f80)); }
+  static constexpr bfloat max() {
+    return __builtin_bit_cast(bfloat, uint16_t(0x7f7f));
+  }
+  static constexpr bfloat min() {
+    return __builtin_bit_cast(bfloat, uint16_t(0x0080));
+  }
+  static constexpr bfloat infinity() {
+    return __builtin_bit_cast(bfloat, uint16_t(0x7f80));
+  }
 };
 
 template <class T>
 struct uniform {
   T value;
-  constexpr operator T() const { return value; }
+  constexpr operator T() const {
+    return value;
+  }
 };
 template <class T>
 constexpr uniform<T> make_uniform(T value) {
   return {value};
 }
-#define MSL_UNIFORM(op)                                             \
-  template <class T>                                                \
-  constexpr uniform<T> operator op(uniform<T> a, uniform<T> b) {    \
-    return {a.value op b.value};                                    \
+#define MSL_UNIFORM(op)                                          \
+  template <class T>                                             \
+  constexpr uniform<T> operator op(uniform<T> a, uniform<T> b) { \
+    return {a.value op b.value};                                 \
   }
 MSL_UNIFORM(+)
 MSL_UNIFORM(-)
@@ -161,10 +88,16 @@ constexpr To as_type(From value) {
 }
 
 // One overload for each type, as in Metal, so that min(uint, int) is ambiguous there and here.
-#define MSL_ORDERED(T)                                                            \
-  constexpr T min(T a, T b) { return b < a ? b : a; }                             \
-  constexpr T max(T a, T b) { return a < b ? b : a; }                             \
-  constexpr T clamp(T v, T low, T high) { return min(max(v, low), high); }
+#define MSL_ORDERED(T)                    \
+  constexpr T min(T a, T b) {             \
+    return b < a ? b : a;                 \
+  }                                       \
+  constexpr T max(T a, T b) {             \
+    return a < b ? b : a;                 \
+  }                                       \
+  constexpr T clamp(T v, T low, T high) { \
+    return min(max(v, low), high);        \
+  }
 MSL_ORDERED(char)
 MSL_ORDERED(uchar)
 MSL_ORDERED(short)
@@ -177,11 +110,19 @@ MSL_ORDERED(float)
 MSL_ORDERED(half)
 MSL_ORDERED(bfloat)
 
-constexpr int abs(int v) { return v < 0 ? -v : v; }
-#define MSL_MATH_1(name)                                                               \
-  inline float name(float v) { return __builtin_##name##f(v); }                                  \
-  inline half name(half v) { return static_cast<half>(__builtin_##name##f(v)); }                 \
-  inline bfloat name(bfloat v) { return bfloat(__builtin_##name##f(static_cast<float>(v))); }
+constexpr int abs(int v) {
+  return v < 0 ? -v : v;
+}
+#define MSL_MATH_1(name)                                       \
+  inline float name(float v) {                                 \
+    return __builtin_##name##f(v);                             \
+  }                                                            \
+  inline half name(half v) {                                   \
+    return static_cast<half>(__builtin_##name##f(v));          \
+  }                                                            \
+  inline bfloat name(bfloat v) {                               \
+    return bfloat(__builtin_##name##f(static_cast<float>(v))); \
+  }
 MSL_MATH_1(fabs)
 MSL_MATH_1(exp)
 MSL_MATH_1(exp2)
@@ -195,18 +136,42 @@ MSL_MATH_1(floor)
 MSL_MATH_1(ceil)
 MSL_MATH_1(trunc)
 MSL_MATH_1(rint)
-inline float abs(float v) { return fabs(v); }
-inline half abs(half v) { return fabs(v); }
-inline bfloat abs(bfloat v) { return fabs(v); }
-inline float rsqrt(float v) { return 1.0f / sqrt(v); }
-inline float pow(float a, float b) { return __builtin_powf(a, b); }
-inline float atan2(float a, float b) { return __builtin_atan2f(a, b); }
-inline float fmin(float a, float b) { return __builtin_fminf(a, b); }
-inline float fmax(float a, float b) { return __builtin_fmaxf(a, b); }
-inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-inline bool isnan(float v) { return v != v; }
-inline bool isinf(float v) { return v == __builtin_inff() || v == -__builtin_inff(); }
-inline bool isfinite(float v) { return !isnan(v) && !isinf(v); }
+inline float abs(float v) {
+  return fabs(v);
+}
+inline half abs(half v) {
+  return fabs(v);
+}
+inline bfloat abs(bfloat v) {
+  return fabs(v);
+}
+inline float rsqrt(float v) {
+  return 1.0f / sqrt(v);
+}
+inline float pow(float a, float b) {
+  return __builtin_powf(a, b);
+}
+inline float atan2(float a, float b) {
+  return __builtin_atan2f(a, b);
+}
+inline float fmin(float a, float b) {
+  return __builtin_fminf(a, b);
+}
+inline float fmax(float a, float b) {
+  return __builtin_fmaxf(a, b);
+}
+inline float fma(float a, float b, float c) {
+  return __builtin_fmaf(a, b, c);
+}
+inline bool isnan(float v) {
+  return v != v;
+}
+inline bool isinf(float v) {
+  return v == __builtin_inff() || v == -__builtin_inff();
+}
+inline bool isfinite(float v) {
+  return !isnan(v) && !isinf(v);
+}
 namespace precise {
 using metal::exp;
 using metal::sqrt;
@@ -218,7 +183,8 @@ constexpr T select(T a, T b, bool c) {
 template <class T, int N>
 constexpr T dot(const vec<T, N>& a, const vec<T, N>& b) {
   T sum = a.data[0] * b.data[0];
-  for (int i = 1; i < N; i++) sum += a.data[i] * b.data[i];
+  for (int i = 1; i < N; i++)
+    sum += a.data[i] * b.data[i];
   return sum;
 }
 
@@ -226,11 +192,13 @@ enum class mem_flags { mem_none = 0, mem_device = 1 << MSL_DEVICE, mem_threadgro
 constexpr mem_flags operator|(mem_flags a, mem_flags b) {
   return static_cast<mem_flags>(static_cast<int>(a) | static_cast<int>(b));
 }
-MSL_FUNC MSL_CONVERGENT void threadgroup_barrier(mem_flags flags) {
-  msl_threadgroup_barrier(static_cast<unsigned>(flags));
+MSL_FUNC MSL_CONVERGENT void threadgroup_barrier(
+    mem_flags flags, const char* file = __builtin_FILE(), unsigned line = __builtin_LINE()) {
+  msl_threadgroup_barrier(static_cast<unsigned>(flags), file, line);
 }
-MSL_FUNC MSL_CONVERGENT void simdgroup_barrier(mem_flags flags) {
-  msl_simdgroup_barrier(static_cast<unsigned>(flags));
+MSL_FUNC MSL_CONVERGENT void simdgroup_barrier(
+    mem_flags flags, const char* file = __builtin_FILE(), unsigned line = __builtin_LINE()) {
+  msl_simdgroup_barrier(static_cast<unsigned>(flags), file, line);
 }
 
 // ---- SIMD-group functions ----
@@ -242,10 +210,14 @@ struct Lanes {
   MSL_FUNC MSL_CONVERGENT Lanes(const T& own)
       : count(static_cast<int>(msl_simd_gather(&own, sizeof(T), value))),
         self(static_cast<int>(msl_builtin(MSL_thread_index_in_simdgroup, 0))) {}
-  MSL_FUNC T at(int lane) const { return value[lane >= 0 && lane < count ? lane : self]; }
+  MSL_FUNC T at(int lane) const {
+    return value[lane >= 0 && lane < count ? lane : self];
+  }
 };
 template <class T>
-MSL_FUNC T simd_shuffle(T v, ushort lane) { return Lanes<T>(v).at(lane); }
+MSL_FUNC T simd_shuffle(T v, ushort lane) {
+  return Lanes<T>(v).at(lane);
+}
 template <class T>
 MSL_FUNC T simd_shuffle_down(T v, ushort delta) {
   Lanes<T> lanes(v);
@@ -267,43 +239,67 @@ MSL_FUNC T simd_shuffle_and_fill_up(T v, T fill, ushort delta) {
   return lanes.self < delta ? fills.value[32 + lanes.self - delta] : lanes.value[lanes.self - delta];
 }
 template <class T>
-MSL_FUNC T simd_broadcast(T v, ushort lane) { return Lanes<T>(v).at(lane); }
+MSL_FUNC T simd_broadcast(T v, ushort lane) {
+  return Lanes<T>(v).at(lane);
+}
 template <class T>
-MSL_FUNC T simd_broadcast_first(T v) { return Lanes<T>(v).value[0]; }
+MSL_FUNC T simd_broadcast_first(T v) {
+  return Lanes<T>(v).value[0];
+}
 template <class T, class F>
 MSL_FUNC T msl_reduce(T v, F combine) {
   Lanes<T> lanes(v);
   T result = lanes.value[0];
-  for (int i = 1; i < lanes.count; i++) result = combine(result, lanes.value[i]);
+  for (int i = 1; i < lanes.count; i++)
+    result = combine(result, lanes.value[i]);
   return result;
 }
 template <class T>
-MSL_FUNC T simd_sum(T v) { return msl_reduce(v, [](T a, T b) { return static_cast<T>(a + b); }); }
+MSL_FUNC T simd_sum(T v) {
+  return msl_reduce(v, [](T a, T b) { return static_cast<T>(a + b); });
+}
 template <class T>
-MSL_FUNC T simd_product(T v) { return msl_reduce(v, [](T a, T b) { return static_cast<T>(a * b); }); }
+MSL_FUNC T simd_product(T v) {
+  return msl_reduce(v, [](T a, T b) { return static_cast<T>(a * b); });
+}
 template <class T>
-MSL_FUNC T simd_max(T v) { return msl_reduce(v, [](T a, T b) { return a < b ? b : a; }); }
+MSL_FUNC T simd_max(T v) {
+  return msl_reduce(v, [](T a, T b) { return a < b ? b : a; });
+}
 template <class T>
-MSL_FUNC T simd_min(T v) { return msl_reduce(v, [](T a, T b) { return b < a ? b : a; }); }
-MSL_FUNC bool simd_any(bool v) { return msl_reduce(v, [](bool a, bool b) { return a || b; }); }
-MSL_FUNC bool simd_all(bool v) { return msl_reduce(v, [](bool a, bool b) { return a && b; }); }
+MSL_FUNC T simd_min(T v) {
+  return msl_reduce(v, [](T a, T b) { return b < a ? b : a; });
+}
+MSL_FUNC bool simd_any(bool v) {
+  return msl_reduce(v, [](bool a, bool b) { return a || b; });
+}
+MSL_FUNC bool simd_all(bool v) {
+  return msl_reduce(v, [](bool a, bool b) { return a && b; });
+}
 template <class T>
 MSL_FUNC T simd_prefix_inclusive_sum(T v) {
   Lanes<T> lanes(v);
   T sum = lanes.value[0];
-  for (int i = 1; i <= lanes.self; i++) sum = sum + lanes.value[i];
+  for (int i = 1; i <= lanes.self; i++)
+    sum = sum + lanes.value[i];
   return sum;
 }
 template <class T>
-MSL_FUNC T simd_prefix_exclusive_sum(T v) { return simd_prefix_inclusive_sum(v) - v; }
+MSL_FUNC T simd_prefix_exclusive_sum(T v) {
+  return simd_prefix_inclusive_sum(v) - v;
+}
 
 template <class T, int Rows, int Cols>
 struct simdgroup_matrix {
   static_assert(Rows == 8 && Cols == 8, "Metal has 8x8 SIMD-group matrices only");
   simdgroup_matrix() = default;
   explicit simdgroup_matrix(T v) : elements(v) {}
-  MSL_FUNC vec<T, 2>& thread_elements() { return elements; }
-  MSL_FUNC const vec<T, 2>& thread_elements() const { return elements; }
+  MSL_FUNC vec<T, 2>& thread_elements() {
+    return elements;
+  }
+  MSL_FUNC const vec<T, 2>& thread_elements() const {
+    return elements;
+  }
   vec<T, 2> elements;
 };
 using simdgroup_float8x8 = simdgroup_matrix<float, 8, 8>;
@@ -380,7 +376,9 @@ struct Constant {
   unsigned index;
   bool defined = false;
   double value;
-  explicit Constant(unsigned i) : next(all), index(i) { all = this; }
+  explicit Constant(unsigned i) : next(all), index(i) {
+    all = this;
+  }
 };
 template <class T>
 struct FunctionConstant : Constant {
@@ -417,7 +415,8 @@ MSL_FUNC P argument(Source from) {
     return static_cast<P>(msl_builtin(from.index, 0));
   } else {
     P v;
-    for (unsigned i = 0; i < sizeof(v.data) / sizeof(v.data[0]); i++) v[i] = msl_builtin(from.index, i);
+    for (unsigned i = 0; i < sizeof(v.data) / sizeof(v.data[0]); i++)
+      v[i] = msl_builtin(from.index, i);
     return v;
   }
 }

@@ -188,7 +188,7 @@ def judge(folder, mutant, test):
 
 
 def run(folder, mutants, test, progress=lambda outcome: None):
-    """Judges every mutant; one whose machine code is that of the original counts as neither killed nor survived."""
+    """Judges every mutant. One with the machine code of the original neither is killed nor survives."""
     copy = _copy(folder)
     try:
         test(copy)  # without a mutant it must be green

@@ -22,8 +22,9 @@ enum MslBuiltin {
 };
 
 // The flags are bits of MslMemory: the memories that the barrier orders.
-void msl_threadgroup_barrier(unsigned flags) MSL_CONVERGENT;
-void msl_simdgroup_barrier(unsigned flags) MSL_CONVERGENT;
+// Two barriers that the compiler has merged into one call are still told apart by their lines.
+void msl_threadgroup_barrier(unsigned flags, const char* file, unsigned line) MSL_CONVERGENT;
+void msl_simdgroup_barrier(unsigned flags, const char* file, unsigned line) MSL_CONVERGENT;
 // Copies the value of every lane to `out` (32 places of `bytes` bytes); returns the number of lanes.
 unsigned msl_simd_gather(const void* value, unsigned bytes, void* out) MSL_CONVERGENT;
 // d = a b + c for 8x8 matrices held two elements a lane.

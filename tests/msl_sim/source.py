@@ -1,4 +1,4 @@
-"""From a flattened .metal source to C++: finds the kernels and rewrites what C++ cannot say, line numbers kept."""
+"""From a flattened .metal source to C++: finds the kernels, rewrites what C++ cannot say, keeps the lines."""
 
 import re
 from dataclasses import dataclass
@@ -132,8 +132,11 @@ class Source:
                 edits.append((body + 1, f" msl_max_threads({text[at + 1 : closing(text, at)]});"))
             if not text[: k.start()].rstrip().endswith(">"):  # of template <...>
                 self.kernels[k[2]] = Kernel(k[2], k[2], functions[k[2]])
+                edits.append(
+                    (k.start() + k[0].rindex("void"), "static ")
+                )  # compiled only if it is the one run
                 edits.append((closing(text, body) + 1, _entry(k[2])))
-        for at, insertion in reversed(edits):
+        for at, insertion in sorted(edits, reverse=True):
             text = text[:at] + insertion + text[at:]
 
         def instantiate(m):

@@ -12,11 +12,21 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build" / "msl_sim"
 ZIG = [sys.executable, "-m", "ziglang"]
-TARGET = ["-target", "x86_64-linux-gnu", "-mcpu=x86_64_v3", "-std=c++23", "-fPIC", "-O2", "-g1", "-fno-sanitize=undefined"]
+TARGET = [
+    "-target",
+    "x86_64-linux-gnu",
+    "-mcpu=x86_64_v3",
+    "-std=c++23",
+    "-fPIC",
+    "-O2",
+    "-g1",
+    "-fno-sanitize=undefined",
+]
 KERNEL_FLAGS = [
     *TARGET,
     "-fsanitize=thread",
-    "-fsanitize=bounds,alignment,shift,signed-integer-overflow,integer-divide-by-zero",
+    "-fsanitize=bounds,alignment,null,shift,signed-integer-overflow,integer-divide-by-zero",
+    "-fsanitize=implicit-signed-integer-truncation,implicit-unsigned-integer-truncation",
     "-fsanitize-recover=all",
     *("-mllvm", "-tsan-instrument-func-entry-exit=0"),
     *("-mllvm", "-tsan-instrument-atomics=0"),
@@ -25,6 +35,8 @@ KERNEL_FLAGS = [
     *("-Xclang", "-ffloat16-excess-precision=none"),
     "-ftrivial-auto-var-init=pattern",  # so that an uninitialised local spoils the numbers
     *("-fno-vectorize", "-fno-slp-vectorize", "-ffp-contract=off", "-fno-strict-aliasing"),
+    "-fno-optimize-sibling-calls",  # a return address says where a call was
+    "-fno-delete-null-pointer-checks",  # nor may it conclude that a pointer is none
     "-fno-finite-loops",  # a loop without end must stay one
     *("-fno-exceptions", "-fno-rtti", "-Wno-everything", "-fno-caret-diagnostics", "-ferror-limit=5"),
     *("-I", str(HERE)),
@@ -32,7 +44,7 @@ KERNEL_FLAGS = [
 RUNTIME_FLAGS = [*TARGET, "-fno-exceptions", "-fno-rtti"]
 # The linker alone: the compiler driver would add its own sanitizer runtime.
 LINK = ["ld.lld", "-shared"]
-METAL_HEADERS = "stdlib simdgroup simdgroup_matrix math atomic integer common compute logging".split()
+METAL_HEADERS = ("stdlib", "simdgroup", "simdgroup_matrix", "math", "atomic", "integer", "logging")
 
 
 class CompileError(Exception):
@@ -65,7 +77,8 @@ def _metal_headers():
 def flatten(path):
     """The source with everything it includes, without comments, with line markers.
 
-    The markers name files of the source's own folder "own/...", so that equal sources compile once wherever they are.
+    The markers name files of the source's own folder "own/...", so that equal sources compile once
+    wherever they are.
     """
     flags = ["-E", "-x", "c++", "-std=c++23", "-nostdinc", "-D__METAL__", "-D__METAL_VERSION__=320"]
     text = zig("c++", *flags, "-I", _metal_headers(), "-I", mlx_include(), path)
@@ -75,7 +88,7 @@ def flatten(path):
 @cache
 def _tools():
     digest = hashlib.sha256(version("ziglang").encode())
-    for name in ("msl.h", "msl_vec.h", "runtime.h", "runtime.cpp"):
+    for name in ("msl.h", "msl_types.h", "runtime.h", "state.h", "memory.h", "runtime.cpp"):
         digest.update((HERE / name).read_bytes())
     return digest
 

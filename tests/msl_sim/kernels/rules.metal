@@ -1,5 +1,5 @@
-// One pair of kernels for each rule that a run checks: bad_* has a line marked with what must be found there, good_* is
-// right. All run as two threadgroups of 64 threads; x and y have n = 100 elements.
+// One pair of kernels for each rule that a run checks: bad_* has lines marked with what must be found there,
+// good_* is right. All run as two threadgroups of 64 threads; x and y have n = 100 elements.
 #include <metal_stdlib>
 
 using namespace metal;
@@ -61,21 +61,20 @@ KERNEL(good_far) {
   }
 }
 
-METAL_FUNC void put(threadgroup float* p, uint i) {
-  p[i] = 0.0f;
-}
 KERNEL(bad_tile) {
   threadgroup float tile[64];
-  put(tile, t + 1);  // expect: out of bounds
+  threadgroup float* p = tile + t;
+  p[1] = 0.0f;  // expect: out of bounds
 }
 KERNEL(good_tile) {
   threadgroup float tile[65];
-  put(tile, t + 1);
+  threadgroup float* p = tile + t;
+  p[1] = 0.0f;
 }
 
 KERNEL(bad_array) {
   float local[8] = {};
-  local[n % 16] += 1.0f;  // expect: out of bounds
+  local[n % 8 + 8] += 1.0f;  // expect: out of bounds
   if (g == 0) {
     y[t] = local[t % 8];
   }
@@ -103,7 +102,7 @@ KERNEL(good_no_barrier) {
 
 KERNEL(bad_read_after_write) {
   threadgroup float tile[64];
-  tile[63 - t] = float(t);
+  tile[63 - t] = float(t);  // expect: race
   const float v = tile[t];  // expect: uninitialised threadgroup memory, race
   if (g == 0) {
     y[t] = v;
@@ -126,7 +125,7 @@ KERNEL(bad_write_after_read) {
   for (uint i = 0; i < 2; ++i) {
     tile[t] = float(t + i);  // expect: race
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    sum += tile[63 - t];
+    sum += tile[63 - t];  // expect: race
   }
   if (g == 0) {
     y[t] = sum;
@@ -182,7 +181,7 @@ KERNEL(good_device_flags) {
 
 KERNEL(bad_simdgroup_barrier) {
   threadgroup float tile[64];
-  tile[t] = float(t);
+  tile[t] = float(t);  // expect: race
   simdgroup_barrier(mem_flags::mem_threadgroup);
   const float v = tile[(t + 32) % 64];  // expect: uninitialised threadgroup memory, race
   if (g == 0) {
@@ -358,7 +357,7 @@ KERNEL(good_constant) {
 
 KERNEL(bad_loop) {
   threadgroup_barrier(mem_flags::mem_none);  // expect: no end
-  for (uint i = 0; i < n; i += g) {
+  for (uint i = 0; g == 0 && i < n; i += g) {
     y[t] = 1.0f;
   }
 }
@@ -367,5 +366,40 @@ KERNEL(good_loop) {
     if (g == 0) {
       y[t] = 1.0f;
     }
+  }
+}
+
+KERNEL(bad_narrowing) {
+  const short i = n * 1000;  // expect: undefined behaviour
+  if (g == 0) {
+    y[t] = float(i);
+  }
+}
+KERNEL(good_narrowing) {
+  const int i = n * 1000;
+  if (g == 0) {
+    y[t] = float(i);
+  }
+}
+
+[[kernel, max_total_threads_per_threadgroup(32)]] void bad_threads(
+    device float* y [[buffer(1)]], uint t [[thread_index_in_threadgroup]]) {  // expect: too many threads
+  y[t] = 1.0f;
+}
+[[kernel, max_total_threads_per_threadgroup(64)]] void good_threads(
+    device float* y [[buffer(1)]], uint t [[thread_index_in_threadgroup]]) {
+  if (t > 64) {
+    y[t] = 1.0f;
+  }
+}
+
+KERNEL(bad_null) {
+  const device float* p = g < n ? nullptr : x;
+  y[t] = *p;  // expect: undefined behaviour
+}
+KERNEL(good_null) {
+  const device float* p = g < n ? x : nullptr;
+  if (g == 0) {
+    y[t] = *p;
   }
 }

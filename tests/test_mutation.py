@@ -1,0 +1,25 @@
+"""Every alteration of the Metal kernels is noticed, but for those that change nothing."""
+
+import mutation
+
+
+def test_every_mutant_is_killed_or_harmless():
+    outcomes = mutation.judge_all()
+    survivors = [
+        o.mutant.name for found in outcomes.values() for o in found if not o.killed and not mutation.excuse(o)
+    ]
+    assert not survivors
+    # Nothing is killed by a mistake of the test's own.
+    reasons = {o.reason for found in outcomes.values() for o in found if o.killed}
+    assert reasons <= {
+        "numbers",
+        "out of bounds",
+        "race",
+        "barrier",
+        "uninitialised",
+        "misaligned",
+        "no end",
+        "compile",
+    }
+    print(mutation.document(outcomes))
+    assert mutation.DOCUMENT.read_text() == mutation.document(outcomes)
