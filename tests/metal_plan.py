@@ -132,7 +132,7 @@ def qkv_projection(x, weight, bias, num_heads, num_kv_heads, head_dim, **options
 
 
 def output_projection(x, weight, bias, residual, gap=0, **options):
-    """``fused_output_projection_residual`` on the simulator; x and residual with `gap` rows between batches."""
+    """``fused_output_projection_residual`` on it; x and residual with `gap` rows between batches."""
     call = Call(x.dtype)
     tx, tw, tb, tr = apart(call, x, gap), call.input(weight), call.input(bias), apart(call, residual, gap)
     out = call.output(residual.shape)

@@ -235,8 +235,11 @@ UBSAN(add_overflow, "signed overflow in +")
 UBSAN(sub_overflow, "signed overflow in -")
 UBSAN(mul_overflow, "signed overflow in *")
 UBSAN(negate_overflow, "signed overflow in negation")
-UBSAN(divrem_overflow, "division by zero or overflow")
 UBSAN(implicit_conversion, "an implicit conversion loses an integer's upper bits")
+void __ubsan_handle_divrem_overflow(UbsanLocation* at) {
+  undefined(at, undefined_behaviour, "division by zero or overflow", HERE);
+  abandon();  // the processor would end the process
+}
 void __ubsan_handle_out_of_bounds(UbsanLocation* at) {
   undefined(at, out_of_bounds, "array index", HERE);
   abandon();
