@@ -13,9 +13,9 @@ add_custom_command(
 add_custom_target(mlx_fused_metal_source ALL DEPENDS kernels.metal)
 install(FILES "${CMAKE_CURRENT_BINARY_DIR}/kernels.metal" DESTINATION mlx_fused)
 
-# The command line tools have xcrun, but not the compiler.
+# Run it, for the command line tools have xcrun without it, and Xcode 26 a stub of it.
 execute_process(
-  COMMAND xcrun -sdk macosx --find metal
+  COMMAND xcrun -sdk macosx metal --version
   RESULT_VARIABLE METAL_COMPILER_MISSING
   OUTPUT_QUIET ERROR_QUIET)
 if(NOT METAL_COMPILER_MISSING)
@@ -32,7 +32,9 @@ if(NOT METAL_COMPILER_MISSING)
     DEPS
     ${METAL_HEADERS}
     OUTPUT_DIRECTORY
-    "${CMAKE_CURRENT_BINARY_DIR}")
+    "${CMAKE_CURRENT_BINARY_DIR}"
+    DEPLOYMENT_TARGET
+    14.0)
   add_dependencies(_ext mlx_fused_metallib)
   install(FILES "${CMAKE_CURRENT_BINARY_DIR}/mlx_fused.metallib" DESTINATION mlx_fused)
 else()

@@ -7,11 +7,11 @@
 #include "mlx/backend/metal/kernels/steel/gemm/gemm.h"  // names the types of the two above
 #include "params.h"
 
-namespace mlx_fused {
-
 // Fixed when a pipeline is made, so that what a call lacks costs it nothing.
-constant bool has_bias [[function_constant(0)]];
-constant bool has_residual [[function_constant(1)]];
+constant bool mlx_fused_has_bias [[function_constant(0)]];
+constant bool mlx_fused_has_residual [[function_constant(1)]];
+
+namespace mlx_fused {
 
 // Every tile kernel runs two by two simdgroups and sums over blocks this deep.
 constant constexpr int tile_depth = 16;

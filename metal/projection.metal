@@ -14,10 +14,10 @@ struct HeadsStore {
   constant SegmentParams* segment;
 
   METAL_FUNC void operator()(short row, short col, float sum) const thread {
-    if (has_bias) {
+    if (mlx_fused_has_bias) {
       sum += static_cast<float>(bias[col]);
     }
-    if (has_residual) {
+    if (mlx_fused_has_residual) {
       sum += static_cast<float>(residual[row * residual_row_stride + col]);
     }
     out[row * segment->row_stride + feature_offset(first_feature + col, *segment)] = static_cast<T>(sum);
@@ -49,8 +49,8 @@ template <typename T, int BM, int BN>
   constant SegmentParams& segment = params.segment[index];
   const int first_col = (int(tile.x) - segment.first_tile) * BN;
   const int first_row = int(tile.y) * BM;
-  const short cols = metal::min(BN, segment.features - first_col);
-  const short rows = metal::min(BM, params.rows - first_row);
+  const short cols = min(BN, segment.features - first_col);
+  const short rows = min(BM, params.rows - first_row);
   const int64_t batch = tile.z;
 
   const device T* x = input + batch * params.input_batch_stride + first_row * params.input_row_stride;
@@ -59,7 +59,7 @@ template <typename T, int BM, int BN>
   typename Gemm::loader_b_t load_weight(w, segment.weight_row_stride, weight_block, simdgroup, lane);
   typename Gemm::mma_t mma(simdgroup, lane);
   for (int i = 0; i < params.in_features; i += tile_depth) {
-    const short depth = metal::min(tile_depth, params.in_features - i);
+    const short depth = min(tile_depth, params.in_features - i);
     const bool whole = rows == BM && cols == BN && depth == tile_depth;
     load_blocks(load_input, load_weight, whole, short2(depth, rows), short2(depth, cols));
     mma.mma(input_block, weight_block);

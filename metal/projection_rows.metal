@@ -61,7 +61,7 @@ template <typename T, int M>
   const int index = segment_of(tile.x, params);
   constant SegmentParams& segment = params.segment[index];
   const int first = ((int(tile.x) - segment.first_tile) * simdgroups + simdgroup) * features_per_simdgroup;
-  const int count = metal::min(features_per_simdgroup, segment.features - first);
+  const int count = min(features_per_simdgroup, segment.features - first);
   const int rows = params.batch * params.rows;
   const device T* w = pick(index, q_weight, k_weight, v_weight) + first * segment.weight_row_stride;
 
@@ -87,15 +87,15 @@ template <typename T, int M>
   for (int f = 0; f < features_per_simdgroup; ++f) {
     STEEL_PRAGMA_UNROLL
     for (int m = 0; m < M; ++m) {
-      float sum = metal::simd_sum(sums[f][m]);
+      float sum = simd_sum(sums[f][m]);
       if (lane == 0 && f < count && m < rows) {
         const int feature = first + f;
         const int64_t batch = m / params.rows;
         const int64_t row = m % params.rows;
-        if (has_bias) {
+        if (mlx_fused_has_bias) {
           sum += static_cast<float>(bias[feature]);
         }
-        if (has_residual) {
+        if (mlx_fused_has_residual) {
           const int64_t offset = batch * params.residual_batch_stride + row * params.residual_row_stride;
           sum += static_cast<float>(residual[offset + feature]);
         }

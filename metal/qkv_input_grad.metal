@@ -22,8 +22,8 @@ template <typename T, int BM, int BN>
 
   const int first_col = int(tile.x) * BN;
   const int first_row = int(tile.y) * BM;
-  const short cols = metal::min(BN, params.in_features - first_col);
-  const short rows = metal::min(BM, params.rows - first_row);
+  const short cols = min(BN, params.in_features - first_col);
+  const short rows = min(BM, params.rows - first_row);
   const int64_t batch = tile.z;
 
   typename Gemm::mma_t mma(simdgroup, lane);
@@ -38,7 +38,7 @@ template <typename T, int BM, int BN>
       typename Gemm::loader_b_t load_weight(
           weight + first * segment.weight_row_stride, segment.weight_row_stride, weight_block, simdgroup, lane);
       for (int d = 0; d < segment.head_dim; d += tile_depth) {
-        const short depth = metal::min(tile_depth, segment.head_dim - d);
+        const short depth = min(tile_depth, segment.head_dim - d);
         const bool whole = rows == BM && cols == BN && depth == tile_depth;
         load_blocks(load_grad, load_weight, whole, short2(depth, rows), short2(cols, depth));
         mma.mma(grad_block, weight_block);

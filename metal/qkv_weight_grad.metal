@@ -31,8 +31,8 @@ template <typename T, int BM, int BN>
   const int first_dim = segment_tile % tiles_per_head * BM;
   const int first_row = segment_tile / tiles_per_head * segment.head_dim + first_dim;
   const int first_col = int(tile.x) * BN;
-  const short rows = metal::min(BM, segment.head_dim - first_dim);
-  const short cols = metal::min(BN, params.in_features - first_col);
+  const short rows = min(BM, segment.head_dim - first_dim);
+  const short cols = min(BN, params.in_features - first_col);
 
   const device T* grad = pick(index, dq, dk, dv) + feature_offset(first_row, segment);
   const bool sums_bias = segment.has_bias_grad && tile.x == 0;
@@ -50,7 +50,7 @@ template <typename T, int BM, int BN>
         simdgroup,
         lane);
     for (int i = 0; i < params.rows; i += tile_depth) {
-      const short depth = metal::min(tile_depth, params.rows - i);
+      const short depth = min(tile_depth, params.rows - i);
       const bool whole = rows == BM && cols == BN && depth == tile_depth;
       load_blocks(load_grad, load_input, whole, short2(rows, depth), short2(cols, depth));
       mma.mma(grad_block, input_block);

@@ -13,6 +13,9 @@ namespace mx = mlx::core;
 using Arrays = std::vector<mx::array>;
 using Function = std::function<Arrays(const Arrays&)>;
 
+// Gives each output of an evaluation its memory.
+void allocate(Arrays& outputs);
+
 // A primitive that has a composed form, and transforms by it where it knows no better way.
 class FusedPrimitive : public mx::Primitive {
  public:

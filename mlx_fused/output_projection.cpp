@@ -74,6 +74,20 @@ Arrays make_grad(const Arrays& inputs, const OutputGradLayout& layout, mx::Strea
   return mx::array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, inputs);
 }
 
+Call forward_call(const Arrays& inputs, const OutputLayout& layout) {
+  auto& x = inputs[OutputLayout::attn_out];
+  auto dtype = mx::result_type(x, inputs[OutputLayout::weight]);
+  if (layout.has_bias) {
+    dtype = mx::promote_types(dtype, inputs[OutputLayout::bias].dtype());
+  }
+  return {
+      Operation::output,
+      {dtype, mx::promote_types(dtype, inputs[layout.residual()].dtype())},
+      int64_t(x.shape(0)) * x.shape(1),
+      x.shape(2),
+      layout.has_bias};
+}
+
 Call grad_call(const Arrays& inputs) {
   auto& grad = inputs[OutputGradLayout::cotangent];
   int64_t rows = int64_t(grad.shape(0)) * grad.shape(1);
@@ -94,22 +108,13 @@ mx::array fused_output_projection_residual(
   auto inputs = forward_inputs(attn_out, weight, bias, residual);
   OutputLayout layout{bias.has_value()};
 
-  auto dtype = mx::result_type(attn_out, weight);
-  if (bias) {
-    dtype = mx::promote_types(dtype, bias->dtype());
-  }
+  auto call = forward_call(inputs, layout);
   auto stream = mx::to_stream(s);
-  Call call{
-      Operation::output,
-      {dtype, mx::promote_types(dtype, residual.dtype())},
-      int64_t(attn_out.shape(0)) * attn_out.shape(1),
-      attn_out.shape(2),
-      layout.has_bias};
   if (check.route(call, stream, wish) == Route::composed) {
     return composed::output_projection(inputs, layout, stream)[0];
   }
   for (auto& x : inputs) {
-    x = mx::astype(x, dtype, stream);
+    x = mx::astype(x, call.promoted[0], stream);
   }
   return make_forward(inputs, layout, stream);
 }
@@ -173,16 +178,17 @@ Arrays FusedOutputProjection::vjp(
   if (wants_residual) {
     layout.argnums.pop_back();
   }
+  // A custom function after this one may have given its gradient in another dtype.
+  auto grad = mx::astype(cotangents[0], primals[OutputLayout::attn_out].dtype(), stream());
   Arrays grads;
   if (!layout.argnums.empty()) {
-    auto inputs =
-        grad_inputs(cotangents[0], primals[OutputLayout::attn_out], primals[OutputLayout::weight], layout);
+    auto inputs = grad_inputs(grad, primals[OutputLayout::attn_out], primals[OutputLayout::weight], layout);
     grads = route(grad_call(inputs), describe(stream().device)) == Route::composed
                 ? composed::output_projection_grad(inputs, layout, stream())
                 : make_grad(inputs, layout, stream());
   }
   if (wants_residual) {
-    grads.push_back(cotangents[0]);
+    grads.push_back(grad);
   }
   return grads;
 }
@@ -205,7 +211,9 @@ std::pair<Arrays, std::vector<int>> FusedOutputProjection::vmap(
     batch = {x.shape(0), x.shape(1)};
     folded[i] = mx::flatten(x, 0, 1, stream());
   }
-  auto out = make_forward(folded, layout_, stream());
+  auto out = route(forward_call(folded, layout_), describe(stream().device)) == Route::composed
+                 ? composed::output_projection(folded, layout_, stream())[0]
+                 : make_forward(folded, layout_, stream());
   return {{mx::unflatten(out, 0, batch, stream())}, {0}};
 }
 

@@ -121,6 +121,19 @@ Arrays make_grad(const Arrays& inputs, const QKVGradLayout& layout, mx::Stream s
   return mx::array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, inputs);
 }
 
+Call forward_call(const Arrays& inputs, const QKVLayout& layout) {
+  auto& input = inputs[QKVLayout::input];
+  Call call{Operation::qkv, {}, int64_t(input.shape(0)) * input.shape(1), input.shape(2), layout.has_bias};
+  for (int part = 0; part < layout.parts(); ++part) {
+    auto dtype = mx::result_type(input, inputs[layout.weight(part)]);
+    if (layout.has_bias) {
+      dtype = mx::promote_types(dtype, inputs[layout.bias(part)].dtype());
+    }
+    call.promoted.push_back(dtype);
+  }
+  return call;
+}
+
 Call grad_call(const Arrays& inputs, const QKVGradLayout& layout) {
   auto& forward = layout.forward;
   auto& dq = inputs[QKVGradLayout::cotangent];
@@ -150,22 +163,13 @@ Arrays fused_qkv_projection(
   Check check("fused_qkv_projection");
   auto [layout, inputs] = check_arguments(check, input, weight, bias, num_heads, num_kv_heads, head_dim);
 
-  std::vector<mx::Dtype> promoted;
-  for (int part = 0; part < layout.parts(); ++part) {
-    auto dtype = mx::result_type(input, inputs[layout.weight(part)]);
-    if (layout.has_bias) {
-      dtype = mx::promote_types(dtype, inputs[layout.bias(part)].dtype());
-    }
-    promoted.push_back(dtype);
-  }
+  auto call = forward_call(inputs, layout);
   auto stream = mx::to_stream(s);
-  Call call{
-      Operation::qkv, promoted, int64_t(input.shape(0)) * input.shape(1), input.shape(2), layout.has_bias};
   if (check.route(call, stream, wish) == Route::composed) {
     return composed::qkv_projection(inputs, layout, stream);
   }
   for (auto& x : inputs) {
-    x = mx::astype(x, promoted[0], stream);
+    x = mx::astype(x, call.promoted[0], stream);
   }
   return make_forward(inputs, layout, stream);
 }
@@ -236,7 +240,12 @@ Function FusedQKVProjection::composed() {
 Arrays FusedQKVProjection::vjp(
     const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) {
   QKVGradLayout layout{layout_, argnums};
-  auto inputs = grad_inputs(cotangents, primals, layout);
+  auto grads = cotangents;
+  for (auto& grad : grads) {
+    // A custom function after this one may have given its gradient in another dtype.
+    grad = mx::astype(grad, primals[QKVLayout::input].dtype(), stream());
+  }
+  auto inputs = grad_inputs(grads, primals, layout);
   return route(grad_call(inputs, layout), describe(stream().device)) == Route::composed
              ? composed::qkv_projection_grad(inputs, layout, stream())
              : make_grad(inputs, layout, stream());
@@ -253,7 +262,9 @@ std::pair<Arrays, std::vector<int>> FusedQKVProjection::vmap(
   auto input = mx::moveaxis(inputs[0], axes[0], 0, stream());
   auto folded = inputs;
   folded[0] = mx::flatten(input, 0, 1, stream());
-  auto outputs = make_forward(folded, layout_, stream());
+  auto outputs = route(forward_call(folded, layout_), describe(stream().device)) == Route::composed
+                     ? composed::qkv_projection(folded, layout_, stream())
+                     : make_forward(folded, layout_, stream());
   for (auto& out : outputs) {
     out = mx::unflatten(out, 0, {input.shape(0), input.shape(1)}, stream());
   }

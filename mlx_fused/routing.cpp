@@ -1,6 +1,9 @@
 #include "mlx_fused/routing.h"
 
 #include <cstdlib>
+#include <stdexcept>
+
+#include "mlx_fused/backend/metal/plan.h"
 
 namespace mlx_fused {
 
@@ -16,7 +19,7 @@ Route best(const Call& call, const DeviceInfo& device) {
   if (call.rows >= matmul_unit_rows && device.matmul_units) {
     return Route::composed;
   }
-  bool few_rows = call.rows > 1 && call.rows <= 8;
+  bool few_rows = call.rows > 1 && call.rows <= metal::few_rows;
   if (call.operation == Operation::output && !call.has_bias && !few_rows) {
     return Route::composed;  // mx.addmm adds the residual in its epilogue already
   }
@@ -31,8 +34,8 @@ bool has_kernels(const Call& call, const DeviceInfo& device) {
   }
   if (device.kind == DeviceInfo::metal) {
     bool plain_matmuls = call.operation == Operation::output_grad;
-    bool no_buffers = call.in_features == 0;  // to bind
-    if (plain_matmuls || no_buffers || call.bias_grad_alone) {
+    bool readable = call.in_features > 0 && call.in_features < metal::max_row_stride;
+    if (plain_matmuls || !readable || call.bias_grad_alone) {
       return false;
     }
   }
@@ -51,10 +54,13 @@ Route route(const Call& call, const DeviceInfo& device, const std::optional<std:
   }
   const char* variable = std::getenv("MLX_FUSED_ROUTE");
   auto wanted = wish ? *wish : std::string(variable ? variable : "");
-  if (wanted == "composed") {
-    return Route::composed;
+  if (wanted == "composed" || wanted == "fused") {
+    return wanted == "composed" ? Route::composed : Route::primitive;
   }
-  return wanted == "fused" ? Route::primitive : best(call, device);
+  if (!wanted.empty()) {
+    throw std::invalid_argument("MLX_FUSED_ROUTE must be 'composed' or 'fused' but is '" + wanted + "'.");
+  }
+  return best(call, device);
 }
 
 }  // namespace mlx_fused

@@ -56,6 +56,8 @@ class Call:
         self.plan += plan
         for launch in plan:
             named = launch | {"buffers": [(i, f"a{a}", offset) for i, a, offset in launch["buffers"]]}
+            # An empty array has no buffer, and Metal's validation refuses to launch without one.
+            assert all(self.buffers[name].size for _, name, _ in named["buffers"])
             library = (library_of or libraries())[launch["kernel"]]
             self.results.append(library.run([named], self.buffers, **options))
 

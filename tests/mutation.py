@@ -22,10 +22,10 @@ HEADS = (4, 2, 20)  # a head is neither a multiple of a tile's columns nor of it
 
 # Mutants that change no result and no access, by what their names hold, and why.
 HARMLESS = {
-    "only the second of metal::min(BN,": "the tile bounds every access anyway; the fast path is lost",
-    "only the second of metal::min(BM,": "the tile bounds every access anyway; the fast path is lost",
-    "only the second of metal::min(tile_depth,": "the block bounds every load anyway; the fast path is lost",
-    "only the second of metal::min(features_per_simdgroup,": "the loop over them ends at four anyway",
+    "only the second of min(BN,": "the tile bounds every access anyway; the fast path is lost",
+    "only the second of min(BM,": "the tile bounds every access anyway; the fast path is lost",
+    "only the second of min(tile_depth,": "the block bounds every load anyway; the fast path is lost",
+    "only the second of min(features_per_simdgroup,": "the loop over them ends at four anyway",
     "< to <=": "one more block of zeros in a sum, or more of a tile than the guard after it lets through",
     "condition dropped: sums_bias": "sums that are not stored",
     ">= to >": "the path with a test per value gives the same sums",

@@ -342,3 +342,41 @@ def test_float64_gradients(rng):
     results = [mx.grad(cube_sum(qkv_function(m)), argnums=tuple(range(7)))(*args) for m in MODULES]
     assert all(g.dtype == mx.float64 for g in results[0])
     oracle.assert_equal(*results)
+
+
+@pytest.mark.parametrize("gradient", [mx.float32, mx.float16], ids=str)
+def test_a_gradient_of_another_dtype_is_cast(rng, gradient):
+    """As a custom function may give it; the gradients have their arguments' own dtype all the same."""
+
+    @mx.custom_function
+    def identity(y):
+        return y
+
+    @identity.vjp
+    def identity_vjp(_, cotangent, __):
+        return cotangent.astype(gradient)
+
+    x, weight, _ = operands.qkv(rng, 1, 9, 8, HEADS, mx.bfloat16, draw=operands.integers)
+
+    def qkv_loss(function):
+        def loss(x, weight):
+            q, k, v = function(x, weight, None, *HEADS)
+            return identity(q).sum() + k.sum() + v.sum()
+
+        return mx.grad(loss, argnums=(0, 1))(x, weight)
+
+    dx, dw = qkv_loss(mlx_fused.fused_qkv_projection)
+    assert {dx.dtype, *(w.dtype for w in dw)} == {mx.bfloat16}
+    oracle.assert_equal((dx, *dw), sum(map(as_list, qkv_loss(composed.fused_qkv_projection)), []))
+
+    a, w, _, r = operands.output(rng, 1, 9, 8, 8, mx.bfloat16, draw=operands.integers)
+
+    def output_loss(a, w, r):
+        return identity(mlx_fused.fused_output_projection_residual(a, w, None, r)).sum()
+
+    grads = mx.grad(output_loss, argnums=(0, 1, 2))(a, w, r)
+    assert [g.dtype for g in grads] == [mx.bfloat16] * 3
+
+
+def as_list(tree):
+    return list(tree) if isinstance(tree, (tuple, list)) else [tree]

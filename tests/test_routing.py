@@ -112,6 +112,30 @@ def test_a_gradient_is_routed_on_its_own(monkeypatch):
     assert mx.array_equal(grads, mx.full((4, 4), 2.0))
 
 
+def test_a_misspelt_variable_is_refused(monkeypatch):
+    monkeypatch.setenv("MLX_FUSED_ROUTE", "Fused")
+    with pytest.raises(ValueError, match=r"MLX_FUSED_ROUTE must be 'composed' or 'fused' but is 'Fused'\."):
+        calls()[0]()
+
+
+def test_metal_refuses_rows_that_tiles_cannot_step_through():
+    assert route("qkv", in_features=2**25 - 1) == "fused"
+    assert route("qkv", in_features=2**25, wish="fused") == "composed"
+
+
+def test_vmap_routes_all_rows_together(monkeypatch):
+    x, w = mx.ones((3, 1, 2, 4)), mx.ones((4, 4))
+
+    def call(x):
+        out = mlx_fused.fused_output_projection_residual(x, w, None, x, route="fused")
+        monkeypatch.setenv("MLX_FUSED_ROUTE", "composed")
+        return out
+
+    out = mx.vmap(call)(x)
+    assert "FusedOutputProjection" not in primitives(out)
+    assert mx.array_equal(out, mx.full((3, 1, 2, 4), 5.0))
+
+
 def test_a_wish_that_cannot_be_met_is_refused():
     x, w = mx.ones((1, 2, 4)).astype(mx.float64, stream=mx.cpu), mx.ones((4, 4))
     with pytest.raises(ValueError, match=r"route must be 'composed' or None .* but got 'fused'\."):

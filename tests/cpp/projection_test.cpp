@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <thread>
 
@@ -276,6 +277,17 @@ void check_threads() {
   std::atomic<int> count{0};
   parallel_for(7, [&](int64_t) { parallel_for(11, [&](int64_t) { ++count; }); });
   check(count == 77, "nested parallel_for");
+  bool caught = false;
+  try {
+    parallel_for(100, [](int64_t i) {
+      if (i == 50) {
+        throw std::runtime_error("task 50");
+      }
+    });
+  } catch (const std::runtime_error&) {
+    caught = true;
+  }
+  check(caught, "an exception in a task reaches the caller");
 }
 
 }  // namespace

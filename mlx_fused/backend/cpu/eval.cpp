@@ -1,5 +1,4 @@
 // The primitives' CPU evaluation: allocate the outputs, describe every array as a view, enqueue the work.
-#include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx_fused/backend/cpu/projection.h"
 #include "mlx_fused/output_projection.h"
@@ -75,12 +74,6 @@ View cols_of(View view, int64_t first, int64_t count) {
   view.data = static_cast<char*>(view.data) + first * view.dim_stride * static_cast<int64_t>(itemsize(view));
   view.dim = count;
   return view;
-}
-
-void allocate(Arrays& outputs) {
-  for (auto& out : outputs) {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-  }
 }
 
 template <class F>

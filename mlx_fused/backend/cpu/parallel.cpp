@@ -5,7 +5,9 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -43,10 +45,19 @@ struct Job {
   const int64_t count;
   std::atomic<int64_t> next{0};
   std::atomic<int> helpers{0};
+  std::atomic_flag failed;
+  std::exception_ptr error;  // of the first task that threw; read when all have ended
 
   void work() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-      task(i);
+    try {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+        task(i);
+      }
+    } catch (...) {
+      next.store(count, std::memory_order_relaxed);
+      if (!failed.test_and_set()) {
+        error = std::current_exception();
+      }
     }
   }
 };
@@ -55,7 +66,11 @@ class Pool {
  public:
   explicit Pool(int workers) {
     for (int i = 0; i < workers; ++i) {
-      std::thread([this] { serve(); }).detach();
+      try {
+        std::thread([this] { serve(); }).detach();
+      } catch (const std::system_error&) {
+        break;  // as many as the system allows; the caller takes part in every job anyway
+      }
     }
   }
 
@@ -161,6 +176,9 @@ void parallel_for(int64_t count, const std::function<void(int64_t)>& task) {
   }
   Job job{task, count};
   pool().run(job);
+  if (job.error) {
+    std::rethrow_exception(job.error);
+  }
 }
 
 }  // namespace mlx_fused::cpu

@@ -1,10 +1,16 @@
 // The primitives' GPU evaluation: allocate the outputs, plan the launches, encode them.
-#include <algorithm>
-#include <cstdlib>
+#include <sys/utsname.h>
 
-#include "mlx/allocator.h"
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
 #include "mlx/backend/metal/device.h"
-#include "mlx/dtype_utils.h"
 #include "mlx/ops.h"
 #include "mlx_fused/backend/metal/library.h"
 #include "mlx_fused/backend/metal/plan.h"
@@ -24,14 +30,12 @@ class Launcher {
  public:
   explicit Launcher(mx::Stream stream) : stream_(stream) {}
 
-  // Kernels read any strides, but want neighbours along the last axis, and step through a tile's rows in 32
-  // bits.
+  // Kernels read any strides, but want neighbours along the last axis, and a tile's rows not too far apart.
   Tensor input(const mx::array& a) {
-    constexpr int64_t max_tile = 64, far = (int64_t(1) << 31) / max_tile;
     bool readable = a.shape(-1) <= 1 || a.strides(-1) == 1;
     if (a.ndim() > 1) {
       int row_axis = a.shape(-2) == 1 ? 0 : static_cast<int>(a.ndim()) - 2;
-      readable &= std::abs(a.strides(row_axis)) < far;
+      readable &= a.shape(row_axis) == 1 || std::abs(a.strides(row_axis)) < metal::max_row_stride;
     }
     arrays_.push_back(readable ? a : copy(a));
     return tensor(arrays_.back());
@@ -75,7 +79,9 @@ class Launcher {
     auto contiguous = mx::contiguous(a, false, stream_);
     std::vector<mx::array> outputs = {contiguous};
     contiguous.primitive().eval_gpu(contiguous.inputs(), outputs);
-    mx::metal::get_command_encoder(stream_).add_temporary(outputs[0]);
+    if (outputs[0].data_shared_ptr() != a.data_shared_ptr()) {
+      mx::metal::get_command_encoder(stream_).add_temporary(outputs[0]);
+    }
     return outputs[0];
   }
 
@@ -93,12 +99,6 @@ class Launcher {
 
 std::string name_of(const mx::array& a) {
   return a.dtype() == mx::float32 ? "float32" : a.dtype() == mx::float16 ? "float16" : "bfloat16";
-}
-
-void allocate(Arrays& outputs) {
-  for (auto& out : outputs) {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-  }
 }
 
 // A segment's rows of a weight, or entries of a bias, which may be packed with the others.
@@ -212,11 +212,17 @@ DeviceInfo describe(mx::Device device) {
     return {DeviceInfo::cpu, false};
   }
   // As MLX decides it: from macOS 26.2 on, with GPUs of generation 17, of phones 18.
-  auto& gpu = mx::metal::device(device);
-  auto version = NS::ProcessInfo::processInfo()->operatingSystemVersion();
-  bool system = version.majorVersion > 26 || (version.majorVersion == 26 && version.minorVersion >= 2);
-  bool phone = gpu.get_architecture().back() == 'p';
-  return {DeviceInfo::metal, system && gpu.get_architecture_gen() >= (phone ? 18 : 17)};
+  static const bool matmul_units = [&] {
+    // Darwin 25.2 is macOS 26.2; the system's own number may be an older one, for compatibility.
+    utsname system;
+    int major = 0, minor = 0;
+    bool known = uname(&system) == 0 && std::sscanf(system.release, "%d.%d", &major, &minor) == 2;
+    auto& gpu = mx::metal::device(device);
+    bool phone = gpu.get_architecture().back() == 'p';
+    return known && std::pair(major, minor) >= std::pair(25, 2) &&
+           gpu.get_architecture_gen() >= (phone ? 18 : 17);
+  }();
+  return {DeviceInfo::metal, matmul_units};
 }
 
 }  // namespace mlx_fused

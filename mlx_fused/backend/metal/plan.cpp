@@ -1,6 +1,7 @@
 #include "mlx_fused/backend/metal/plan.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace mlx_fused::metal {
 
@@ -17,10 +18,6 @@ uint32_t ceil_div(int64_t a, int64_t b) {
 int64_t item_size(const std::string& dtype) {
   return dtype == "float32" ? 4 : 2;
 }
-
-// Up to here the weights are read once for all rows by lanes side by side; a tile of the other kernel would
-// be three quarters empty.
-constexpr int64_t few_rows = 8;
 
 int64_t tile_rows(int64_t rows) {
   return rows <= 32 ? 32 : 64;
@@ -44,7 +41,7 @@ struct Rows {
     bool mergeable = std::all_of(strides.begin(), strides.end(), [&](auto& s) {
       return one_row || batch == 1 || s.first == rows * s.second;
     });
-    if (mergeable) {
+    if (mergeable && batch * rows <= std::numeric_limits<int32_t>::max()) {
       for (auto& s : strides) {
         s.second = one_row ? s.first : s.second;
       }
@@ -70,12 +67,18 @@ SegmentParams segment_params(const Tensor& weight, const Tensor& heads, std::pai
   return p;
 }
 
-// Every slot is bound, for a kernel declares them all: what is not there is bound to something that is.
+bool is_empty(const Tensor& t) {
+  return std::find(t.shape.begin(), t.shape.end(), 0) != t.shape.end();
+}
+
+// Every slot is bound, for a kernel declares them all: what is not there is bound to something that is, and
+// what is empty, and so has no buffer, to the output, which never is.
 class Bindings {
  public:
-  explicit Bindings(const std::string& dtype) : item_size_(item_size(dtype)) {}
+  Bindings(const std::string& dtype, const Tensor& output) : output_(output), item_size_(item_size(dtype)) {}
 
-  void add(int index, const Tensor& t) {
+  void add(int index, const Tensor& tensor) {
+    auto& t = is_empty(tensor) ? output_ : tensor;
     buffers.push_back({index, t.array, t.offset * item_size_});
   }
 
@@ -90,12 +93,9 @@ class Bindings {
   std::vector<Binding> buffers;
 
  private:
+  const Tensor& output_;
   int64_t item_size_;
 };
-
-bool is_empty(const Tensor& t) {
-  return std::find(t.shape.begin(), t.shape.end(), 0) != t.shape.end();
-}
 
 }  // namespace
 
@@ -139,7 +139,7 @@ Plan plan_projection(
 
   int count = segments.size();
   bool has_bias = segments[0].bias.has_value();
-  Bindings bindings(dtype);
+  Bindings bindings(dtype, segments[0].out);
   bindings.add(0, x);
   bindings.add_segments(1, count, [&](int i) { return segments[i].weight; });
   bindings.add_segments(4, count, [&](int i) { return has_bias ? *segments[i].bias : x; });
@@ -188,7 +188,7 @@ Plan plan_input_grad(
   }
 
   int count = segments.size();
-  Bindings bindings(dtype);
+  Bindings bindings(dtype, dx);
   bindings.add_segments(0, count, [&](int i) { return segments[i].grad; });
   bindings.add_segments(3, count, [&](int i) { return segments[i].weight; });
   bindings.add(6, dx);
@@ -228,7 +228,7 @@ Plan plan_weight_grad(
   }
 
   int count = segments.size();
-  Bindings bindings(dtype);
+  Bindings bindings(dtype, segments[0].dw);
   bindings.add(0, x);
   bindings.add_segments(1, count, [&](int i) { return segments[i].grad; });
   bindings.add_segments(4, count, [&](int i) { return segments[i].dw; });

@@ -38,6 +38,13 @@ struct Launch {
 
 using Plan = std::vector<Launch>;
 
+// Up to so many rows the weights are read once for all of them by lanes side by side; a tile of the other
+// kernel would be three quarters empty.
+constexpr int64_t few_rows = 8;
+
+// Tiles step through up to 64 rows in 32 bits.
+constexpr int64_t max_row_stride = (int64_t{1} << 31) / 64;
+
 struct Segment {
   Tensor weight;  // [features, in_features]
   std::optional<Tensor> bias;
