@@ -1,4 +1,4 @@
-"""Writes the Metal kernels as one source without includes, which a device can compile where there is no Xcode.
+"""Writes the Metal kernels as one source without includes, which a device can compile without Xcode.
 
     python cmake/flatten_metal.py OUTPUT INCLUDE_DIR... -- SOURCE...
 """
