@@ -1,6 +1,6 @@
 """Writes the Metal kernels as one source without includes, which a device can compile without Xcode.
 
-    python cmake/flatten_metal.py OUTPUT INCLUDE_DIR... -- SOURCE...
+python cmake/flatten_metal.py OUTPUT INCLUDE_DIR... -- SOURCE...
 """
 
 import re
