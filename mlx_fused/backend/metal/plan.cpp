@@ -51,6 +51,18 @@ struct Rows {
   }
 };
 
+// Of the tensor that was added to `rows` first: the input, or its gradient.
+ProjectionParams call_params(const Rows& rows, int64_t in_features, size_t segments) {
+  ProjectionParams p{};
+  p.input_batch_stride = rows.strides[0].first;
+  p.input_row_stride = rows.strides[0].second;
+  p.batch = rows.batch;
+  p.rows = rows.rows;
+  p.in_features = in_features;
+  p.segments = segments;
+  return p;
+}
+
 SegmentParams segment_params(const Tensor& weight, const Tensor& heads, std::pair<int64_t, int64_t> strides) {
   SegmentParams p{};
   p.weight_row_stride = weight.strides[0];
@@ -119,17 +131,11 @@ Plan plan_projection(
   bool few = rows.batch * rows.rows <= few_rows;
   int64_t tile = tile_rows(rows.rows);
 
-  ProjectionParams params{};
-  params.input_batch_stride = rows.strides[0].first;
-  params.input_row_stride = rows.strides[0].second;
+  auto params = call_params(rows, x.shape[2], segments.size());
   if (residual) {
     params.residual_batch_stride = rows.strides.back().first;
     params.residual_row_stride = rows.strides.back().second;
   }
-  params.batch = rows.batch;
-  params.rows = rows.rows;
-  params.in_features = x.shape[2];
-  params.segments = segments.size();
   uint32_t tiles = 0;
   for (size_t i = 0; i < segments.size(); ++i) {
     params.segment[i] = segment_params(segments[i].weight, segments[i].out, rows.strides[1 + i]);
@@ -176,13 +182,7 @@ Plan plan_input_grad(
   rows.merge();
   int64_t tile = tile_rows(rows.rows);
 
-  ProjectionParams params{};
-  params.input_batch_stride = rows.strides[0].first;
-  params.input_row_stride = rows.strides[0].second;
-  params.batch = rows.batch;
-  params.rows = rows.rows;
-  params.in_features = dx.shape[2];
-  params.segments = segments.size();
+  auto params = call_params(rows, dx.shape[2], segments.size());
   for (size_t i = 0; i < segments.size(); ++i) {
     params.segment[i] = segment_params(segments[i].weight, segments[i].grad, rows.strides[1 + i]);
   }
@@ -211,13 +211,7 @@ Plan plan_weight_grad(
   }
   rows.merge();
 
-  ProjectionParams params{};
-  params.input_batch_stride = rows.strides[0].first;
-  params.input_row_stride = rows.strides[0].second;
-  params.batch = rows.batch;
-  params.rows = rows.rows;
-  params.in_features = x.shape[2];
-  params.segments = segments.size();
+  auto params = call_params(rows, x.shape[2], segments.size());
   uint32_t tiles = 0;
   for (size_t i = 0; i < segments.size(); ++i) {
     auto& p = params.segment[i];
