@@ -36,7 +36,8 @@ METAL_FUNC int64_t feature_offset(int feature, constant SegmentParams& segment) 
   return feature / segment.head_dim * segment.head_stride + feature % segment.head_dim;
 }
 
-// Loads the next blocks of both operands, with bounds only where a tile has them: extents are (columns, rows).
+// Loads the next blocks of both operands, with bounds only where a tile has them: extents are (columns,
+// rows).
 template <typename LoaderA, typename LoaderB>
 METAL_FUNC void load_blocks(
     thread LoaderA& a, thread LoaderB& b, bool whole, short2 extent_a, short2 extent_b) {
@@ -85,7 +86,7 @@ struct RowMajorStore {
 }  // namespace mlx_fused
 
 #define INSTANTIATE(name, ...) template [[host_name(name)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
-#define INSTANTIATE_TYPES(name, kernel, ...)                \
-  INSTANTIATE(name "_float32", kernel<float, __VA_ARGS__>)  \
-  INSTANTIATE(name "_float16", kernel<half, __VA_ARGS__>)   \
+#define INSTANTIATE_TYPES(name, kernel, ...)               \
+  INSTANTIATE(name "_float32", kernel<float, __VA_ARGS__>) \
+  INSTANTIATE(name "_float16", kernel<half, __VA_ARGS__>)  \
   INSTANTIATE(name "_bfloat16", kernel<bfloat16_t, __VA_ARGS__>)

@@ -9,8 +9,8 @@
 
 namespace mlx_fused {
 
-// One of a projection's outputs: q, k or v, or the output projection's only one. Element (b, s, h, d) of it, or
-// of its gradient, is at b * batch_stride + s * row_stride + h * head_stride + d.
+// One of a projection's outputs: q, k or v, or the output projection's only one. Element (b, s, h, d) of it,
+// or of its gradient, is at b * batch_stride + s * row_stride + h * head_stride + d.
 struct SegmentParams {
   int64_t weight_row_stride;
   int64_t batch_stride;
