@@ -178,19 +178,25 @@ def test_operands_used_more_than_once(rng):
     oracle.assert_equal(loss(mlx_fused)(x, w, b), loss(composed)(x, w, b))
 
 
+def jvp_of(function, args, argnums, tangents):
+    """The jvp of ``function`` by the arguments in ``argnums``, the others held."""
+
+    def f(*varied):
+        full = list(args)
+        for i, a in zip(argnums, varied, strict=True):
+            full[i] = a
+        return function(*full)
+
+    return mx.jvp(f, [args[i] for i in argnums], tangents)
+
+
 @pytest.mark.parametrize("argnums", subsets(7), ids=lambda s: "-".join(QKV_NAMES[i] for i in s))
 def test_qkv_jvp(rng, argnums):
     args = qkv_flat(rng)
     tangents = [operands.integers(rng, args[i].shape) for i in argnums]
 
     def jvp(module):
-        def f(*varied):
-            full = list(args)
-            for i, a in zip(argnums, varied, strict=True):
-                full[i] = a
-            return qkv_function(module)(*full)
-
-        return mx.jvp(f, [args[i] for i in argnums], tangents)
+        return jvp_of(qkv_function(module), args, argnums, tangents)
 
     oracle.assert_equal(jvp(mlx_fused), jvp(composed))
 
@@ -201,13 +207,7 @@ def test_packed_qkv_jvp(rng, argnums):
     tangents = [operands.integers(rng, args[i].shape) for i in argnums]
 
     def jvp(module):
-        def f(*varied):
-            full = list(args)
-            for i, a in zip(argnums, varied, strict=True):
-                full[i] = a
-            return packed_function(module)(*full)
-
-        return mx.jvp(f, [args[i] for i in argnums], tangents)
+        return jvp_of(packed_function(module), args, argnums, tangents)
 
     oracle.assert_equal(jvp(mlx_fused), jvp(composed))
 
@@ -218,13 +218,7 @@ def test_output_jvp(rng, argnums):
     tangents = [operands.integers(rng, args[i].shape) for i in argnums]
 
     def jvp(module):
-        def f(*varied):
-            full = list(args)
-            for i, a in zip(argnums, varied, strict=True):
-                full[i] = a
-            return module.fused_output_projection_residual(*full)
-
-        return mx.jvp(f, [args[i] for i in argnums], tangents)
+        return jvp_of(module.fused_output_projection_residual, args, argnums, tangents)
 
     oracle.assert_equal(jvp(mlx_fused), jvp(composed))
 
