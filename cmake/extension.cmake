@@ -32,9 +32,12 @@ nanobind_add_module(
   mlx
   python/src/bindings.cpp
   python/src/internals.cpp
+  python/src/lora.cpp
+  python/src/quantized.cpp
   mlx_fused/check.cpp
   mlx_fused/composed.cpp
   mlx_fused/fused_primitive.cpp
+  mlx_fused/operands.cpp
   mlx_fused/output_projection.cpp
   mlx_fused/qkv_projection.cpp
   mlx_fused/routing.cpp

@@ -21,7 +21,7 @@ std::string to_string(const mx::Shape& shape) {
 
 }  // namespace
 
-void Check::ndim(const char* name, const mx::array& a, int expected) const {
+void Check::ndim(const std::string& name, const mx::array& a, int expected) const {
   if (static_cast<int>(a.ndim()) != expected) {
     std::ostringstream msg;
     msg << name << " must have " << expected << " dimensions but got " << a.ndim() << " with shape "
@@ -40,6 +40,14 @@ void Check::floating(const std::string& name, const mx::array& a) const {
   if (!mx::issubdtype(a.dtype(), mx::floating)) {
     std::ostringstream msg;
     msg << name << " must be float32, float16 or bfloat16 but got " << a.dtype() << ".";
+    fail(msg.str());
+  }
+}
+
+void Check::dtype(const std::string& name, const mx::array& a, mx::Dtype expected) const {
+  if (a.dtype() != expected) {
+    std::ostringstream msg;
+    msg << name << " must be " << expected << " but got " << a.dtype() << ".";
     fail(msg.str());
   }
 }

@@ -14,9 +14,10 @@ class Check {
  public:
   explicit Check(const char* op) : op_(op) {}
 
-  void ndim(const char* name, const mx::array& a, int expected) const;
+  void ndim(const std::string& name, const mx::array& a, int expected) const;
   void shape(const std::string& name, const mx::array& a, const mx::Shape& expected) const;
   void floating(const std::string& name, const mx::array& a) const;
+  void dtype(const std::string& name, const mx::array& a, mx::Dtype expected) const;
   void positive(const char* name, int value) const;
 
   // Routes a call, once the caller's wish, if there is one, is known and can be met.

@@ -1,41 +1,102 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <optional>
+#include <string>
 #include <vector>
 
 // Where each argument of a call stands in its primitive's flat list of inputs.
 namespace mlx_fused {
 
-// The place of an argument's gradient among the outputs, or -1.
-inline int find_output(const std::vector<int>& argnums, int argnum) {
-  auto it = std::find(argnums.begin(), argnums.end(), argnum);
-  return it == argnums.end() ? -1 : static_cast<int>(it - argnums.begin());
-}
+// How mx.quantize stored a weight.
+struct Quantization {
+  std::string mode;  // affine, mxfp4, mxfp8 or nvfp4
+  int group_size;
+  int bits;
 
-// Forward inputs: input, weights, biases. Weights are one packed array or q, k, v; biases none or as many.
-struct QKVLayout {
-  int num_heads;
-  int num_kv_heads;
-  int head_dim;
-  bool packed;
+  bool operator==(const Quantization&) const = default;
+
+  bool is_affine() const {
+    return mode == "affine";
+  }
+};
+
+// Of each segment that has a low-rank adapter, what its product is scaled by.
+using AdapterScales = std::array<std::optional<float>, 3>;
+
+// Forward inputs: the activations, weights, if those are quantized their scales and (affine) groups' biases,
+// biases if there are any, and A and B of every segment that has an adapter.
+struct Operands {
+  int parts;  // into which weights and biases come
   bool has_bias;
+  std::optional<Quantization> quantization;
+  AdapterScales adapters;
 
   static constexpr int input = 0;
-  static constexpr int segments = 3;
 
-  bool operator==(const QKVLayout&) const = default;
+  bool operator==(const Operands&) const = default;
 
-  int parts() const {
-    return packed ? 1 : segments;
+  // The arrays that hold one part of the weight.
+  int arrays_per_weight() const {
+    return !quantization ? 1 : quantization->is_affine() ? 3 : 2;
   }
   int weight(int part) const {
     return 1 + part;
   }
-  int bias(int part) const {
-    return 1 + parts() + part;
+  int scales(int part) const {
+    return 1 + parts + part;
   }
-  int num_inputs() const {
-    return 1 + parts() * (has_bias ? 2 : 1);
+  int group_biases(int part) const {
+    return 1 + 2 * parts + part;
+  }
+  int bias(int part) const {
+    return 1 + arrays_per_weight() * parts + part;
+  }
+  int lora_a(int segment) const {
+    int before = std::count_if(adapters.begin(), adapters.begin() + segment, [](auto& a) { return a; });
+    return bias(0) + (has_bias ? parts : 0) + 2 * before;
+  }
+  int lora_b(int segment) const {
+    return lora_a(segment) + 1;
+  }
+  bool has_adapters() const {
+    return lora_a(int(adapters.size())) > lora_a(0);
+  }
+  int num_operands() const {
+    return lora_a(int(adapters.size()));
+  }
+  bool is_weight(int argnum) const {
+    return argnum >= weight(0) && argnum < weight(parts);
+  }
+  // Scales and groups' biases.
+  bool is_quantization(int argnum) const {
+    return argnum >= weight(parts) && argnum < bias(0);
+  }
+  bool is_bias(int argnum) const {
+    return argnum >= bias(0) && argnum < lora_a(0);
+  }
+  bool is_adapter(int argnum) const {
+    return argnum >= lora_a(0) && argnum < num_operands();
+  }
+};
+
+// Weights are one packed array or q, k, v; biases none or as many.
+struct QKVLayout : Operands {
+  int num_heads;
+  int num_kv_heads;
+  int head_dim;
+  bool exact;
+
+  static constexpr int segments = 3;
+
+  bool operator==(const QKVLayout&) const = default;
+
+  bool packed() const {
+    return parts == 1;
+  }
+  int part_of(int segment) const {
+    return packed() ? 0 : segment;
   }
   int heads(int segment) const {
     return segment == 0 ? num_heads : num_kv_heads;
@@ -49,73 +110,70 @@ struct QKVLayout {
     return segment == 0 ? 0 : features(0) + (segment - 1) * features(1);
   }
   int part_features(int part) const {
-    return packed ? row(segments) : features(part);
+    return packed() ? row(segments) : features(part);
   }
 };
 
-// Gradient inputs: dq, dk, dv, then the forward's input if a weight gradient is asked for,
-// then its weights if the input's gradient is. Outputs: one per argnum, in order.
-struct QKVGradLayout {
-  QKVLayout forward;
-  std::vector<int> argnums;  // positions in the forward's inputs, ascending
+// The activations are attention's output; the residual is the last input.
+struct OutputLayout : Operands {
+  float alpha;
+  bool exact;
 
-  static constexpr int cotangent = 0;
-  static constexpr int input = QKVLayout::segments;
-
-  bool operator==(const QKVGradLayout&) const = default;
-
-  bool reads_input() const {
-    return std::any_of(
-        argnums.begin(), argnums.end(), [&](int n) { return n >= forward.weight(0) && n < forward.bias(0); });
-  }
-  bool reads_weight() const {
-    return output(QKVLayout::input) >= 0;
-  }
-  int weight(int part) const {
-    return input + (reads_input() ? 1 : 0) + part;
-  }
-  int output(int argnum) const {
-    return find_output(argnums, argnum);
-  }
-};
-
-// Forward inputs: attn_out, weight, bias if there is one, residual.
-struct OutputLayout {
-  bool has_bias;
-
-  static constexpr int attn_out = 0;
-  static constexpr int weight = 1;
-  static constexpr int bias = 2;
+  static constexpr int segments = 1;
 
   bool operator==(const OutputLayout&) const = default;
 
   int residual() const {
-    return has_bias ? 3 : 2;
+    return num_operands();
   }
 };
 
-// Gradient inputs: d_output, then attn_out if the weight's gradient is asked for, then the weight
-// if attn_out's is. Outputs: one per argnum. The residual's gradient is d_output itself.
-struct OutputGradLayout {
-  std::vector<int> argnums;  // of OutputLayout's attn_out, weight, bias, ascending
+// Gradient inputs: the outputs' cotangents, then what of the forward's inputs the gradients asked for read:
+// the activations, the weights (with scales and groups' biases), all adapters. Outputs: one per argnum, in
+// order.
+template <typename Forward>
+struct GradLayout {
+  Forward forward;
+  std::vector<int> argnums;  // positions in the forward's inputs, ascending; never of quantized weights
 
   static constexpr int cotangent = 0;
-  static constexpr int attn_out = 1;
+  static constexpr int input = Forward::segments;
 
-  bool operator==(const OutputGradLayout&) const = default;
+  bool operator==(const GradLayout&) const = default;
 
-  int output(int argnum) const {
-    return find_output(argnums, argnum);
-  }
-  bool reads_attn_out() const {
-    return output(OutputLayout::weight) >= 0;
+  bool reads_input() const {
+    return std::any_of(
+        argnums.begin(), argnums.end(), [&](int n) { return forward.is_weight(n) || forward.is_adapter(n); });
   }
   bool reads_weight() const {
-    return output(OutputLayout::attn_out) >= 0;
+    return output(Operands::input) >= 0;
   }
-  int weight() const {
-    return attn_out + (reads_attn_out() ? 1 : 0);
+  bool reads_adapters() const {
+    bool wanted = std::any_of(argnums.begin(), argnums.end(), [&](int n) { return forward.is_adapter(n); });
+    return forward.has_adapters() && (reads_weight() || wanted);
+  }
+  // From here on, as in the forward's inputs.
+  int weight(int part) const {
+    return input + (reads_input() ? 1 : 0) + part;
+  }
+  int scales(int part) const {
+    return weight(0) + forward.parts + part;
+  }
+  int group_biases(int part) const {
+    return weight(0) + 2 * forward.parts + part;
+  }
+  int adapter(int argnum) const {
+    int first = weight(0) + (reads_weight() ? forward.arrays_per_weight() * forward.parts : 0);
+    return first + argnum - forward.lora_a(0);
+  }
+  // The place of an argument's gradient among the outputs, or -1.
+  int output(int argnum) const {
+    auto it = std::find(argnums.begin(), argnums.end(), argnum);
+    return it == argnums.end() ? -1 : static_cast<int>(it - argnums.begin());
   }
 };
+
+using QKVGradLayout = GradLayout<QKVLayout>;
+using OutputGradLayout = GradLayout<OutputLayout>;
 
 }  // namespace mlx_fused

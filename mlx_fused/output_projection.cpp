@@ -11,39 +11,24 @@ namespace mlx_fused {
 
 namespace {
 
-void check_arguments(const Check& check, const mx::array& attn_out, const mx::array& weight) {
-  check.ndim("attn_out", attn_out, 3);
-  check.floating("attn_out", attn_out);
-  check.ndim("weight", weight, 2);
-  check.shape("weight", weight, {weight.shape(0), attn_out.shape(2)});
-  check.floating("weight", weight);
-}
-
-void check_forward(
+// The inputs as a primitive takes them, cast to nothing yet; completes the layout.
+Arrays check_inputs(
     const Check& check,
     const mx::array& attn_out,
-    const mx::array& weight,
-    const std::optional<mx::array>& bias,
-    const mx::array& residual) {
-  check_arguments(check, attn_out, weight);
-  if (bias) {
-    check.shape("bias", *bias, {weight.shape(0)});
-    check.floating("bias", *bias);
+    const Weights& weights,
+    const mx::array* residual,
+    OutputLayout& layout) {
+  check.ndim("attn_out", attn_out, 3);
+  check.floating("attn_out", attn_out);
+  auto& weight = std::get<mx::array>(weights.weight);
+  check.ndim("weight", weight, 2);
+  int features = weight.shape(0);
+  auto inputs = check_operands(check, attn_out, weights, {features}, layout);
+  if (residual) {
+    check.shape("residual", *residual, {attn_out.shape(0), attn_out.shape(1), features});
+    check.floating("residual", *residual);
+    inputs.push_back(*residual);
   }
-  check.shape("residual", residual, {attn_out.shape(0), attn_out.shape(1), weight.shape(0)});
-  check.floating("residual", residual);
-}
-
-Arrays forward_inputs(
-    const mx::array& attn_out,
-    const mx::array& weight,
-    const std::optional<mx::array>& bias,
-    const mx::array& residual) {
-  Arrays inputs = {attn_out, weight};
-  if (bias) {
-    inputs.push_back(*bias);
-  }
-  inputs.push_back(residual);
   return inputs;
 }
 
@@ -52,46 +37,56 @@ mx::array make_forward(const Arrays& inputs, const OutputLayout& layout, mx::Str
   return mx::array(primitive->output_shapes(inputs)[0], inputs[0].dtype(), primitive, inputs);
 }
 
-// Keeps alive only what the gradients asked for will read.
-Arrays grad_inputs(
-    const mx::array& cotangent,
-    const mx::array& attn_out,
-    const mx::array& weight,
-    const OutputGradLayout& layout) {
-  Arrays inputs = {cotangent};
-  if (layout.reads_attn_out()) {
-    inputs.push_back(attn_out);
-  }
-  if (layout.reads_weight()) {
-    inputs.push_back(weight);
-  }
-  return inputs;
-}
-
 Arrays make_grad(const Arrays& inputs, const OutputGradLayout& layout, mx::Stream stream) {
   auto primitive = std::make_shared<FusedOutputProjectionGrad>(stream, layout);
-  std::vector<mx::Dtype> dtypes(layout.argnums.size(), inputs[0].dtype());
-  return mx::array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, inputs);
+  return mx::array::make_arrays(
+      primitive->output_shapes(inputs), grad_types(inputs, layout), primitive, inputs);
 }
 
 Call forward_call(const Arrays& inputs, const OutputLayout& layout) {
-  auto& x = inputs[OutputLayout::attn_out];
-  auto dtype = mx::result_type(x, inputs[OutputLayout::weight]);
-  if (layout.has_bias) {
-    dtype = mx::promote_types(dtype, inputs[OutputLayout::bias].dtype());
-  }
+  auto& x = inputs[Operands::input];
+  auto dtype = promoted_types(inputs, layout)[0];
   return {
       Operation::output,
       {dtype, mx::promote_types(dtype, inputs[layout.residual()].dtype())},
       int64_t(x.shape(0)) * x.shape(1),
       x.shape(2),
-      layout.has_bias};
+      layout.has_bias,
+      layout.quantization,
+      layout.has_adapters()};
 }
 
-Call grad_call(const Arrays& inputs) {
+Call grad_call(const Arrays& inputs, const OutputGradLayout& layout) {
+  auto& forward = layout.forward;
   auto& grad = inputs[OutputGradLayout::cotangent];
-  int64_t rows = int64_t(grad.shape(0)) * grad.shape(1);
-  return {Operation::output_grad, {grad.dtype()}, rows, grad.shape(2), false};
+  bool bias_alone = forward.has_bias && layout.output(forward.bias(0)) >= 0;
+  return {
+      Operation::output_grad,
+      {grad.dtype()},
+      int64_t(grad.shape(0)) * grad.shape(1),
+      grad.shape(2),
+      forward.has_bias,
+      forward.quantization,
+      forward.has_adapters(),
+      bias_alone && layout.output(forward.weight(0)) < 0};
+}
+
+mx::array project(
+    const Check& check,
+    const mx::array& attn_out,
+    const Weights& weights,
+    const mx::array& residual,
+    OutputLayout layout,
+    const std::optional<std::string>& wish,
+    mx::StreamOrDevice s) {
+  auto inputs = check_inputs(check, attn_out, weights, &residual, layout);
+  auto call = forward_call(inputs, layout);
+  auto stream = mx::to_stream(s);
+  bool plain = layout.alpha == 1.0f && !layout.exact;
+  if (check.route(call, stream, wish) == Route::composed || !plain) {
+    return composed::output_projection(inputs, layout, stream)[0];
+  }
+  return make_forward(cast_operands(std::move(inputs), layout, call.promoted[0], stream), layout, stream);
 }
 
 }  // namespace
@@ -101,22 +96,43 @@ mx::array fused_output_projection_residual(
     const mx::array& weight,
     const std::optional<mx::array>& bias,
     const mx::array& residual,
+    float alpha,
+    bool exact,
     const std::optional<std::string>& wish,
     mx::StreamOrDevice s) {
   Check check("fused_output_projection_residual");
-  check_forward(check, attn_out, weight, bias, residual);
-  auto inputs = forward_inputs(attn_out, weight, bias, residual);
-  OutputLayout layout{bias.has_value()};
+  return project(
+      check, attn_out, {weight, std::nullopt, bias, std::nullopt}, residual, {{}, alpha, exact}, wish, s);
+}
 
-  auto call = forward_call(inputs, layout);
-  auto stream = mx::to_stream(s);
-  if (check.route(call, stream, wish) == Route::composed) {
-    return composed::output_projection(inputs, layout, stream)[0];
-  }
-  for (auto& x : inputs) {
-    x = mx::astype(x, call.promoted[0], stream);
-  }
-  return make_forward(inputs, layout, stream);
+mx::array fused_quantized_output_projection_residual(
+    const mx::array& attn_out,
+    const mx::array& weight,
+    const QuantizedParts& quantized,
+    const std::optional<mx::array>& bias,
+    const mx::array& residual,
+    float alpha,
+    bool exact,
+    const std::optional<std::string>& wish,
+    mx::StreamOrDevice s) {
+  Check check("fused_quantized_output_projection_residual");
+  return project(
+      check, attn_out, {weight, quantized, bias, std::nullopt}, residual, {{}, alpha, exact}, wish, s);
+}
+
+mx::array fused_lora_output_projection_residual(
+    const mx::array& attn_out,
+    const mx::array& weight,
+    const std::optional<QuantizedParts>& quantized,
+    const std::optional<mx::array>& bias,
+    const Adapters& adapters,
+    const mx::array& residual,
+    float alpha,
+    bool exact,
+    const std::optional<std::string>& wish,
+    mx::StreamOrDevice s) {
+  Check check("fused_lora_output_projection_residual");
+  return project(check, attn_out, {weight, quantized, bias, adapters}, residual, {{}, alpha, exact}, wish, s);
 }
 
 mx::array composed_output_projection_residual(
@@ -124,11 +140,12 @@ mx::array composed_output_projection_residual(
     const mx::array& weight,
     const std::optional<mx::array>& bias,
     const mx::array& residual,
+    float alpha,
     mx::StreamOrDevice s) {
   Check check("composed.fused_output_projection_residual");
-  check_forward(check, attn_out, weight, bias, residual);
-  return composed::output_projection(
-      forward_inputs(attn_out, weight, bias, residual), OutputLayout{bias.has_value()}, mx::to_stream(s))[0];
+  OutputLayout layout{{}, alpha, false};
+  auto inputs = check_inputs(check, attn_out, {weight, std::nullopt, bias, std::nullopt}, &residual, layout);
+  return composed::output_projection(inputs, layout, mx::to_stream(s))[0];
 }
 
 Arrays fused_output_projection_residual_bwd(
@@ -139,21 +156,24 @@ Arrays fused_output_projection_residual_bwd(
     const std::optional<std::string>& wish,
     mx::StreamOrDevice s) {
   Check check("fused_output_projection_residual_bwd");
-  check_arguments(check, attn_out, weight);
+  OutputLayout forward{{}, 1.0f, false};
+  auto primals =
+      check_inputs(check, attn_out, {weight, std::nullopt, std::nullopt, std::nullopt}, nullptr, forward);
   check.shape("d_output", d_output, {attn_out.shape(0), attn_out.shape(1), weight.shape(0)});
   check.floating("d_output", d_output);
+  forward.has_bias = has_bias;
 
-  OutputGradLayout layout{{OutputLayout::attn_out, OutputLayout::weight}};
+  OutputGradLayout layout{forward, {Operands::input, forward.weight(0)}};
   if (has_bias) {
-    layout.argnums.push_back(OutputLayout::bias);
+    layout.argnums.push_back(forward.bias(0));
   }
-  auto inputs = grad_inputs(d_output, attn_out, weight, layout);
+  auto inputs = grad_inputs({d_output}, primals, layout);
   auto dtype = mx::result_type(inputs);
   auto stream = mx::to_stream(s);
   for (auto& x : inputs) {
     x = mx::astype(x, dtype, stream);
   }
-  auto grads = check.route(grad_call(inputs), stream, wish) == Route::composed
+  auto grads = check.route(grad_call(inputs, layout), stream, wish) == Route::composed
                    ? composed::output_projection_grad(inputs, layout, stream)
                    : make_grad(inputs, layout, stream);
   // A bias has its weight's dtype here, for the bias itself is not an argument.
@@ -172,23 +192,30 @@ Function FusedOutputProjection::composed() {
 }
 
 Arrays FusedOutputProjection::vjp(
-    const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) {
-  OutputGradLayout layout{argnums};
+    const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
+  if (wants_quantization_grad(Check("fused_quantized_output_projection_residual"), layout_, argnums)) {
+    return FusedPrimitive::vjp(primals, cotangents, argnums, outputs);
+  }
+  OutputGradLayout layout{layout_, argnums};
   bool wants_residual = argnums.back() == layout_.residual();
   if (wants_residual) {
     layout.argnums.pop_back();
   }
   // A custom function after this one may have given its gradient in another dtype.
-  auto grad = mx::astype(cotangents[0], primals[OutputLayout::attn_out].dtype(), stream());
+  auto d_residual = mx::astype(cotangents[0], primals[Operands::input].dtype(), stream());
   Arrays grads;
   if (!layout.argnums.empty()) {
-    auto inputs = grad_inputs(grad, primals[OutputLayout::attn_out], primals[OutputLayout::weight], layout);
-    grads = route(grad_call(inputs), describe(stream().device)) == Route::composed
+    auto grad = d_residual;
+    if (layout_.alpha != 1.0f) {
+      grad = mx::multiply(mx::array(layout_.alpha, grad.dtype()), grad, stream());
+    }
+    auto inputs = grad_inputs({grad}, primals, layout);
+    grads = route(grad_call(inputs, layout), describe(stream().device)) == Route::composed
                 ? composed::output_projection_grad(inputs, layout, stream())
                 : make_grad(inputs, layout, stream());
   }
   if (wants_residual) {
-    grads.push_back(grad);
+    grads.push_back(d_residual);
   }
   return grads;
 }
@@ -197,7 +224,7 @@ std::pair<Arrays, std::vector<int>> FusedOutputProjection::vmap(
     const Arrays& inputs, const std::vector<int>& axes) {
   int residual = layout_.residual();
   bool only_activations =
-      axes[OutputLayout::attn_out] != -1 && axes[residual] != -1 &&
+      axes[Operands::input] != -1 && axes[residual] != -1 &&
       std::all_of(axes.begin() + 1, axes.begin() + residual, [](int axis) { return axis == -1; });
   if (!only_activations) {
     return FusedPrimitive::vmap(inputs, axes);
@@ -206,7 +233,7 @@ std::pair<Arrays, std::vector<int>> FusedOutputProjection::vmap(
   // Shared weights: the mapped axis is more batch.
   auto folded = inputs;
   mx::Shape batch;
-  for (int i : {OutputLayout::attn_out, residual}) {
+  for (int i : {Operands::input, residual}) {
     auto x = mx::moveaxis(inputs[i], axes[i], 0, stream());
     batch = {x.shape(0), x.shape(1)};
     folded[i] = mx::flatten(x, 0, 1, stream());
@@ -236,17 +263,22 @@ bool FusedOutputProjectionGrad::is_equivalent(const mx::Primitive& other) const 
 }
 
 std::vector<mx::Shape> FusedOutputProjectionGrad::output_shapes(const Arrays& inputs) {
+  auto& forward = layout_.forward;
   auto& grad = inputs[OutputGradLayout::cotangent];
   std::vector<mx::Shape> shapes;
   for (int argnum : layout_.argnums) {
-    if (argnum == OutputLayout::attn_out) {
-      auto features = inputs[layout_.weight()].shape(1);
+    if (argnum == Operands::input) {
+      auto& q = forward.quantization;
+      auto features =
+          q ? inputs[layout_.scales(0)].shape(1) * q->group_size : inputs[layout_.weight(0)].shape(1);
       shapes.push_back({grad.shape(0), grad.shape(1), features});
-    } else if (argnum == OutputLayout::weight) {
-      auto features = inputs[OutputGradLayout::attn_out].shape(2);
+    } else if (forward.is_weight(argnum)) {
+      auto features = inputs[OutputGradLayout::input].shape(2);
       shapes.push_back({grad.shape(2), features});
-    } else {
+    } else if (forward.is_bias(argnum)) {
       shapes.push_back({grad.shape(2)});
+    } else {
+      shapes.push_back(inputs[layout_.adapter(argnum)].shape());
     }
   }
   return shapes;

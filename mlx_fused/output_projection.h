@@ -7,17 +7,46 @@
 #include "mlx/utils.h"
 #include "mlx_fused/fused_primitive.h"
 #include "mlx_fused/layout.h"
+#include "mlx_fused/operands.h"
 
 namespace mlx_fused {
 
 namespace mx = mlx::core;
 
-// attn_out weight^T + bias + residual: [B, S, H_out] from attn_out [B, S, heads head_dim].
+// residual + alpha (attn_out weight^T + bias): [B, S, H_out] from attn_out [B, S, heads head_dim]. `exact`
+// rounds where mlx-lm's modules do, and not once.
 mx::array fused_output_projection_residual(
     const mx::array& attn_out,
     const mx::array& weight,
     const std::optional<mx::array>& bias,
     const mx::array& residual,
+    float alpha = 1.0f,
+    bool exact = false,
+    const std::optional<std::string>& wish = std::nullopt,
+    mx::StreamOrDevice s = {});
+
+// The same with a quantized weight.
+mx::array fused_quantized_output_projection_residual(
+    const mx::array& attn_out,
+    const mx::array& weight,
+    const QuantizedParts& quantized,
+    const std::optional<mx::array>& bias,
+    const mx::array& residual,
+    float alpha = 1.0f,
+    bool exact = false,
+    const std::optional<std::string>& wish = std::nullopt,
+    mx::StreamOrDevice s = {});
+
+// The same plus scale (attn_out A) B in what alpha multiplies.
+mx::array fused_lora_output_projection_residual(
+    const mx::array& attn_out,
+    const mx::array& weight,
+    const std::optional<QuantizedParts>& quantized,
+    const std::optional<mx::array>& bias,
+    const Adapters& adapters,
+    const mx::array& residual,
+    float alpha = 1.0f,
+    bool exact = false,
     const std::optional<std::string>& wish = std::nullopt,
     mx::StreamOrDevice s = {});
 
@@ -36,11 +65,13 @@ mx::array composed_output_projection_residual(
     const mx::array& weight,
     const std::optional<mx::array>& bias,
     const mx::array& residual,
+    float alpha = 1.0f,
     mx::StreamOrDevice s = {});
 
 class FusedOutputProjection : public FusedPrimitive {
  public:
-  FusedOutputProjection(mx::Stream stream, OutputLayout layout) : FusedPrimitive(stream), layout_(layout) {}
+  FusedOutputProjection(mx::Stream stream, OutputLayout layout)
+      : FusedPrimitive(stream), layout_(std::move(layout)) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   void eval_gpu(const Arrays& inputs, Arrays& outputs) override;

@@ -12,55 +12,9 @@ namespace mlx_fused {
 
 namespace {
 
-Arrays flat(const Parts& parts) {
-  if (auto* packed = std::get_if<mx::array>(&parts)) {
-    return {*packed};
-  }
-  return std::get<Arrays>(parts);
-}
-
-// The parts as a list, once they are as many as `layout` says and each of the right shape and dtype.
-Arrays check_parts(
-    const Check& check,
-    const char* name,
-    const Parts& parts,
-    const QKVLayout& layout,
-    std::optional<int> in_features) {
-  auto arrays = flat(parts);
-  bool packed = std::holds_alternative<mx::array>(parts);
-  if (packed != layout.packed || int(arrays.size()) != layout.parts()) {
-    check.fail(
-        std::string(name) +
-        (layout.packed ? " must be one packed array as weight is"
-                       : " must be a tuple of three arrays (q, k, v)") +
-        " but got " + (packed ? "one array." : "a tuple of " + std::to_string(arrays.size()) + "."));
-  }
-  for (int part = 0; part < layout.parts(); ++part) {
-    auto part_name = packed ? name : name + ("[" + std::to_string(part) + "]");
-    mx::Shape shape = {layout.part_features(part)};
-    if (in_features) {
-      shape.push_back(*in_features);
-    }
-    check.shape(part_name, arrays[part], shape);
-    check.floating(part_name, arrays[part]);
-  }
-  return arrays;
-}
-
-// The inputs as a primitive takes them, cast to nothing yet.
-struct Arguments {
-  QKVLayout layout;
-  Arrays inputs;
-};
-
-Arguments check_arguments(
-    const Check& check,
-    const mx::array& input,
-    const Parts& weight,
-    const std::optional<Parts>& bias,
-    int num_heads,
-    int num_kv_heads,
-    int head_dim) {
+// Checks everything but the weights.
+QKVLayout check_heads(
+    const Check& check, const mx::array& input, int num_heads, int num_kv_heads, int head_dim, bool exact) {
   check.positive("num_heads", num_heads);
   check.positive("num_kv_heads", num_kv_heads);
   check.positive("head_dim", head_dim);
@@ -77,23 +31,13 @@ Arguments check_arguments(
   }
   check.ndim("input", input, 3);
   check.floating("input", input);
+  return {{}, num_heads, num_kv_heads, head_dim, exact};
+}
 
-  QKVLayout layout{
-      num_heads,
-      num_kv_heads,
-      head_dim,
-      /* packed = */ std::holds_alternative<mx::array>(weight),
-      /* has_bias = */ bias.has_value()};
-  Arrays inputs = {input};
-  for (auto& w : check_parts(check, "weight", weight, layout, input.shape(2))) {
-    inputs.push_back(w);
-  }
-  if (bias) {
-    for (auto& b : check_parts(check, "bias", *bias, layout, std::nullopt)) {
-      inputs.push_back(b);
-    }
-  }
-  return {layout, std::move(inputs)};
+// The inputs as a primitive takes them, cast to nothing yet; completes the layout.
+Arrays check_inputs(const Check& check, const mx::array& input, const Weights& weights, QKVLayout& layout) {
+  return check_operands(
+      check, input, weights, {layout.features(0), layout.features(1), layout.features(2)}, layout);
 }
 
 Arrays make_forward(const Arrays& inputs, const QKVLayout& layout, mx::Stream stream) {
@@ -102,51 +46,64 @@ Arrays make_forward(const Arrays& inputs, const QKVLayout& layout, mx::Stream st
   return mx::array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, inputs);
 }
 
-// Keeps alive only what the gradients asked for will read.
-Arrays grad_inputs(const Arrays& cotangents, const Arrays& primals, const QKVGradLayout& layout) {
-  auto inputs = cotangents;
-  if (layout.reads_input()) {
-    inputs.push_back(primals[QKVLayout::input]);
-  }
-  if (layout.reads_weight()) {
-    auto first = primals.begin() + layout.forward.weight(0);
-    inputs.insert(inputs.end(), first, first + layout.forward.parts());
-  }
-  return inputs;
-}
-
 Arrays make_grad(const Arrays& inputs, const QKVGradLayout& layout, mx::Stream stream) {
   auto primitive = std::make_shared<FusedQKVProjectionGrad>(stream, layout);
-  std::vector<mx::Dtype> dtypes(layout.argnums.size(), inputs[0].dtype());
-  return mx::array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, inputs);
+  return mx::array::make_arrays(
+      primitive->output_shapes(inputs), grad_types(inputs, layout), primitive, inputs);
 }
 
 Call forward_call(const Arrays& inputs, const QKVLayout& layout) {
-  auto& input = inputs[QKVLayout::input];
-  Call call{Operation::qkv, {}, int64_t(input.shape(0)) * input.shape(1), input.shape(2), layout.has_bias};
-  for (int part = 0; part < layout.parts(); ++part) {
-    auto dtype = mx::result_type(input, inputs[layout.weight(part)]);
-    if (layout.has_bias) {
-      dtype = mx::promote_types(dtype, inputs[layout.bias(part)].dtype());
-    }
-    call.promoted.push_back(dtype);
+  auto& input = inputs[Operands::input];
+  return {
+      Operation::qkv,
+      promoted_types(inputs, layout),
+      int64_t(input.shape(0)) * input.shape(1),
+      input.shape(2),
+      layout.has_bias,
+      layout.quantization,
+      layout.has_adapters()};
+}
+
+int in_features(const Arrays& inputs, const QKVGradLayout& layout) {
+  if (layout.reads_input()) {
+    return inputs[QKVGradLayout::input].shape(2);
   }
-  return call;
+  auto& quantization = layout.forward.quantization;
+  return quantization ? inputs[layout.scales(0)].shape(1) * quantization->group_size
+                      : inputs[layout.weight(0)].shape(1);
 }
 
 Call grad_call(const Arrays& inputs, const QKVGradLayout& layout) {
   auto& forward = layout.forward;
   auto& dq = inputs[QKVGradLayout::cotangent];
-  Call call{Operation::qkv_grad, {dq.dtype()}, int64_t(dq.shape(0)) * dq.shape(2), 0, forward.has_bias};
-  if (layout.reads_input()) {
-    call.in_features = inputs[QKVGradLayout::input].shape(2);
-  } else if (layout.reads_weight()) {
-    call.in_features = inputs[layout.weight(0)].shape(1);
-  }
-  for (int i = 0; forward.has_bias && i < forward.parts(); ++i) {
+  Call call{
+      Operation::qkv_grad,
+      {dq.dtype()},
+      int64_t(dq.shape(0)) * dq.shape(2),
+      layout.reads_input() || layout.reads_weight() ? in_features(inputs, layout) : 0,
+      forward.has_bias,
+      forward.quantization,
+      forward.has_adapters()};
+  for (int i = 0; forward.has_bias && i < forward.parts; ++i) {
     call.bias_grad_alone |= layout.output(forward.bias(i)) >= 0 && layout.output(forward.weight(i)) < 0;
   }
   return call;
+}
+
+Arrays project(
+    const Check& check,
+    const mx::array& input,
+    const Weights& weights,
+    QKVLayout layout,
+    const std::optional<std::string>& wish,
+    mx::StreamOrDevice s) {
+  auto inputs = check_inputs(check, input, weights, layout);
+  auto call = forward_call(inputs, layout);
+  auto stream = mx::to_stream(s);
+  if (check.route(call, stream, wish) == Route::composed) {
+    return composed::qkv_projection(inputs, layout, stream);
+  }
+  return make_forward(cast_operands(std::move(inputs), layout, call.promoted[0], stream), layout, stream);
 }
 
 }  // namespace
@@ -161,17 +118,40 @@ Arrays fused_qkv_projection(
     const std::optional<std::string>& wish,
     mx::StreamOrDevice s) {
   Check check("fused_qkv_projection");
-  auto [layout, inputs] = check_arguments(check, input, weight, bias, num_heads, num_kv_heads, head_dim);
+  auto layout = check_heads(check, input, num_heads, num_kv_heads, head_dim, false);
+  return project(check, input, {weight, std::nullopt, bias, std::nullopt}, layout, wish, s);
+}
 
-  auto call = forward_call(inputs, layout);
-  auto stream = mx::to_stream(s);
-  if (check.route(call, stream, wish) == Route::composed) {
-    return composed::qkv_projection(inputs, layout, stream);
-  }
-  for (auto& x : inputs) {
-    x = mx::astype(x, call.promoted[0], stream);
-  }
-  return make_forward(inputs, layout, stream);
+Arrays fused_quantized_qkv_projection(
+    const mx::array& input,
+    const Parts& weight,
+    const QuantizedParts& quantized,
+    const std::optional<Parts>& bias,
+    int num_heads,
+    int num_kv_heads,
+    int head_dim,
+    const std::optional<std::string>& wish,
+    mx::StreamOrDevice s) {
+  Check check("fused_quantized_qkv_projection");
+  auto layout = check_heads(check, input, num_heads, num_kv_heads, head_dim, false);
+  return project(check, input, {weight, quantized, bias, std::nullopt}, layout, wish, s);
+}
+
+Arrays fused_lora_qkv_projection(
+    const mx::array& input,
+    const Parts& weight,
+    const std::optional<QuantizedParts>& quantized,
+    const std::optional<Parts>& bias,
+    const Adapters& adapters,
+    int num_heads,
+    int num_kv_heads,
+    int head_dim,
+    bool exact,
+    const std::optional<std::string>& wish,
+    mx::StreamOrDevice s) {
+  Check check("fused_lora_qkv_projection");
+  auto layout = check_heads(check, input, num_heads, num_kv_heads, head_dim, exact);
+  return project(check, input, {weight, quantized, bias, adapters}, layout, wish, s);
 }
 
 Arrays composed_qkv_projection(
@@ -183,7 +163,8 @@ Arrays composed_qkv_projection(
     int head_dim,
     mx::StreamOrDevice s) {
   Check check("composed.fused_qkv_projection");
-  auto [layout, inputs] = check_arguments(check, input, weight, bias, num_heads, num_kv_heads, head_dim);
+  auto layout = check_heads(check, input, num_heads, num_kv_heads, head_dim, false);
+  auto inputs = check_inputs(check, input, {weight, std::nullopt, bias, std::nullopt}, layout);
   return composed::qkv_projection(inputs, layout, mx::to_stream(s));
 }
 
@@ -200,8 +181,8 @@ Arrays fused_qkv_projection_bwd(
     const std::optional<std::string>& wish,
     mx::StreamOrDevice s) {
   Check check("fused_qkv_projection_bwd");
-  auto [forward, primals] =
-      check_arguments(check, input, weight, std::nullopt, num_heads, num_kv_heads, head_dim);
+  auto forward = check_heads(check, input, num_heads, num_kv_heads, head_dim, false);
+  auto primals = check_inputs(check, input, {weight, std::nullopt, std::nullopt, std::nullopt}, forward);
   forward.has_bias = has_bias;
   const char* names[] = {"dq", "dk", "dv"};
   Arrays cotangents = {dq, dk, dv};
@@ -211,7 +192,7 @@ Arrays fused_qkv_projection_bwd(
   }
 
   QKVGradLayout layout{forward, {}};
-  for (int argnum = 0; argnum < forward.num_inputs(); ++argnum) {
+  for (int argnum = 0; argnum < forward.num_operands(); ++argnum) {
     layout.argnums.push_back(argnum);
   }
   auto inputs = grad_inputs(cotangents, primals, layout);
@@ -225,7 +206,7 @@ Arrays fused_qkv_projection_bwd(
                    : make_grad(inputs, layout, stream);
   // A bias gets its weight's dtype, for the bias itself is not an argument.
   for (int i = 0; i < int(grads.size()); ++i) {
-    auto& primal = primals[i < forward.bias(0) ? i : i - forward.parts()];
+    auto& primal = primals[i < forward.bias(0) ? i : i - forward.parts];
     grads[i] = mx::astype(grads[i], primal.dtype(), stream);
   }
   return grads;
@@ -238,12 +219,15 @@ Function FusedQKVProjection::composed() {
 }
 
 Arrays FusedQKVProjection::vjp(
-    const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) {
+    const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
+  if (wants_quantization_grad(Check("fused_quantized_qkv_projection"), layout_, argnums)) {
+    return FusedPrimitive::vjp(primals, cotangents, argnums, outputs);
+  }
   QKVGradLayout layout{layout_, argnums};
   auto grads = cotangents;
   for (auto& grad : grads) {
     // A custom function after this one may have given its gradient in another dtype.
-    grad = mx::astype(grad, primals[QKVLayout::input].dtype(), stream());
+    grad = mx::astype(grad, primals[Operands::input].dtype(), stream());
   }
   auto inputs = grad_inputs(grads, primals, layout);
   return route(grad_call(inputs, layout), describe(stream().device)) == Route::composed
@@ -276,7 +260,7 @@ bool FusedQKVProjection::is_equivalent(const mx::Primitive& other) const {
 }
 
 std::vector<mx::Shape> FusedQKVProjection::output_shapes(const Arrays& inputs) {
-  auto& input = inputs[QKVLayout::input];
+  auto& input = inputs[Operands::input];
   std::vector<mx::Shape> shapes;
   for (int i = 0; i < QKVLayout::segments; ++i) {
     shapes.push_back({input.shape(0), layout_.heads(i), input.shape(1), layout_.head_dim});
@@ -299,14 +283,14 @@ std::vector<mx::Shape> FusedQKVProjectionGrad::output_shapes(const Arrays& input
   auto& dq = inputs[QKVGradLayout::cotangent];
   std::vector<mx::Shape> shapes;
   for (int argnum : layout_.argnums) {
-    if (argnum == QKVLayout::input) {
-      auto hidden = inputs[layout_.weight(0)].shape(1);
-      shapes.push_back({dq.shape(0), dq.shape(2), hidden});
-    } else if (argnum < forward.bias(0)) {
-      auto hidden = inputs[QKVGradLayout::input].shape(2);
-      shapes.push_back({forward.part_features(argnum - forward.weight(0)), hidden});
-    } else {
+    if (argnum == Operands::input) {
+      shapes.push_back({dq.shape(0), dq.shape(2), in_features(inputs, layout_)});
+    } else if (forward.is_weight(argnum)) {
+      shapes.push_back({forward.part_features(argnum - forward.weight(0)), in_features(inputs, layout_)});
+    } else if (forward.is_bias(argnum)) {
       shapes.push_back({forward.part_features(argnum - forward.bias(0))});
+    } else {
+      shapes.push_back(inputs[layout_.adapter(argnum)].shape());
     }
   }
   return shapes;

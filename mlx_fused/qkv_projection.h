@@ -2,19 +2,16 @@
 
 #include <optional>
 #include <string>
-#include <variant>
 #include <vector>
 
 #include "mlx/utils.h"
 #include "mlx_fused/fused_primitive.h"
 #include "mlx_fused/layout.h"
+#include "mlx_fused/operands.h"
 
 namespace mlx_fused {
 
 namespace mx = mlx::core;
-
-// Weights or biases: one packed array of q's, k's and v's rows, or these three apart.
-using Parts = std::variant<mx::array, Arrays>;
 
 // `wish` is routing's: "composed", "fused" or nothing.
 
@@ -27,6 +24,33 @@ Arrays fused_qkv_projection(
     int num_heads,
     int num_kv_heads,
     int head_dim,
+    const std::optional<std::string>& wish = std::nullopt,
+    mx::StreamOrDevice s = {});
+
+// The same with a quantized weight.
+Arrays fused_quantized_qkv_projection(
+    const mx::array& input,
+    const Parts& weight,
+    const QuantizedParts& quantized,
+    const std::optional<Parts>& bias,
+    int num_heads,
+    int num_kv_heads,
+    int head_dim,
+    const std::optional<std::string>& wish = std::nullopt,
+    mx::StreamOrDevice s = {});
+
+// The same plus scale (input A) B in the segments that have an adapter. `exact` rounds where mlx-lm's modules
+// do, and not once.
+Arrays fused_lora_qkv_projection(
+    const mx::array& input,
+    const Parts& weight,
+    const std::optional<QuantizedParts>& quantized,
+    const std::optional<Parts>& bias,
+    const Adapters& adapters,
+    int num_heads,
+    int num_kv_heads,
+    int head_dim,
+    bool exact = false,
     const std::optional<std::string>& wish = std::nullopt,
     mx::StreamOrDevice s = {});
 
@@ -56,7 +80,8 @@ Arrays composed_qkv_projection(
 
 class FusedQKVProjection : public FusedPrimitive {
  public:
-  FusedQKVProjection(mx::Stream stream, QKVLayout layout) : FusedPrimitive(stream), layout_(layout) {}
+  FusedQKVProjection(mx::Stream stream, QKVLayout layout)
+      : FusedPrimitive(stream), layout_(std::move(layout)) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   void eval_gpu(const Arrays& inputs, Arrays& outputs) override;

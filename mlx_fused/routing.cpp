@@ -20,7 +20,8 @@ Route best(const Call& call, const DeviceInfo& device) {
     return Route::composed;
   }
   bool few_rows = call.rows > 1 && call.rows <= metal::few_rows;
-  if (call.operation == Operation::output && !call.has_bias && !few_rows) {
+  bool plain = !call.quantization && !call.has_adapters;
+  if (call.operation == Operation::output && plain && !call.has_bias && !few_rows) {
     return Route::composed;  // mx.addmm adds the residual in its epilogue already
   }
   return Route::primitive;  // saves launches: two projections of three, bias and residual, the sums of dx
@@ -29,11 +30,11 @@ Route best(const Call& call, const DeviceInfo& device) {
 }  // namespace
 
 bool has_kernels(const Call& call, const DeviceInfo& device) {
-  if (device.kind == DeviceInfo::other_gpu) {
+  if (device.kind == DeviceInfo::other_gpu || call.quantization || call.has_adapters) {
     return false;
   }
   if (device.kind == DeviceInfo::metal) {
-    bool plain_matmuls = call.operation == Operation::output_grad;
+    bool plain_matmuls = call.operation == Operation::output_grad && !call.has_adapters;
     bool readable = call.in_features > 0 && call.in_features < metal::max_row_stride;
     if (plain_matmuls || !readable || call.bias_grad_alone) {
       return false;

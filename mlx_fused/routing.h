@@ -7,6 +7,7 @@
 
 #include "mlx/array.h"
 #include "mlx/stream.h"
+#include "mlx_fused/layout.h"
 
 namespace mlx_fused {
 
@@ -29,6 +30,8 @@ struct Call {
   int64_t rows;                     // batch times sequence
   int64_t in_features;
   bool has_bias;
+  std::optional<Quantization> quantization = std::nullopt;
+  bool has_adapters = false;
   bool bias_grad_alone = false;  // the gradient of a bias is asked for, and not that of its weight
 };
 

@@ -45,11 +45,11 @@ def fused_qkv_projection(input: array, weight: array | tuple[array, array, array
         names the argument, what was expected and what came.
     """
 
-def fused_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array:
+def fused_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array:
     """
     Project attention's output and add the residual in one operation.
 
-    Equivalent to ``attn_out @ weight.T + bias + residual``, accumulated in
+    Equivalent to ``residual + alpha * (attn_out @ weight.T + bias)``, accumulated in
     float32 and rounded once.
 
     Args:
@@ -58,6 +58,9 @@ def fused_output_projection_residual(attn_out: array, weight: array, bias: array
       weight (array): Output projection of shape ``[H, Hq]``.
       bias (array, optional): ``[H]``, or ``None``.
       residual (array): What the attention block was given, ``[B, S, H]``.
+      alpha (float): What the projection is multiplied by. Default: ``1.0``.
+      exact (bool): Round where separate operations do: after the projection, after
+        ``alpha`` and after the sum. Default: ``False``.
       route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
         ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
@@ -131,5 +134,189 @@ def fused_output_projection_residual_bwd(d_output: array, attn_out: array, weigh
 def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """``fused_qkv_projection`` written in MLX's own operations."""
 
-def composed_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, stream: StreamOrDevice = None) -> array:
+def composed_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, alpha: float = 1.0, stream: StreamOrDevice = None) -> array:
     """``fused_output_projection_residual`` written in MLX's own operations."""
+
+def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, array, array], scales: array | tuple[array, array, array], biases: array | tuple[array, array, array] | None, bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
+    """
+    Project hidden states to queries, keys and values with a quantized weight.
+
+    :func:`fused_qkv_projection` with weights as ``mx.quantize`` stores them. They are
+    decoded on the fly and the products accumulated in float32. Quantized weights have
+    no gradient; those of the scales and biases of mode ``"affine"`` are as
+    ``mx.quantized_matmul`` gives them.
+
+    With ``Hq = num_heads * head_dim`` and ``Hkv = num_kv_heads * head_dim``:
+
+    Args:
+      input (array): Hidden states of shape ``[B, S, H]``, float32, float16 or
+        bfloat16. Any strides.
+      weight (array or tuple): Codes, uint32, of shape ``[Hq + 2 * Hkv, H * bits / 32]``, or
+        a tuple for q, k and v, which are neither copied nor concatenated.
+      scales (array or tuple): Of the groups, ``[Hq + 2 * Hkv, H / group_size]``, packed
+        or a tuple as ``weight`` is; uint8 unless ``mode`` is ``"affine"``.
+      biases (array or tuple, optional): Of the groups, as ``scales``; ``None`` unless
+        ``mode`` is ``"affine"``.
+      bias (array or tuple, optional): Of the projection, ``[Hq + 2 * Hkv]`` or a tuple, or
+        ``None``.
+      num_heads (int): Query heads, a multiple of ``num_kv_heads``.
+      num_kv_heads (int): Key and value heads.
+      head_dim (int): Features per head, at least 1.
+      group_size (int, optional): Of the quantization: 32, 64 or 128 for ``"affine"``. Default:
+        ``None``, the mode's own (affine 64, mxfp4 and mxfp8 32, nvfp4 16).
+      bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
+        the mode's own (4; mxfp8 8).
+      mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
+        ``mx.quantize``. Default: ``"affine"``.
+      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
+        ours, where there are any. Default: ``None``, whichever is expected to be faster
+        (or what the environment variable ``MLX_FUSED_ROUTE`` says).
+      stream (Stream or Device, optional): Where to run. Default: ``None``, the
+        default stream of the default device.
+
+    Returns:
+      tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
+      shape ``[B, num_kv_heads, S, head_dim]``, of the dtype that MLX promotes
+      the arguments to.
+
+    Raises:
+      ValueError: If a rank, shape, dtype, head count or quantization is wrong, or the
+        gradient of ``weight`` is asked for.
+    """
+
+def fused_quantized_output_projection_residual(attn_out: array, weight: array, scales: array, biases: array | None, bias: array | None, residual: array, *, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array:
+    """
+    Project attention's output with a quantized weight and add the residual.
+
+    :func:`fused_output_projection_residual` with a weight as ``mx.quantize`` stores it.
+
+    Args:
+      attn_out (array): Attention output of shape ``[B, S, Hq]``, heads side by
+        side, float32, float16 or bfloat16. Any strides.
+      weight (array): Codes, uint32, of shape ``[H, Hq * bits / 32]``.
+      scales (array): Of the groups, ``[H, Hq / group_size]``; uint8 unless ``mode`` is
+        ``"affine"``.
+      biases (array, optional): Of the groups, as ``scales``; ``None`` unless ``mode`` is
+        ``"affine"``.
+      bias (array, optional): Of the projection, ``[H]``, or ``None``.
+      residual (array): What the attention block was given, ``[B, S, H]``.
+      group_size (int, optional): Of the quantization: 32, 64 or 128 for ``"affine"``. Default:
+        ``None``, the mode's own (affine 64, mxfp4 and mxfp8 32, nvfp4 16).
+      bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
+        the mode's own (4; mxfp8 8).
+      mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
+        ``mx.quantize``. Default: ``"affine"``.
+      alpha (float): What the projection is multiplied by. Default: ``1.0``.
+      exact (bool): Round where separate operations do: after the projection, after its
+        bias, after ``alpha`` and after the sum. Default: ``False``.
+      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
+        ours, where there are any. Default: ``None``, whichever is expected to be faster
+        (or what the environment variable ``MLX_FUSED_ROUTE`` says).
+      stream (Stream or Device, optional): Where to run. Default: ``None``, the
+        default stream of the default device.
+
+    Returns:
+      array: ``[B, S, H]``, of the dtype that MLX promotes the arguments to.
+
+    Raises:
+      ValueError: If a rank, shape, dtype or quantization is wrong, or the gradient of
+        ``weight`` is asked for.
+    """
+
+def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, lora_a: tuple[array | None, array | None, array | None], lora_b: tuple[array | None, array | None, array | None], scale: float | tuple[float, float, float], num_heads: int, num_kv_heads: int, head_dim: int, *, scales: array | tuple[array, array, array] | None = None, biases: array | tuple[array, array, array] | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
+    """
+    Project hidden states to queries, keys and values with low-rank adapters (LoRA).
+
+    :func:`fused_qkv_projection`, or :func:`fused_quantized_qkv_projection` if ``scales``
+    are given, plus ``scale * (input @ A) @ B`` in every segment that has an adapter. The
+    products with all A are one; the low-rank part is added in float32 before the one
+    rounding. The gradients are one operation too, which keeps only ``input``, the weights and
+    the adapters. After Hu et al., "LoRA: Low-Rank Adaptation of Large Language
+    Models", 2021 (arXiv:2106.09685).
+
+    With ``Hq = num_heads * head_dim`` and ``Hkv = num_kv_heads * head_dim``:
+
+    Args:
+      input (array): Hidden states of shape ``[B, S, H]``, float32, float16 or
+        bfloat16. Any strides.
+      weight (array or tuple): Packed, or a tuple ``(wq, wk, wv)``, dense or codes.
+      bias (array or tuple, optional): Of the projection, packed or a tuple, or ``None``.
+      lora_a (tuple): For q, k and v an array ``[H, rank]`` or ``None``; ranks may differ.
+        Computed with in float32.
+      lora_b (tuple): For q, k and v an array ``[rank, Hq or Hkv]``, ``None`` where
+        ``lora_a`` is.
+      scale (float or tuple): Of the low-rank products, one for all or three.
+      num_heads (int): Query heads, a multiple of ``num_kv_heads``.
+      num_kv_heads (int): Key and value heads.
+      head_dim (int): Features per head, at least 1.
+      scales (array or tuple, optional): Of a quantized ``weight``, see
+        :func:`fused_quantized_qkv_projection`. Default: ``None``, a dense weight.
+      biases (array or tuple, optional): Of the groups of a quantized ``weight``.
+      group_size (int, optional): Of the quantization: 32, 64 or 128 for ``"affine"``. Default:
+        ``None``, the mode's own (affine 64, mxfp4 and mxfp8 32, nvfp4 16).
+      bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
+        the mode's own (4; mxfp8 8).
+      mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
+        ``mx.quantize``. Default: ``"affine"``.
+      exact (bool): Round where mlx-lm's modules do: after the base product (and its bias),
+        after the scaled low-rank product, and after their sum. Default: ``False``.
+      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
+        ours, where there are any. Default: ``None``, whichever is expected to be faster
+        (or what the environment variable ``MLX_FUSED_ROUTE`` says).
+      stream (Stream or Device, optional): Where to run. Default: ``None``, the
+        default stream of the default device.
+
+    Returns:
+      tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
+      shape ``[B, num_kv_heads, S, head_dim]``, of the dtype that MLX promotes ``input``,
+      ``weight`` and ``bias`` to.
+
+    Raises:
+      ValueError: If a rank, shape, dtype, head count or quantization is wrong, or the
+        gradient of a quantized ``weight`` is asked for.
+    """
+
+def fused_lora_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, lora_a: array, lora_b: array, scale: float, *, scales: array | None = None, biases: array | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array:
+    """
+    Project attention's output with a low-rank adapter (LoRA) and add the residual.
+
+    ``residual + alpha * (attn_out @ weight.T + bias + scale * (attn_out @ A) @ B)``,
+    accumulated in float32 and rounded once; the weight dense or, if ``scales`` are given,
+    quantized.
+
+    Args:
+      attn_out (array): Attention output of shape ``[B, S, Hq]``, heads side by
+        side, float32, float16 or bfloat16. Any strides.
+      weight (array): ``[H, Hq]``, or codes.
+      bias (array, optional): Of the projection, ``[H]``, or ``None``.
+      residual (array): What the attention block was given, ``[B, S, H]``.
+      lora_a (array): ``[Hq, rank]``. Computed with in float32.
+      lora_b (array): ``[rank, H]``.
+      scale (float): Of the low-rank product.
+      scales (array, optional): Of a quantized ``weight``, see
+        :func:`fused_quantized_output_projection_residual`. Default: ``None``, a dense weight.
+      biases (array, optional): Of the groups of a quantized ``weight``.
+      group_size (int, optional): Of the quantization: 32, 64 or 128 for ``"affine"``. Default:
+        ``None``, the mode's own (affine 64, mxfp4 and mxfp8 32, nvfp4 16).
+      bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
+        the mode's own (4; mxfp8 8).
+      mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
+        ``mx.quantize``. Default: ``"affine"``.
+      alpha (float): What the projection is multiplied by. Default: ``1.0``.
+      exact (bool): Round where mlx-lm's modules do: after the base product (and its bias),
+        after the scaled low-rank product, after their sum, after ``alpha`` and after the
+        residual's sum. Default: ``False``.
+      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
+        ours, where there are any. Default: ``None``, whichever is expected to be faster
+        (or what the environment variable ``MLX_FUSED_ROUTE`` says).
+      stream (Stream or Device, optional): Where to run. Default: ``None``, the
+        default stream of the default device.
+
+    Returns:
+      array: ``[B, S, H]``, of the dtype that MLX promotes ``attn_out``, ``weight``,
+      ``bias`` and ``residual`` to.
+
+    Raises:
+      ValueError: If a rank, shape, dtype or quantization is wrong, or the gradient of a
+        quantized ``weight`` is asked for.
+    """

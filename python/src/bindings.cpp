@@ -15,14 +15,9 @@ using namespace nb::literals;
 
 namespace {
 
-using Triple = std::tuple<mx::array, mx::array, mx::array>;
 using OptionalParts = std::optional<mlx_fused::Parts>;
 using Route = std::optional<std::string>;
 using GradParts = std::variant<mx::array, Triple>;
-
-Triple triple(const std::vector<mx::array>& arrays, size_t first = 0) {
-  return {arrays[first], arrays[first + 1], arrays[first + 2]};
-}
 
 // Gradients come back as their arguments came: one packed array, or a tuple of three.
 GradParts parts(const std::vector<mx::array>& arrays, size_t first, bool packed) {
@@ -161,16 +156,19 @@ NB_MODULE(_ext, m) {
       "bias"_a.none(),
       "residual"_a,
       nb::kw_only(),
+      "alpha"_a = 1.0f,
+      "exact"_a = false,
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
       nb::sig(
           "def fused_output_projection_residual(attn_out: array, weight: array, bias: array | None, "
-          "residual: array, *, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice "
-          "= None) -> array"),
+          "residual: array, *, alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] "
+          "| "
+          "None = None, stream: StreamOrDevice = None) -> array"),
       R"pbdoc(
         Project attention's output and add the residual in one operation.
 
-        Equivalent to ``attn_out @ weight.T + bias + residual``, accumulated in
+        Equivalent to ``residual + alpha * (attn_out @ weight.T + bias)``, accumulated in
         float32 and rounded once.
 
         Args:
@@ -179,6 +177,9 @@ NB_MODULE(_ext, m) {
           weight (array): Output projection of shape ``[H, Hq]``.
           bias (array, optional): ``[H]``, or ``None``.
           residual (array): What the attention block was given, ``[B, S, H]``.
+          alpha (float): What the projection is multiplied by. Default: ``1.0``.
+          exact (bool): Round where separate operations do: after the projection, after
+            ``alpha`` and after the sum. Default: ``False``.
           route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
             ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
@@ -306,11 +307,14 @@ NB_MODULE(_ext, m) {
       "bias"_a.none(),
       "residual"_a,
       nb::kw_only(),
+      "alpha"_a = 1.0f,
       "stream"_a = nb::none(),
       nb::sig(
           "def composed_output_projection_residual(attn_out: array, weight: array, bias: array | None, "
-          "residual: array, *, stream: StreamOrDevice = None) -> array"),
+          "residual: array, *, alpha: float = 1.0, stream: StreamOrDevice = None) -> array"),
       "``fused_output_projection_residual`` written in MLX's own operations.");
 
+  bind_quantized(m);
+  bind_lora(m);
   bind_internals(m);
 }

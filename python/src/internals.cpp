@@ -76,7 +76,7 @@ void bind_internals(nb::module_& m) {
         auto kind = device == "cpu"     ? mlx_fused::DeviceInfo::cpu
                     : device == "metal" ? mlx_fused::DeviceInfo::metal
                                         : mlx_fused::DeviceInfo::other_gpu;
-        mlx_fused::Call call{op, promoted, rows, in_features, has_bias, bias_grad_alone};
+        mlx_fused::Call call{op, promoted, rows, in_features, has_bias, {}, false, bias_grad_alone};
         auto route = mlx_fused::route(call, {kind, matmul_units}, wish);
         return route == mlx_fused::Route::composed ? "composed" : "fused";
       },

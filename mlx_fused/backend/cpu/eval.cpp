@@ -90,14 +90,14 @@ void dispatch(mx::Stream stream, const Arrays& inputs, Arrays& outputs, F work) 
 
 // A segment's weight rows or bias entries, packed with the others or alone.
 View segment_weight(const Arrays& inputs, int first, const QKVLayout& layout, int segment) {
-  if (!layout.packed) {
+  if (!layout.packed()) {
     return matrix_view(inputs[first + segment]);
   }
   return rows_of(matrix_view(inputs[first]), layout.row(segment), layout.features(segment));
 }
 
 View segment_bias(const Arrays& inputs, int first, const QKVLayout& layout, int segment) {
-  if (!layout.packed) {
+  if (!layout.packed()) {
     return vector_view(inputs[first + segment]);
   }
   return cols_of(vector_view(inputs[first]), layout.row(segment), layout.features(segment));
@@ -115,7 +115,7 @@ void FusedQKVProjection::eval_cpu(const Arrays& inputs, Arrays& outputs) {
     }
     segments.push_back({segment_weight(inputs, layout_.weight(0), layout_, i), bias, heads_view(outputs[i])});
   }
-  auto x = tokens_view(inputs[QKVLayout::input]);
+  auto x = tokens_view(inputs[Operands::input]);
   dispatch(stream(), inputs, outputs, [x, segments = std::move(segments)] {
     cpu::project(x, segments, std::nullopt);
   });
@@ -135,7 +135,7 @@ void FusedQKVProjectionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
     if (layout_.reads_weight()) {
       input_grad.push_back({segment_weight(inputs, layout_.weight(0), forward, i), grad});
     }
-    int part = forward.packed ? 0 : i;
+    int part = forward.packed() ? 0 : i;
     if (int out = layout_.output(forward.weight(part)); out >= 0) {
       weight_grads.push_back({grad, segment_weight(outputs, out - part, forward, i)});
     }
@@ -149,7 +149,7 @@ void FusedQKVProjectionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
     x = tokens_view(inputs[QKVGradLayout::input]);
   }
   if (layout_.reads_weight()) {
-    dx = tokens_view(outputs[layout_.output(QKVLayout::input)]);
+    dx = tokens_view(outputs[layout_.output(Operands::input)]);
   }
   dispatch(stream(), inputs, outputs, [=] {
     if (dx) {
@@ -166,11 +166,11 @@ void FusedQKVProjectionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
 
 void FusedOutputProjection::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs);
-  cpu::Segment segment{matrix_view(inputs[OutputLayout::weight]), std::nullopt, tokens_view(outputs[0])};
+  cpu::Segment segment{matrix_view(inputs[layout_.weight(0)]), std::nullopt, tokens_view(outputs[0])};
   if (layout_.has_bias) {
-    segment.bias = vector_view(inputs[OutputLayout::bias]);
+    segment.bias = vector_view(inputs[layout_.bias(0)]);
   }
-  auto x = tokens_view(inputs[OutputLayout::attn_out]);
+  auto x = tokens_view(inputs[Operands::input]);
   auto residual = tokens_view(inputs[layout_.residual()]);
   dispatch(stream(), inputs, outputs, [=] { cpu::project(x, {segment}, residual); });
 }
@@ -180,14 +180,14 @@ void FusedOutputProjectionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) 
   auto grad = tokens_view(inputs[OutputGradLayout::cotangent]);
   std::optional<View> weight, x, dx, dw, dbias;
   if (layout_.reads_weight()) {
-    weight = matrix_view(inputs[layout_.weight()]);
-    dx = tokens_view(outputs[layout_.output(OutputLayout::attn_out)]);
+    weight = matrix_view(inputs[layout_.weight(0)]);
+    dx = tokens_view(outputs[layout_.output(Operands::input)]);
   }
-  if (layout_.reads_attn_out()) {
-    x = tokens_view(inputs[OutputGradLayout::attn_out]);
-    dw = matrix_view(outputs[layout_.output(OutputLayout::weight)]);
+  if (layout_.reads_input()) {
+    x = tokens_view(inputs[OutputGradLayout::input]);
+    dw = matrix_view(outputs[layout_.output(layout_.forward.weight(0))]);
   }
-  if (int bias = layout_.output(OutputLayout::bias); bias >= 0) {
+  if (int bias = layout_.forward.has_bias ? layout_.output(layout_.forward.bias(0)) : -1; bias >= 0) {
     dbias = vector_view(outputs[bias]);
   }
   dispatch(stream(), inputs, outputs, [=] {

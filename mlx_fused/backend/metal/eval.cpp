@@ -103,7 +103,7 @@ std::string name_of(const mx::array& a) {
 
 // A segment's rows of a weight, or entries of a bias, which may be packed with the others.
 Tensor part(Tensor t, const QKVLayout& layout, int segment) {
-  if (layout.packed) {
+  if (layout.packed()) {
     t.offset += layout.row(segment) * t.strides[0];
     t.shape[0] = layout.features(segment);
   }
@@ -122,9 +122,9 @@ Tensor one_head(Tensor t) {
 void FusedQKVProjection::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs);
   Launcher launcher(stream());
-  auto x = launcher.input(inputs[QKVLayout::input]);
+  auto x = launcher.input(inputs[Operands::input]);
   std::vector<Tensor> weights, biases;
-  for (int i = 0; i < layout_.parts(); ++i) {
+  for (int i = 0; i < layout_.parts; ++i) {
     weights.push_back(launcher.input(inputs[layout_.weight(i)]));
     if (layout_.has_bias) {
       biases.push_back(launcher.input(inputs[layout_.bias(i)]));
@@ -132,7 +132,7 @@ void FusedQKVProjection::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   }
   std::vector<metal::Segment> segments;
   for (int i = 0; i < QKVLayout::segments; ++i) {
-    int p = layout_.packed ? 0 : i;
+    int p = layout_.packed() ? 0 : i;
     std::optional<Tensor> bias;
     if (layout_.has_bias) {
       bias = part(biases[p], layout_, i);
@@ -153,20 +153,20 @@ void FusedQKVProjectionGrad::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   }
   if (layout_.reads_weight()) {
     std::vector<Tensor> weights;
-    for (int i = 0; i < forward.parts(); ++i) {
+    for (int i = 0; i < forward.parts; ++i) {
       weights.push_back(launcher.input(inputs[layout_.weight(i)]));
     }
     std::vector<metal::InputGradSegment> segments;
     for (int i = 0; i < QKVLayout::segments; ++i) {
-      segments.push_back({grads[i], part(weights[forward.packed ? 0 : i], forward, i)});
+      segments.push_back({grads[i], part(weights[forward.packed() ? 0 : i], forward, i)});
     }
-    auto dx = launcher.output(outputs[layout_.output(QKVLayout::input)]);
+    auto dx = launcher.output(outputs[layout_.output(Operands::input)]);
     launcher.encode(metal::plan_input_grad(dtype, segments, dx));
   }
   if (layout_.reads_input()) {
     auto x = launcher.input(inputs[QKVGradLayout::input]);
-    std::vector<std::optional<Tensor>> dw(forward.parts()), dbias(forward.parts());
-    for (int i = 0; i < forward.parts(); ++i) {
+    std::vector<std::optional<Tensor>> dw(forward.parts), dbias(forward.parts);
+    for (int i = 0; i < forward.parts; ++i) {
       if (int out = layout_.output(forward.weight(i)); out >= 0) {
         dw[i] = launcher.output(outputs[out]);
       }
@@ -176,7 +176,7 @@ void FusedQKVProjectionGrad::eval_gpu(const Arrays& inputs, Arrays& outputs) {
     }
     std::vector<metal::WeightGradSegment> segments;
     for (int i = 0; i < QKVLayout::segments; ++i) {
-      int p = forward.packed ? 0 : i;
+      int p = forward.packed() ? 0 : i;
       if (dw[p]) {
         std::optional<Tensor> bias;
         if (dbias[p]) {
@@ -192,11 +192,11 @@ void FusedQKVProjectionGrad::eval_gpu(const Arrays& inputs, Arrays& outputs) {
 void FusedOutputProjection::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs);
   Launcher launcher(stream());
-  auto x = launcher.input(inputs[OutputLayout::attn_out]);
-  auto weight = launcher.input(inputs[OutputLayout::weight]);
+  auto x = launcher.input(inputs[Operands::input]);
+  auto weight = launcher.input(inputs[layout_.weight(0)]);
   std::optional<Tensor> bias;
   if (layout_.has_bias) {
-    bias = launcher.input(inputs[OutputLayout::bias]);
+    bias = launcher.input(inputs[layout_.bias(0)]);
   }
   auto residual = launcher.input(inputs[layout_.residual()]);
   auto out = one_head(launcher.output(outputs[0]));
