@@ -129,10 +129,26 @@ def test_repr():
     assert repr(OutputProjection(32, 24)) == ("OutputProjection(input_dims=32, output_dims=24, bias=False)")
 
 
-@pytest.mark.parametrize("layer", [QKVProjection(64, 2), OutputProjection(64, 64)])
-def test_quantization_is_refused(layer):
-    with pytest.raises(NotImplementedError, match="quantization is not supported yet"):
-        nn.quantize(nn.Sequential(layer), 64, 4)
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_quantize(mode, bias):
+    q, k, v, o = (nn.Linear(64, n, bias=bias) for n in (64, 32, 32, 64))
+    x = mx.random.normal((2, 3, 64))
+    model = nn.Sequential(QKVProjection.from_linear(q, k, v, 4, 2), OutputProjection.from_linear(o))
+    linears = nn.Sequential(q, k, v, o)
+    for module in (model, linears):
+        nn.quantize(module, 32, mode=mode)
+    fused_qkv, fused_o = model.layers
+    *qkv, o = linears.layers
+    for actual, linear in zip(fused_qkv(x), qkv, strict=True):
+        expected = linear(x).reshape(2, 3, -1, 16).transpose(0, 2, 1, 3)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(fused_o(x, x), x + o(x), rtol=1e-5, atol=1e-5)
+    assert model.trainable_parameters()["layers"] == [{}, {}]
+    kinds = {"weight", "scales"} | ({"biases"} if mode == "affine" else set()) | ({"bias"} if bias else set())
+    assert set(fused_o.parameters()) == kinds
+    assert set(fused_qkv.parameters()) == {f"{name}_{kind}" for name in "qkv" for kind in kinds}
+    assert f"mode={mode}" in repr(fused_qkv) and f"bias={bias}" in repr(fused_o)
 
 
 def test_errors():

@@ -7,7 +7,12 @@ import math
 import mlx.core as mx
 from mlx.nn import Linear, Module
 
-from mlx_fused._ext import fused_output_projection_residual, fused_qkv_projection
+from mlx_fused._ext import (
+    fused_output_projection_residual,
+    fused_qkv_projection,
+    fused_quantized_output_projection_residual,
+    fused_quantized_qkv_projection,
+)
 
 
 class QKVProjection(Module):
@@ -104,9 +109,57 @@ class QKVProjection(Module):
             f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, bias={'q_bias' in self}"
         )
 
-    def to_quantized(self, *args, **kwargs):
-        """Not supported yet; raises ``NotImplementedError``."""
-        raise NotImplementedError("[QKVProjection] quantization is not supported yet.")
+    def to_quantized(
+        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
+    ) -> QuantizedQKVProjection:
+        """Quantize the weights; ``mlx.nn.quantize`` calls this. See ``mlx.core.quantize`` for the arguments."""
+        return QuantizedQKVProjection(self, group_size, bits, mode)
+
+
+class QuantizedQKVProjection(Module):
+    """A :class:`QKVProjection` with quantized weights, frozen, made by its ``to_quantized``.
+
+    Its parameters are those of the layer it was made of, the weights as codes, and for each ``q_scales``
+    and, in mode ``"affine"``, ``q_biases``.
+    """
+
+    def __init__(self, layer: QKVProjection, group_size: int | None, bits: int | None, mode: str):
+        super().__init__()
+        self.num_heads = layer.num_heads
+        self.num_kv_heads = layer.num_kv_heads
+        self.head_dim = layer.head_dim
+        self.group_size, self.bits, self.mode = group_size, bits, mode
+        for name in "qkv":
+            _quantize_into(self, f"{name}_", layer[f"{name}_weight"])
+            if f"{name}_bias" in layer:
+                self[f"{name}_bias"] = layer[f"{name}_bias"]
+        self.freeze()
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Project ``x`` of shape ``[B, S, input_dims]``, as :class:`QKVProjection` does."""
+        weight, scales, biases, bias = (
+            tuple(self[f"{name}_{kind}"] for name in "qkv") if f"q_{kind}" in self else None
+            for kind in ("weight", "scales", "biases", "bias")
+        )
+        return fused_quantized_qkv_projection(
+            x,
+            weight,
+            scales,
+            biases,
+            bias,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+        )
+
+    def _extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"bias={'q_bias' in self}, group_size={self.group_size}, bits={self.bits}, mode={self.mode}"
+        )
 
 
 class OutputProjection(Module):
@@ -155,9 +208,51 @@ class OutputProjection(Module):
         output_dims, input_dims = self.weight.shape
         return f"input_dims={input_dims}, output_dims={output_dims}, bias={'bias' in self}"
 
-    def to_quantized(self, *args, **kwargs):
-        """Not supported yet; raises ``NotImplementedError``."""
-        raise NotImplementedError("[OutputProjection] quantization is not supported yet.")
+    def to_quantized(
+        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
+    ) -> QuantizedOutputProjection:
+        """Quantize the weight; ``mlx.nn.quantize`` calls this. See ``mlx.core.quantize`` for the arguments."""
+        return QuantizedOutputProjection(self, group_size, bits, mode)
+
+
+class QuantizedOutputProjection(Module):
+    """An :class:`OutputProjection` with a quantized weight, frozen, made by its ``to_quantized``.
+
+    Its parameters are ``weight`` (codes), ``scales``, in mode ``"affine"`` ``biases``, and ``bias`` if the
+    layer it was made of has one.
+    """
+
+    def __init__(self, layer: OutputProjection, group_size: int | None, bits: int | None, mode: str):
+        super().__init__()
+        self.group_size, self.bits, self.mode = group_size, bits, mode
+        _quantize_into(self, "", layer.weight)
+        if "bias" in layer:
+            self.bias = layer.bias
+        self.freeze()
+
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        """Project ``x`` of shape ``[B, S, input_dims]`` and add ``residual``, as :class:`OutputProjection`."""
+        return fused_quantized_output_projection_residual(
+            x,
+            self["weight"],
+            self["scales"],
+            self.get("biases"),
+            self.get("bias"),
+            residual,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+        )
+
+    def _extra_repr(self) -> str:
+        return f"bias={'bias' in self}, group_size={self.group_size}, bits={self.bits}, mode={self.mode}"
+
+
+def _quantize_into(layer: Module, prefix: str, weight: mx.array) -> None:
+    codes, scales, *biases = mx.quantize(weight, layer.group_size, layer.bits, mode=layer.mode)
+    layer[f"{prefix}weight"], layer[f"{prefix}scales"] = codes, scales
+    if biases:
+        layer[f"{prefix}biases"] = biases[0]
 
 
 def _uniform(input_dims: int, shape: tuple[int, ...]) -> mx.array:
