@@ -112,7 +112,7 @@ class QKVProjection(Module):
     def to_quantized(
         self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
     ) -> QuantizedQKVProjection:
-        """Quantize the weights; ``mlx.nn.quantize`` calls this. See ``mlx.core.quantize`` for the arguments."""
+        """Quantize the weights; for ``mlx.nn.quantize``. The arguments are ``mlx.core.quantize``'s."""
         return QuantizedQKVProjection(self, group_size, bits, mode)
 
 
@@ -211,7 +211,7 @@ class OutputProjection(Module):
     def to_quantized(
         self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
     ) -> QuantizedOutputProjection:
-        """Quantize the weight; ``mlx.nn.quantize`` calls this. See ``mlx.core.quantize`` for the arguments."""
+        """Quantize the weight; for ``mlx.nn.quantize``. The arguments are ``mlx.core.quantize``'s."""
         return QuantizedOutputProjection(self, group_size, bits, mode)
 
 
@@ -231,7 +231,7 @@ class QuantizedOutputProjection(Module):
         self.freeze()
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        """Project ``x`` of shape ``[B, S, input_dims]`` and add ``residual``, as :class:`OutputProjection`."""
+        """Project ``x`` of shape ``[B, S, input_dims]`` and add ``residual``."""
         return fused_quantized_output_projection_residual(
             x,
             self["weight"],
