@@ -113,12 +113,11 @@ void FusedQKVProjection::eval_cpu(const Arrays& inputs, Arrays& outputs) {
     if (layout_.has_bias) {
       bias = segment_bias(inputs, layout_.bias(0), layout_, i);
     }
-    segments.push_back({segment_weight(inputs, layout_.weight(0), layout_, i), bias, heads_view(outputs[i])});
+    segments.push_back(
+        {segment_weight(inputs, layout_.weight(0), layout_, i), bias, std::nullopt, heads_view(outputs[i])});
   }
   auto x = tokens_view(inputs[QKVLayout::input]);
-  dispatch(stream(), inputs, outputs, [x, segments = std::move(segments)] {
-    cpu::project(x, segments, std::nullopt);
-  });
+  dispatch(stream(), inputs, outputs, [x, segments = std::move(segments)] { cpu::project(x, segments, {}); });
 }
 
 void FusedQKVProjectionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
@@ -133,7 +132,7 @@ void FusedQKVProjectionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   for (int i = 0; i < QKVLayout::segments; ++i) {
     auto grad = heads_view(inputs[QKVGradLayout::cotangent + i]);
     if (layout_.reads_weight()) {
-      input_grad.push_back({segment_weight(inputs, layout_.weight(0), forward, i), grad});
+      input_grad.push_back({segment_weight(inputs, layout_.weight(0), forward, i), grad, std::nullopt});
     }
     int part = forward.packed ? 0 : i;
     if (int out = layout_.output(forward.weight(part)); out >= 0) {
@@ -166,13 +165,14 @@ void FusedQKVProjectionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
 
 void FusedOutputProjection::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs);
-  cpu::Segment segment{matrix_view(inputs[OutputLayout::weight]), std::nullopt, tokens_view(outputs[0])};
+  cpu::Segment segment{
+      matrix_view(inputs[OutputLayout::weight]), std::nullopt, std::nullopt, tokens_view(outputs[0])};
   if (layout_.has_bias) {
     segment.bias = vector_view(inputs[OutputLayout::bias]);
   }
   auto x = tokens_view(inputs[OutputLayout::attn_out]);
   auto residual = tokens_view(inputs[layout_.residual()]);
-  dispatch(stream(), inputs, outputs, [=] { cpu::project(x, {segment}, residual); });
+  dispatch(stream(), inputs, outputs, [=] { cpu::project(x, {segment}, {residual}); });
 }
 
 void FusedOutputProjectionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
@@ -192,7 +192,7 @@ void FusedOutputProjectionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) 
   }
   dispatch(stream(), inputs, outputs, [=] {
     if (dx) {
-      cpu::project_input_grad({{*weight, grad}}, *dx);
+      cpu::project_input_grad({{*weight, grad, std::nullopt}}, *dx);
     }
     if (dw) {
       cpu::project_weight_grad(*x, grad, *dw);
