@@ -6,18 +6,38 @@ namespace mlx_fused::composed {
 
 namespace {
 
+// mx::quantized_matmul, which on the CPU divides by the size of what may be empty.
+mx::array quantized_product(
+    const mx::array& x,
+    const Arrays& inputs,
+    const Quantization& q,
+    int weight,
+    int scales,
+    int group_biases,
+    bool transpose,
+    mx::StreamOrDevice s) {
+  auto& codes = inputs[weight];
+  if (x.size() == 0 || codes.size() == 0) {
+    auto shape = x.shape();
+    shape.back() = transpose ? codes.shape(0) : inputs[scales].shape(1) * q.group_size;
+    auto dtype = q.is_affine() ? mx::result_type(x, inputs[scales]) : x.dtype();
+    return mx::zeros(shape, dtype, s);
+  }
+  std::optional<mx::array> biases;
+  if (q.is_affine()) {
+    biases = inputs[group_biases];
+  }
+  return mx::quantized_matmul(x, codes, inputs[scales], biases, transpose, q.group_size, q.bits, q.mode, s);
+}
+
 // One part's product with the activations, and its bias, as mlx.nn.Linear or QuantizedLinear computes it.
 mx::array linear(const Arrays& inputs, const Operands& operands, int part, mx::StreamOrDevice s) {
   auto& x = inputs[Operands::input];
   auto& weight = inputs[operands.weight(part)];
   auto* bias = operands.has_bias ? &inputs[operands.bias(part)] : nullptr;
   if (auto& q = operands.quantization) {
-    std::optional<mx::array> biases;
-    if (q->is_affine()) {
-      biases = inputs[operands.group_biases(part)];
-    }
-    auto y = mx::quantized_matmul(
-        x, weight, inputs[operands.scales(part)], biases, true, q->group_size, q->bits, q->mode, s);
+    auto y = quantized_product(
+        x, inputs, *q, operands.weight(part), operands.scales(part), operands.group_biases(part), true, s);
     return bias ? mx::add(y, *bias, s) : y;
   }
   auto wt = mx::transpose(weight, s);
@@ -72,19 +92,14 @@ Arrays projection_grad(
   auto part_input_grad = [&](int part) {
     auto& weight = inputs[layout.weight(part)];
     if (auto& q = forward.quantization) {
-      std::optional<mx::array> biases;
-      if (q->is_affine()) {
-        biases = inputs[layout.group_biases(part)];
-      }
-      return mx::quantized_matmul(
+      return quantized_product(
           part_grads[part],
-          weight,
-          inputs[layout.scales(part)],
-          biases,
+          inputs,
+          *q,
+          layout.weight(part),
+          layout.scales(part),
+          layout.group_biases(part),
           false,
-          q->group_size,
-          q->bits,
-          q->mode,
           s);
     }
     return mx::matmul(part_grads[part], weight, s);

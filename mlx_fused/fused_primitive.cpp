@@ -1,5 +1,8 @@
 #include "mlx_fused/fused_primitive.h"
 
+#include <algorithm>
+#include <stdexcept>
+
 #include "mlx/allocator.h"
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
@@ -27,6 +30,34 @@ Function restrict_to(const Function& fun, const Arrays& primals, const std::vect
   };
 }
 
+// fun of every index along the mapped axes, stacked.
+Arrays map_one_by_one(
+    const Function& fun, const Arrays& inputs, const std::vector<int>& axes, mx::StreamOrDevice s) {
+  auto mapped = std::find_if(axes.begin(), axes.end(), [](int axis) { return axis != -1; }) - axes.begin();
+  std::vector<Arrays> results;
+  for (int i = 0; i < inputs[mapped].shape(axes[mapped]); ++i) {
+    auto one = inputs;
+    for (size_t j = 0; j < inputs.size(); ++j) {
+      if (axes[j] != -1) {
+        one[j] = mx::take(inputs[j], i, axes[j], s);
+      }
+    }
+    results.push_back(fun(one));
+  }
+  if (results.empty()) {
+    throw std::invalid_argument("[vmap] Cannot map quantized projections over an axis of size 0.");
+  }
+  Arrays stacked;
+  for (size_t k = 0; k < results[0].size(); ++k) {
+    Arrays parts;
+    for (auto& result : results) {
+      parts.push_back(result[k]);
+    }
+    stacked.push_back(mx::stack(parts, 0, s));
+  }
+  return stacked;
+}
+
 }  // namespace
 
 void allocate(Arrays& outputs) {
@@ -47,6 +78,10 @@ Arrays FusedPrimitive::jvp(const Arrays& primals, const Arrays& tangents, const 
 }
 
 std::pair<Arrays, std::vector<int>> FusedPrimitive::vmap(const Arrays& inputs, const std::vector<int>& axes) {
+  if (is_quantized()) {
+    auto outputs = map_one_by_one(composed(), inputs, axes, stream());
+    return {outputs, std::vector<int>(outputs.size(), 0)};
+  }
   auto mapped_inputs = inputs;
   auto mapped_axes = axes;
   if (axes[0] == -1) {

@@ -32,6 +32,9 @@ class FusedPrimitive : public mx::Primitive {
  protected:
   // The same function of the same inputs in MLX's own ops.
   virtual Function composed() = 0;
+
+  // Whether that has quantized products, which MLX cannot map.
+  virtual bool is_quantized() const = 0;
 };
 
 }  // namespace mlx_fused

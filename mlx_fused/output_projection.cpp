@@ -82,8 +82,7 @@ mx::array project(
   auto inputs = check_inputs(check, attn_out, weights, &residual, layout);
   auto call = forward_call(inputs, layout);
   auto stream = mx::to_stream(s);
-  bool plain = layout.alpha == 1.0f && !layout.exact;
-  if (check.route(call, stream, wish) == Route::composed || !plain) {
+  if (check.route(call, stream, wish) == Route::composed) {
     return composed::output_projection(inputs, layout, stream)[0];
   }
   return make_forward(cast_operands(std::move(inputs), layout, call.promoted[0], stream), layout, stream);

@@ -87,6 +87,9 @@ class FusedOutputProjection : public FusedPrimitive {
 
  protected:
   Function composed() override;
+  bool is_quantized() const override {
+    return layout_.quantization.has_value();
+  }
 
  private:
   OutputLayout layout_;
@@ -105,6 +108,9 @@ class FusedOutputProjectionGrad : public FusedPrimitive {
 
  protected:
   Function composed() override;
+  bool is_quantized() const override {
+    return layout_.forward.quantization.has_value();
+  }
 
  private:
   OutputGradLayout layout_;

@@ -97,6 +97,9 @@ class FusedQKVProjection : public FusedPrimitive {
 
  protected:
   Function composed() override;
+  bool is_quantized() const override {
+    return layout_.quantization.has_value();
+  }
 
  private:
   QKVLayout layout_;
@@ -115,6 +118,9 @@ class FusedQKVProjectionGrad : public FusedPrimitive {
 
  protected:
   Function composed() override;
+  bool is_quantized() const override {
+    return layout_.forward.quantization.has_value();
+  }
 
  private:
   QKVGradLayout layout_;

@@ -30,10 +30,13 @@ Route best(const Call& call, const DeviceInfo& device) {
 }  // namespace
 
 bool has_kernels(const Call& call, const DeviceInfo& device) {
-  if (device.kind == DeviceInfo::other_gpu || call.quantization || call.has_adapters) {
+  if (device.kind == DeviceInfo::other_gpu) {
     return false;
   }
   if (device.kind == DeviceInfo::metal) {
+    if (call.quantization || call.has_adapters) {
+      return false;
+    }
     bool plain_matmuls = call.operation == Operation::output_grad && !call.has_adapters;
     bool readable = call.in_features > 0 && call.in_features < metal::max_row_stride;
     if (plain_matmuls || !readable || call.bias_grad_alone) {

@@ -26,12 +26,16 @@ std::vector<float> list_of(const Scale& scale) {
 
 template <typename T>
 std::optional<mlx_fused::QuantizedParts> quantized(
+    const char* op,
     const std::optional<T>& scales,
     const std::optional<T>& biases,
     std::optional<int> group_size,
     std::optional<int> bits,
     const std::string& mode) {
   if (!scales) {
+    if (biases) {
+      mlx_fused::Check(op).fail("biases must be None if scales are.");
+    }
     return std::nullopt;
   }
   std::optional<mlx_fused::Parts> group_biases;
@@ -67,7 +71,7 @@ void bind_lora(nb::module_& m) {
             mlx_fused::fused_lora_qkv_projection(
                 input,
                 weight,
-                quantized(scales, biases, group_size, bits, mode),
+                quantized("fused_lora_qkv_projection", scales, biases, group_size, bits, mode),
                 bias,
                 {lora_a, lora_b, list_of(scale)},
                 num_heads,
@@ -178,7 +182,7 @@ void bind_lora(nb::module_& m) {
         return mlx_fused::fused_lora_output_projection_residual(
             attn_out,
             weight,
-            quantized(scales, biases, group_size, bits, mode),
+            quantized("fused_lora_output_projection_residual", scales, biases, group_size, bits, mode),
             bias,
             {{lora_a}, {lora_b}, {scale}},
             residual,

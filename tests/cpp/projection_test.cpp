@@ -1,166 +1,14 @@
 // The projection products against loops in double precision. Exits with 1 and says why if any is wrong.
 #include <array>
 #include <atomic>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <limits>
-#include <random>
 #include <stdexcept>
-#include <string>
 #include <thread>
 
+#include "matrix.h"
 #include "mlx_fused/backend/cpu/parallel.h"
-#include "mlx_fused/backend/cpu/projection.h"
-
-using namespace mlx_fused::cpu;
 
 namespace {
-
-constexpr Type types[] = {Type::float32, Type::float16, Type::bfloat16};
-enum class Layout { plain, head_major, transposed, sliced, stepped, reversed, broadcast };
-using enum Layout;
-constexpr Layout layouts[] = {plain, head_major, transposed, sliced, stepped, reversed, broadcast};
-
-void check(bool ok, const char* what) {
-  if (!ok) {
-    std::fprintf(stderr, "FAILED: %s\n", what);
-    std::exit(1);
-  }
-}
-
-// A matrix in memory of its own, exactly as large as its layout needs, so that a sanitizer sees any access
-// beyond.
-struct Matrix {
-  std::vector<char> storage;
-  View view;
-
-  Matrix(
-      std::mt19937& random,
-      Type type,
-      Layout layout,
-      int64_t batch,
-      int64_t seq,
-      int64_t heads,
-      int64_t dim) {
-    int64_t step = layout == stepped ? 2 : layout == reversed ? -1 : 1;
-    int64_t size = batch * seq * heads * dim, first = 0, row = step * heads * dim;
-    view = {nullptr, type, batch, seq, heads, dim, seq * row, row, step * dim, step};
-    if (layout == head_major) {
-      view.head_stride = seq * dim;
-      view.seq_stride = dim;
-    } else if (layout == transposed) {
-      view.batch_stride = seq;
-      view.seq_stride = 1;
-      view.head_stride = dim * batch * seq;
-      view.dim_stride = batch * seq;
-    } else if (layout == sliced) {
-      first = 3;
-      view.seq_stride += first;
-      view.batch_stride = seq * view.seq_stride;
-      size = batch * view.batch_stride;
-    } else if (layout == stepped) {
-      size *= step;
-    } else if (layout == reversed) {
-      first = size - 1;
-    } else if (layout == broadcast) {
-      view.batch_stride = view.seq_stride = 0;
-      size = heads * dim;
-    }
-    int64_t item = type == Type::float32 ? 4 : 2;
-    storage.resize(std::max<int64_t>(size, 0) * item);
-    view.data = storage.data() + (size > 0 ? first * item : 0);
-    std::normal_distribution<float> normal;
-    for (int64_t i = 0; i < view.rows(); ++i) {
-      for (int64_t j = 0; j < view.cols(); ++j) {
-        set(i, j, normal(random));
-      }
-    }
-  }
-
-  Matrix(const Matrix&) = delete;
-
-  char* at(int64_t i, int64_t j) const {
-    int64_t offset = i / view.seq * view.batch_stride + i % view.seq * view.seq_stride +
-                     j / view.dim * view.head_stride + j % view.dim * view.dim_stride;
-    return static_cast<char*>(view.data) + offset * (view.type == Type::float32 ? 4 : 2);
-  }
-
-  double get(int64_t i, int64_t j) const {
-    if (view.type == Type::float16) {
-      _Float16 value;
-      std::memcpy(&value, at(i, j), 2);
-      return static_cast<double>(value);
-    }
-    uint32_t bits = 0;
-    bool whole = view.type == Type::float32;
-    std::memcpy(reinterpret_cast<char*>(&bits) + (whole ? 0 : 2), at(i, j), whole ? 4 : 2);
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-  }
-
-  void set(int64_t i, int64_t j, float value) {
-    auto half = static_cast<_Float16>(value);
-    bool is_half = view.type == Type::float16;
-    const char* from = is_half ? reinterpret_cast<char*>(&half) : reinterpret_cast<char*>(&value);
-    std::memcpy(at(i, j), from + (view.type == Type::bfloat16 ? 2 : 0), view.type == Type::float32 ? 4 : 2);
-  }
-};
-
-struct Values {
-  int64_t rows, cols;
-  std::vector<double> at;
-};
-
-Values values_of(const Matrix& m, bool transpose = false) {
-  Values values{m.view.rows(), m.view.cols(), {}};
-  if (transpose) {
-    std::swap(values.rows, values.cols);
-  }
-  for (int64_t i = 0; i < values.rows; ++i) {
-    for (int64_t j = 0; j < values.cols; ++j) {
-      values.at.push_back(transpose ? m.get(j, i) : m.get(i, j));
-    }
-  }
-  return values;
-}
-
-// Checks out = the sum of left right^T over the terms + what is added to every row or to its own.
-void check_sum(
-    const char* name,
-    const Matrix& out,
-    const std::vector<std::pair<Values, Values>>& terms,
-    const std::vector<Values>& added = {}) {
-  double unit = out.view.type == Type::float32 ? 0x1p-24 : out.view.type == Type::float16 ? 0x1p-11 : 0x1p-8;
-  double smallest = out.view.type == Type::float16 ? 0x1p-25 : 0;
-  for (int64_t i = 0; i < out.view.rows(); ++i) {
-    for (int64_t j = 0; j < out.view.cols(); ++j) {
-      double expected = 0, size = 0, count = 0;
-      auto add = [&](double value) {
-        expected += value;
-        size += std::abs(value);
-        count += 1;
-      };
-      for (auto& [left, right] : terms) {
-        for (int64_t k = 0; k < left.cols; ++k) {
-          add(left.at[i * left.cols + k] * right.at[j * left.cols + k]);
-        }
-      }
-      for (auto& values : added) {
-        add(values.at[i % values.rows * values.cols + j]);
-      }
-      // What count additions in float32 lose, and then the rounding of the result.
-      double lost = 0x1p-24 * size * (2 * std::sqrt(count) + 4), got = out.get(i, j);
-      double bound = lost + unit * (std::abs(expected) + lost) + smallest;
-      if (!(std::abs(got - expected) <= bound)) {
-        std::fprintf(stderr, "%s: %g, expected %g +- %g\n", name, got, expected, bound);
-        check(false, ("row " + std::to_string(i) + ", column " + std::to_string(j)).c_str());
-      }
-    }
-  }
-}
 
 struct Shape {
   int64_t batch, seq, in, heads, dim;
@@ -185,12 +33,12 @@ void check_case(std::mt19937& random, Shape s, std::array<Type, 4> use, Layout x
   Matrix dwq(random, out_type, w_layout == broadcast ? plain : w_layout, 1, wide * s.dim, 1, s.in);
   Matrix dbias(random, out_type, plain, 1, 1, 1, wide * s.dim);
 
-  project(x.view, {{wq.view, bias.view, q.view}, {wk.view, std::nullopt, k.view}}, std::nullopt);
+  project(x.view, {{wq.view, bias.view, {}, q.view}, {wk.view, {}, {}, k.view}}, {});
   check_sum("q", q, {{values_of(x), values_of(wq)}}, {values_of(bias)});
   check_sum("k", k, {{values_of(x), values_of(wk)}});
-  project(x.view, {{wq.view, bias.view, q.view}}, residual.view);
+  project(x.view, {{wq.view, bias.view, {}, q.view}}, {residual.view});
   check_sum("q + residual", q, {{values_of(x), values_of(wq)}}, {values_of(bias), values_of(residual)});
-  project_input_grad({{wq.view, dq.view}, {wk.view, dk.view}}, dx.view);
+  project_input_grad({{wq.view, dq.view, {}}, {wk.view, dk.view, {}}}, dx.view);
   check_sum("dx", dx, {{values_of(dq), values_of(wq, true)}, {values_of(dk), values_of(wk, true)}});
   project_weight_grad(x.view, dq.view, dwq.view);
   check_sum("dw", dwq, {{values_of(dq, true), values_of(x, true)}});
@@ -250,7 +98,7 @@ void check_not_finite() {
       }
       for (float value : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
         x.set(0, 5, value);
-        project(x.view, {{weight.view, std::nullopt, out.view}}, std::nullopt);
+        project(x.view, {{weight.view, {}, {}, out.view}}, {});
         check(std::isnan(out.get(0, 0)), "0 * inf and 0 * nan are nan");
         check(
             std::isinf(value) ? std::isinf(out.get(0, 1)) : std::isnan(out.get(0, 1)),

@@ -7,6 +7,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "mlx_fused/backend/cpu/epilogue.h"
 #include "mlx_fused/backend/cpu/kernels.h"
 #include "mlx_fused/backend/cpu/parallel.h"
 #include "mlx_fused/backend/cpu/scratch.h"
@@ -199,7 +200,7 @@ class AmxProduct {
   AmxProduct(const std::vector<View>& left, const std::vector<Output>& outputs)
       : left_(left),
         steps_(split_depth(left)),
-        right_form_(outputs[0].right[0].dim_stride == 1 ? Form::rows : Form::pairs),
+        right_form_(std::get<View>(outputs[0].right[0]).dim_stride == 1 ? Form::rows : Form::pairs),
         rows_(left[0].rows()),
         panel_bytes_(steps_.size() * tile_bytes),
         tasks_(split(outputs, rows_, 2 * side, max_cols)) {}
@@ -207,7 +208,7 @@ class AmxProduct {
   void run() {
     int64_t all = (rows_ + side - 1) / side;
     int64_t chunk = std::clamp<int64_t>(left_bytes / panel_bytes_ / 2 * 2, 2, max_rows / side);
-    packed_ = reinterpret_cast<char*>(scratch(Holder::operation, std::min(chunk, all) * panel_bytes_ / 4));
+    packed_ = reinterpret_cast<char*>(scratch(Holder::product, std::min(chunk, all) * panel_bytes_ / 4));
     for (first_panel_ = 0; first_panel_ < all; first_panel_ += chunk) {
       panels_ = std::min(chunk, all - first_panel_);
       parallel_for(panels_, [&](int64_t p) { pack_left(p); });
@@ -230,8 +231,8 @@ class AmxProduct {
   }
 
   // A panel's steps from the given one on where they lie, if the unit can load form rows from there.
-  std::optional<Panel> in_place(const std::vector<View>& pieces, int64_t row, int64_t step) const {
-    const View& v = pieces[0];
+  std::optional<Panel> in_place(const std::vector<Operand>& pieces, int64_t row, int64_t step) const {
+    const View& v = std::get<View>(pieces[0]);
     if (right_form_ == Form::rows && pieces.size() == 1 && v.cols() % depth == 0 && row + side <= v.rows()) {
       if (auto s = strided(v, {row, side, 0, v.cols()}); s && s->col_stride == 1) {
         return Panel{s->data + step * row_bytes, s->row_stride * 2, row_bytes};
@@ -242,7 +243,7 @@ class AmxProduct {
 
   // Panels of the right operand from row on, n steps of each, in place or packed into memory at to.
   void get_right(
-      const std::vector<View>& pieces,
+      const std::vector<Operand>& pieces,
       int64_t row,
       int64_t count,
       int64_t step,
@@ -263,7 +264,7 @@ class AmxProduct {
       auto [piece, col] = steps_[step + i];
       for (int64_t r = 0; r < count; ++r) {
         char* panel = to + r * block_steps * tile_bytes;
-        pack_tile(pieces[piece], row + r * side, col, right_form_, panel + i * tile_bytes);
+        pack_tile(std::get<View>(pieces[piece]), row + r * side, col, right_form_, panel + i * tile_bytes);
         panels[r] = packed_panel(panel);
       }
     }
@@ -306,7 +307,7 @@ class AmxProduct {
       }
       int64_t row = (first_panel_ + p) * side;
       Tile rows{row, std::min(side, rows_ - row), t.col, t.cols};
-      store(output.out, rows, result, ld, output.bias, output.residual);
+      finish(output, rows, result, ld);
     }
   }
 

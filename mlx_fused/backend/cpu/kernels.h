@@ -34,6 +34,15 @@ struct Kernels {
   void (*widen)(Type type, const void* from, float* to, int64_t n);   // to = from
   void (*add)(Type type, const void* from, float* to, int64_t n);     // to += from
   void (*narrow)(Type type, const float* from, void* to, int64_t n);  // to = from, rounded to nearest even
+  // to = n elements of a row from col on. Both are multiples of 32, but for a row's end.
+  void (*dequantize)(const Quantized& w, int64_t row, int64_t col, int64_t n, float* to);
+  // A row of x as packed_dots reads it for such weights, where a word holds a whole number of codes; and how
+  // many floats it takes.
+  int64_t (*packed_length)(const Quantized& w);
+  void (*pack)(const Quantized& w, const float* x, float* to);
+  // y[i * ldy + j] = the dot product of packed row i of x and row `row + j` of w, for i < m and j < n
+  void (*packed_dots)(
+      const float* x, int64_t m, const Quantized& w, int64_t row, int64_t n, float* y, int64_t ldy);
 };
 
 // The best ones this CPU can run.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "mlx_fused/backend/cpu/epilogue.h"
 #include "mlx_fused/backend/cpu/kernels.h"
 #include "mlx_fused/backend/cpu/parallel.h"
 #include "mlx_fused/backend/cpu/scratch.h"
@@ -35,7 +36,7 @@ class Panels {
         rows_(rows),
         depth_(left.cols()),
         padded_((rows_ + kernels().lanes - 1) / kernels().lanes * kernels().lanes),
-        data_(scratch(Holder::operation, padded_ * depth_)) {
+        data_(scratch(Holder::product, padded_ * depth_)) {
     parallel_for((depth_ + depth_block - 1) / depth_block, [&](int64_t i) { pack(i * depth_block); });
   }
 
@@ -53,7 +54,7 @@ class Panels {
       });
     }
     transpose(result, cols, rows_, padded_, transposed_result, cols);
-    store(output.out, {first_, rows_, col, cols}, transposed_result, cols, output.bias, output.residual);
+    finish(output, {first_, rows_, col, cols}, transposed_result, cols);
   }
 
  private:

@@ -1,9 +1,9 @@
 #include "mlx_fused/backend/cpu/product.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "mlx_fused/backend/cpu/amx.h"
+#include "mlx_fused/backend/cpu/epilogue.h"
 #include "mlx_fused/backend/cpu/kernels.h"
 #include "mlx_fused/backend/cpu/panels.h"
 #include "mlx_fused/backend/cpu/parallel.h"
@@ -17,42 +17,9 @@ namespace {
 // A task's result and the parts of its operands that must be converted take at most 3 MB of scratch.
 constexpr int64_t tile_rows = 512, tile_cols = 512, tile_depth = 512;
 
-// A matrix as BLAS takes it.
-struct Operand {
-  const float* data;
-  int ld;
-  bool transposed;
-};
-
-bool is_leading_dimension(int64_t stride, int64_t length) {
-  return stride >= length && stride <= std::numeric_limits<int>::max();
-}
-
-// The tile where it lies, if BLAS can read it there.
-std::optional<Operand> in_place(const View& v, const Tile& t) {
-  if (auto s = strided(v, t); s && v.type == Type::float32) {
-    auto data = reinterpret_cast<const float*>(s->data);
-    if (s->col_stride == 1 && is_leading_dimension(s->row_stride, t.cols)) {
-      return Operand{data, static_cast<int>(s->row_stride), false};
-    }
-    if (s->row_stride == 1 && is_leading_dimension(s->col_stride, t.rows)) {
-      return Operand{data, static_cast<int>(s->col_stride), true};
-    }
-  }
-  return std::nullopt;
-}
-
-// The tile where it lies, or else converted into memory at to.
-Operand operand(const View& v, const Tile& t, float* to) {
-  if (auto o = in_place(v, t)) {
-    return *o;
-  }
-  if (v.seq_stride == 1 && v.dim_stride != 1) {
-    load(transposed(v), t.transposed(), to, t.rows);
-    return {to, static_cast<int>(t.rows), true};
-  }
-  load(v, t, to, t.cols);
-  return {to, static_cast<int>(t.cols), false};
+// Whether nothing remains to be done to the sum.
+bool is_plain(const Output& o) {
+  return !o.bias && o.low_rank.empty() && !o.epilogue.residual && o.epilogue.alpha == 1;
 }
 
 void blas_tile(const std::vector<View>& left, const Output& output, const Tile& t) {
@@ -62,21 +29,21 @@ void blas_tile(const std::vector<View>& left, const Output& output, const Tile& 
   float* out = acc;
   int64_t ld = t.cols;
   auto target = in_place(output.out, t);
-  bool direct = target && !target->transposed && !output.bias && !output.residual;
+  bool direct = target && !target->transposed && is_plain(output);
   if (direct) {
     out = const_cast<float*>(target->data);
     ld = target->ld;
   }
   bool accumulate = false;
   for (size_t p = 0; p < left.size(); ++p) {
-    const View& right = output.right[p];
+    const Operand& right = output.right[p];
     int64_t depth = left[p].cols();
     bool whole = in_place(left[p], {t.row, t.rows, 0, depth}) && in_place(right, {t.col, t.cols, 0, depth});
     int64_t size = whole ? depth : tile_depth;
     for (int64_t k = 0; k < depth; k += size) {
       int64_t n = std::min(size, depth - k);
-      Operand a = operand(left[p], {t.row, t.rows, k, n}, left_tile);
-      Operand b = operand(right, {t.col, t.cols, k, n}, right_tile);
+      BlasMatrix a = blas_matrix(left[p], {t.row, t.rows, k, n}, left_tile);
+      BlasMatrix b = blas_matrix(right, {t.col, t.cols, k, n}, right_tile);
       sgemm(a.transposed, !b.transposed, t.rows, t.cols, n, a.data, a.ld, b.data, b.ld, accumulate, out, ld);
       accumulate = true;
     }
@@ -87,7 +54,7 @@ void blas_tile(const std::vector<View>& left, const Output& output, const Tile& 
     }
   }
   if (!direct) {
-    store(output.out, t, acc, ld, output.bias, output.residual);
+    finish(output, t, acc, ld);
   }
 }
 
@@ -96,25 +63,70 @@ void blas_product(const std::vector<View>& left, const std::vector<Output>& outp
   parallel_for(tasks.size(), [&](int64_t i) { blas_tile(left, *tasks[i].output, tasks[i].tile); });
 }
 
-// For few rows, where reading the right operand is the work: it is read once and in place.
-void dots_product(const View& left, const std::vector<Output>& outputs) {
-  int64_t rows = left.rows(), depth = left.cols();
-  Tile all{0, rows, 0, depth};
+// The left operand's rows in float32, as they lie or converted.
+BlasMatrix whole_left(const View& left) {
+  Tile all{0, left.rows(), 0, left.cols()};
   auto x = in_place(left, all);
-  if (!x || x->transposed) {
-    float* to = scratch(Holder::operation, rows * depth);
-    load(left, all, to, depth);
-    x = {to, static_cast<int>(depth), false};
+  if (x && !x->transposed) {
+    return *x;
+  }
+  float* to = scratch(Holder::product, left.rows() * left.cols());
+  load(left, all, to, left.cols());
+  return {to, static_cast<int>(left.cols()), false};
+}
+
+// For few rows, where reading the right operand is the work: it is read once and in place, or converted a few
+// rows at a time.
+void dots_product(const View& left, const std::vector<Output>& outputs) {
+  constexpr int64_t block = 12;
+  int64_t rows = left.rows(), depth = left.cols();
+  BlasMatrix x = whole_left(left);
+  auto tasks = split(outputs, rows, 48, 96);
+  parallel_for(tasks.size(), [&](int64_t i) {
+    const auto& [output, t] = tasks[i];
+    float* acc = scratch(Holder::task, rows * t.cols + block * depth);
+    if (auto w = std::get_if<View>(&output->right[0])) {
+      kernels().dots(
+          x.data, x.ld, rows, w->type, element(*w, t.col, 0), w->seq_stride, t.cols, depth, acc, t.cols);
+    } else {
+      float* converted = acc + rows * t.cols;
+      for (int64_t j = 0; j < t.cols; j += block) {
+        int64_t n = std::min(block, t.cols - j);
+        load(output->right[0], {t.col + j, n, 0, depth}, converted, depth);
+        kernels().dots(x.data, x.ld, rows, Type::float32, converted, depth, n, depth, acc + j, t.cols);
+      }
+    }
+    finish(*output, t, acc, t.cols);
+  });
+}
+
+// For the fewest rows, with weights all quantized alike: x is packed to meet the codes as they lie.
+void packed_product(const View& left, const std::vector<Output>& outputs) {
+  const auto& format = std::get<Quantized>(outputs[0].right[0]);
+  int64_t rows = left.rows(), depth = left.cols(), length = kernels().packed_length(format);
+  float* packed = scratch(Holder::product, rows * length + depth);
+  float* row = packed + rows * length;
+  for (int64_t i = 0; i < rows; ++i) {
+    load(left, {i, 1, 0, depth}, row, depth);
+    kernels().pack(format, row, packed + i * length);
   }
   auto tasks = split(outputs, rows, 48, 96);
   parallel_for(tasks.size(), [&](int64_t i) {
     const auto& [output, t] = tasks[i];
-    const View& w = output->right[0];
     float* acc = scratch(Holder::task, rows * t.cols);
-    kernels().dots(
-        x->data, x->ld, rows, w.type, element(w, t.col, 0), w.seq_stride, t.cols, depth, acc, t.cols);
-    store(output->out, t, acc, t.cols, output->bias, output->residual);
+    const auto& w = std::get<Quantized>(output->right[0]);
+    kernels().packed_dots(packed, rows, w, t.col, t.cols, acc, t.cols);
+    finish(*output, t, acc, t.cols);
   });
+}
+
+// Whether packed_product takes them.
+bool can_pack(const std::vector<Output>& outputs) {
+  auto first = std::get_if<Quantized>(&outputs[0].right[0]);
+  return first && 32 % first->bits == 0 && std::ranges::all_of(outputs, [&](const Output& o) {
+           auto w = std::get_if<Quantized>(&o.right[0]);
+           return w && w->mode == first->mode && w->bits == first->bits && w->group_size == first->group_size;
+         });
 }
 
 }  // namespace
@@ -158,12 +170,15 @@ void product(std::vector<View> left, std::vector<Output> outputs) {
   }
   for (Output& o : outputs) {
     o.out = flattened(o.out);
-    for (View& v : o.right) {
-      v = flattened(v);
-      all_bfloat16 &= v.type == Type::bfloat16;
-      unit_rows &= v.batch == 1 && v.heads == 1 && v.dim_stride == 1;
+    for (Operand& right : o.right) {
+      if (auto v = std::get_if<View>(&right)) {
+        *v = flattened(*v);
+      }
+      auto v = std::get_if<View>(&right);
+      all_bfloat16 &= v && v->type == Type::bfloat16;
+      unit_rows &= has_unit_rows(right);
     }
-    for (auto* v : {&o.bias, &o.residual}) {
+    for (auto* v : {&o.bias, &o.epilogue.residual}) {
       if (*v) {
         *v = flattened(**v);
       }
@@ -172,8 +187,10 @@ void product(std::vector<View> left, std::vector<Output> outputs) {
   bool amx = !left.empty() && all_bfloat16 && has_amx();
   bool in_place = left.size() == 1 && unit_rows;
   int64_t rows = outputs[0].out.rows();
-  constexpr int64_t few_rows = 24, few_rows_amx = 4;
-  if (in_place && rows <= (amx ? few_rows_amx : few_rows)) {
+  constexpr int64_t fewest_rows = 4, few_rows = 24, few_rows_amx = 4;
+  if (in_place && rows <= fewest_rows && can_pack(outputs)) {
+    packed_product(left[0], outputs);
+  } else if (in_place && rows <= (amx ? few_rows_amx : few_rows)) {
     dots_product(left[0], outputs);
   } else if (amx) {
     amx_product(left, outputs);

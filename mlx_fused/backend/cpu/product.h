@@ -3,16 +3,24 @@
 #include <optional>
 #include <vector>
 
-#include "mlx_fused/backend/cpu/view.h"
+#include "mlx_fused/backend/cpu/operand.h"
 
 namespace mlx_fused::cpu {
 
-// out[i, j] = sum over p of dot(row i of left[p], row j of right[p]) + bias[j] + residual[i, j]. All three of
-// a projection's products have this form once their operands are seen transposed or not.
+// left [rows, rank] times right [rank, cols], both float32.
+struct LowRank {
+  View left, right;
+};
+
+// out[i, j] = residual[i, j] + alpha (sum over p of dot(row i of left[p], row j of right[p]) + bias[j] + the
+// low-rank products). All of a projection's products have this form once their operands are seen transposed
+// or not.
 struct Output {
-  std::vector<View> right;
-  std::optional<View> bias, residual;
+  std::vector<Operand> right;
   View out;
+  std::optional<View> bias = {};
+  std::vector<LowRank> low_rank = {};
+  Epilogue epilogue = {};
 };
 
 // A tile of an output for one thread to compute.

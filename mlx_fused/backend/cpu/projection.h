@@ -2,12 +2,13 @@
 
 #include <cstdint>
 #include <optional>
+#include <variant>
 #include <vector>
 
-// The products of a projection layer on strided views of memory: y = x W^T and its two gradients.
-// Accumulates in float32 and rounds once, to nearest even. Operands may be of different types. Every function
-// may be called from several threads at once and returns when its result is complete. Knows neither MLX nor
-// attention, so it can be tested alone.
+// The products of a projection layer on strided views of memory: y = x W^T and its gradients, with dense or
+// quantized weights, and with low-rank adapters. Accumulates in float32 and rounds once, to nearest even.
+// Operands may be of different types. Every function may be called from several threads at once and returns
+// when its result is complete. Knows neither MLX nor attention, so it can be tested alone.
 namespace mlx_fused::cpu {
 
 enum class Type : uint8_t { float32, float16, bfloat16 };
@@ -29,21 +30,55 @@ struct View {
   }
 };
 
-struct Segment {
-  View weight;               // [out_features, in_features], a plain matrix
-  std::optional<View> bias;  // [1, out_features]
-  View out;                  // [rows, out_features]
+// How mx.quantize stores a matrix.
+enum class Mode : uint8_t { affine, mxfp4, mxfp8, nvfp4 };
+
+// A plain matrix, quantized in groups along its rows. Unit stride along the rows of all three arrays.
+struct Quantized {
+  const void* codes;   // 32-bit words, the first code in the lowest bits
+  const void* scales;  // [rows, cols / group_size]: of `type` for affine, else a byte, e8m0 or (nvfp4) e4m3
+  const void* biases;  // as the scales; affine only
+  int64_t codes_row_stride, scales_row_stride, biases_row_stride;  // in words and elements
+  Type type;                                                       // of affine's scales and biases
+  Mode mode;
+  int bits, group_size;
+  int64_t rows, cols;
 };
 
-// out = x weight^T + bias + residual for every segment, reading x once per tile of all of them.
-void project(const View& x, const std::vector<Segment>& segments, const std::optional<View>& residual);
+using Weight = std::variant<View, Quantized>;  // [out_features, in_features]
+
+// Adds scale (x a) b to a projection of x. Both float32.
+struct Adapter {
+  View a;  // [in_features, rank]
+  View b;  // [rank, out_features]
+  float scale;
+};
+
+struct Segment {
+  Weight weight;
+  std::optional<View> bias;  // [1, out_features]
+  std::optional<Adapter> adapter;
+  View out;  // [rows, out_features]
+};
+
+struct Epilogue {
+  std::optional<View> residual;
+  float alpha = 1;
+  // Rounds where the separate operations would: the product with quantized weights, that with its bias, the
+  // adapter's part, their sum, and alpha times it.
+  bool exact = false;
+};
+
+// out = residual + alpha (x weight^T + bias + adapter) for every segment.
+void project(const View& x, const std::vector<Segment>& segments, const Epilogue& epilogue);
 
 struct GradSegment {
-  View weight;  // [out_features, in_features]
-  View grad;    // [rows, out_features]
+  Weight weight;
+  View grad;  // [rows, out_features]
+  std::optional<Adapter> adapter;
 };
 
-// dx = the sum of grad weight over the segments.
+// dx = the sum of grad weight + scale (grad b^T) a^T over the segments.
 void project_input_grad(const std::vector<GradSegment>& segments, const View& dx);
 
 // dw = grad^T x.
@@ -51,5 +86,14 @@ void project_weight_grad(const View& x, const View& grad, const View& dw);
 
 // dbias = the sum of grad over its rows.
 void project_bias_grad(const View& grad, const View& dbias);
+
+struct AdapterGrad {
+  View grad;
+  Adapter adapter;
+  std::optional<View> da, db;
+};
+
+// da = x^T (scale grad b^T) and db = scale (x a)^T grad.
+void project_adapter_grads(const View& x, const std::vector<AdapterGrad>& grads);
 
 }  // namespace mlx_fused::cpu

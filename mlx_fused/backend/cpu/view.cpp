@@ -71,22 +71,9 @@ void add_rows(const View& v, const Tile& t, float* to) {
   }
 }
 
-void store(
-    const View& v,
-    const Tile& t,
-    float* from,
-    int64_t ld,
-    const std::optional<View>& bias,
-    const std::optional<View>& residual) {
+void store(const View& v, const Tile& t, const float* from, int64_t ld) {
   for (int64_t i = 0; i < t.rows; ++i) {
-    float* row = from + i * ld;
-    if (bias) {
-      read_row(kernels().add, *bias, 0, t.col, t.cols, row);
-    }
-    if (residual) {
-      read_row(kernels().add, *residual, t.row + i, t.col, t.cols, row);
-    }
-    write_row(v, t.row + i, t.col, t.cols, row);
+    write_row(v, t.row + i, t.col, t.cols, from + i * ld);
   }
 }
 

@@ -86,13 +86,7 @@ void load(const View& v, const Tile& t, float* to, int64_t ld);
 // to[j] += the sum over the tile's rows, in float32.
 void add_rows(const View& v, const Tile& t, float* to);
 
-// Element (row + i, col + j) = from[i * ld + j] + bias + residual, rounded once. Spoils from.
-void store(
-    const View& v,
-    const Tile& t,
-    float* from,
-    int64_t ld,
-    const std::optional<View>& bias,
-    const std::optional<View>& residual);
+// Element (row + i, col + j) = from[i * ld + j], rounded.
+void store(const View& v, const Tile& t, const float* from, int64_t ld);
 
 }  // namespace mlx_fused::cpu

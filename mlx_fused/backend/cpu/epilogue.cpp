@@ -1,0 +1,89 @@
+#include "mlx_fused/backend/cpu/epilogue.h"
+
+#include "mlx_fused/backend/cpu/kernels.h"
+#include "mlx_fused/backend/cpu/scratch.h"
+#include "mlx_fused/backend/cpu/sgemm.h"
+
+namespace mlx_fused::cpu {
+
+namespace {
+
+// Rounds floats to the type and back.
+void round(Type type, float* values, int64_t n) {
+  constexpr int64_t chunk = 256;
+  uint16_t narrow[chunk];
+  for (int64_t i = 0; i < n && type != Type::float32; i += chunk) {
+    int64_t size = std::min(chunk, n - i);
+    kernels().narrow(type, values + i, narrow, size);
+    kernels().widen(type, narrow, values + i, size);
+  }
+}
+
+// A tile of the sum of the low-rank products, in this thread's scratch.
+float* low_rank_tile(const std::vector<LowRank>& products, const Tile& t) {
+  int64_t max_rank = 0;
+  for (const LowRank& p : products) {
+    max_rank = std::max(max_rank, p.left.cols());
+  }
+  float* tile = scratch(Holder::epilogue, t.rows * t.cols + max_rank * (t.rows + t.cols));
+  float* left_tile = tile + t.rows * t.cols;
+  float* right_tile = left_tile + max_rank * t.rows;
+  bool accumulate = false;
+  for (const LowRank& p : products) {
+    int64_t rank = p.left.cols();
+    BlasMatrix a = blas_matrix(p.left, {t.row, t.rows, 0, rank}, left_tile);
+    BlasMatrix b = blas_matrix(p.right, {0, rank, t.col, t.cols}, right_tile);
+    sgemm(
+        a.transposed,
+        b.transposed,
+        t.rows,
+        t.cols,
+        rank,
+        a.data,
+        a.ld,
+        b.data,
+        b.ld,
+        accumulate,
+        tile,
+        t.cols);
+    accumulate = true;
+  }
+  return tile;
+}
+
+}  // namespace
+
+void finish(const Output& output, const Tile& t, float* from, int64_t ld) {
+  const auto& [residual, alpha, exact] = output.epilogue;
+  Type type = exact ? output.out.type : Type::float32;
+  bool quantized = !output.right.empty() && std::holds_alternative<Quantized>(output.right[0]);
+  float* low_rank = output.low_rank.empty() ? nullptr : low_rank_tile(output.low_rank, t);
+  for (int64_t i = 0; i < t.rows; ++i) {
+    float* row = from + i * ld;
+    if (quantized) {
+      round(type, row, t.cols);
+    }
+    if (output.bias) {
+      add_rows(*output.bias, {0, 1, t.col, t.cols}, row);
+    }
+    round(type, row, t.cols);
+    if (low_rank) {
+      float* added = low_rank + i * t.cols;
+      round(type, added, t.cols);
+      kernels().add(Type::float32, added, row, t.cols);
+      round(type, row, t.cols);
+    }
+    if (alpha != 1) {
+      for (int64_t j = 0; j < t.cols; ++j) {
+        row[j] *= alpha;
+      }
+      round(type, row, t.cols);
+    }
+    if (residual) {
+      add_rows(*residual, {t.row + i, 1, t.col, t.cols}, row);
+    }
+  }
+  store(output.out, t, from, ld);
+}
+
+}  // namespace mlx_fused::cpu
