@@ -184,7 +184,9 @@ Arrays output_projection(const Arrays& inputs, const OutputLayout& layout, mx::S
 }
 
 Arrays output_projection_grad(const Arrays& inputs, const OutputGradLayout& layout, mx::StreamOrDevice s) {
-  return projection_grad({inputs[OutputGradLayout::cotangent]}, inputs, layout, s);
+  auto& grad = inputs[OutputGradLayout::cotangent];
+  float alpha = layout.forward.alpha;
+  return projection_grad({alpha == 1.0f ? grad : scaled(grad, alpha, s)}, inputs, layout, s);
 }
 
 }  // namespace mlx_fused::composed

@@ -59,7 +59,8 @@ Call forward_call(const Arrays& inputs, const OutputLayout& layout) {
 Call grad_call(const Arrays& inputs, const OutputGradLayout& layout) {
   auto& forward = layout.forward;
   auto& grad = inputs[OutputGradLayout::cotangent];
-  bool bias_alone = forward.has_bias && layout.output(forward.bias(0)) >= 0;
+  bool wants_weight = layout.output(forward.weight(0)) >= 0;
+  bool wants_bias = forward.has_bias && layout.output(forward.bias(0)) >= 0;
   return {
       Operation::output_grad,
       {grad.dtype()},
@@ -68,7 +69,7 @@ Call grad_call(const Arrays& inputs, const OutputGradLayout& layout) {
       forward.has_bias,
       forward.quantization,
       forward.has_adapters(),
-      bias_alone && layout.output(forward.weight(0)) < 0};
+      (wants_bias && !wants_weight) || (wants_weight && forward.alpha != 1.0f)};
 }
 
 mx::array project(
@@ -204,11 +205,7 @@ Arrays FusedOutputProjection::vjp(
   auto d_residual = mx::astype(cotangents[0], primals[Operands::input].dtype(), stream());
   Arrays grads;
   if (!layout.argnums.empty()) {
-    auto grad = d_residual;
-    if (layout_.alpha != 1.0f) {
-      grad = mx::multiply(mx::array(layout_.alpha, grad.dtype()), grad, stream());
-    }
-    auto inputs = grad_inputs({grad}, primals, layout);
+    auto inputs = grad_inputs({d_residual}, primals, layout);
     grads = route(grad_call(inputs, layout), describe(stream().device)) == Route::composed
                 ? composed::output_projection_grad(inputs, layout, stream())
                 : make_grad(inputs, layout, stream());

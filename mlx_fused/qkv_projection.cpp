@@ -84,8 +84,9 @@ Call grad_call(const Arrays& inputs, const QKVGradLayout& layout) {
       forward.has_bias,
       forward.quantization,
       forward.has_adapters()};
+  // There a bias's gradient is a by-product of its weight's.
   for (int i = 0; forward.has_bias && i < forward.parts; ++i) {
-    call.bias_grad_alone |= layout.output(forward.bias(i)) >= 0 && layout.output(forward.weight(i)) < 0;
+    call.no_metal_kernel |= layout.output(forward.bias(i)) >= 0 && layout.output(forward.weight(i)) < 0;
   }
   return call;
 }

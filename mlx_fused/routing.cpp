@@ -39,7 +39,7 @@ bool has_kernels(const Call& call, const DeviceInfo& device) {
     }
     bool plain_matmuls = call.operation == Operation::output_grad && !call.has_adapters;
     bool readable = call.in_features > 0 && call.in_features < metal::max_row_stride;
-    if (plain_matmuls || !readable || call.bias_grad_alone) {
+    if (plain_matmuls || !readable || call.no_metal_kernel) {
       return false;
     }
   }

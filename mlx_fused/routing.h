@@ -32,7 +32,7 @@ struct Call {
   bool has_bias;
   std::optional<Quantization> quantization = std::nullopt;
   bool has_adapters = false;
-  bool bias_grad_alone = false;  // the gradient of a bias is asked for, and not that of its weight
+  bool no_metal_kernel = false;  // for a gradient that is asked for
 };
 
 // Whether there are kernels of ours for the call at all.

@@ -55,8 +55,8 @@ def test_matmul_units_take_the_large_products(operation):
 def test_metal_has_no_kernel_for_an_empty_sum_or_a_bias_gradient_alone():
     for wish in (None, "fused"):
         assert route("qkv", in_features=0, wish=wish) == "composed"
-        assert route("qkv_grad", bias_grad_alone=True, wish=wish) == "composed"
-    assert route("qkv_grad", bias_grad_alone=True, device="cpu") == "fused"
+        assert route("qkv_grad", no_metal_kernel=True, wish=wish) == "composed"
+    assert route("qkv_grad", no_metal_kernel=True, device="cpu") == "fused"
 
 
 def test_a_wish_overrules_the_table_and_the_variable(monkeypatch):

@@ -65,7 +65,7 @@ void bind_internals(nb::module_& m) {
          int64_t rows,
          int64_t in_features,
          bool has_bias,
-         bool bias_grad_alone,
+         bool no_metal_kernel,
          const std::string& device,
          bool matmul_units,
          const std::optional<std::string>& wish) {
@@ -76,7 +76,7 @@ void bind_internals(nb::module_& m) {
         auto kind = device == "cpu"     ? mlx_fused::DeviceInfo::cpu
                     : device == "metal" ? mlx_fused::DeviceInfo::metal
                                         : mlx_fused::DeviceInfo::other_gpu;
-        mlx_fused::Call call{op, promoted, rows, in_features, has_bias, {}, false, bias_grad_alone};
+        mlx_fused::Call call{op, promoted, rows, in_features, has_bias, {}, false, no_metal_kernel};
         auto route = mlx_fused::route(call, {kind, matmul_units}, wish);
         return route == mlx_fused::Route::composed ? "composed" : "fused";
       },
@@ -85,7 +85,7 @@ void bind_internals(nb::module_& m) {
       "rows"_a,
       "in_features"_a = 64,
       "has_bias"_a = false,
-      "bias_grad_alone"_a = false,
+      "no_metal_kernel"_a = false,
       "device"_a,
       "matmul_units"_a = false,
       "wish"_a = nb::none());

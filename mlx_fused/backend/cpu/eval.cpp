@@ -139,6 +139,14 @@ std::optional<cpu::Adapter> adapter_of(
   return cpu::Adapter{view_of(inputs[lora_a]), view_of(inputs[lora_a + 1]), *scale};
 }
 
+float alpha_of(const QKVLayout&) {
+  return 1.0f;
+}
+
+float alpha_of(const OutputLayout& layout) {
+  return layout.alpha;
+}
+
 template <typename F>
 void dispatch(mx::Stream stream, const Arrays& inputs, Arrays& outputs, F work) {
   auto& encoder = mx::cpu::get_command_encoder(stream);
@@ -179,6 +187,7 @@ template <typename Forward>
 void eval_grad(const Arrays& inputs, Arrays& outputs, const GradLayout<Forward>& layout, mx::Stream stream) {
   allocate(outputs);
   auto& forward = layout.forward;
+  float alpha = alpha_of(forward);
   auto output = [&](int argnum) {
     int i = layout.output(argnum);
     return i < 0 ? nullptr : &outputs[i];
@@ -208,6 +217,7 @@ void eval_grad(const Arrays& inputs, Arrays& outputs, const GradLayout<Forward>&
     }
     if (adapter) {
       cpu::AdapterGrad g{grad, *adapter, std::nullopt, std::nullopt};
+      g.adapter.scale *= alpha;
       auto *da = output(forward.lora_a(i)), *db = output(forward.lora_b(i));
       if (da) {
         g.da = view_of(*da);
@@ -230,13 +240,13 @@ void eval_grad(const Arrays& inputs, Arrays& outputs, const GradLayout<Forward>&
   }
   dispatch(stream, inputs, outputs, [=] {
     if (dx) {
-      cpu::project_input_grad(input_grad, *dx);
+      cpu::project_input_grad(input_grad, *dx, alpha);
     }
     for (auto& [grad, dw] : weight_grads) {
-      cpu::project_weight_grad(*x, grad, dw);
+      cpu::project_weight_grad(*x, grad, dw, alpha);
     }
     for (auto& [grad, dbias] : bias_grads) {
-      cpu::project_bias_grad(grad, dbias);
+      cpu::project_bias_grad(grad, dbias, alpha);
     }
     if (!adapter_grads.empty()) {
       cpu::project_adapter_grads(*x, adapter_grads);

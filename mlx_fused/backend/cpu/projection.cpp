@@ -1,5 +1,7 @@
 #include "mlx_fused/backend/cpu/projection.h"
 
+#include <algorithm>
+
 #include "mlx_fused/backend/cpu/adapters.h"
 #include "mlx_fused/backend/cpu/parallel.h"
 #include "mlx_fused/backend/cpu/product.h"
@@ -26,10 +28,11 @@ void project(const View& x, const std::vector<Segment>& segments, const Epilogue
   product({x}, std::move(outputs));
 }
 
-void project_input_grad(const std::vector<GradSegment>& segments, const View& dx) {
+void project_input_grad(const std::vector<GradSegment>& segments, const View& dx, float alpha) {
   std::vector<View> grads;
   std::vector<FactorProducts> low_rank;
   Output output{{}, dx};
+  output.epilogue.alpha = alpha;
   for (const GradSegment& s : segments) {
     grads.push_back(s.grad);
     output.right.push_back(transposed(s.weight));
@@ -47,17 +50,20 @@ void project_input_grad(const std::vector<GradSegment>& segments, const View& dx
   product(std::move(grads), {std::move(output)});
 }
 
-void project_weight_grad(const View& x, const View& grad, const View& dw) {
-  product({transposed(grad)}, {{{transposed(x)}, dw}});
+void project_weight_grad(const View& x, const View& grad, const View& dw, float alpha) {
+  Output output{{transposed(x)}, dw};
+  output.epilogue.alpha = alpha;
+  product({transposed(grad)}, {std::move(output)});
 }
 
-void project_bias_grad(const View& grad, const View& dbias) {
+void project_bias_grad(const View& grad, const View& dbias, float alpha) {
   constexpr int64_t block = 256;
   View v = flattened(grad);
   parallel_for((v.cols() + block - 1) / block, [&](int64_t i) {
     float total[block] = {};
     int64_t col = i * block, cols = std::min(block, v.cols() - col);
     add_rows(v, {0, v.rows(), col, cols}, total);
+    std::for_each_n(total, cols, [&](float& sum) { sum *= alpha; });
     store(flattened(dbias), {0, 1, col, cols}, total, block);
   });
 }

@@ -78,14 +78,14 @@ struct GradSegment {
   std::optional<Adapter> adapter;
 };
 
-// dx = the sum of grad weight + scale (grad b^T) a^T over the segments.
-void project_input_grad(const std::vector<GradSegment>& segments, const View& dx);
+// dx = alpha times the sum of grad weight + scale (grad b^T) a^T over the segments.
+void project_input_grad(const std::vector<GradSegment>& segments, const View& dx, float alpha = 1);
 
-// dw = grad^T x.
-void project_weight_grad(const View& x, const View& grad, const View& dw);
+// dw = alpha grad^T x.
+void project_weight_grad(const View& x, const View& grad, const View& dw, float alpha = 1);
 
-// dbias = the sum of grad over its rows.
-void project_bias_grad(const View& grad, const View& dbias);
+// dbias = alpha times the sum of grad over its rows.
+void project_bias_grad(const View& grad, const View& dbias, float alpha = 1);
 
 struct AdapterGrad {
   View grad;

@@ -100,6 +100,6 @@ def finetune(
     run.peak_memory = mx.get_peak_memory()
     if patch:
         report = mlx_fused.patch(model)  # of the model as it was trained, LoRA layers in place
-        if not all(layer.fused for layer in report.layers):
+        if not all(layer.qkv.fused for layer in report.layers):
             raise RuntimeError(f"Not every layer ran fused.\n{report}")
     return run

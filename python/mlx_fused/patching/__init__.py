@@ -1,0 +1,161 @@
+"""Runs the projections of mlx-lm models as fused operations.
+
+An attention module keeps its parameters and its code; only its class changes (see ``attention``).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_fused.patching import attention, residual
+from mlx_fused.patching.attention import FusedAttention, Names, Options
+from mlx_fused.patching.report import Calls, LayerReport, Part, PatchReport
+
+__all__ = ["Calls", "LayerReport", "Part", "PatchReport", "patch", "patched", "unpatch"]
+
+# What models call the projections of queries, keys and values; the one of the output; the method that runs
+# them; and the others that tell an attention module, whose queries, keys and values are packed in one
+# projection or made of latents.
+_INPUTS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("c_q", "c_k", "c_v"),
+    ("attn_query", "attn_key", "attn_value"),
+)
+_OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "attn_resid")
+_ENTRIES = ("__call__", "get_qkv")
+_OTHERS = (
+    *("qkv_proj", "q_k_v_proj", "qkvg_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "W_pack"),
+    *("q_proj", "q_a_proj", "kv_a_proj_with_mqa"),
+)
+
+
+def patch(
+    model: nn.Module,
+    qkv: bool = True,
+    o_residual: Literal["auto"] | bool = "auto",
+    lora: bool = True,
+    exact: bool = False,
+    verbose: bool = False,
+) -> PatchReport:
+    """Run the projections of ``model``'s attention layers as fused operations wherever it allows that.
+
+    Every attention module gets a subclass of its class, and nothing else changes: parameters and their
+    names, LoRA conversion, quantization, saving and loading work as before, before and after patching.
+    What cannot be fused runs the model's own code. Patching twice is patching once, with the options of
+    the second time. The environment variable ``MLX_FUSED=0`` turns every call into one of the model's own
+    code.
+
+    Prints a line to stderr, on rank 0 of a distributed group alone.
+
+    Args:
+        model (mlx.nn.Module): A model of mlx-lm, or any part of one.
+        qkv (bool): Project to queries, keys and values in one operation. Default: ``True``.
+        o_residual (bool or str): Project attention's output and add the residual in one operation where
+            the layer's code adds them: ``"auto"`` with the kernels that are expected to be faster, ``True``
+            with ours wherever there are any, ``False`` not at all. Default: ``"auto"``.
+        lora (bool): Make LoRA adapters part of the operation. If ``False``, and for adapters with dropout,
+            mlx-lm's own code adds them to the QKV projection. Default: ``True``.
+        exact (bool): Round the results where mlx-lm rounds them, and not once at the end. Default:
+            ``False``.
+        verbose (bool): Print the report in full. Default: ``False``.
+
+    Returns:
+        PatchReport: Which layers are fused as the model is now, why the others are not, and counters of
+        their calls.
+
+    Raises:
+        TypeError: If ``model`` is not an ``mlx.nn.Module``.
+        ValueError: If ``o_residual`` is none of its values.
+    """
+    if o_residual not in ("auto", True, False):
+        raise ValueError(f"o_residual must be 'auto', True or False, got {o_residual!r}")
+    options = Options(qkv, o_residual, lora, exact)
+    layers = []
+    for name, module, names, obstacle in _attentions(model):
+        if names.entry:
+            attention.fuse(module, names, options, obstacle)
+        layers.append(attention.report(name, module))
+    report = PatchReport(tuple(layers))
+    if mx.distributed.init().rank() == 0:
+        print(report if verbose else report.summary, file=sys.stderr)
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Give every patched module of ``model`` its own class back.
+
+    Args:
+        model (mlx.nn.Module): A model, patched or not.
+
+    Raises:
+        TypeError: If ``model`` is not an ``mlx.nn.Module``.
+    """
+    for _, module, *_ in _attentions(model):
+        attention.restore(module)
+
+
+@contextmanager
+def patched(model: nn.Module, **options) -> Iterator[PatchReport]:
+    """Patch ``model`` for a ``with`` block, which receives the report of :func:`patch`.
+
+    Modules that were patched before the block are after it as they were.
+
+    Args:
+        model (mlx.nn.Module): A model of mlx-lm, or any part of one.
+        **options: Those of :func:`patch`.
+
+    Raises:
+        TypeError: If ``model`` is not an ``mlx.nn.Module``.
+    """
+    before = [(module, attention.patch_of(module)) for _, module, *_ in _attentions(model)]
+    try:
+        yield patch(model, **options)
+    finally:
+        for module, earlier in before:
+            attention.restore(module, earlier)
+
+
+def _attentions(model: nn.Module) -> list[tuple[str, nn.Module, Names, str | None]]:
+    """The attention modules: name, module, what it calls its projections, why its residual is not fused."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an mlx.nn.Module, got {type(model).__name__}")
+    modules = dict(model.named_modules())
+    found = []
+    for name, module in modules.items():
+        if (names := _names(module)) is None:
+            continue
+        if names.output is None:
+            obstacle = f"none of {', '.join(_OUTPUTS)} is there"
+        elif layer := _layer_of(name, modules):
+            obstacle = residual.obstacle(*layer)
+        else:
+            obstacle = "no layer calls it"
+        found.append((name or type(module).__name__, module, names, obstacle))
+    return found[::-1]  # named_modules goes from the last child to the first
+
+
+def _layer_of(name: str, modules: dict[str, nn.Module]) -> tuple[type, str] | None:
+    """The class of the module that calls the module ``name``, and what it calls it."""
+    parent = name
+    while parent:
+        parent = parent.rpartition(".")[0]
+        if callable(layer := modules.get(parent)):
+            return type(layer), name[len(parent) :].lstrip(".")
+    return None
+
+
+def _names(module: nn.Module) -> Names | None:
+    """What an attention module calls its projections, None if ``module`` is none."""
+    if isinstance(module, FusedAttention):
+        return module._names
+    inputs = next((names for names in _INPUTS if all(name in module for name in names)), ())
+    output = next((name for name in _OUTPUTS if name in module), None)
+    if inputs or (output and any(name in module for name in _OTHERS)):
+        return Names(inputs, output, next((name for name in _ENTRIES if hasattr(module, name)), None))
+    return None

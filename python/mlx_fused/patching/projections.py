@@ -1,0 +1,228 @@
+"""What the linear layers of an attention module are now, and the one operation that does their work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from math import prod
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.nn.layers.distributed import (
+    AllToShardedLinear,
+    QuantizedAllToShardedLinear,
+    sum_gradients,
+)
+
+from mlx_fused._ext import (
+    fused_lora_output_projection_residual,
+    fused_lora_qkv_projection,
+    fused_output_projection_residual,
+    fused_qkv_projection,
+    fused_quantized_output_projection_residual,
+    fused_quantized_qkv_projection,
+)
+
+DTYPES = frozenset({mx.float32, mx.float16, mx.bfloat16})
+_DENSE = (nn.Linear, AllToShardedLinear)
+_QUANTIZED = (nn.QuantizedLinear, QuantizedAllToShardedLinear)
+_SHARDED = (AllToShardedLinear, QuantizedAllToShardedLinear)
+
+
+class Projection(NamedTuple):
+    """The operands of a linear layer; those it does not have are None."""
+
+    weight: mx.array
+    bias: mx.array | None
+    scales: mx.array | None
+    biases: mx.array | None
+    format: tuple[int, int, str] | None  # group size, bits and mode of quantization
+    group: mx.distributed.Group | None  # whose members each have some of the outputs
+    lora: nn.Module | None
+    dtype: mx.Dtype | None  # of all that is not quantized
+
+
+class Adapter(NamedTuple):
+    """Adds ``scale * (x @ a) @ b``."""
+
+    a: mx.array | None
+    b: mx.array | None
+    scale: float
+
+
+class QKV(NamedTuple):
+    """The operands of the projections of queries, keys and values as one operation."""
+
+    names: tuple[str, str, str]
+    weight: tuple[mx.array, mx.array, mx.array]
+    bias: tuple[mx.array, mx.array, mx.array] | None
+    scales: tuple[mx.array, mx.array, mx.array] | None
+    biases: tuple[mx.array, mx.array, mx.array] | None
+    format: tuple[int, int, str] | None
+    group: mx.distributed.Group | None
+    adapters: list[Adapter] | str | None  # text: why mlx-lm's own code runs them
+
+
+def read(name: str, module: nn.Module | None) -> Projection | str:
+    """The operands of ``module`` as they are now; text if it is no layer that is known to the last line."""
+    cls, lora = type(module), None
+    if _is_lora(cls):
+        lora, module = module, module["linear"]
+        cls = type(module)
+    if cls in _DENSE:
+        weight, bias, scales, biases, form = module["weight"], module.get("bias"), None, None, None
+        dtype = weight.dtype
+    elif cls in _QUANTIZED:
+        weight, bias = module["weight"], module.get("bias")
+        scales, biases = module["scales"], module.get("biases")
+        form = module.group_size, module.bits, module.mode
+        # The scales of mxfp4 and its like are no numbers.
+        dtype = scales.dtype if biases is not None else bias.dtype if bias is not None else None
+    else:
+        return f"{name} is {f'LoRALinear of {cls.__name__}' if lora else cls.__name__}"
+    if dtype is not None and (dtype not in DTYPES or (bias is not None and bias.dtype != dtype)):
+        return f"{name} has parameters of {', '.join(sorted({str(p.dtype) for p in module.values()}))}"
+    group = module.group if cls in _SHARDED else None
+    return Projection(weight, bias, scales, biases, form, group, lora, dtype)
+
+
+def read_qkv(names: tuple[str, ...], modules: list[nn.Module | None], lora: bool, exact: bool) -> QKV | str:
+    """The three projections as they are now; text if they cannot be one operation."""
+    three = []
+    for name, module in zip(names, modules, strict=True):
+        if isinstance(projection := read(name, module), str):
+            return projection
+        three.append(projection)
+    q, k, v = three
+    if not q.format == k.format == v.format:
+        return f"quantization differs: {', '.join(map(_describe, three))}"
+    if not q.weight.shape[1] == k.weight.shape[1] == v.weight.shape[1]:
+        return f"input sizes differ: {tuple(p.weight.shape[1] for p in three)}"
+    if not (q.bias is None) == (k.bias is None) == (v.bias is None):
+        return "only some projections have a bias"
+    if not q.dtype == k.dtype == v.dtype:
+        return f"parameter types differ: {', '.join(str(p.dtype) for p in three)}"
+    if not q.group is k.group is v.group:
+        return "they are sharded over different groups"
+    # The operation wants keys and values of one size, which divides that of the queries. It makes no
+    # difference to it which of the three is which.
+    for i, j, m in ((0, 1, 2), (2, 0, 1), (1, 0, 2)):
+        many, few, as_few = three[i], three[j], three[m]
+        size = few.weight.shape[0]
+        if as_few.weight.shape[0] == size and many.weight.shape[0] % size == 0:
+            break
+    else:
+        return f"output sizes do not form heads: {tuple(p.weight.shape[0] for p in three)}"
+    weight, bias, scales, biases, *_ = zip(many, few, as_few, strict=True)
+    adapters = None
+    if q.lora or k.lora or v.lora:
+        adapters = _adapters(names, three, lora, exact)
+        adapters = adapters if isinstance(adapters, str) else [adapters[i], adapters[j], adapters[m]]
+    return QKV(
+        (names[i], names[j], names[m]),
+        weight,
+        None if bias[0] is None else bias,
+        None if scales[0] is None else scales,
+        None if biases[0] is None else biases,
+        q.format,
+        q.group,
+        adapters,
+    )
+
+
+def project(qkv: QKV, x: mx.array, exact: bool) -> dict[str, mx.array]:
+    """What the three projections make of ``x``, without adapters if mlx-lm's own code runs them."""
+    *batch, in_dims = x.shape
+    # As a batch of sequences of one token the head-major results lie in memory token by token,
+    # which is what the model's code goes on with: no reshape here moves a byte.
+    tokens = x.reshape(prod(batch), 1, in_dims)
+    if qkv.group is not None:
+        tokens = sum_gradients(qkv.group)(tokens)
+    many, few, _ = sizes = [w.shape[0] for w in qkv.weight]
+    options = {"num_heads": many // few, "num_kv_heads": 1, "head_dim": few}
+    if qkv.format:
+        options |= _quantization(qkv)
+    bias, added = qkv.bias, None
+    if isinstance(qkv.adapters, list):
+        options["lora_a"], options["lora_b"], options["scale"] = zip(*qkv.adapters, strict=True)
+        outputs = fused_lora_qkv_projection(tokens, qkv.weight, bias, exact=exact, **options)
+    elif qkv.format:
+        if exact:  # mlx-lm rounds before it adds the bias
+            bias, added = None, bias
+        outputs = fused_quantized_qkv_projection(tokens, qkv.weight, bias=bias, **options)
+    else:
+        outputs = fused_qkv_projection(tokens, qkv.weight, bias, **options)
+    outputs = [y.reshape(*batch, size) for y, size in zip(outputs, sizes, strict=True)]
+    if added is not None:
+        outputs = [y + b for y, b in zip(outputs, added, strict=True)]
+    return dict(zip(qkv.names, outputs, strict=True))
+
+
+def read_output(name: str, module: nn.Module | None, lora: bool, exact: bool) -> Callable | str:
+    """The operation ``(x, residual=, alpha=) -> residual + alpha * module(x)``; text if there is none."""
+    if isinstance(p := read(name, module), str):
+        return p
+    if p.group is not None:
+        return f"{name} is {type(module).__name__}"
+    operation, options = fused_output_projection_residual, {}
+    if p.format:
+        operation, options = fused_quantized_output_projection_residual, _quantization(p)
+    if p.lora is not None:
+        one = _adapter(name, p.lora, exact) if lora else "lora=False"
+        if isinstance(one, str):
+            return one
+        operation = fused_lora_output_projection_residual
+        options |= {"lora_a": one.a, "lora_b": one.b, "scale": one.scale}
+    return partial(operation, weight=p.weight, bias=p.bias, exact=exact, **options)
+
+
+def _adapters(
+    names: tuple[str, ...], three: list[Projection], lora: bool, exact: bool
+) -> list[Adapter] | str:
+    if not lora:
+        return "lora=False"
+    adapters = []
+    for name, projection in zip(names, three, strict=True):
+        one = _adapter(name, projection.lora, exact) if projection.lora else Adapter(None, None, 0.0)
+        if isinstance(one, str):
+            return one
+        adapters.append(one)
+    return adapters
+
+
+def _adapter(name: str, module: nn.Module, exact: bool) -> Adapter | str:
+    """The adapter of a LoRALinear; text if only mlx-lm's own code can run it."""
+    dropout = module["dropout"]
+    if dropout.training and dropout._p_1 != 1:
+        return f"{name} has dropout"
+    a, b, scale = module["lora_a"], module["lora_b"], module.scale
+    if not isinstance(scale, (int, float)):
+        return f"{name} has a scale of type {type(scale).__name__}"
+    if exact and not a.dtype == b.dtype == mx.float32:
+        return f"{name} has adapters of {a.dtype}, which are not rounded exactly"
+    return Adapter(a, b, scale)
+
+
+def _quantization(operands: Projection | QKV) -> dict:
+    group_size, bits, mode = operands.format
+    return {
+        "scales": operands.scales,
+        "biases": operands.biases,
+        "group_size": group_size,
+        "bits": bits,
+        "mode": mode,
+    }
+
+
+def _describe(projection: Projection) -> str:
+    if projection.format is None:
+        return "none"
+    group_size, bits, mode = projection.format
+    return f"{mode} {bits} bits by {group_size}"
+
+
+@cache
+def _is_lora(cls: type) -> bool:
+    # By name, since importing mlx-lm takes seconds and not every user has it.
+    return (cls.__module__, cls.__qualname__) == ("mlx_lm.tuner.lora", "LoRALinear")

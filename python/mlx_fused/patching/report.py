@@ -1,0 +1,82 @@
+"""What patching did to a model, and what it does as the model runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Calls:
+    """How often a part of a layer ran, and how often as one operation.
+
+    A call under ``mx.compile`` counts when it is traced, not when the compiled function runs.
+    """
+
+    total: int = 0
+    fused: int = 0
+
+    @property
+    def fallen_back(self) -> int:
+        return self.total - self.fused
+
+    def __str__(self) -> str:
+        return f"{self.fused}/{self.fallen_back}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of an attention layer: why it is not fused, if so, and its calls, counted on and on."""
+
+    obstacle: str | None = None
+    note: str | None = None
+    calls: Calls = field(default_factory=Calls)
+
+    @property
+    def fused(self) -> bool:
+        return self.obstacle is None
+
+    def __str__(self) -> str:
+        state = "fused" if self.fused else f"not fused: {self.obstacle}"
+        return f"{state}, {self.note}" if self.note else state
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One attention layer: its name in the model, its QKV projection, its output projection + residual."""
+
+    name: str
+    qkv: Part
+    residual: Part
+
+
+@dataclass(frozen=True, repr=False)
+class PatchReport:
+    """What :func:`patch` did, layer by layer; prints as a table.
+
+    What is fused, and why the rest is not, is as things were when ``patch`` was called; the calls are
+    counted as they happen.
+    """
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def summary(self) -> str:
+        """The report in one line."""
+        if not self.layers:
+            return "mlx-fused: nothing to patch, no attention layer found"
+        qkv, residual = (sum(getattr(x, part).fused for x in self.layers) for part in ("qkv", "residual"))
+        return (
+            f"mlx-fused: of {len(self.layers)} attention layers, the QKV projection is fused in {qkv}, "
+            f"the output projection with its residual in {residual}"
+        )
+
+    def __repr__(self) -> str:
+        if not self.layers:
+            return self.summary
+        rows = [("layer", "QKV", "calls*", "output projection + residual", "calls*")]
+        for layer in self.layers:
+            parts = (layer.qkv, layer.residual)
+            rows.append((layer.name, *(str(text) for part in parts for text in (part, part.calls))))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join([self.summary, *(line.rstrip() for line in lines), "* fused/fallen back"])

@@ -1,0 +1,136 @@
+"""Adding the residual inside the output projection: where a model does it, and how to do it there.
+
+An output projection gives an array like any other, of a class of its own that overloads ``+``: adding it
+to the residual makes one operation of both, and doing anything else with it does what it always did. So
+the layer's code stays as it is, and what is not an addition cannot be mistaken for one. What the layer's
+class says in its source tells beforehand which models add it, and keeps the work from being done twice
+where it is used for more than that.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_fused.patching.report import Calls
+
+
+class Projected(mx.array):
+    """The output of a projection, which ``+`` computes anew together with what is added."""
+
+    _add: Callable | None = None  # (residual, alpha) -> residual + alpha * self
+    _alpha = 1.0
+    _calls: Calls
+
+    @classmethod
+    def of(cls, y: mx.array, add: Callable, calls: Calls, alpha: float = 1.0) -> Projected:
+        self = cls(y)
+        self._add, self._calls, self._alpha = add, calls, alpha
+        return self
+
+    def __add__(self, other):
+        alike = isinstance(other, mx.array) and other.shape == self.shape and other.dtype == self.dtype
+        if not alike or self._add is None:
+            return super().__add__(other)
+        self._calls.fused += 1
+        return self._add(residual=other, alpha=self._alpha)
+
+    __radd__ = __add__
+
+    def __mul__(self, other):
+        product = super().__mul__(other)
+        if type(other) not in (int, float) or self._add is None or self._alpha != 1:
+            return product
+        # As MLX does: a number takes the array's type.
+        return Projected.of(product, self._add, self._calls, mx.array(other, self.dtype).item())
+
+    __rmul__ = __mul__
+
+
+def _changing(name: str) -> Callable:
+    def change(self, *args):
+        self._add = None  # no longer the projection's output
+        return getattr(mx.array, name)(self, *args)
+
+    return change
+
+
+for _name in dir(mx.array):
+    if _name == "__setitem__" or (_name.startswith("__i") and f"__{_name[3:]}" in dir(mx.array)):  # __iadd__
+        setattr(Projected, _name, _changing(_name))
+
+
+@cache
+def obstacle(layer: type[nn.Module], name: str) -> str | None:
+    """Why a ``layer`` does not just add what its module ``name`` returns to an array, None if it does."""
+    # The class and not its function, which grad_checkpoint may have replaced.
+    owner = next(cls for cls in layer.__mro__ if "__call__" in vars(cls))
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+    except (OSError, TypeError, SyntaxError):
+        return f"the code of {owner.__name__} cannot be read"
+    code = next(n for n in tree.body[0].body if isinstance(n, ast.FunctionDef) and n.name == "__call__")
+    flow = _Flow(code)
+    calls = [n for n in ast.walk(code) if isinstance(n, ast.Call) and ast.unparse(n.func) == f"self.{name}"]
+    if not calls:
+        return f"{owner.__name__} does not call it"
+    return next((f"{owner.__name__} {use}" for call in calls if (use := flow.other_use(call))), None)
+
+
+class _Flow:
+    """Where the value of an expression goes in a function."""
+
+    def __init__(self, code: ast.FunctionDef):
+        self.parents = {child: node for node in ast.walk(code) for child in ast.iter_child_nodes(node)}
+        self.names = [node for node in ast.walk(code) if isinstance(node, ast.Name)]
+
+    def other_use(self, value: ast.expr) -> str | None:
+        """What is done with ``value`` but adding it, None if nothing."""
+        parent = self.parents[value]
+        match parent:
+            case ast.BinOp(op=ast.Add()):
+                return None
+            case ast.BinOp(op=ast.Mult()) | ast.IfExp():
+                return self.other_use(parent)
+            case ast.Assign(targets=[ast.Name(id=name)]):
+                loads = list(self._loads(name, parent))
+                if any(not self._exclusive(a, b) for a in loads for b in loads if a is not b):
+                    return "uses its output more than once"
+                return next(filter(None, map(self.other_use, loads)), None) if loads else "does not use it"
+            case ast.Assign():
+                return "takes more than one result from it"
+            case ast.Call():
+                return f"gives its output to {ast.unparse(parent.func)}"
+            case _:
+                return "does not add its output"
+
+    def _loads(self, name: str, assignment: ast.Assign) -> Iterator[ast.Name]:
+        """Where the value that ``assignment`` gives to ``name`` is read."""
+        after = [
+            n
+            for n in self.names
+            if n.id == name and _end(n) > _end(assignment) and not self._exclusive(n, assignment)
+        ]
+        stores = [_end(self.parents[n]) for n in after if isinstance(n.ctx, ast.Store)]
+        return (n for n in after if isinstance(n.ctx, ast.Load) and _end(n) <= min(stores, default=_end(n)))
+
+    def _exclusive(self, a: ast.AST, b: ast.AST) -> bool:
+        """Whether ``a`` and ``b`` are in different branches of an ``if``."""
+        branches = dict(self._branches(a))
+        return any(branches.get(test, taken) is not taken for test, taken in self._branches(b))
+
+    def _branches(self, node: ast.AST) -> Iterator[tuple[ast.If, bool]]:
+        while (parent := self.parents.get(node)) is not None:
+            if isinstance(parent, ast.If) and node is not parent.test:
+                yield parent, node in parent.body
+            node = parent
+
+
+def _end(node: ast.AST) -> tuple[int, int]:
+    return node.end_lineno, node.end_col_offset
