@@ -53,8 +53,11 @@ class Call:
         return tensor
 
     def run(self, plan, library_of=None, **options):
-        self.plan += plan
-        for launch in plan:
+        launches, temporaries = plan
+        self.plan += launches
+        for i, size in enumerate(temporaries):  # of float32; NaN, so that what is not written shows
+            self.buffers[f"a{-1 - i}"] = np.full(size // 4, np.nan, np.float32)
+        for launch in launches:
             named = launch | {"buffers": [(i, f"a{a}", offset) for i, a, offset in launch["buffers"]]}
             # An empty array has no buffer, and Metal's validation refuses to launch without one.
             assert all(self.buffers[name].size for _, name, _ in named["buffers"])
@@ -157,7 +160,7 @@ def qkv_projection_bwd(dq, dk, dv, x, weight, has_bias, num_heads, num_kv_heads,
     tx, weights = call.input(x), segments_of(call, weight, heads)
     dx = call.output(x.shape)
     call.run(
-        _internals.plan_input_grad(NAMES[x.dtype], list(zip(grads, weights, strict=True)), dx), **options
+        _internals.plan_gradients(NAMES[x.dtype], list(zip(grads, weights, strict=True)), dx), **options
     )
     packed = not isinstance(weight, tuple)
     rows = [n * head_dim for n in heads[:2]]

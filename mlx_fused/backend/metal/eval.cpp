@@ -42,7 +42,6 @@ class Launcher {
   }
 
   Tensor output(mx::array& a) {
-    outputs_.push_back(static_cast<int>(arrays_.size()));
     arrays_.push_back(a);
     return tensor(arrays_.back());
   }
@@ -50,7 +49,13 @@ class Launcher {
   void encode(const Plan& plan) {
     auto& device = mx::metal::device(stream_.device);
     auto& encoder = mx::metal::get_command_encoder(stream_);
-    for (auto& launch : plan) {
+    std::vector<mx::array> temporaries;
+    for (auto size : plan.temporaries) {
+      temporaries.emplace_back(
+          mx::allocator::malloc(size), mx::Shape{static_cast<int>(size / 4)}, mx::float32);
+      encoder.add_temporary(temporaries.back());
+    }
+    for (auto& launch : plan.launches) {
       mx::metal::MTLFCList constants;
       std::string specialized = launch.kernel;
       for (auto& [index, value] : launch.constants) {
@@ -60,9 +65,8 @@ class Launcher {
       auto kernel = device.get_kernel(launch.kernel, metal::library(device), specialized, constants);
       encoder.set_compute_pipeline_state(kernel);
       for (auto& binding : launch.buffers) {
-        bool is_output = std::find(outputs_.begin(), outputs_.end(), binding.array) != outputs_.end();
-        auto& a = arrays_[binding.array];
-        if (is_output) {
+        auto& a = binding.array < 0 ? temporaries[-1 - binding.array] : arrays_[binding.array];
+        if (binding.is_output) {
           encoder.set_output_array(a, binding.index, binding.byte_offset);
         } else {
           encoder.set_input_array(a, binding.index, binding.byte_offset);
@@ -94,7 +98,6 @@ class Launcher {
 
   mx::Stream stream_;
   std::vector<mx::array> arrays_;
-  std::vector<int> outputs_;
 };
 
 std::string name_of(const mx::array& a) {
@@ -137,9 +140,9 @@ void FusedQKVProjection::eval_gpu(const Arrays& inputs, Arrays& outputs) {
     if (layout_.has_bias) {
       bias = part(biases[p], layout_, i);
     }
-    segments.push_back({part(weights[p], layout_, i), bias, launcher.output(outputs[i])});
+    segments.push_back({{part(weights[p], layout_, i)}, bias, {}, launcher.output(outputs[i])});
   }
-  launcher.encode(metal::plan_projection(name_of(inputs[0]), x, segments, std::nullopt));
+  launcher.encode(metal::plan_projection(name_of(inputs[0]), {}, x, segments, {}));
 }
 
 void FusedQKVProjectionGrad::eval_gpu(const Arrays& inputs, Arrays& outputs) {
@@ -156,12 +159,13 @@ void FusedQKVProjectionGrad::eval_gpu(const Arrays& inputs, Arrays& outputs) {
     for (int i = 0; i < forward.parts(); ++i) {
       weights.push_back(launcher.input(inputs[layout_.weight(i)]));
     }
-    std::vector<metal::InputGradSegment> segments;
+    std::vector<metal::GradSegment> segments;
     for (int i = 0; i < QKVLayout::segments; ++i) {
-      segments.push_back({grads[i], part(weights[forward.packed ? 0 : i], forward, i)});
+      metal::Weight weight{part(weights[forward.packed ? 0 : i], forward, i)};
+      segments.push_back({grads[i], weight});
     }
     auto dx = launcher.output(outputs[layout_.output(QKVLayout::input)]);
-    launcher.encode(metal::plan_input_grad(dtype, segments, dx));
+    launcher.encode(metal::plan_gradients(dtype, {}, {}, segments, dx));
   }
   if (layout_.reads_input()) {
     auto x = launcher.input(inputs[QKVGradLayout::input]);
@@ -200,7 +204,7 @@ void FusedOutputProjection::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   }
   auto residual = launcher.input(inputs[layout_.residual()]);
   auto out = one_head(launcher.output(outputs[0]));
-  launcher.encode(metal::plan_projection(name_of(inputs[0]), x, {{weight, bias, out}}, residual));
+  launcher.encode(metal::plan_projection(name_of(inputs[0]), {}, x, {{{weight}, bias, {}, out}}, {residual}));
 }
 
 void FusedOutputProjectionGrad::eval_gpu(const Arrays&, Arrays&) {
