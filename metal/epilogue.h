@@ -76,10 +76,10 @@ struct ProjectionStore {
   }
 };
 
-// dx = sum + the low-rank terms of all segments, rounded once.
+// dx = alpha * sum + the low-rank terms of all segments, rounded once.
 template <typename T>
 struct InputGradStore {
-  const device float* low;  // scale * dy B^T
+  const device float* low;  // alpha * scale * dy B^T
   const device float* q_a;
   const device float* k_a;
   const device float* v_a;
@@ -92,6 +92,7 @@ struct InputGradStore {
   METAL_FUNC void operator()(short row, short col, float sum) const thread {
     const int r = first_row + row;
     const int feature = first_feature + col;
+    sum *= params->alpha;
     if (mlx_fused_has_adapter) {
       const device float* low_row = low + (batch * params->rows + r) * params->low_columns;
       for (int i = 0; i < params->segments; ++i) {

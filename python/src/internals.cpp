@@ -153,6 +153,7 @@ void bind_internals(nb::module_& m) {
          const Optional& x,
          const std::vector<std::optional<AdapterTuple>>& adapters,
          const std::vector<std::pair<Optional, Optional>>& adapter_grads,
+         float alpha,
          const std::vector<QuantizedTuple>& quantized,
          const std::optional<QuantizationTuple>& q) {
         std::vector<metal::GradSegment> parts;
@@ -168,7 +169,7 @@ void bind_internals(nb::module_& m) {
           }
           parts.push_back(part);
         }
-        return launches(metal::plan_gradients(dtype, quantization(q), tensor(x), parts, tensor(dx)));
+        return launches(metal::plan_gradients(dtype, quantization(q), tensor(x), parts, tensor(dx), alpha));
       },
       "dtype"_a,
       "segments"_a,
@@ -176,6 +177,7 @@ void bind_internals(nb::module_& m) {
       "x"_a = nb::none(),
       "adapters"_a = nb::list(),
       "adapter_grads"_a = nb::list(),
+      "alpha"_a = 1.0f,
       "quantized"_a = nb::list(),
       "quantization"_a = nb::none());
   internals.def(

@@ -29,7 +29,7 @@ Tensor one_head(Tensor t) {
 
 Plan plan_projection(
     const std::string& dtype,
-    const std::optional<Quantization>&,
+    const std::optional<Quantization>& quantization,
     const Tensor& x,
     const std::vector<Segment>& segments,
     const Epilogue& epilogue) {
@@ -60,10 +60,11 @@ Plan plan_projection(
     params.residual_row_stride = rows.strides.back().second;
   }
   uint32_t tiles = 0;
+  std::vector<Weight> weights;
   for (size_t i = 0; i < segments.size(); ++i) {
     auto& p = params.segment[i];
     p = segment_params(segments[i].out, rows.strides[1 + i]);
-    p.weight_row_stride = segments[i].weight.values.strides[0];
+    weights.push_back(segments[i].weight);
     p.first_tile = tiles;
     tiles += ceil_div(p.features, few ? few_rows_features : tile_cols);
   }
@@ -74,7 +75,7 @@ Plan plan_projection(
   bool has_bias = segments[0].bias.has_value();
   Bindings bindings(segments[0].out);
   bindings.add(0, x, size);
-  bindings.add_segments(1, count, size, [&](size_t i) { return segments[i].weight.values; });
+  add_weights(params, bindings, 1, 16, weights, quantization, dtype);
   bindings.add_segments(4, count, size, [&](size_t i) { return segments[i].bias.value_or(x); });
   bindings.add(7, residual.value_or(x), size);
   bindings.add_segments(8, count, size, [&](size_t i) { return segments[i].out; }, true);
@@ -91,11 +92,11 @@ Plan plan_projection(
     while (slots < rows.batch * rows.rows) {
       slots *= 2;
     }
-    launch.kernel = "projection_rows_" + std::to_string(slots) + "_" + dtype;
+    launch.kernel = kernel_name("projection_rows_" + std::to_string(slots), quantization, dtype);
     launch.grid = {tiles, 1, 1};
     launch.threadgroup = few_rows_threads;
   } else {
-    launch.kernel = "projection_" + std::to_string(tile) + "_" + dtype;
+    launch.kernel = kernel_name("projection_" + std::to_string(tile), quantization, dtype);
     launch.grid = {tiles, ceil_div(rows.rows, tile), static_cast<uint32_t>(rows.batch)};
     launch.threadgroup = tile_threads;
   }
@@ -108,22 +109,26 @@ namespace {
 void add_input_grad(
     Plan& plan,
     const std::string& dtype,
+    const std::optional<Quantization>& quantization,
     const std::vector<GradSegment>& segments,
     const Adapters& adapters,
     const std::optional<Tensor>& low,
-    const Tensor& dx) {
+    const Tensor& dx,
+    float alpha) {
   Rows rows;
   rows.add(dx);
   for (auto& s : segments) {
     rows.add(s.grad);
   }
   rows.merge();
-  int64_t tile = tile_rows(rows.rows);
+  int64_t tile = quantization ? 64 : tile_rows(rows.rows);
 
   auto params = call_params(rows, dx.shape[2], segments.size());
+  params.alpha = alpha;
+  std::vector<Weight> weights;
   for (size_t i = 0; i < segments.size(); ++i) {
     params.segment[i] = segment_params(segments[i].grad, rows.strides[1 + i]);
-    params.segment[i].weight_row_stride = segments[i].weight->values.strides[0];
+    weights.push_back(*segments[i].weight);
   }
   set_adapters(params, adapters, Factor::a);
 
@@ -131,13 +136,14 @@ void add_input_grad(
   auto size = item_size(dtype);
   Bindings bindings(dx);
   bindings.add_segments(0, count, size, [&](size_t i) { return segments[i].grad; });
-  bindings.add_segments(3, count, size, [&](size_t i) { return segments[i].weight->values; });
+  add_weights(params, bindings, 3, 12, weights, quantization, dtype);
   bindings.add(6, dx, size, true);
   bindings.add(7, low.value_or(dx), sizeof(float));
   add_factors(bindings, 8, adapters, Factor::a, dx);
   Extent grid = {
       ceil_div(params.in_features, tile_cols), ceil_div(rows.rows, tile), static_cast<uint32_t>(rows.batch)};
-  auto kernel = "qkv_input_grad_" + std::to_string(tile) + "_" + dtype;
+  auto kernel = kernel_name(
+      quantization ? "input_grad" : "qkv_input_grad_" + std::to_string(tile), quantization, dtype);
   plan.launches.push_back({kernel, {{2, low.has_value()}}, bindings.buffers, 11, params, grid, tile_threads});
 }
 
@@ -145,11 +151,17 @@ void add_input_grad(
 
 Plan plan_gradients(
     const std::string& dtype,
-    const std::optional<Quantization>&,
+    const std::optional<Quantization>& quantization,
     const std::optional<Tensor>& x,
     const std::vector<GradSegment>& segments,
-    const std::optional<Tensor>& dx) {
+    const std::optional<Tensor>& dx,
+    float alpha) {
   auto adapters = adapters_of(segments);
+  for (auto& a : adapters) {
+    if (a) {
+      a->scale *= alpha;
+    }
+  }
   std::vector<Tensor> grads;
   std::vector<std::optional<Tensor>> da, db;
   for (auto& s : segments) {
@@ -168,7 +180,7 @@ Plan plan_gradients(
     low = add_low_rank_product(plan, dtype, grads, adapters, Factor::b);
   }
   if (wants_dx) {
-    add_input_grad(plan, dtype, segments, adapters, low, *dx);
+    add_input_grad(plan, dtype, quantization, segments, adapters, low, *dx, alpha);
   }
   if (wanted(da)) {
     add_adapter_gradients(plan, dtype, {one_head(*x)}, *low, adapters, Factor::a, da);

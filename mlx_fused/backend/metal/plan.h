@@ -55,6 +55,9 @@ struct Quantization {
   int bits, group_size;
 };
 
+// Whether there are kernels for it: those that metal/quantized.h instantiates.
+bool is_supported(const Quantization& quantization);
+
 struct Weight {
   Tensor values;  // [features, in_features], or the packed codes of a quantized weight
   std::optional<Tensor> scales, biases;
@@ -94,14 +97,15 @@ struct GradSegment {
   std::optional<Tensor> da, db;  // where wanted
 };
 
-// dx = the sum over the segments of grad weight + scale (grad b^T) a^T, da = scale x^T (grad b^T) and
-// db = scale (x a)^T grad. What is not wanted is left out; x is read for the last two alone.
+// dx = alpha * the sum over the segments of grad weight + scale (grad b^T) a^T, da = alpha * scale x^T (grad
+// b^T) and db = alpha * scale (x a)^T grad. What is not wanted is left out; x is read for the last two alone.
 Plan plan_gradients(
     const std::string& dtype,
     const std::optional<Quantization>& quantization,
     const std::optional<Tensor>& x,
     const std::vector<GradSegment>& segments,
-    const std::optional<Tensor>& dx);
+    const std::optional<Tensor>& dx,
+    float alpha = 1);
 
 struct WeightGradSegment {
   Tensor grad;  // [B, heads, S, head_dim]

@@ -33,6 +33,7 @@ ProjectionParams call_params(const Rows& rows, int64_t in_features, size_t segme
   p.rows = rows.rows;
   p.in_features = in_features;
   p.segments = segments;
+  p.alpha = 1;
   return p;
 }
 

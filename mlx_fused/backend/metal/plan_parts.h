@@ -72,6 +72,21 @@ class Bindings {
   const Tensor& output_;
 };
 
+// A kernel's name: of its dense or its quantized form.
+std::string kernel_name(
+    const std::string& kernel, const std::optional<Quantization>& quantization, const std::string& dtype);
+
+// Binds the segments' weights, to slots first to first + 2, and what quantized ones have besides, to slots
+// first_of_quantized to first_of_quantized + 5.
+void add_weights(
+    ProjectionParams& params,
+    Bindings& bindings,
+    int first,
+    int first_of_quantized,
+    const std::vector<Weight>& weights,
+    const std::optional<Quantization>& quantization,
+    const std::string& dtype);
+
 using Adapters = std::vector<std::optional<Adapter>>;  // of every segment
 enum class Factor { a, b };
 
