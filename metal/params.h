@@ -43,12 +43,13 @@ struct ProjectionParams {
   int32_t segments;
   int32_t low_columns;
   float alpha;
+  int32_t log2_group_size;  // of quantized weights
   SegmentParams segment[3];
 };
 
 #ifndef __METAL_VERSION__
 static_assert(sizeof(SegmentParams) == 96 && offsetof(SegmentParams, features) == 64);
-static_assert(sizeof(ProjectionParams) == 344 && offsetof(ProjectionParams, segment) == 56);
+static_assert(sizeof(ProjectionParams) == 352 && offsetof(ProjectionParams, segment) == 64);
 #endif
 
 }  // namespace mlx_fused

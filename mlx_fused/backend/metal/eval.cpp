@@ -62,7 +62,7 @@ class Launcher {
         constants.emplace_back(&value, MTL::DataType::DataTypeBool, index);
         specialized += value ? "_1" : "_0";
       }
-      auto kernel = device.get_kernel(launch.kernel, metal::library(device), specialized, constants);
+      auto kernel = device.get_kernel(launch.kernel, metal::library(device, launch.format), specialized, constants);
       encoder.set_compute_pipeline_state(kernel);
       for (auto& binding : launch.buffers) {
         auto& a = binding.array < 0 ? temporaries[-1 - binding.array] : arrays_[binding.array];

@@ -92,11 +92,11 @@ Plan plan_projection(
     while (slots < rows.batch * rows.rows) {
       slots *= 2;
     }
-    launch.kernel = kernel_name("projection_rows_" + std::to_string(slots), quantization, dtype);
+    set_kernel(launch, "projection_rows_" + std::to_string(slots), quantization, dtype);
     launch.grid = {tiles, 1, 1};
     launch.threadgroup = few_rows_threads;
   } else {
-    launch.kernel = kernel_name("projection_" + std::to_string(tile), quantization, dtype);
+    set_kernel(launch, "projection_" + std::to_string(tile), quantization, dtype);
     launch.grid = {tiles, ceil_div(rows.rows, tile), static_cast<uint32_t>(rows.batch)};
     launch.threadgroup = tile_threads;
   }
@@ -142,9 +142,10 @@ void add_input_grad(
   add_factors(bindings, 8, adapters, Factor::a, dx);
   Extent grid = {
       ceil_div(params.in_features, tile_cols), ceil_div(rows.rows, tile), static_cast<uint32_t>(rows.batch)};
-  auto kernel = kernel_name(
-      quantization ? "input_grad" : "qkv_input_grad_" + std::to_string(tile), quantization, dtype);
-  plan.launches.push_back({kernel, {{2, low.has_value()}}, bindings.buffers, 11, params, grid, tile_threads});
+  Launch launch{"", {{2, low.has_value()}}, bindings.buffers, 11, params, grid, tile_threads};
+  set_kernel(
+      launch, quantization ? "input_grad" : "qkv_input_grad_" + std::to_string(tile), quantization, dtype);
+  plan.launches.push_back(launch);
 }
 
 }  // namespace

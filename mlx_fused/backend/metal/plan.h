@@ -35,6 +35,7 @@ struct Launch {
   int params_index;
   ProjectionParams params;
   Extent grid, threadgroup;  // the grid counts threadgroups
+  std::string format = {};   // of quantized weights, for which kernels are compiled apart
 };
 
 struct Plan {

@@ -72,9 +72,12 @@ class Bindings {
   const Tensor& output_;
 };
 
-// A kernel's name: of its dense or its quantized form.
-std::string kernel_name(
-    const std::string& kernel, const std::optional<Quantization>& quantization, const std::string& dtype);
+// Names a launch's kernel: its dense or its quantized form.
+void set_kernel(
+    Launch& launch,
+    const std::string& kernel,
+    const std::optional<Quantization>& quantization,
+    const std::string& dtype);
 
 // Binds the segments' weights, to slots first to first + 2, and what quantized ones have besides, to slots
 // first_of_quantized to first_of_quantized + 5.

@@ -14,14 +14,18 @@ bool is_supported(const Quantization& q) {
          (q.mode == "nvfp4" && q.bits == 4 && q.group_size == 16);
 }
 
-std::string kernel_name(
-    const std::string& kernel, const std::optional<Quantization>& quantization, const std::string& dtype) {
+void set_kernel(
+    Launch& launch,
+    const std::string& kernel,
+    const std::optional<Quantization>& quantization,
+    const std::string& dtype) {
   if (!quantization) {
-    return kernel + "_" + dtype;
+    launch.kernel = kernel + "_" + dtype;
+    return;
   }
   auto& [mode, bits, group_size] = *quantization;
-  auto format = mode == "affine" ? "affine_" + std::to_string(bits) : mode;
-  return "quantized_" + kernel + "_" + format + "_" + dtype;
+  launch.format = mode == "affine" ? "affine_" + std::to_string(bits) : mode;
+  launch.kernel = "quantized_" + kernel + "_" + launch.format + "_" + dtype;
 }
 
 void add_weights(
