@@ -42,9 +42,7 @@ class Call:
         """An output of this shape, filled with a bit pattern that no result has."""
         size = int(np.prod(shape)) if size is None else size
         dtype = dtype or self.dtype
-        data = (
-            np.full(size, 0x7E57, np.uint16) if dtype != mx.float32 else np.full(size, np.nan, np.float32)
-        )
+        data = np.full(size, 0x7E57, np.uint16) if dtype != mx.float32 else np.full(size, np.nan, np.float32)
         if dtype == mx.float16:
             data = data.view(np.float16)
         tensor = self._tensor(shape, data, strides, 0)
@@ -167,9 +165,7 @@ def qkv_projection_bwd(dq, dk, dv, x, weight, has_bias, num_heads, num_kv_heads,
     grads = [call.input(g) for g in (dq, dk, dv)]
     tx, weights = call.input(x), segments_of(call, weight, heads)
     dx = call.output(x.shape)
-    call.run(
-        _internals.plan_gradients(NAMES[x.dtype], list(zip(grads, weights, strict=True)), dx), **options
-    )
+    call.run(_internals.plan_gradients(NAMES[x.dtype], list(zip(grads, weights, strict=True)), dx), **options)
     packed = not isinstance(weight, tuple)
     rows = [n * head_dim for n in heads[:2]]
     rows = [rows[0], rows[1], rows[1]]
@@ -218,10 +214,10 @@ def listed(value, count):
     return list(value) if isinstance(value, tuple) else [value] * count
 
 
-def forward(op, **options):
-    """The operation on the simulator: the call and its outputs."""
+def forward(op, kind=Call, **options):
+    """The operation on the simulator: the call, of a ``kind`` of Call, and its outputs."""
     arguments, (batch, seq, _) = op.arguments, op.x.shape
-    call = Call(op.x.dtype)
+    call = kind(op.x.dtype)
     x, residual = call.input(op.x), call.input(arguments.get("residual"))
     weights, quantized = weights_of(call, op)
     biases, adapters = parts_of(call, arguments.get("bias"), op.features), adapters_of(call, op)
@@ -244,9 +240,9 @@ def forward(op, **options):
     return call, tuple(map(call.value, outputs))
 
 
-def backward(op, cotangents, keys, **options):
+def backward(op, cotangents, keys, kind=Call, **options):
     """Gradients of the operation's input and adapters, those of ``keys``: the call and their values."""
-    call = Call(op.x.dtype)
+    call = kind(op.x.dtype)
     grads = [call.input(g) for g in cotangents]
     weights, quantized = weights_of(call, op)
     adapters = adapters_of(call, op)

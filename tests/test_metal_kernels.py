@@ -54,7 +54,9 @@ def test_every_instantiation_is_here():
     types = NAMES.values()
     tiles = ["projection_32", "projection_64", "qkv_input_grad_32", "qkv_input_grad_64", "qkv_weight_grad"]
     rows = [f"projection_rows_{slots}" for slots in (1, 2, 4, 8)]
-    assert sorted(libraries()) == sorted(f"{kernel}_{dtype}" for kernel in tiles + rows for dtype in types)
+    low_rank = ["low_rank_product", "adapter_grad"]
+    kernels = tiles + rows + low_rank
+    assert sorted(libraries()) == sorted(f"{kernel}_{dtype}" for kernel in kernels for dtype in types)
 
 
 @dtypes

@@ -4,9 +4,9 @@ namespace mlx_fused::metal {
 
 namespace {
 
-// Must agree with metal/low_rank.metal.
-constexpr int block = 8, product_rows = 8, columns_per_tile = 32, features_per_tile = 64;
-constexpr Extent product_threads = {512, 1, 1}, gradient_threads = {256, 1, 1};
+// Must agree with metal/low_rank_product.metal and metal/adapter_grad.metal.
+constexpr int block = 8, columns_per_tile = 4 * block, grad_simdgroups = 8;
+constexpr Extent product_threads = {512, 1, 1}, grad_threads = {32 * grad_simdgroups, 1, 1};
 
 const Tensor& get(const Adapter& adapter, Factor factor) {
   return factor == Factor::a ? adapter.a : adapter.b;
@@ -110,7 +110,7 @@ Tensor add_low_rank_product(
   bindings.add_segments(0, adapters.size(), item_size(dtype), left);
   add_factors(bindings, 3, adapters, factor, low);
   bindings.add(6, low, sizeof(float), true);
-  Extent grid = {tiles, ceil_div(params.rows, product_rows), static_cast<uint32_t>(params.batch)};
+  Extent grid = {tiles, ceil_div(params.rows, block), static_cast<uint32_t>(params.batch)};
   plan.launches.push_back(
       {"low_rank_product_" + dtype, {}, bindings.buffers, 7, params, grid, product_threads});
   return low;
@@ -130,8 +130,9 @@ void add_adapter_gradients(
   }
   auto params = left_params(lefts, adapters.size());
   set_adapters(params, adapters, factor, grads);
-  auto tiles =
-      set_tiles(params, lefts.size() == 1, [](auto& s) { return ceil_div(s.features, features_per_tile); });
+  auto tiles = set_tiles(params, lefts.size() == 1, [](auto& s) {
+    return ceil_div(s.features / s.head_dim * ceil_div(s.head_dim, block), grad_simdgroups);
+  });
 
   Bindings bindings(**wanted);
   auto left = [&](size_t i) { return lefts[std::min(i, lefts.size() - 1)]; };
@@ -140,7 +141,7 @@ void add_adapter_gradients(
   auto grad = [&](size_t i) { return grads[i].value_or(**wanted); };
   bindings.add_segments(4, adapters.size(), sizeof(float), grad, true);
   plan.launches.push_back(
-      {"adapter_grad_" + dtype, {}, bindings.buffers, 7, params, {tiles, 1, 1}, gradient_threads});
+      {"adapter_grad_" + dtype, {}, bindings.buffers, 7, params, {tiles, 1, 1}, grad_threads});
 }
 
 }  // namespace mlx_fused::metal
