@@ -2,7 +2,8 @@
 
 // Weights as mx.quantize packs them.
 #include "common.h"
-#include "mlx/backend/metal/kernels/utils.h"  // names a type of the next two
+
+typedef half float16_t;  // as MLX has it in a header of much else, for the next two
 
 #include "mlx/backend/metal/kernels/fp4.h"
 #include "mlx/backend/metal/kernels/fp8.h"

@@ -42,7 +42,8 @@ def e2m1(codes):
 
 
 def e4m3(codes):
-    return small_float(codes, exponent_bits=4, mantissa_bits=3, bias=7)
+    values = small_float(codes, exponent_bits=4, mantissa_bits=3, bias=7)
+    return np.where(codes & 0x7F == 0x7F, np.nan, values)
 
 
 def e8m0(codes):
@@ -50,7 +51,7 @@ def e8m0(codes):
 
 
 def small_float(codes, exponent_bits, mantissa_bits, bias):
-    """Sign, exponent and mantissa, subnormal where the exponent is 0; of codes that are numbers."""
+    """Sign, exponent and mantissa, subnormal where the exponent is 0."""
     codes = codes.astype(int)
     mantissa = codes & (1 << mantissa_bits) - 1
     exponent = codes >> mantissa_bits & (1 << exponent_bits) - 1

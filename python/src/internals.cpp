@@ -71,6 +71,7 @@ nb::tuple launches(const metal::Plan& plan) {
     }
     nb::dict dict;
     dict["kernel"] = launch.kernel;
+    dict["format"] = launch.format;
     dict["constants"] = constants;
     dict["buffers"] = buffers;
     nb::bytes params(reinterpret_cast<const char*>(&launch.params), sizeof(launch.params));
