@@ -10,6 +10,8 @@
 // Fixed when a pipeline is made, so that what a call lacks costs it nothing.
 constant bool mlx_fused_has_bias [[function_constant(0)]];
 constant bool mlx_fused_has_residual [[function_constant(1)]];
+constant bool mlx_fused_has_adapter [[function_constant(2)]];
+constant bool mlx_fused_exact [[function_constant(3)]];  // round where mlx-lm's modules do
 
 namespace mlx_fused {
 

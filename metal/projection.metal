@@ -1,28 +1,7 @@
-// Many rows: y = x W^T + bias + residual, tile by tile. A tile lies in one segment and takes that one's weight.
-#include "common.h"
+// Many rows: x W^T and its epilogue, tile by tile. A tile lies in one segment and takes that one's weight.
+#include "epilogue.h"
 
 namespace mlx_fused {
-
-// Adds bias and residual, rounds once, and puts each feature into its head. Pointers are those of the tile.
-template <typename T>
-struct HeadsStore {
-  const device T* bias;
-  const device T* residual;
-  int64_t residual_row_stride;
-  device T* out;
-  int first_feature;
-  constant SegmentParams* segment;
-
-  METAL_FUNC void operator()(short row, short col, float sum) const thread {
-    if (mlx_fused_has_bias) {
-      sum += static_cast<float>(bias[col]);
-    }
-    if (mlx_fused_has_residual) {
-      sum += static_cast<float>(residual[row * residual_row_stride + col]);
-    }
-    out[row * segment->row_stride + feature_offset(first_feature + col, *segment)] = static_cast<T>(sum);
-  }
-};
 
 template <typename T, int BM, int BN>
 [[kernel, max_total_threads_per_threadgroup(tile_threads)]] void projection(
@@ -37,7 +16,11 @@ template <typename T, int BM, int BN>
     device T* q [[buffer(8)]],
     device T* k [[buffer(9)]],
     device T* v [[buffer(10)]],
-    constant ProjectionParams& params [[buffer(11)]],
+    const device float* low [[buffer(11)]],
+    const device float* q_lora_b [[buffer(12)]],
+    const device float* k_lora_b [[buffer(13)]],
+    const device float* v_lora_b [[buffer(14)]],
+    constant ProjectionParams& params [[buffer(15)]],
     uint3 tile [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
@@ -65,17 +48,15 @@ template <typename T, int BM, int BN>
     mma.mma(input_block, weight_block);
   }
 
-  store_results(
-      mma,
-      rows,
-      cols,
-      HeadsStore<T>{
-          pick(index, q_bias, k_bias, v_bias) + first_col,
-          residual + batch * params.residual_batch_stride + first_row * params.residual_row_stride + first_col,
-          params.residual_row_stride,
-          pick(index, q, k, v) + batch * segment.batch_stride + first_row * segment.row_stride,
-          first_col,
-          &segment});
+  const Epilogue<T, false> epilogue = {
+      pick(index, q_bias, k_bias, v_bias),
+      residual,
+      low,
+      pick(index, q_lora_b, k_lora_b, v_lora_b),
+      pick(index, q, k, v),
+      &params,
+      &segment};
+  store_results(mma, rows, cols, ProjectionStore<T, false>{epilogue, batch, first_row, first_col});
 }
 
 INSTANTIATE_TYPES("projection_32", projection, 32, 64)

@@ -1,5 +1,5 @@
-// Few rows, as in decoding: y = x W^T + bias + residual, reading every weight once for all rows.
-#include "common.h"
+// Few rows, as in decoding: x W^T and its epilogue, reading every weight once for all rows.
+#include "epilogue.h"
 
 namespace mlx_fused {
 
@@ -54,7 +54,11 @@ template <typename T, int M>
     device T* q [[buffer(8)]],
     device T* k [[buffer(9)]],
     device T* v [[buffer(10)]],
-    constant ProjectionParams& params [[buffer(11)]],
+    const device float* low [[buffer(11)]],
+    const device float* q_lora_b [[buffer(12)]],
+    const device float* k_lora_b [[buffer(13)]],
+    const device float* v_lora_b [[buffer(14)]],
+    constant ProjectionParams& params [[buffer(15)]],
     uint3 tile [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
@@ -81,26 +85,27 @@ template <typename T, int M>
     }
   }
 
-  const device T* bias = pick(index, q_bias, k_bias, v_bias);
-  device T* out = pick(index, q, k, v);
+  const Epilogue<T, false> epilogue = {
+      pick(index, q_bias, k_bias, v_bias),
+      residual,
+      low,
+      pick(index, q_lora_b, k_lora_b, v_lora_b),
+      pick(index, q, k, v),
+      &params,
+      &segment};
   STEEL_PRAGMA_UNROLL
   for (int f = 0; f < features_per_simdgroup; ++f) {
     STEEL_PRAGMA_UNROLL
     for (int m = 0; m < M; ++m) {
-      float sum = simd_sum(sums[f][m]);
-      if (lane == 0 && f < count && m < rows) {
-        const int feature = first + f;
+      if (f < count && m < rows) {
         const int64_t batch = m / params.rows;
-        const int64_t row = m % params.rows;
-        if (mlx_fused_has_bias) {
-          sum += static_cast<float>(bias[feature]);
+        const int row = m % params.rows;
+        const float sum = simd_sum(sums[f][m]);
+        const float low_rank =
+            mlx_fused_has_adapter ? simd_sum(epilogue.low_rank(batch, row, first + f, lane, 32)) : 0.0f;
+        if (lane == 0) {
+          epilogue.store(batch, row, first + f, sum, low_rank);
         }
-        if (mlx_fused_has_residual) {
-          const int64_t offset = batch * params.residual_batch_stride + row * params.residual_row_stride;
-          sum += static_cast<float>(residual[offset + feature]);
-        }
-        out[batch * segment.batch_stride + row * segment.row_stride + feature_offset(feature, segment)] =
-            static_cast<T>(sum);
       }
     }
   }

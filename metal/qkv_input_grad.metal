@@ -1,5 +1,5 @@
-// dx = dq Wq + dk Wk + dv Wv in one pass, each gradient read as it lies, head by head.
-#include "common.h"
+// dx = dq Wq + dk Wk + dv Wv, and adapters' terms, in one pass; each gradient is read as it lies, by head.
+#include "epilogue.h"
 
 namespace mlx_fused {
 
@@ -12,7 +12,11 @@ template <typename T, int BM, int BN>
     const device T* k_weight [[buffer(4)]],
     const device T* v_weight [[buffer(5)]],
     device T* d_input [[buffer(6)]],
-    constant ProjectionParams& params [[buffer(7)]],
+    const device float* low [[buffer(7)]],
+    const device float* q_lora_a [[buffer(8)]],
+    const device float* k_lora_a [[buffer(9)]],
+    const device float* v_lora_a [[buffer(10)]],
+    constant ProjectionParams& params [[buffer(11)]],
     uint3 tile [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
@@ -36,7 +40,11 @@ template <typename T, int BM, int BN>
       typename Gemm::loader_a_t load_grad(
           grad + feature_offset(first, segment), segment.row_stride, grad_block, simdgroup, lane);
       typename Gemm::loader_b_t load_weight(
-          weight + first * segment.weight_row_stride, segment.weight_row_stride, weight_block, simdgroup, lane);
+          weight + first * segment.weight_row_stride,
+          segment.weight_row_stride,
+          weight_block,
+          simdgroup,
+          lane);
       for (int d = 0; d < segment.head_dim; d += tile_depth) {
         const short depth = min(tile_depth, segment.head_dim - d);
         const bool whole = rows == BM && cols == BN && depth == tile_depth;
@@ -46,8 +54,11 @@ template <typename T, int BM, int BN>
     }
   }
 
-  device T* out = d_input + batch * params.input_batch_stride + first_row * params.input_row_stride + first_col;
-  store_results(mma, rows, cols, RowMajorStore<T>{out, params.input_row_stride});
+  store_results(
+      mma,
+      rows,
+      cols,
+      InputGradStore<T>{low, q_lora_a, k_lora_a, v_lora_a, d_input, &params, batch, first_row, first_col});
 }
 
 INSTANTIATE_TYPES("qkv_input_grad_32", qkv_input_grad, 32, 64)

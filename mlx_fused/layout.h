@@ -3,24 +3,12 @@
 #include <algorithm>
 #include <array>
 #include <optional>
-#include <string>
 #include <vector>
+
+#include "mlx_fused/quantization.h"
 
 // Where each argument of a call stands in its primitive's flat list of inputs.
 namespace mlx_fused {
-
-// How mx.quantize stored a weight.
-struct Quantization {
-  std::string mode;  // affine, mxfp4, mxfp8 or nvfp4
-  int group_size;
-  int bits;
-
-  bool operator==(const Quantization&) const = default;
-
-  bool is_affine() const {
-    return mode == "affine";
-  }
-};
 
 // Of each segment that has a low-rank adapter, what its product is scaled by.
 using AdapterScales = std::array<std::optional<float>, 3>;

@@ -34,12 +34,10 @@ bool has_kernels(const Call& call, const DeviceInfo& device) {
     return false;
   }
   if (device.kind == DeviceInfo::metal) {
-    if (call.quantization || call.has_adapters) {
-      return false;
-    }
     bool plain_matmuls = call.operation == Operation::output_grad && !call.has_adapters;
     bool readable = call.in_features > 0 && call.in_features < metal::max_row_stride;
-    if (plain_matmuls || !readable || call.no_metal_kernel) {
+    bool decodable = !call.quantization || metal::is_supported(*call.quantization);
+    if (plain_matmuls || !readable || !decodable || call.no_metal_kernel) {
       return false;
     }
   }

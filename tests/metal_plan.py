@@ -38,23 +38,23 @@ class Call:
         data.flags.writeable = False
         return self._tensor(array.shape, data, strides, offset)
 
-    def output(self, shape, strides=None, size=None):
+    def output(self, shape, strides=None, size=None, dtype=None):
         """An output of this shape, filled with a bit pattern that no result has."""
         size = int(np.prod(shape)) if size is None else size
-        data = (
-            np.full(size, 0x7E57, np.uint16)
-            if self.dtype != mx.float32
-            else np.full(size, np.nan, np.float32)
-        )
-        if self.dtype == mx.float16:
+        dtype = dtype or self.dtype
+        data = np.full(size, 0x7E57, np.uint16) if dtype != mx.float32 else np.full(size, np.nan, np.float32)
+        if dtype == mx.float16:
             data = data.view(np.float16)
         tensor = self._tensor(shape, data, strides, 0)
         self.outputs.append(f"a{tensor[0]}")
         return tensor
 
     def run(self, plan, library_of=None, **options):
-        self.plan += plan
-        for launch in plan:
+        launches, temporaries = plan
+        self.plan += launches
+        for i, size in enumerate(temporaries):  # of float32; NaN, so that what is not written shows
+            self.buffers[f"a{-1 - i}"] = np.full(size // 4, np.nan, np.float32)
+        for launch in launches:
             named = launch | {"buffers": [(i, f"a{a}", offset) for i, a, offset in launch["buffers"]]}
             # An empty array has no buffer, and Metal's validation refuses to launch without one.
             assert all(self.buffers[name].size for _, name, _ in named["buffers"])
@@ -65,7 +65,8 @@ class Call:
         array, shape, strides, offset = tensor
         data = self.buffers[f"a{array}"]
         view = np.lib.stride_tricks.as_strided(data[offset:], shape, [s * data.itemsize for s in strides])
-        return from_numpy(np.ascontiguousarray(view), self.dtype)
+        dtype = mx.float32 if data.dtype == np.float32 else self.dtype
+        return from_numpy(np.ascontiguousarray(view), dtype)
 
     def traffic(self, tensor):
         return [result.traffic[f"a{tensor[0]}"] for result in self.results]
@@ -103,19 +104,23 @@ def qkv_shapes(batch, seq, heads):
 
 def segments_of(call, packed, heads):
     """Tensors of q's, k's and v's part of a weight, bias or gradient: one packed array or three."""
+    num_heads, num_kv_heads, head_dim = heads
+    return parts_of(call, packed, [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim])
+
+
+def parts_of(call, packed, features):
+    """Tensors of every segment's part of one packed array or a tuple of them."""
     if packed is None:
-        return [None] * 3
+        return [None] * len(features)
     if isinstance(packed, tuple):
         return [call.input(part) for part in packed]
-    return split(call.input(packed), heads)
+    return split(call.input(packed), features)
 
 
-def split(tensor, heads):
-    num_heads, num_kv_heads, head_dim = heads
-    sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+def split(tensor, features):
     index, shape, strides, offset = tensor
     parts, row = [], 0
-    for size in sizes:
+    for size in features:
         parts.append((index, [size, *shape[1:]], strides, offset + row * strides[0]))
         row += size
     return parts
@@ -138,9 +143,13 @@ def output_projection(x, weight, bias, residual, gap=0, **options):
     call = Call(x.dtype)
     tx, tw, tb, tr = apart(call, x, gap), call.input(weight), call.input(bias), apart(call, residual, gap)
     out = call.output(residual.shape)
-    one_head = (out[0], [out[1][0], 1, *out[1][1:]], [out[2][0], 0, *out[2][1:]], 0)
-    call.run(_internals.plan_projection(NAMES[x.dtype], tx, [(tw, tb, one_head)], tr), **options)
+    call.run(_internals.plan_projection(NAMES[x.dtype], tx, [(tw, tb, one_head(out))], tr), **options)
     return call, call.value(out)
+
+
+def one_head(tensor):
+    index, shape, strides, offset = tensor
+    return index, [shape[0], 1, *shape[1:]], [strides[0], 0, *strides[1:]], offset
 
 
 def apart(call, a, gap):
@@ -156,16 +165,14 @@ def qkv_projection_bwd(dq, dk, dv, x, weight, has_bias, num_heads, num_kv_heads,
     grads = [call.input(g) for g in (dq, dk, dv)]
     tx, weights = call.input(x), segments_of(call, weight, heads)
     dx = call.output(x.shape)
-    call.run(
-        _internals.plan_input_grad(NAMES[x.dtype], list(zip(grads, weights, strict=True)), dx), **options
-    )
+    call.run(_internals.plan_gradients(NAMES[x.dtype], list(zip(grads, weights, strict=True)), dx), **options)
     packed = not isinstance(weight, tuple)
     rows = [n * head_dim for n in heads[:2]]
     rows = [rows[0], rows[1], rows[1]]
     if packed:
         dw = [call.output(weight.shape)]
         db = [call.output((sum(rows),))] if has_bias else []
-        dws, dbs = split(dw[0], heads), split(db[0], heads) if has_bias else [None] * 3
+        dws, dbs = split(dw[0], rows), split(db[0], rows) if has_bias else [None] * 3
     else:
         dw = dws = [call.output((n, x.shape[2])) for n in rows]
         db = [call.output((n,)) for n in rows] if has_bias else []
@@ -176,3 +183,80 @@ def qkv_projection_bwd(dq, dk, dv, x, weight, has_bias, num_heads, num_kv_heads,
     if packed:
         d_weight, d_bias = d_weight[0], d_bias[0] if has_bias else None
     return call, (call.value(dx), d_weight, d_bias if has_bias else None)
+
+
+# The calls of projections.py, with adapters or quantized weights.
+
+
+def weights_of(call, op):
+    """The weights' tensors, and what else plans ask of quantized ones."""
+    weight, scales, biases = (
+        parts_of(call, op.arguments.get(name), op.features) for name in ("weight", "scales", "biases")
+    )
+    if not op.quantization:
+        return weight, {}
+    group_size, bits, mode = op.quantization
+    quantized = list(zip(scales, biases, strict=True))
+    return weight, {"quantized": quantized, "quantization": (mode, bits, group_size)}
+
+
+def adapters_of(call, op):
+    """(A, B, scale) of every segment, or None."""
+    factors = [listed(op.arguments.get(name), len(op.features)) for name in ("lora_a", "lora_b")]
+    scales = np.broadcast_to(op.arguments.get("scale", 1.0), len(op.features)).tolist()
+    return [
+        None if a is None else (call.input(a), call.input(b), scale)
+        for a, b, scale in zip(*factors, scales, strict=True)
+    ]
+
+
+def listed(value, count):
+    return list(value) if isinstance(value, tuple) else [value] * count
+
+
+def forward(op, kind=Call, **options):
+    """The operation on the simulator: the call, of a ``kind`` of Call, and its outputs."""
+    arguments, (batch, seq, _) = op.arguments, op.x.shape
+    call = kind(op.x.dtype)
+    x, residual = call.input(op.x), call.input(arguments.get("residual"))
+    weights, quantized = weights_of(call, op)
+    biases, adapters = parts_of(call, arguments.get("bias"), op.features), adapters_of(call, op)
+    if op.heads:
+        outputs = tensors = [call.output((batch, n, seq, arguments["head_dim"])) for n in op.heads]
+    else:
+        outputs = [call.output(arguments["residual"].shape)]
+        tensors = [one_head(outputs[0])]
+    plan = _internals.plan_projection(
+        NAMES[op.x.dtype],
+        x,
+        list(zip(weights, biases, tensors, strict=True)),
+        residual,
+        arguments.get("alpha", 1.0),
+        arguments.get("exact", False),
+        adapters,
+        **quantized,
+    )
+    call.run(plan, **options)
+    return call, tuple(map(call.value, outputs))
+
+
+def backward(op, cotangents, keys, kind=Call, **options):
+    """Gradients of the operation's input and adapters, those of ``keys``: the call and their values."""
+    call = kind(op.x.dtype)
+    grads = [call.input(g) for g in cotangents]
+    weights, quantized = weights_of(call, op)
+    adapters = adapters_of(call, op)
+    found = {key: call.output(op.leaves[key].shape, dtype=op.leaves[key].dtype) for key in keys}
+    places = range(len(adapters)) if op.heads else [None]
+    plan = _internals.plan_gradients(
+        NAMES[op.x.dtype],
+        list(zip(grads if op.heads else map(one_head, grads), weights, strict=True)),
+        next((t for (name, _), t in found.items() if name in ("input", "attn_out")), None),
+        call.input(op.x),
+        adapters,
+        [(found.get(("lora_a", i)), found.get(("lora_b", i))) for i in places],
+        op.arguments.get("alpha", 1.0),
+        **quantized,
+    )
+    call.run(plan, **options)
+    return call, tuple(call.value(found[key]) for key in keys)

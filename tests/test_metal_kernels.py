@@ -54,7 +54,9 @@ def test_every_instantiation_is_here():
     types = NAMES.values()
     tiles = ["projection_32", "projection_64", "qkv_input_grad_32", "qkv_input_grad_64", "qkv_weight_grad"]
     rows = [f"projection_rows_{slots}" for slots in (1, 2, 4, 8)]
-    assert sorted(libraries()) == sorted(f"{kernel}_{dtype}" for kernel in tiles + rows for dtype in types)
+    low_rank = ["low_rank_product", "adapter_grad"]
+    kernels = tiles + rows + low_rank
+    assert sorted(libraries()) == sorted(f"{kernel}_{dtype}" for kernel in kernels for dtype in types)
 
 
 @dtypes
@@ -241,7 +243,7 @@ def test_sliced_weights_and_token_major_gradients(rng, seq, dtype):
     outputs = strided_forward(call, call.input(x), weights, batch, seq, HEAD)
     oracle.assert_close(outputs, oracle.fused_qkv_projection, x, weight, None, *HEAD)
     dx = call.output(x.shape)
-    call.run(_internals.plan_input_grad(NAMES[dtype], list(zip(tensors, weights, strict=True)), dx))
+    call.run(_internals.plan_gradients(NAMES[dtype], list(zip(tensors, weights, strict=True)), dx))
     dw = [call.output(w.shape) for w in weight]
     segments = [(g, w, None) for g, w in zip(tensors, dw, strict=True)]
     call.run(_internals.plan_weight_grad(NAMES[dtype], call.input(x), segments))
@@ -307,7 +309,7 @@ def test_gradient_offsets_past_two_to_the_31(rng, rows):
     for n in range(features):
         call.buffers["a1"][n * row : n * row + hidden] = np.array(w[n])
     dx = call.output(x.shape)
-    call.run(_internals.plan_input_grad("float32", [(grad, (1, list(w.shape), [row, 1], 0))], dx))
+    call.run(_internals.plan_gradients("float32", [(grad, (1, list(w.shape), [row, 1], 0))], dx))
     oracle.assert_close(call.value(dx), lambda g, w: np.einsum("bhso,oi->bsi", g, w), g, w)
     call.buffers["a3"] = sparse(((features - 1) * row + hidden,), np.float32)
     dw = (3, list(w.shape), [row, 1], 0)

@@ -30,9 +30,37 @@ std::optional<metal::Tensor> tensor(const Optional& t) {
   return t ? std::optional(tensor(*t)) : std::nullopt;
 }
 
-nb::list launches(const metal::Plan& plan) {
+// (scales, biases)
+using QuantizedTuple = std::pair<TensorTuple, Optional>;
+// (mode, bits, group_size)
+using QuantizationTuple = std::tuple<std::string, int, int>;
+// (a, b, scale)
+using AdapterTuple = std::tuple<TensorTuple, TensorTuple, float>;
+
+std::optional<mlx_fused::Quantization> quantization(const std::optional<QuantizationTuple>& q) {
+  return q ? std::optional(std::make_from_tuple<mlx_fused::Quantization>(*q)) : std::nullopt;
+}
+
+// Of segment i; a dense weight has no `quantized`.
+metal::Weight weight(const TensorTuple& values, const std::vector<QuantizedTuple>& quantized, size_t i) {
+  if (quantized.empty()) {
+    return {tensor(values), std::nullopt, std::nullopt};
+  }
+  return {tensor(values), tensor(quantized[i].first), tensor(quantized[i].second)};
+}
+
+std::optional<metal::Adapter> adapter(const std::vector<std::optional<AdapterTuple>>& adapters, size_t i) {
+  if (adapters.empty() || !adapters[i]) {
+    return std::nullopt;
+  }
+  auto& [a, b, scale] = *adapters[i];
+  return metal::Adapter{tensor(a), tensor(b), scale};
+}
+
+// (launches, the sizes of temporaries in bytes)
+nb::tuple launches(const metal::Plan& plan) {
   nb::list list;
-  for (auto& launch : plan) {
+  for (auto& launch : plan.launches) {
     nb::dict constants;
     for (auto [index, value] : launch.constants) {
       constants[nb::int_(index)] = value;
@@ -43,6 +71,7 @@ nb::list launches(const metal::Plan& plan) {
     }
     nb::dict dict;
     dict["kernel"] = launch.kernel;
+    dict["format"] = launch.format;
     dict["constants"] = constants;
     dict["buffers"] = buffers;
     nb::bytes params(reinterpret_cast<const char*>(&launch.params), sizeof(launch.params));
@@ -51,7 +80,7 @@ nb::list launches(const metal::Plan& plan) {
     dict["threadgroup"] = nb::tuple(nb::cast(launch.threadgroup));
     list.append(dict);
   }
-  return list;
+  return nb::make_tuple(list, plan.temporaries);
 }
 
 }  // namespace
@@ -94,31 +123,64 @@ void bind_internals(nb::module_& m) {
       [](const std::string& dtype,
          const TensorTuple& x,
          const std::vector<std::tuple<TensorTuple, Optional, TensorTuple>>& segments,
-         const Optional& residual) {
+         const Optional& residual,
+         float alpha,
+         bool exact,
+         const std::vector<std::optional<AdapterTuple>>& adapters,
+         const std::vector<QuantizedTuple>& quantized,
+         const std::optional<QuantizationTuple>& q) {
         std::vector<metal::Segment> parts;
-        for (auto& [weight, bias, out] : segments) {
-          parts.push_back({tensor(weight), tensor(bias), tensor(out)});
+        for (size_t i = 0; i < segments.size(); ++i) {
+          auto& [values, bias, out] = segments[i];
+          parts.push_back({weight(values, quantized, i), tensor(bias), adapter(adapters, i), tensor(out)});
         }
-        return launches(metal::plan_projection(dtype, tensor(x), parts, tensor(residual)));
+        metal::Epilogue epilogue{tensor(residual), alpha, exact};
+        return launches(metal::plan_projection(dtype, quantization(q), tensor(x), parts, epilogue));
       },
       "dtype"_a,
       "x"_a,
       "segments"_a,
-      "residual"_a = nb::none());
+      "residual"_a = nb::none(),
+      "alpha"_a = 1.0f,
+      "exact"_a = false,
+      "adapters"_a = nb::list(),
+      "quantized"_a = nb::list(),
+      "quantization"_a = nb::none());
   internals.def(
-      "plan_input_grad",
+      "plan_gradients",
       [](const std::string& dtype,
-         const std::vector<std::pair<TensorTuple, TensorTuple>>& segments,
-         const TensorTuple& dx) {
-        std::vector<metal::InputGradSegment> parts;
-        for (auto& [grad, weight] : segments) {
-          parts.push_back({tensor(grad), tensor(weight)});
+         const std::vector<std::pair<TensorTuple, Optional>>& segments,
+         const Optional& dx,
+         const Optional& x,
+         const std::vector<std::optional<AdapterTuple>>& adapters,
+         const std::vector<std::pair<Optional, Optional>>& adapter_grads,
+         float alpha,
+         const std::vector<QuantizedTuple>& quantized,
+         const std::optional<QuantizationTuple>& q) {
+        std::vector<metal::GradSegment> parts;
+        for (size_t i = 0; i < segments.size(); ++i) {
+          auto& [grad, values] = segments[i];
+          metal::GradSegment part{tensor(grad), {}, adapter(adapters, i), {}, {}};
+          if (values) {
+            part.weight = weight(*values, quantized, i);
+          }
+          if (!adapter_grads.empty()) {
+            part.da = tensor(adapter_grads[i].first);
+            part.db = tensor(adapter_grads[i].second);
+          }
+          parts.push_back(part);
         }
-        return launches(metal::plan_input_grad(dtype, parts, tensor(dx)));
+        return launches(metal::plan_gradients(dtype, quantization(q), tensor(x), parts, tensor(dx), alpha));
       },
       "dtype"_a,
       "segments"_a,
-      "dx"_a);
+      "dx"_a = nb::none(),
+      "x"_a = nb::none(),
+      "adapters"_a = nb::list(),
+      "adapter_grads"_a = nb::list(),
+      "alpha"_a = 1.0f,
+      "quantized"_a = nb::list(),
+      "quantization"_a = nb::none());
   internals.def(
       "plan_weight_grad",
       [](const std::string& dtype,

@@ -34,13 +34,14 @@ def launched(operation, dtype, batch, seq, hidden, heads):
     nothing = [None] * 3
     if operation == "qkv":
         return _names(_internals.plan_projection(dtype, x, list(zip(weights, nothing, by_head, strict=True))))
-    plan = _internals.plan_input_grad(dtype, list(zip(by_head, weights, strict=True)), x)
-    plan += _internals.plan_weight_grad(dtype, x, list(zip(by_head, weights, nothing, strict=True)))
-    return _names(plan)
+    dx = _internals.plan_gradients(dtype, list(zip(by_head, weights, strict=True)), x)
+    dw = _internals.plan_weight_grad(dtype, x, list(zip(by_head, weights, nothing, strict=True)))
+    return _names(dx) + _names(dw)
 
 
 def _names(plan):
-    return [launch["kernel"] for launch in plan]
+    launches, _ = plan
+    return [launch["kernel"] for launch in launches]
 
 
 def _tensor(*shape):

@@ -136,6 +136,7 @@ MSL_MATH_1(floor)
 MSL_MATH_1(ceil)
 MSL_MATH_1(trunc)
 MSL_MATH_1(rint)
+MSL_MATH_1(round)
 inline float abs(float v) {
   return fabs(v);
 }
@@ -171,6 +172,9 @@ inline bool isinf(float v) {
 }
 inline bool isfinite(float v) {
   return !isnan(v) && !isinf(v);
+}
+inline bool signbit(float v) {
+  return __builtin_signbitf(v);
 }
 namespace precise {
 using metal::exp;

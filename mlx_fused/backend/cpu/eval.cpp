@@ -139,14 +139,6 @@ std::optional<cpu::Adapter> adapter_of(
   return cpu::Adapter{view_of(inputs[lora_a]), view_of(inputs[lora_a + 1]), *scale};
 }
 
-float alpha_of(const QKVLayout&) {
-  return 1.0f;
-}
-
-float alpha_of(const OutputLayout& layout) {
-  return layout.alpha;
-}
-
 template <typename F>
 void dispatch(mx::Stream stream, const Arrays& inputs, Arrays& outputs, F work) {
   auto& encoder = mx::cpu::get_command_encoder(stream);
@@ -184,10 +176,14 @@ void eval_forward(
 }
 
 template <typename Forward>
-void eval_grad(const Arrays& inputs, Arrays& outputs, const GradLayout<Forward>& layout, mx::Stream stream) {
+void eval_grad(
+    const Arrays& inputs,
+    Arrays& outputs,
+    const GradLayout<Forward>& layout,
+    float alpha,
+    mx::Stream stream) {
   allocate(outputs);
   auto& forward = layout.forward;
-  float alpha = alpha_of(forward);
   auto output = [&](int argnum) {
     int i = layout.output(argnum);
     return i < 0 ? nullptr : &outputs[i];
@@ -261,7 +257,7 @@ void FusedQKVProjection::eval_cpu(const Arrays& inputs, Arrays& outputs) {
 }
 
 void FusedQKVProjectionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  eval_grad(inputs, outputs, layout_, stream());
+  eval_grad(inputs, outputs, layout_, 1.0f, stream());
 }
 
 void FusedOutputProjection::eval_cpu(const Arrays& inputs, Arrays& outputs) {
@@ -270,7 +266,7 @@ void FusedOutputProjection::eval_cpu(const Arrays& inputs, Arrays& outputs) {
 }
 
 void FusedOutputProjectionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  eval_grad(inputs, outputs, layout_, stream());
+  eval_grad(inputs, outputs, layout_, layout_.forward.alpha, stream());
 }
 
 }  // namespace mlx_fused

@@ -42,7 +42,6 @@ class Launcher {
   }
 
   Tensor output(mx::array& a) {
-    outputs_.push_back(static_cast<int>(arrays_.size()));
     arrays_.push_back(a);
     return tensor(arrays_.back());
   }
@@ -50,19 +49,25 @@ class Launcher {
   void encode(const Plan& plan) {
     auto& device = mx::metal::device(stream_.device);
     auto& encoder = mx::metal::get_command_encoder(stream_);
-    for (auto& launch : plan) {
+    std::vector<mx::array> temporaries;
+    for (auto size : plan.temporaries) {
+      temporaries.emplace_back(
+          mx::allocator::malloc(size), mx::Shape{static_cast<int>(size / 4)}, mx::float32);
+      encoder.add_temporary(temporaries.back());
+    }
+    for (auto& launch : plan.launches) {
       mx::metal::MTLFCList constants;
       std::string specialized = launch.kernel;
       for (auto& [index, value] : launch.constants) {
         constants.emplace_back(&value, MTL::DataType::DataTypeBool, index);
         specialized += value ? "_1" : "_0";
       }
-      auto kernel = device.get_kernel(launch.kernel, metal::library(device), specialized, constants);
+      auto kernel =
+          device.get_kernel(launch.kernel, metal::library(device, launch.format), specialized, constants);
       encoder.set_compute_pipeline_state(kernel);
       for (auto& binding : launch.buffers) {
-        bool is_output = std::find(outputs_.begin(), outputs_.end(), binding.array) != outputs_.end();
-        auto& a = arrays_[binding.array];
-        if (is_output) {
+        auto& a = binding.array < 0 ? temporaries[-1 - binding.array] : arrays_[binding.array];
+        if (binding.is_output) {
           encoder.set_output_array(a, binding.index, binding.byte_offset);
         } else {
           encoder.set_input_array(a, binding.index, binding.byte_offset);
@@ -94,117 +99,178 @@ class Launcher {
 
   mx::Stream stream_;
   std::vector<mx::array> arrays_;
-  std::vector<int> outputs_;
 };
 
 std::string name_of(const mx::array& a) {
   return a.dtype() == mx::float32 ? "float32" : a.dtype() == mx::float16 ? "float16" : "bfloat16";
 }
 
-// A segment's rows of a weight, or entries of a bias, which may be packed with the others.
-Tensor part(Tensor t, const QKVLayout& layout, int segment) {
-  if (layout.packed()) {
-    t.offset += layout.row(segment) * t.strides[0];
-    t.shape[0] = layout.features(segment);
+// Those rows of a matrix, or entries of a vector, that one segment has.
+template <typename Forward>
+Tensor segment_of(Tensor t, const Forward& forward, int segment) {
+  if constexpr (Forward::segments > 1) {
+    if (forward.packed()) {
+      t.offset += forward.row(segment) * t.strides[0];
+      t.shape[0] = forward.features(segment);
+    }
   }
   return t;
 }
 
-// [B, S, features] as one head.
-Tensor one_head(Tensor t) {
-  t.shape.insert(t.shape.begin() + 1, 1);
-  t.strides.insert(t.strides.begin() + 1, 0);
+// [B, heads, S, head_dim] as it is, [B, S, features] as one head.
+Tensor by_heads(Tensor t) {
+  if (t.shape.size() == 3) {
+    t.shape.insert(t.shape.begin() + 1, 1);
+    t.strides.insert(t.strides.begin() + 1, 0);
+  }
   return t;
+}
+
+// One call's operands, each array of it numbered once. `Layout` says where the arrays are: the call's, or
+// that of its gradient.
+template <typename Layout, typename Forward>
+std::vector<metal::Weight> segment_weights(
+    Launcher& launcher, const Arrays& inputs, const Layout& layout, const Forward& forward) {
+  std::vector<metal::Weight> parts, segments;
+  for (int i = 0; i < forward.parts; ++i) {
+    metal::Weight w{launcher.input(inputs[layout.weight(i)]), std::nullopt, std::nullopt};
+    if (forward.quantization) {
+      w.scales = launcher.input(inputs[layout.scales(i)]);
+      if (forward.quantization->is_affine()) {
+        w.biases = launcher.input(inputs[layout.group_biases(i)]);
+      }
+    }
+    parts.push_back(w);
+  }
+  for (int i = 0; i < Forward::segments; ++i) {
+    auto w = parts[forward.parts == 1 ? 0 : i];
+    w.values = segment_of(w.values, forward, i);
+    for (auto* t : {&w.scales, &w.biases}) {
+      if (*t) {
+        *t = segment_of(**t, forward, i);
+      }
+    }
+    segments.push_back(w);
+  }
+  return segments;
+}
+
+std::optional<metal::Adapter> adapter_of(
+    Launcher& launcher, const Arrays& inputs, const Operands& operands, int lora_a, int segment) {
+  auto& scale = operands.adapters[segment];
+  if (!scale) {
+    return std::nullopt;
+  }
+  auto a = launcher.input(inputs[lora_a]), b = launcher.input(inputs[lora_a + 1]);
+  return metal::Adapter{a, b, *scale};
+}
+
+template <typename Forward>
+void eval_forward(
+    const Arrays& inputs,
+    Arrays& outputs,
+    const Forward& layout,
+    const mx::array* residual,
+    float alpha,
+    mx::Stream stream) {
+  allocate(outputs);
+  Launcher launcher(stream);
+  auto x = launcher.input(inputs[Operands::input]);
+  auto weights = segment_weights(launcher, inputs, layout, layout);
+  std::vector<Tensor> biases;
+  for (int i = 0; layout.has_bias && i < layout.parts; ++i) {
+    biases.push_back(launcher.input(inputs[layout.bias(i)]));
+  }
+  std::vector<metal::Segment> segments;
+  for (int i = 0; i < Forward::segments; ++i) {
+    std::optional<Tensor> bias;
+    if (layout.has_bias) {
+      bias = segment_of(biases[layout.parts == 1 ? 0 : i], layout, i);
+    }
+    auto adapter = adapter_of(launcher, inputs, layout, layout.lora_a(i), i);
+    segments.push_back({weights[i], bias, adapter, by_heads(launcher.output(outputs[i]))});
+  }
+  metal::Epilogue epilogue{std::nullopt, alpha, layout.exact};
+  if (residual) {
+    epilogue.residual = launcher.input(*residual);
+  }
+  launcher.encode(metal::plan_projection(name_of(outputs[0]), layout.quantization, x, segments, epilogue));
+}
+
+template <typename Forward>
+void eval_grad(
+    const Arrays& inputs,
+    Arrays& outputs,
+    const GradLayout<Forward>& layout,
+    float alpha,
+    mx::Stream stream) {
+  allocate(outputs);
+  auto& forward = layout.forward;
+  Launcher launcher(stream);
+  auto dtype = name_of(inputs[layout.cotangent]);
+  auto output = [&](int argnum) -> std::optional<Tensor> {
+    int i = layout.output(argnum);
+    return i < 0 ? std::nullopt : std::optional(launcher.output(outputs[i]));
+  };
+
+  std::optional<Tensor> x;
+  if (layout.reads_input()) {
+    x = launcher.input(inputs[layout.input]);
+  }
+  std::vector<metal::Weight> weights;
+  if (layout.reads_weight()) {
+    weights = segment_weights(launcher, inputs, layout, forward);
+  }
+  std::vector<std::optional<Tensor>> dw, dbias;
+  for (int i = 0; i < forward.parts; ++i) {
+    dw.push_back(output(forward.weight(i)));
+    dbias.push_back(forward.has_bias ? output(forward.bias(i)) : std::nullopt);
+  }
+  std::vector<metal::GradSegment> segments;
+  std::vector<metal::WeightGradSegment> weight_grads;
+  for (int i = 0; i < Forward::segments; ++i) {
+    metal::GradSegment segment{by_heads(launcher.input(inputs[layout.cotangent + i])), {}, {}, {}, {}};
+    if (layout.reads_weight()) {
+      segment.weight = weights[i];
+    }
+    if (layout.reads_adapters() && forward.adapters[i]) {
+      segment.adapter = adapter_of(launcher, inputs, forward, layout.adapter(forward.lora_a(i)), i);
+      segment.da = output(forward.lora_a(i));
+      segment.db = output(forward.lora_b(i));
+    }
+    segments.push_back(segment);
+    int part = forward.parts == 1 ? 0 : i;
+    if (dw[part]) {
+      std::optional<Tensor> bias;
+      if (dbias[part]) {
+        bias = segment_of(*dbias[part], forward, i);
+      }
+      weight_grads.push_back({segment.grad, segment_of(*dw[part], forward, i), bias});
+    }
+  }
+  launcher.encode(
+      metal::plan_gradients(dtype, forward.quantization, x, segments, output(Operands::input), alpha));
+  if (!weight_grads.empty()) {
+    launcher.encode(metal::plan_weight_grad(dtype, *x, weight_grads));
+  }
 }
 
 }  // namespace
 
 void FusedQKVProjection::eval_gpu(const Arrays& inputs, Arrays& outputs) {
-  allocate(outputs);
-  Launcher launcher(stream());
-  auto x = launcher.input(inputs[Operands::input]);
-  std::vector<Tensor> weights, biases;
-  for (int i = 0; i < layout_.parts; ++i) {
-    weights.push_back(launcher.input(inputs[layout_.weight(i)]));
-    if (layout_.has_bias) {
-      biases.push_back(launcher.input(inputs[layout_.bias(i)]));
-    }
-  }
-  std::vector<metal::Segment> segments;
-  for (int i = 0; i < QKVLayout::segments; ++i) {
-    int p = layout_.packed() ? 0 : i;
-    std::optional<Tensor> bias;
-    if (layout_.has_bias) {
-      bias = part(biases[p], layout_, i);
-    }
-    segments.push_back({part(weights[p], layout_, i), bias, launcher.output(outputs[i])});
-  }
-  launcher.encode(metal::plan_projection(name_of(inputs[0]), x, segments, std::nullopt));
+  eval_forward(inputs, outputs, layout_, nullptr, 1.0f, stream());
 }
 
 void FusedQKVProjectionGrad::eval_gpu(const Arrays& inputs, Arrays& outputs) {
-  allocate(outputs);
-  auto& forward = layout_.forward;
-  Launcher launcher(stream());
-  auto dtype = name_of(inputs[0]);
-  std::vector<Tensor> grads;
-  for (int i = 0; i < QKVLayout::segments; ++i) {
-    grads.push_back(launcher.input(inputs[QKVGradLayout::cotangent + i]));
-  }
-  if (layout_.reads_weight()) {
-    std::vector<Tensor> weights;
-    for (int i = 0; i < forward.parts; ++i) {
-      weights.push_back(launcher.input(inputs[layout_.weight(i)]));
-    }
-    std::vector<metal::InputGradSegment> segments;
-    for (int i = 0; i < QKVLayout::segments; ++i) {
-      segments.push_back({grads[i], part(weights[forward.packed() ? 0 : i], forward, i)});
-    }
-    auto dx = launcher.output(outputs[layout_.output(Operands::input)]);
-    launcher.encode(metal::plan_input_grad(dtype, segments, dx));
-  }
-  if (layout_.reads_input()) {
-    auto x = launcher.input(inputs[QKVGradLayout::input]);
-    std::vector<std::optional<Tensor>> dw(forward.parts), dbias(forward.parts);
-    for (int i = 0; i < forward.parts; ++i) {
-      if (int out = layout_.output(forward.weight(i)); out >= 0) {
-        dw[i] = launcher.output(outputs[out]);
-      }
-      if (int out = forward.has_bias ? layout_.output(forward.bias(i)) : -1; out >= 0) {
-        dbias[i] = launcher.output(outputs[out]);
-      }
-    }
-    std::vector<metal::WeightGradSegment> segments;
-    for (int i = 0; i < QKVLayout::segments; ++i) {
-      int p = forward.packed() ? 0 : i;
-      if (dw[p]) {
-        std::optional<Tensor> bias;
-        if (dbias[p]) {
-          bias = part(*dbias[p], forward, i);
-        }
-        segments.push_back({grads[i], part(*dw[p], forward, i), bias});
-      }
-    }
-    launcher.encode(metal::plan_weight_grad(dtype, x, segments));
-  }
+  eval_grad(inputs, outputs, layout_, 1.0f, stream());
 }
 
 void FusedOutputProjection::eval_gpu(const Arrays& inputs, Arrays& outputs) {
-  allocate(outputs);
-  Launcher launcher(stream());
-  auto x = launcher.input(inputs[Operands::input]);
-  auto weight = launcher.input(inputs[layout_.weight(0)]);
-  std::optional<Tensor> bias;
-  if (layout_.has_bias) {
-    bias = launcher.input(inputs[layout_.bias(0)]);
-  }
-  auto residual = launcher.input(inputs[layout_.residual()]);
-  auto out = one_head(launcher.output(outputs[0]));
-  launcher.encode(metal::plan_projection(name_of(inputs[0]), x, {{weight, bias, out}}, residual));
+  eval_forward(inputs, outputs, layout_, &inputs[layout_.residual()], layout_.alpha, stream());
 }
 
-void FusedOutputProjectionGrad::eval_gpu(const Arrays&, Arrays&) {
-  throw std::runtime_error("[FusedOutputProjectionGrad] MLX's matmuls are what routing chooses on a GPU.");
+void FusedOutputProjectionGrad::eval_gpu(const Arrays& inputs, Arrays& outputs) {
+  eval_grad(inputs, outputs, layout_, layout_.forward.alpha, stream());
 }
 
 DeviceInfo describe(mx::Device device) {

@@ -21,21 +21,24 @@ std::filesystem::path extension_dir() {
 
 }  // namespace
 
-MTL::Library* library(mlx::core::metal::Device& device) {
+MTL::Library* library(mlx::core::metal::Device& device, const std::string& format) {
   static const auto dir = extension_dir();
   static const bool compiled = std::filesystem::exists(dir / "mlx_fused.metallib");
   if (compiled) {
     return device.get_library("mlx_fused", (dir / "mlx_fused.metallib").string());
   }
-  return device.get_library("mlx_fused", [&] {
-    auto path = dir / "kernels.metal";
-    std::ifstream file(path);
+  return device.get_library(format.empty() ? "mlx_fused" : "mlx_fused_" + format, [&] {
+    std::string name = format.empty() ? "kernels.metal" : "quantized_kernels.metal";
+    std::ifstream file(dir / name);
     if (!file) {
       throw std::runtime_error(
-          "[mlx_fused] Neither mlx_fused.metallib nor kernels.metal is in " + dir.string() +
+          "[mlx_fused] Neither mlx_fused.metallib nor " + name + " is in " + dir.string() +
           ". Fix: reinstall mlx-fused.");
     }
     std::stringstream source;
+    if (!format.empty()) {
+      source << "#define MLX_FUSED_FORMAT " << format << "\n";
+    }
     source << file.rdbuf();
     return source.str();
   });

@@ -1,10 +1,13 @@
 #pragma once
 
+#include <string>
+
 #include "mlx/backend/metal/device.h"
 
 namespace mlx_fused::metal {
 
-// Our kernels: the metallib beside the extension, or else its source there, compiled by the device.
-MTL::Library* library(mlx::core::metal::Device& device);
+// Our kernels: the metallib beside the extension, or else the source there, compiled by the device: for
+// quantized weights of one format alone, with a format empty all the others.
+MTL::Library* library(mlx::core::metal::Device& device, const std::string& format);
 
 }  // namespace mlx_fused::metal

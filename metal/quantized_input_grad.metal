@@ -1,0 +1,74 @@
+// dx as qkv_input_grad.metal has it, the weights being quantized: of q, k and v, or the output projection's.
+#include "epilogue.h"
+#include "quantized.h"
+
+namespace mlx_fused {
+
+template <typename T, typename Format, int BM, int BN>
+[[kernel, max_total_threads_per_threadgroup(tile_threads)]] void quantized_input_grad(
+    const device T* dq [[buffer(0)]],
+    const device T* dk [[buffer(1)]],
+    const device T* dv [[buffer(2)]],
+    const device uint32_t* q_weight [[buffer(3)]],
+    const device uint32_t* k_weight [[buffer(4)]],
+    const device uint32_t* v_weight [[buffer(5)]],
+    device T* d_input [[buffer(6)]],
+    const device float* low [[buffer(7)]],
+    const device float* q_lora_a [[buffer(8)]],
+    const device float* k_lora_a [[buffer(9)]],
+    const device float* v_lora_a [[buffer(10)]],
+    constant ProjectionParams& params [[buffer(11)]],
+    const device typename Format::template scale_t<T>* q_scales [[buffer(12)]],
+    const device typename Format::template scale_t<T>* k_scales [[buffer(13)]],
+    const device typename Format::template scale_t<T>* v_scales [[buffer(14)]],
+    const device typename Format::template scale_t<T>* q_biases [[buffer(15)]],
+    const device typename Format::template scale_t<T>* k_biases [[buffer(16)]],
+    const device typename Format::template scale_t<T>* v_biases [[buffer(17)]],
+    uint3 tile [[threadgroup_position_in_grid]],
+    ushort simdgroup [[simdgroup_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  using Gemm = mlx::steel::GEMMKernel<T, T, BM, BN, quantized_depth, 2, 2, false, false, true, true>;
+  threadgroup T grad_block[Gemm::tgp_mem_size_a];
+  threadgroup T weight_block[Gemm::tgp_mem_size_b];
+
+  const int first_col = int(tile.x) * BN;
+  const int first_row = int(tile.y) * BM;
+  const short cols = min(BN, params.in_features - first_col);
+  const short rows = min(BM, params.rows - first_row);
+  const int64_t batch = tile.z;
+
+  typename Gemm::mma_t mma(simdgroup, lane);
+  for (int index = 0; index < params.segments; ++index) {
+    constant SegmentParams& segment = params.segment[index];
+    const device T* grad =
+        pick(index, dq, dk, dv) + batch * segment.batch_stride + first_row * segment.row_stride;
+    const QuantizedWeight<T, Format> weight = {
+        pick(index, q_weight, k_weight, v_weight),
+        pick(index, q_scales, k_scales, v_scales),
+        pick(index, q_biases, k_biases, v_biases),
+        &segment,
+        params.log2_group_size};
+    for (int first = 0; first < segment.features; first += segment.head_dim) {
+      typename Gemm::loader_a_t load_grad(
+          grad + feature_offset(first, segment), segment.row_stride, grad_block, simdgroup, lane);
+      DequantizingLoader<T, Format, quantized_depth, BN, BN + Gemm::tgp_padding_b, false> load_weight(
+          weight.from_row(first), first_col, weight_block, simdgroup, lane);
+      for (int d = 0; d < segment.head_dim; d += quantized_depth) {
+        const short depth = min(quantized_depth, segment.head_dim - d);
+        const bool whole = rows == BM && cols == BN && depth == quantized_depth;
+        load_blocks(load_grad, load_weight, whole, short2(depth, rows), short2(cols, depth));
+        mma.mma(grad_block, weight_block);
+      }
+    }
+  }
+
+  store_results(
+      mma,
+      rows,
+      cols,
+      InputGradStore<T>{low, q_lora_a, k_lora_a, v_lora_a, d_input, &params, batch, first_row, first_col});
+}
+
+INSTANTIATE_FORMATS("quantized_input_grad", quantized_input_grad, 64, 64)
+
+}  // namespace mlx_fused
