@@ -78,7 +78,7 @@ BlasMatrix whole_left(const View& left) {
 // For few rows, where reading the right operand is the work: it is read once and in place, or converted a few
 // rows at a time.
 void dots_product(const View& left, const std::vector<Output>& outputs) {
-  constexpr int64_t block = 12;
+  constexpr int64_t block = 6;
   int64_t rows = left.rows(), depth = left.cols();
   BlasMatrix x = whole_left(left);
   auto tasks = split(outputs, rows, 48, 96);
@@ -187,7 +187,7 @@ void product(std::vector<View> left, std::vector<Output> outputs) {
   bool amx = !left.empty() && all_bfloat16 && has_amx();
   bool in_place = left.size() == 1 && unit_rows;
   int64_t rows = outputs[0].out.rows();
-  constexpr int64_t fewest_rows = 4, few_rows = 24, few_rows_amx = 4;
+  constexpr int64_t fewest_rows = 6, few_rows = 24, few_rows_amx = 4;
   if (in_place && rows <= fewest_rows && can_pack(outputs)) {
     packed_product(left[0], outputs);
   } else if (in_place && rows <= (amx ? few_rows_amx : few_rows)) {
