@@ -7,91 +7,17 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "mlx_fused/backend/cpu/amx_tiles.h"
 #include "mlx_fused/backend/cpu/epilogue.h"
 #include "mlx_fused/backend/cpu/kernels.h"
 #include "mlx_fused/backend/cpu/parallel.h"
 #include "mlx_fused/backend/cpu/scratch.h"
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
 #define AMX __attribute__((target("avx512f,avx512bw,avx512vl,amx-tile,amx-bf16")))
 
 namespace mlx_fused::cpu {
 
 namespace {
-
-// The unit multiplies tiles of 1 KB: c[16 x 16, float32] += a b, where a holds 16 rows of 32 bfloat16 (form
-// rows), and b, the transpose of such rows, keeps two neighbours of the summed index side by side (form
-// pairs).
-constexpr int64_t side = 16, depth = 32, tile_bytes = 1024, row_bytes = 64;
-enum class Form { rows, pairs };
-
-// A tile seen as 16 x 16 words of two bfloat16 is in form pairs the transpose of what it is in form rows.
-AVX512 void transpose(__m512i (&v)[16]) {
-  __m512i w[16];
-  for (int i = 0; i < 16; i += 2) {
-    w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    for (int j = 0; j < 2; ++j) {
-      v[i + 2 * j] = _mm512_unpacklo_epi64(w[i + j], w[i + j + 2]);
-      v[i + 2 * j + 1] = _mm512_unpackhi_epi64(w[i + j], w[i + j + 2]);
-    }
-  }
-  for (int i = 0; i < 4; ++i) {
-    w[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
-    w[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
-    w[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
-    w[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    v[i] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0x88);
-    v[i + 8] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0xdd);
-    v[i + 4] = _mm512_shuffle_i32x4(w[i + 4], w[i + 12], 0x88);
-    v[i + 12] = _mm512_shuffle_i32x4(w[i + 4], w[i + 12], 0xdd);
-  }
-}
-
-// Copies the tile of v at (row, col) to 1 KB at to, zeros where v has ended.
-AVX512 void pack_tile(const View& v, int64_t row, int64_t col, Form form, char* to) {
-  Tile t{row, std::min(side, v.rows() - row), col, std::min(depth, v.cols() - col)};
-  auto s = strided(v, t);
-  __m512i words[16];
-  Form loaded = Form::rows;
-  if (s && s->row_stride == 1 && s->col_stride != 1) {
-    loaded = Form::pairs;
-    auto mask = static_cast<__mmask16>((1u << t.rows) - 1);
-    for (int i = 0; i < 16; ++i) {
-      const char* first = s->data + 2 * i * s->col_stride * 2;
-      __m256i low = _mm256_maskz_loadu_epi16(2 * i < t.cols ? mask : 0, first);
-      __m256i high = _mm256_maskz_loadu_epi16(2 * i + 1 < t.cols ? mask : 0, first + s->col_stride * 2);
-      words[i] =
-          _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-    }
-  } else {
-    alignas(64) uint16_t gathered[side * depth];
-    if (!s || s->col_stride != 1) {
-      for (int64_t i = 0; i < t.rows; ++i) {
-        for_each_run(v, row + i, col, t.cols, [&](const char* from, int64_t j, int64_t n) {
-          for (int64_t k = 0; k < n; ++k) {
-            gathered[i * depth + j + k] = reinterpret_cast<const uint16_t*>(from)[k * v.dim_stride];
-          }
-        });
-      }
-      s = {reinterpret_cast<char*>(gathered), depth, 1};
-    }
-    auto mask = static_cast<__mmask32>((uint64_t{1} << t.cols) - 1);
-    for (int i = 0; i < 16; ++i) {
-      words[i] = _mm512_maskz_loadu_epi16(i < t.rows ? mask : 0, s->data + i * s->row_stride * 2);
-    }
-  }
-  if (loaded != form) {
-    transpose(words);
-  }
-  for (int i = 0; i < 16; ++i) {
-    _mm512_store_si512(to + i * row_bytes, words[i]);
-  }
-}
 
 // 16 rows of an operand: tile i of them is at data + i * step, its rows row_stride bytes apart.
 struct Panel {
@@ -179,18 +105,18 @@ AMX void multiply(
   _tile_stored(3, c[3], row_bytes);
 }
 
-// Puts a result tile into a row-major matrix.
-AVX512 void unpack_tile(const float* from, bool transposed, float* to, int64_t ld) {
-  __m512i words[16];
-  for (int i = 0; i < 16; ++i) {
-    words[i] = _mm512_load_si512(from + i * side);
-  }
-  if (transposed) {
-    transpose(words);
-  }
-  for (int i = 0; i < 16; ++i) {
-    _mm512_store_si512(to + i * ld, words[i]);
-  }
+Form form_of(const Operand& right) {
+  auto view = std::get_if<View>(&right);
+  bool rows = view ? view->dim_stride == 1 : std::holds_alternative<Quantized>(right);
+  return rows ? Form::rows : Form::pairs;
+}
+
+bool has_affine(const Output& output) {
+  return std::ranges::any_of(output.right, [](const Operand& right) {
+    auto matrix = std::get_if<Quantized>(&right);
+    auto transpose = std::get_if<TransposedQuantized>(&right);
+    return (matrix && matrix->mode == Mode::affine) || (transpose && transpose->matrix.mode == Mode::affine);
+  });
 }
 
 // One product. The left operand is packed in chunks of rows, by all threads for all tasks; each task then
@@ -200,7 +126,8 @@ class AmxProduct {
   AmxProduct(const std::vector<View>& left, const std::vector<Output>& outputs)
       : left_(left),
         steps_(split_depth(left)),
-        right_form_(std::get<View>(outputs[0].right[0]).dim_stride == 1 ? Form::rows : Form::pairs),
+        right_form_(form_of(outputs[0].right[0])),
+        parts_(std::ranges::any_of(outputs, has_affine) ? max_parts : 1),
         rows_(left[0].rows()),
         panel_bytes_(steps_.size() * tile_bytes),
         tasks_(split(outputs, rows_, 2 * side, max_cols)) {}
@@ -218,7 +145,7 @@ class AmxProduct {
 
  private:
   // A block of the left operand, one of the right and their result fit in 2 MB of second-level cache.
-  static constexpr int64_t block_steps = 32, max_rows = 512, max_cols = 256, max_panels = max_cols / side;
+  static constexpr int64_t max_parts = 3, max_rows = 512, max_cols = max_panels * side;
   static constexpr int64_t left_bytes = 4 << 20, tile_floats = side * side;
 
   void pack_left(int64_t p) {
@@ -241,7 +168,8 @@ class AmxProduct {
     return std::nullopt;
   }
 
-  // Panels of the right operand from row on, n steps of each, in place or packed into memory at to.
+  // Panels of the right operand from row on, n steps of each, in place or packed into memory at to. The
+  // panels of a second and third part come behind those of the first.
   void get_right(
       const std::vector<Operand>& pieces,
       int64_t row,
@@ -250,22 +178,34 @@ class AmxProduct {
       int64_t n,
       char* to,
       Panel* panels) {
-    bool packs = false;
-    for (int64_t r = 0; r < count; ++r) {
-      auto panel = in_place(pieces, row + r * side, step);
-      packs |= !panel;
-      panels[r] = panel.value_or(Panel{});
+    if (std::holds_alternative<View>(pieces[0])) {
+      bool packs = false;
+      for (int64_t r = 0; r < count; ++r) {
+        auto panel = in_place(pieces, row + r * side, step);
+        packs |= !panel;
+        panels[r] = panel.value_or(Panel{});
+      }
+      if (!packs) {
+        return;
+      }
     }
-    if (!packs) {
-      return;
+    int64_t panel_bytes = block_steps_ * tile_bytes;
+    for (int64_t r = 0; r < count * parts_; ++r) {
+      panels[r] = packed_panel(to + r * panel_bytes);
+    }
+    if (auto q = std::get_if<Quantized>(&pieces[0])) {
+      return pack_quantized(*q, row, count, steps_[step].col, n, parts_, panel_bytes, to);
     }
     // Step by step, for neighbouring panels may share the cache lines of a step.
     for (int64_t i = 0; i < n; ++i) {
       auto [piece, col] = steps_[step + i];
+      if (auto q = std::get_if<TransposedQuantized>(&pieces[piece])) {
+        pack_quantized_step(*q, row, count, col, parts_, panel_bytes, to + i * tile_bytes);
+        continue;
+      }
       for (int64_t r = 0; r < count; ++r) {
-        char* panel = to + r * block_steps * tile_bytes;
-        pack_tile(std::get<View>(pieces[piece]), row + r * side, col, right_form_, panel + i * tile_bytes);
-        panels[r] = packed_panel(panel);
+        char* tile = to + r * panel_bytes + i * tile_bytes;
+        pack_tile(std::get<View>(pieces[piece]), row + r * side, col, right_form_, tile);
       }
     }
   }
@@ -274,7 +214,7 @@ class AmxProduct {
     int64_t count = steps_.size(), cols = (t.cols + side - 1) / side;
     int64_t even_rows = (panels_ + 1) / 2 * 2, even_cols = (cols + 1) / 2 * 2, ld = even_cols * side;
     int64_t acc_floats = even_rows * even_cols * tile_floats,
-            right_floats = cols * block_steps * tile_bytes / 4;
+            right_floats = parts_ * cols * block_steps_ * tile_bytes / 4;
     float* acc = scratch(Holder::task, acc_floats + right_floats + side * ld);
     auto right_memory = reinterpret_cast<char*>(acc + acc_floats);
     float* result = acc + acc_floats + right_floats;
@@ -282,20 +222,22 @@ class AmxProduct {
     auto multiply_panels = right_form_ == Form::rows ? multiply<Form::rows> : multiply<Form::pairs>;
 
     configure();
-    for (int64_t step = 0; step < count; step += block_steps) {
-      int64_t n = std::min(block_steps, count - step);
-      Panel right[max_panels];
+    for (int64_t step = 0; step < count; step += block_steps_) {
+      int64_t n = std::min(block_steps_, count - step);
+      Panel right[max_parts * max_panels];
       get_right(output.right, t.col, cols, step, n, right_memory, right);
       // An odd last panel is multiplied twice rather than by code of its own.
       for (int64_t r = 0; r < cols; r += 2) {
         for (int64_t p = 0; p < panels_; p += 2) {
           const char* left = packed_ + p * panel_bytes_ + step * tile_bytes;
-          multiply_panels(
-              {packed_panel(left), packed_panel(p + 1 < panels_ ? left + panel_bytes_ : left)},
-              {right[r], right[std::min(r + 1, cols - 1)]},
-              n,
-              step > 0,
-              {tile(p, r), tile(p, r + 1), tile(p + 1, r), tile(p + 1, r + 1)});
+          for (int64_t part = 0; part < parts_; ++part) {
+            multiply_panels(
+                {packed_panel(left), packed_panel(p + 1 < panels_ ? left + panel_bytes_ : left)},
+                {right[part * cols + r], right[part * cols + std::min(r + 1, cols - 1)]},
+                n,
+                step > 0 || part > 0,
+                {tile(p, r), tile(p, r + 1), tile(p + 1, r), tile(p + 1, r + 1)});
+          }
         }
       }
     }
@@ -314,6 +256,7 @@ class AmxProduct {
   const std::vector<View>& left_;
   std::vector<Step> steps_;
   Form right_form_;
+  int64_t parts_, block_steps_ = max_steps / parts_;
   int64_t rows_, panel_bytes_;
   std::vector<Task> tasks_;
   char* packed_ = nullptr;

@@ -78,7 +78,7 @@ BlasMatrix whole_left(const View& left) {
 // For few rows, where reading the right operand is the work: it is read once and in place, or converted a few
 // rows at a time.
 void dots_product(const View& left, const std::vector<Output>& outputs) {
-  constexpr int64_t block = 12;
+  constexpr int64_t block = 6;
   int64_t rows = left.rows(), depth = left.cols();
   BlasMatrix x = whole_left(left);
   auto tasks = split(outputs, rows, 48, 96);
@@ -163,19 +163,20 @@ void product(std::vector<View> left, std::vector<Output> outputs) {
       }
     }
   }
-  bool all_bfloat16 = true, unit_rows = true;
+  bool left_bfloat16 = true, dense_bfloat16 = true, quantized = true, unit_rows = true;
   for (View& v : left) {
     v = flattened(v);
-    all_bfloat16 &= v.type == Type::bfloat16;
+    left_bfloat16 &= v.type == Type::bfloat16;
   }
   for (Output& o : outputs) {
     o.out = flattened(o.out);
     for (Operand& right : o.right) {
-      if (auto v = std::get_if<View>(&right)) {
-        *v = flattened(*v);
+      auto view = std::get_if<View>(&right);
+      if (view) {
+        *view = flattened(*view);
       }
-      auto v = std::get_if<View>(&right);
-      all_bfloat16 &= v && v->type == Type::bfloat16;
+      dense_bfloat16 &= view && view->type == Type::bfloat16;
+      quantized &= !view;
       unit_rows &= has_unit_rows(right);
     }
     for (auto* v : {&o.bias, &o.epilogue.residual}) {
@@ -184,13 +185,13 @@ void product(std::vector<View> left, std::vector<Output> outputs) {
       }
     }
   }
-  bool amx = !left.empty() && all_bfloat16 && has_amx();
+  bool amx = !left.empty() && left_bfloat16 && (dense_bfloat16 || quantized) && has_amx();
   bool in_place = left.size() == 1 && unit_rows;
   int64_t rows = outputs[0].out.rows();
-  constexpr int64_t fewest_rows = 4, few_rows = 24, few_rows_amx = 4;
+  constexpr int64_t fewest_rows = 6, few_rows = 24, few_rows_amx = 4, few_rows_amx_quantized = 12;
   if (in_place && rows <= fewest_rows && can_pack(outputs)) {
     packed_product(left[0], outputs);
-  } else if (in_place && rows <= (amx ? few_rows_amx : few_rows)) {
+  } else if (in_place && rows <= (!amx ? few_rows : quantized ? few_rows_amx_quantized : few_rows_amx)) {
     dots_product(left[0], outputs);
   } else if (amx) {
     amx_product(left, outputs);

@@ -62,6 +62,10 @@ struct E2m1 {
   static Float value(Word words, int i) {
 #ifdef __AVX512F__
     return spread(Float{0, .5, 1, 1.5, 2, 3, 4, 6, -0.0f, -.5, -1, -1.5, -2, -3, -4, -6}, words >> (4 * i));
+#elif defined(__AVX2__)
+    Word code = words >> (4 * i);
+    Word size = MLX_FUSED_ISA::bits<Word>(spread(Float{0, .5, 1, 1.5, 2, 3, 4, 6}, code));
+    return MLX_FUSED_ISA::bits<Float>(size | ((code << 28) & 0x80000000));
 #else
     return minifloat<2, 1>(words >> (4 * i));
 #endif
