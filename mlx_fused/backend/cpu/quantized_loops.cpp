@@ -72,14 +72,6 @@ struct E2m1 {
   }
 };
 
-struct E4m3 {
-  static constexpr int bits = 8;
-  static constexpr bool has_biases = false;
-  static Float value(Word words, int i) {
-    return minifloat<4, 3>(words >> (8 * i));
-  }
-};
-
 Word load_bytes(const uint8_t* p) {
 #if defined(__AVX512F__)
   return (Word)_mm512_cvtepu8_epi32(read<__m128i>(p));
@@ -90,8 +82,20 @@ Word load_bytes(const uint8_t* p) {
 #endif
 }
 
-// The scales of the fp modes; those of affine are Float32, Float16 or BFloat16.
-struct E8m0Scale {
+// Codes, or scales.
+struct E4m3 {
+  static constexpr int bits = 8;
+  static constexpr bool has_biases = false;
+  static Float value(Word words, int i) {
+    return minifloat<4, 3>(words >> (8 * i));
+  }
+  using Element = uint8_t;
+  static Float load(const uint8_t* p) {
+    return minifloat<4, 3>(load_bytes(p));
+  }
+};
+
+struct E8m0 {
   using Element = uint8_t;
   static Float load(const uint8_t* p) {
     Word exponent = load_bytes(p);
@@ -99,16 +103,10 @@ struct E8m0Scale {
   }
 };
 
-struct E4m3Scale {
-  using Element = uint8_t;
-  static Float load(const uint8_t* p) {
-    return minifloat<4, 3>(load_bytes(p));
-  }
-};
-
 // Zeros beyond the n that there are.
 template <typename T>
-Float load_some(const typename T::Element* p, int64_t n) {
+Float load_some(const void* from, int64_t index, int64_t n) {
+  auto p = (const typename T::Element*)from + index;
   if (n >= lanes) {
     return T::load(p);
   }
@@ -130,17 +128,35 @@ Word load_words(const uint32_t* p, int64_t n) {
 #endif
 }
 
-// A row of a quantized matrix.
-template <typename Codes, typename Scale>
+// A row of a quantized matrix. The formats of scales are told apart here, not by templates: that is once per
+// `lanes` groups, and far less code.
 struct Row {
-  using Element = typename Scale::Element;
-  const uint32_t* words;
-  const Element *scales, *biases;
+  const Quantized& w;
+  int64_t row, groups = w.cols / w.group_size;
+  const uint32_t* words = (const uint32_t*)w.codes + row * w.codes_row_stride;
 
-  Row(const Quantized& w, int64_t row)
-      : words((const uint32_t*)w.codes + row * w.codes_row_stride),
-        scales((const Element*)w.scales + row * w.scales_row_stride),
-        biases((const Element*)w.biases + row * w.biases_row_stride) {}
+  Float scales(int64_t group) const {
+    int64_t index = row * w.scales_row_stride + group;
+    switch (w.mode) {
+      case Mode::affine:
+        return affine(w.scales, index, groups - group);
+      case Mode::nvfp4:
+        return load_some<E4m3>(w.scales, index, groups - group);
+      default:
+        return load_some<E8m0>(w.scales, index, groups - group);
+    }
+  }
+
+  Float biases(int64_t group) const {
+    return affine(w.biases, row * w.biases_row_stride + group, groups - group);
+  }
+
+ private:
+  Float affine(const void* from, int64_t index, int64_t n) const {
+    Type type = w.type;
+    FOR_TYPE(load_some, from, index, n)
+    return Float{};
+  }
 };
 
 int log2_of(int64_t n) {
@@ -199,17 +215,17 @@ void unpack(const uint32_t* p, int64_t n, Word (&codes)[32 / lanes]) {
 #endif
 }
 
-template <typename Codes, typename Scale>
+template <typename Codes>
 void dequantize_as(const Quantized& w, int64_t index, int64_t col, int64_t n, float* to) {
-  Row<Codes, Scale> row(w, index);
-  int64_t end = col + n, groups = w.cols / w.group_size;
+  Row row{w, index};
+  int64_t end = col + n;
   int shift = log2_of(w.group_size);
   while (col < end) {
     int64_t first = col >> shift, stop = (first + lanes) << shift;
     stop = stop < end ? stop : end;
-    Float scale = load_some<Scale>(row.scales + first, groups - first), bias = {};
+    Float scale = row.scales(first), bias = {};
     if constexpr (Codes::has_biases) {
-      bias = load_some<Scale>(row.biases + first, groups - first);
+      bias = row.biases(first);
     }
     float scales[lanes], biases[lanes];
     Float32::store(scales, scale);
@@ -242,22 +258,21 @@ int64_t round_up(int64_t n, int64_t step) {
 }
 
 // The codes of a group add up before its scale multiplies them. Each code is decoded once for all rows of x.
-template <typename Codes, typename Scale, int rows>
+template <typename Codes, int rows>
 void packed_dots_row(const float* x, int64_t ldx, const Quantized& w, int64_t index, float* y, int64_t ldy) {
   constexpr int per_word = 32 / Codes::bits, block = per_word * lanes;
-  Row<Codes, Scale> row(w, index);
+  Row row{w, index};
   const float* sums = x + round_up(w.cols, block);
-  int64_t groups = w.cols / w.group_size;
   int shift = log2_of(w.group_size);
   Word column;
   for (int i = 0; i < lanes; ++i) {
     column[i] = i * per_word;
   }
   Float total[rows] = {};
-  for (int64_t group = 0; group < groups; group += lanes) {
-    Float scale = load_some<Scale>(row.scales + group, groups - group);
+  for (int64_t group = 0; group < row.groups; group += lanes) {
+    Float scale = row.scales(group);
     if constexpr (Codes::has_biases) {
-      Float bias = load_some<Scale>(row.biases + group, groups - group) + scale * Codes::center;
+      Float bias = row.biases(group) + scale * Codes::center;
 #pragma GCC unroll 8
       for (int i = 0; i < rows; ++i) {
         total[i] += bias * Float32::load(sums + i * ldx + group);
@@ -289,70 +304,50 @@ void packed_dots_row(const float* x, int64_t ldx, const Quantized& w, int64_t in
   }
 }
 
-template <typename Codes, typename Scale>
+template <typename Codes>
 void packed_dots_as(
     const float* x, int64_t m, const Quantized& w, int64_t row, int64_t n, float* y, int64_t ldy) {
   int64_t ldx = packed_length(w);
   for (int64_t j = 0; j < n; ++j) {
     int64_t i = 0;
     for (; i + 4 <= m; i += 4) {
-      packed_dots_row<Codes, Scale, 4>(x + i * ldx, ldx, w, row + j, y + i * ldy + j, ldy);
+      packed_dots_row<Codes, 4>(x + i * ldx, ldx, w, row + j, y + i * ldy + j, ldy);
     }
     const float* rest = x + i * ldx;
     float* to = y + i * ldy + j;
     switch (m - i) {
       case 3:
-        packed_dots_row<Codes, Scale, 3>(rest, ldx, w, row + j, to, ldy);
+        packed_dots_row<Codes, 3>(rest, ldx, w, row + j, to, ldy);
         break;
       case 2:
-        packed_dots_row<Codes, Scale, 2>(rest, ldx, w, row + j, to, ldy);
+        packed_dots_row<Codes, 2>(rest, ldx, w, row + j, to, ldy);
         break;
       case 1:
-        packed_dots_row<Codes, Scale, 1>(rest, ldx, w, row + j, to, ldy);
+        packed_dots_row<Codes, 1>(rest, ldx, w, row + j, to, ldy);
         break;
     }
   }
 }
 
-// Calls f<Codes, Scale>(...) for the format of w.
-#define FOR_AFFINE(f, Codes, ...)             \
-  switch (w.type) {                           \
-    case Type::float32:                       \
-      return f<Codes, Float32>(__VA_ARGS__);  \
-    case Type::float16:                       \
-      return f<Codes, Float16>(__VA_ARGS__);  \
-    default:                                  \
-      return f<Codes, BFloat16>(__VA_ARGS__); \
-  }
-#define FOR_FP(f, ...)                        \
-  switch (w.mode) {                           \
-    case Mode::mxfp4:                         \
-      return f<E2m1, E8m0Scale>(__VA_ARGS__); \
-    case Mode::mxfp8:                         \
-      return f<E4m3, E8m0Scale>(__VA_ARGS__); \
-    default:                                  \
-      return f<E2m1, E4m3Scale>(__VA_ARGS__); \
-  }
-
 }  // namespace
 
 void dequantize(const Quantized& w, int64_t row, int64_t col, int64_t n, float* to) {
   if (w.mode != Mode::affine) {
-    FOR_FP(dequantize_as, w, row, col, n, to)
+    return w.bits == 4 ? dequantize_as<E2m1>(w, row, col, n, to) : dequantize_as<E4m3>(w, row, col, n, to);
   }
   switch (w.bits) {
     case 2:
-      FOR_AFFINE(dequantize_as, Integer<2>, w, row, col, n, to)
+      return dequantize_as<Integer<2>>(w, row, col, n, to);
     case 3:
-      FOR_AFFINE(dequantize_as, Integer<3>, w, row, col, n, to)
+      return dequantize_as<Integer<3>>(w, row, col, n, to);
     case 4:
-      FOR_AFFINE(dequantize_as, Integer<4>, w, row, col, n, to)
+      return dequantize_as<Integer<4>>(w, row, col, n, to);
     case 5:
-      FOR_AFFINE(dequantize_as, Integer<5>, w, row, col, n, to)
+      return dequantize_as<Integer<5>>(w, row, col, n, to);
     case 6:
-      FOR_AFFINE(dequantize_as, Integer<6>, w, row, col, n, to)
+      return dequantize_as<Integer<6>>(w, row, col, n, to);
     case 8:
-      FOR_AFFINE(dequantize_as, Integer<8>, w, row, col, n, to)
+      return dequantize_as<Integer<8>>(w, row, col, n, to);
   }
 }
 
@@ -381,15 +376,16 @@ void pack(const Quantized& w, const float* x, float* to) {
 void packed_dots(
     const float* x, int64_t m, const Quantized& w, int64_t row, int64_t n, float* y, int64_t ldy) {
   if (w.mode != Mode::affine) {
-    FOR_FP(packed_dots_as, x, m, w, row, n, y, ldy)
+    return w.bits == 4 ? packed_dots_as<E2m1>(x, m, w, row, n, y, ldy)
+                       : packed_dots_as<E4m3>(x, m, w, row, n, y, ldy);
   }
   switch (w.bits) {
     case 2:
-      FOR_AFFINE(packed_dots_as, Centered<2>, x, m, w, row, n, y, ldy)
+      return packed_dots_as<Centered<2>>(x, m, w, row, n, y, ldy);
     case 4:
-      FOR_AFFINE(packed_dots_as, Centered<4>, x, m, w, row, n, y, ldy)
+      return packed_dots_as<Centered<4>>(x, m, w, row, n, y, ldy);
     case 8:
-      FOR_AFFINE(packed_dots_as, Centered<8>, x, m, w, row, n, y, ldy)
+      return packed_dots_as<Centered<8>>(x, m, w, row, n, y, ldy);
   }
 }
 
