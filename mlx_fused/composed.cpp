@@ -154,17 +154,20 @@ Arrays qkv_projection(const Arrays& inputs, const QKVLayout& layout, mx::StreamO
   }
   for (int i = 0; i < QKVLayout::segments; ++i) {
     segments[i] = add_adapter(segments[i], inputs, layout, i, s);
-    auto by_head = mx::unflatten(segments[i], -1, {layout.heads(i), layout.head_dim}, s);
-    segments[i] = mx::transpose(by_head, {0, 2, 1, 3}, s);
+    if (layout.split_heads) {
+      auto by_head = mx::unflatten(segments[i], -1, {layout.heads(i), layout.head_dim}, s);
+      segments[i] = mx::transpose(by_head, {0, 2, 1, 3}, s);
+    }
   }
   return segments;
 }
 
 Arrays qkv_projection_grad(const Arrays& inputs, const QKVGradLayout& layout, mx::StreamOrDevice s) {
-  Arrays grads;
-  for (int i = 0; i < QKVLayout::segments; ++i) {
-    auto by_token = mx::transpose(inputs[i], {0, 2, 1, 3}, s);
-    grads.push_back(mx::flatten(by_token, 2, 3, s));
+  Arrays grads(inputs.begin(), inputs.begin() + QKVLayout::segments);
+  if (layout.forward.split_heads) {
+    for (auto& grad : grads) {
+      grad = mx::flatten(mx::transpose(grad, {0, 2, 1, 3}, s), 2, 3, s);
+    }
   }
   return projection_grad(grads, inputs, layout, s);
 }

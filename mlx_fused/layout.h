@@ -74,6 +74,7 @@ struct QKVLayout : Operands {
   int num_heads;
   int num_kv_heads;
   int head_dim;
+  bool split_heads;  // outputs are [B, heads, S, head_dim], not [B, S, heads head_dim]
   bool exact;
 
   static constexpr int segments = 3;

@@ -14,7 +14,13 @@ namespace {
 
 // Checks everything but the weights.
 QKVLayout check_heads(
-    const Check& check, const mx::array& input, int num_heads, int num_kv_heads, int head_dim, bool exact) {
+    const Check& check,
+    const mx::array& input,
+    int num_heads,
+    int num_kv_heads,
+    int head_dim,
+    bool split_heads = true,
+    bool exact = false) {
   check.positive("num_heads", num_heads);
   check.positive("num_kv_heads", num_kv_heads);
   check.positive("head_dim", head_dim);
@@ -31,7 +37,7 @@ QKVLayout check_heads(
   }
   check.ndim("input", input, 3);
   check.floating("input", input);
-  return {{}, num_heads, num_kv_heads, head_dim, exact};
+  return {{}, num_heads, num_kv_heads, head_dim, split_heads, exact};
 }
 
 // The inputs as a primitive takes them, cast to nothing yet; completes the layout.
@@ -79,7 +85,7 @@ Call grad_call(const Arrays& inputs, const QKVGradLayout& layout) {
   Call call{
       Operation::qkv_grad,
       {dq.dtype()},
-      int64_t(dq.shape(0)) * dq.shape(2),
+      int64_t(dq.shape(0)) * dq.shape(-2),
       layout.reads_input() || layout.reads_weight() ? in_features(inputs, layout) : 0,
       forward.has_bias,
       forward.quantization,
@@ -116,10 +122,11 @@ Arrays fused_qkv_projection(
     int num_heads,
     int num_kv_heads,
     int head_dim,
+    bool split_heads,
     const std::optional<std::string>& wish,
     mx::StreamOrDevice s) {
   Check check("fused_qkv_projection");
-  auto layout = check_heads(check, input, num_heads, num_kv_heads, head_dim, false);
+  auto layout = check_heads(check, input, num_heads, num_kv_heads, head_dim, split_heads);
   return project(check, input, {weight, std::nullopt, bias, std::nullopt}, layout, wish, s);
 }
 
@@ -131,10 +138,11 @@ Arrays fused_quantized_qkv_projection(
     int num_heads,
     int num_kv_heads,
     int head_dim,
+    bool split_heads,
     const std::optional<std::string>& wish,
     mx::StreamOrDevice s) {
   Check check("fused_quantized_qkv_projection");
-  auto layout = check_heads(check, input, num_heads, num_kv_heads, head_dim, false);
+  auto layout = check_heads(check, input, num_heads, num_kv_heads, head_dim, split_heads);
   return project(check, input, {weight, quantized, bias, std::nullopt}, layout, wish, s);
 }
 
@@ -147,11 +155,12 @@ Arrays fused_lora_qkv_projection(
     int num_heads,
     int num_kv_heads,
     int head_dim,
+    bool split_heads,
     bool exact,
     const std::optional<std::string>& wish,
     mx::StreamOrDevice s) {
   Check check("fused_lora_qkv_projection");
-  auto layout = check_heads(check, input, num_heads, num_kv_heads, head_dim, exact);
+  auto layout = check_heads(check, input, num_heads, num_kv_heads, head_dim, split_heads, exact);
   return project(check, input, {weight, quantized, bias, adapters}, layout, wish, s);
 }
 
@@ -162,9 +171,10 @@ Arrays composed_qkv_projection(
     int num_heads,
     int num_kv_heads,
     int head_dim,
+    bool split_heads,
     mx::StreamOrDevice s) {
   Check check("composed.fused_qkv_projection");
-  auto layout = check_heads(check, input, num_heads, num_kv_heads, head_dim, false);
+  auto layout = check_heads(check, input, num_heads, num_kv_heads, head_dim, split_heads);
   auto inputs = check_inputs(check, input, {weight, std::nullopt, bias, std::nullopt}, layout);
   return composed::qkv_projection(inputs, layout, mx::to_stream(s));
 }
@@ -182,7 +192,7 @@ Arrays fused_qkv_projection_bwd(
     const std::optional<std::string>& wish,
     mx::StreamOrDevice s) {
   Check check("fused_qkv_projection_bwd");
-  auto forward = check_heads(check, input, num_heads, num_kv_heads, head_dim, false);
+  auto forward = check_heads(check, input, num_heads, num_kv_heads, head_dim);
   auto primals = check_inputs(check, input, {weight, std::nullopt, std::nullopt, std::nullopt}, forward);
   forward.has_bias = has_bias;
   const char* names[] = {"dq", "dk", "dv"};
@@ -263,8 +273,11 @@ bool FusedQKVProjection::is_equivalent(const mx::Primitive& other) const {
 std::vector<mx::Shape> FusedQKVProjection::output_shapes(const Arrays& inputs) {
   auto& input = inputs[Operands::input];
   std::vector<mx::Shape> shapes;
+  int batch = input.shape(0), seq = input.shape(1);
   for (int i = 0; i < QKVLayout::segments; ++i) {
-    shapes.push_back({input.shape(0), layout_.heads(i), input.shape(1), layout_.head_dim});
+    shapes.push_back(
+        layout_.split_heads ? mx::Shape{batch, layout_.heads(i), seq, layout_.head_dim}
+                            : mx::Shape{batch, seq, layout_.features(i)});
   }
   return shapes;
 }
@@ -285,7 +298,7 @@ std::vector<mx::Shape> FusedQKVProjectionGrad::output_shapes(const Arrays& input
   std::vector<mx::Shape> shapes;
   for (int argnum : layout_.argnums) {
     if (argnum == Operands::input) {
-      shapes.push_back({dq.shape(0), dq.shape(2), in_features(inputs, layout_)});
+      shapes.push_back({dq.shape(0), dq.shape(-2), in_features(inputs, layout_)});
     } else if (forward.is_weight(argnum)) {
       shapes.push_back({forward.part_features(argnum - forward.weight(0)), in_features(inputs, layout_)});
     } else if (forward.is_bias(argnum)) {

@@ -15,7 +15,8 @@ namespace mx = mlx::core;
 
 // `wish` is routing's: "composed", "fused" or nothing.
 
-// q, k, v of shape [B, heads, S, head_dim] from input [B, S, H] and weight
+// q, k, v of shape [B, heads, S, head_dim], without split_heads [B, S, heads head_dim], from input [B, S, H]
+// and weight
 // [(num_heads + 2 num_kv_heads) head_dim, H]; a bias comes in parts as the weight does.
 Arrays fused_qkv_projection(
     const mx::array& input,
@@ -24,6 +25,7 @@ Arrays fused_qkv_projection(
     int num_heads,
     int num_kv_heads,
     int head_dim,
+    bool split_heads = true,
     const std::optional<std::string>& wish = std::nullopt,
     mx::StreamOrDevice s = {});
 
@@ -36,6 +38,7 @@ Arrays fused_quantized_qkv_projection(
     int num_heads,
     int num_kv_heads,
     int head_dim,
+    bool split_heads = true,
     const std::optional<std::string>& wish = std::nullopt,
     mx::StreamOrDevice s = {});
 
@@ -50,6 +53,7 @@ Arrays fused_lora_qkv_projection(
     int num_heads,
     int num_kv_heads,
     int head_dim,
+    bool split_heads = true,
     bool exact = false,
     const std::optional<std::string>& wish = std::nullopt,
     mx::StreamOrDevice s = {});
@@ -76,6 +80,7 @@ Arrays composed_qkv_projection(
     int num_heads,
     int num_kv_heads,
     int head_dim,
+    bool split_heads = true,
     mx::StreamOrDevice s = {});
 
 class FusedQKVProjection : public FusedPrimitive {

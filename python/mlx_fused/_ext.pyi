@@ -8,7 +8,7 @@ from mlx.core import Device, DeviceType, Stream, array
 
 StreamOrDevice: TypeAlias = Stream | Device | DeviceType | None
 
-def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
+def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """
     Project hidden states to queries, keys and values in one operation.
 
@@ -29,6 +29,8 @@ def fused_qkv_projection(input: array, weight: array | tuple[array, array, array
       num_heads (int): Query heads, a multiple of ``num_kv_heads``.
       num_kv_heads (int): Key and value heads.
       head_dim (int): Features per head, at least 1.
+      split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
+        outputs are ``[B, S, heads * head_dim]``. Default: ``True``.
       route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
         ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
@@ -37,7 +39,7 @@ def fused_qkv_projection(input: array, weight: array | tuple[array, array, array
 
     Returns:
       tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
-      shape ``[B, num_kv_heads, S, head_dim]``, of the dtype that MLX promotes
+      shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype that MLX promotes
       the arguments to.
 
     Raises:
@@ -131,13 +133,13 @@ def fused_output_projection_residual_bwd(d_output: array, attn_out: array, weigh
       ValueError: If a rank, shape or dtype is wrong.
     """
 
-def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, stream: StreamOrDevice = None) -> tuple[array, array, array]:
+def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, split_heads: bool = True, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """``fused_qkv_projection`` written in MLX's own operations."""
 
 def composed_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, alpha: float = 1.0, stream: StreamOrDevice = None) -> array:
     """``fused_output_projection_residual`` written in MLX's own operations."""
 
-def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, array, array], scales: array | tuple[array, array, array], biases: array | tuple[array, array, array] | None, bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
+def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, array, array], scales: array | tuple[array, array, array], biases: array | tuple[array, array, array] | None, bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """
     Project hidden states to queries, keys and values with a quantized weight.
 
@@ -168,6 +170,8 @@ def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, ar
         the mode's own (4; mxfp8 8).
       mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
         ``mx.quantize``. Default: ``"affine"``.
+      split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
+        outputs are ``[B, S, heads * head_dim]``. Default: ``True``.
       route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
         ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
@@ -176,7 +180,7 @@ def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, ar
 
     Returns:
       tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
-      shape ``[B, num_kv_heads, S, head_dim]``, of the dtype that MLX promotes
+      shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype that MLX promotes
       the arguments to.
 
     Raises:
@@ -258,6 +262,8 @@ def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, 
         the mode's own (4; mxfp8 8).
       mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
         ``mx.quantize``. Default: ``"affine"``.
+      split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
+        outputs are ``[B, S, heads * head_dim]``. Default: ``True``.
       exact (bool): Round where mlx-lm's modules do: after the base product (and its bias),
         after the scaled low-rank product, and after their sum. Default: ``False``.
       route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
@@ -268,7 +274,7 @@ def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, 
 
     Returns:
       tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
-      shape ``[B, num_kv_heads, S, head_dim]``, of the dtype that MLX promotes ``input``,
+      shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype that MLX promotes ``input``,
       ``weight`` and ``bias`` to.
 
     Raises:

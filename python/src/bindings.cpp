@@ -34,10 +34,12 @@ Triple qkv_projection(
     int num_heads,
     int num_kv_heads,
     int head_dim,
+    bool split_heads,
     const Route& route,
     mx::StreamOrDevice s) {
   return triple(
-      mlx_fused::fused_qkv_projection(input, weight, bias, num_heads, num_kv_heads, head_dim, route, s));
+      mlx_fused::fused_qkv_projection(
+          input, weight, bias, num_heads, num_kv_heads, head_dim, split_heads, route, s));
 }
 
 Triple composed_qkv_projection(
@@ -47,9 +49,11 @@ Triple composed_qkv_projection(
     int num_heads,
     int num_kv_heads,
     int head_dim,
+    bool split_heads,
     mx::StreamOrDevice s) {
   return triple(
-      mlx_fused::composed_qkv_projection(input, weight, bias, num_heads, num_kv_heads, head_dim, s));
+      mlx_fused::composed_qkv_projection(
+          input, weight, bias, num_heads, num_kv_heads, head_dim, split_heads, s));
 }
 
 std::tuple<mx::array, GradParts, std::optional<GradParts>> qkv_projection_bwd(
@@ -105,11 +109,13 @@ NB_MODULE(_ext, m) {
       "num_kv_heads"_a,
       "head_dim"_a,
       nb::kw_only(),
+      "split_heads"_a = true,
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
       nb::sig(
           "def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array "
           "| tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, "
+          "split_heads: bool = True, "
           "route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> "
           "tuple[array, array, array]"),
       R"pbdoc(
@@ -132,6 +138,8 @@ NB_MODULE(_ext, m) {
           num_heads (int): Query heads, a multiple of ``num_kv_heads``.
           num_kv_heads (int): Key and value heads.
           head_dim (int): Features per head, at least 1.
+          split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
+            outputs are ``[B, S, heads * head_dim]``. Default: ``True``.
           route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
             ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
@@ -140,7 +148,7 @@ NB_MODULE(_ext, m) {
 
         Returns:
           tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
-          shape ``[B, num_kv_heads, S, head_dim]``, of the dtype that MLX promotes
+          shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype that MLX promotes
           the arguments to.
 
         Raises:
@@ -292,10 +300,12 @@ NB_MODULE(_ext, m) {
       "num_kv_heads"_a,
       "head_dim"_a,
       nb::kw_only(),
+      "split_heads"_a = true,
       "stream"_a = nb::none(),
       nb::sig(
           "def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array "
-          "| tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, stream: "
+          "| tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, "
+          "split_heads: bool = True, stream: "
           "StreamOrDevice = None) -> tuple[array, array, array]"),
       "``fused_qkv_projection`` written in MLX's own operations.");
 

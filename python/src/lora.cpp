@@ -64,6 +64,7 @@ void bind_lora(nb::module_& m) {
          std::optional<int> group_size,
          std::optional<int> bits,
          const std::string& mode,
+         bool split_heads,
          bool exact,
          const std::optional<std::string>& route,
          mx::StreamOrDevice s) {
@@ -77,6 +78,7 @@ void bind_lora(nb::module_& m) {
                 num_heads,
                 num_kv_heads,
                 head_dim,
+                split_heads,
                 exact,
                 route,
                 s));
@@ -96,6 +98,7 @@ void bind_lora(nb::module_& m) {
       "group_size"_a = nb::none(),
       "bits"_a = nb::none(),
       "mode"_a = "affine",
+      "split_heads"_a = true,
       "exact"_a = false,
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
@@ -143,6 +146,8 @@ void bind_lora(nb::module_& m) {
             the mode's own (4; mxfp8 8).
           mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
             ``mx.quantize``. Default: ``"affine"``.
+          split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
+            outputs are ``[B, S, heads * head_dim]``. Default: ``True``.
           exact (bool): Round where mlx-lm's modules do: after the base product (and its bias),
             after the scaled low-rank product, and after their sum. Default: ``False``.
           route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
@@ -153,7 +158,7 @@ void bind_lora(nb::module_& m) {
 
         Returns:
           tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
-          shape ``[B, num_kv_heads, S, head_dim]``, of the dtype that MLX promotes ``input``,
+          shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype that MLX promotes ``input``,
           ``weight`` and ``bias`` to.
 
         Raises:

@@ -27,6 +27,7 @@ void bind_quantized(nb::module_& m) {
          std::optional<int> group_size,
          std::optional<int> bits,
          const std::string& mode,
+         bool split_heads,
          const std::optional<std::string>& route,
          mx::StreamOrDevice s) {
         return triple(
@@ -38,6 +39,7 @@ void bind_quantized(nb::module_& m) {
                 num_heads,
                 num_kv_heads,
                 head_dim,
+                split_heads,
                 route,
                 s));
       },
@@ -53,13 +55,15 @@ void bind_quantized(nb::module_& m) {
       "group_size"_a = nb::none(),
       "bits"_a = nb::none(),
       "mode"_a = "affine",
+      "split_heads"_a = true,
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
       nb::sig(
           "def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, array, array], "
           "scales: array | tuple[array, array, array], biases: array | tuple[array, array, array] | None, "
           "bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: "
-          "int, *, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', route: "
+          "int, *, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', "
+          "split_heads: bool = True, route: "
           "Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, "
           "array]"),
       R"pbdoc(
@@ -92,6 +96,8 @@ void bind_quantized(nb::module_& m) {
             the mode's own (4; mxfp8 8).
           mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
             ``mx.quantize``. Default: ``"affine"``.
+          split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
+            outputs are ``[B, S, heads * head_dim]``. Default: ``True``.
           route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
             ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
@@ -100,7 +106,7 @@ void bind_quantized(nb::module_& m) {
 
         Returns:
           tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
-          shape ``[B, num_kv_heads, S, head_dim]``, of the dtype that MLX promotes
+          shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype that MLX promotes
           the arguments to.
 
         Raises:
