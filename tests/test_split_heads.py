@@ -44,7 +44,7 @@ def tokens(y):
 @pytest.mark.parametrize("dtype", operands.DTYPES)
 @pytest.mark.parametrize("make", [dense, packed, quantized, lora])
 def test_same_bits(rng, make, dtype, route):
-    op, x, _ = make(rng, dtype)
+    op, *_ = make(rng, dtype)
     by_head, by_token = op(route=route), op(route=route, split_heads=False)
     for y, z in zip(by_head, by_token, strict=True):
         np.testing.assert_array_equal(tokens(y.astype(mx.float32)), z.astype(mx.float32))
@@ -53,7 +53,7 @@ def test_same_bits(rng, make, dtype, route):
 @pytest.mark.parametrize("route", ["fused", "composed"])
 @pytest.mark.parametrize("make", [dense, packed, quantized, lora])
 def test_same_gradients(rng, make, route):
-    op, x, weight = make(rng, mx.float32)
+    op, x, _ = make(rng, mx.float32)
     cotangents = operands.qkv_cotangents(rng, 2, 3, HEADS)
 
     def gradients(split_heads, cotangents):
