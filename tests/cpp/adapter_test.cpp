@@ -104,7 +104,7 @@ struct AnyWeight {
 // Two of three segments have an adapter, of different ranks.
 void check_case(
     std::mt19937& random, const Format* f, Type type, Layout layout, int64_t rows, int64_t rank, int64_t n) {
-  int64_t in = 192;
+  int64_t in = 64;
   Matrix x(random, type, plain, 1, rows, 1, in), dx(random, type, plain, 1, rows, 1, in);
   AnyWeight wq(random, f, type, 2 * n, in), wk(random, f, type, n, in), wv(random, f, type, n, in);
   Matrix q(random, type, head_major, 1, rows, 2, n), dq(random, type, head_major, 1, rows, 2, n);
@@ -160,7 +160,7 @@ void check_cases() {
   constexpr Layout adapter_layouts[] = {plain, transposed, sliced, stepped, reversed};
   int turn = 0;
   for (int64_t rows : {0, 1, 2, 17, 65}) {
-    for (int64_t rank : {1, 3, 8, 64}) {
+    for (int64_t rank : {1, 3, 8}) {
       for (Type type : types) {
         Layout layout = adapter_layouts[turn % 5];
         check_case(random, nullptr, type, layout, rows, rank, 5);
@@ -170,10 +170,11 @@ void check_cases() {
     }
   }
   for (int64_t rows : {1, 33}) {
-    check_case(random, &formats[0], Type::bfloat16, plain, rows, 254, 7);
+    check_case(random, &formats[0], Type::bfloat16, plain, rows, 64, 5);
+    check_case(random, nullptr, Type::float32, plain, rows, 254, 1);
     check_case(random, nullptr, Type::bfloat16, plain, rows, 8, 0);
   }
-  check_case(random, nullptr, Type::bfloat16, plain, 530, 3, 2);
+  check_case(random, nullptr, Type::bfloat16, plain, 530, 3, 1);
 }
 
 double rounded(Type type, double value) {
@@ -224,6 +225,26 @@ int check_roundings(
     set_integers(random, w.quantized->scales, 1);
     set_integers(random, w.quantized->biases, 8);
   }
+  std::vector<double> products, low_ranks;
+  for (int64_t i = 0; i < rows; ++i) {
+    double xa[8] = {};
+    for (int64_t k = 0; k < in; ++k) {
+      for (int64_t r = 0; r < lora.rank(); ++r) {
+        xa[r] += x.get(i, k) * lora.a.get(k, r);
+      }
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      double y = 0, low_rank = 0;
+      for (int64_t k = 0; k < in; ++k) {
+        y += x.get(i, k) * w.get(j, k);
+      }
+      for (int64_t r = 0; r < lora.rank(); ++r) {
+        low_rank += 0.5 * xa[r] * lora.b.get(r, j);
+      }
+      products.push_back(y);
+      low_ranks.push_back(low_rank);
+    }
+  }
   int different = 0;
   for (bool exact : {false, true}) {
     std::optional<View> bias_view;
@@ -238,13 +259,7 @@ int check_roundings(
     Type inner = exact ? type : Type::float32;
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < n; ++j) {
-        double y = 0, low_rank = 0;
-        for (int64_t k = 0; k < in; ++k) {
-          y += x.get(i, k) * w.get(j, k);
-          for (int64_t r = 0; r < lora.rank(); ++r) {
-            low_rank += 0.5 * x.get(i, k) * lora.a.get(k, r) * lora.b.get(r, j);
-          }
-        }
+        double y = products[i * n + j], low_rank = low_ranks[i * n + j];
         double once =
             residual.get(i, j) + alpha * (y + (has_bias ? bias.get(0, j) : 0) + has_lora * low_rank);
         y = f ? rounded(inner, y) : y;
