@@ -59,6 +59,24 @@ def test_metal_has_no_kernel_for_an_empty_sum_or_a_bias_gradient_alone():
     assert route("qkv_grad", no_metal_kernel=True, device="cpu") == "fused"
 
 
+def test_metal_fuses_quantized_projections_and_adapters():
+    quantized, adapted = {"quantization": ("affine", 4, 64)}, {"has_adapters": True}
+    for rows in (1, 8, 31, 32, 4096):
+        for kind in (quantized, adapted, quantized | adapted):
+            for operation in ("qkv", "qkv_grad", "output"):
+                assert route(operation, rows=rows, **kind) == "fused"
+                expected = "composed" if rows >= 32 else "fused"
+                assert route(operation, rows=rows, matmul_units=True, **kind) == expected
+            # MLX's quantized_matmul is one launch for the output's one segment; adapters are more.
+            assert route("output_grad", rows=rows, **kind) == ("composed" if kind == quantized else "fused")
+
+
+def test_metal_has_no_kernel_for_other_formats():
+    for mode, bits, group_size in (("affine", 7, 64), ("affine", 4, 16), ("mxfp4", 4, 64), ("nvfp4", 4, 32)):
+        for wish in (None, "fused"):
+            assert route("qkv", quantization=(mode, bits, group_size), wish=wish) == "composed"
+
+
 def test_a_wish_overrules_the_table_and_the_variable(monkeypatch):
     assert route("qkv", matmul_units=True, wish="fused") == "fused"
     assert route("qkv", wish="composed") == "composed"

@@ -94,6 +94,8 @@ void bind_internals(nb::module_& m) {
          int64_t rows,
          int64_t in_features,
          bool has_bias,
+         const std::optional<QuantizationTuple>& q,
+         bool has_adapters,
          bool no_metal_kernel,
          const std::string& device,
          bool matmul_units,
@@ -105,7 +107,8 @@ void bind_internals(nb::module_& m) {
         auto kind = device == "cpu"     ? mlx_fused::DeviceInfo::cpu
                     : device == "metal" ? mlx_fused::DeviceInfo::metal
                                         : mlx_fused::DeviceInfo::other_gpu;
-        mlx_fused::Call call{op, promoted, rows, in_features, has_bias, {}, false, no_metal_kernel};
+        mlx_fused::Call call{
+            op, promoted, rows, in_features, has_bias, quantization(q), has_adapters, no_metal_kernel};
         auto route = mlx_fused::route(call, {kind, matmul_units}, wish);
         return route == mlx_fused::Route::composed ? "composed" : "fused";
       },
@@ -114,6 +117,8 @@ void bind_internals(nb::module_& m) {
       "rows"_a,
       "in_features"_a = 64,
       "has_bias"_a = false,
+      "quantization"_a = nb::none(),
+      "has_adapters"_a = false,
       "no_metal_kernel"_a = false,
       "device"_a,
       "matmul_units"_a = false,
