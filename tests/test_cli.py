@@ -1,13 +1,19 @@
+import json
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import version
 
 import mlx.core as mx
+import mlx_lm.utils
 import pytest
 from click.testing import CliRunner
 
 import mlx_fused
-from mlx_fused.cli import main
+import tiny_demo
+from mlx_fused.cli import calls, main, passthrough
+from mlx_fused.cli.info import routes
+from mlx_fused.validate import sum_error
 
 EXTRA = ("mlx_lm", "click", "rich", "tokenizers", "transformers")
 
@@ -30,11 +36,27 @@ def test_version():
 def test_info():
     result = CliRunner().invoke(main, ["info"])
     assert result.exit_code == 0
-    rows = dict(line.split(maxsplit=1) for line in result.output.splitlines() if "device" not in line)
+    facts, table = result.output.split("\n\n")
+    rows = dict(line.split(maxsplit=1) for line in facts.splitlines() if "de" not in line.split()[0])
     assert rows["mlx"] == version("mlx")
     assert rows["mlx-lm"] == version("mlx-lm")
     assert rows["mlx-fused"] == mlx_fused.__version__
-    assert str(mx.default_device()) in result.output
+    assert str(mx.default_device()) in facts
+    assert "4-bit + LoRA: QKV, gradient" in table
+
+
+def test_info_as_json_tells_what_the_environment_sets(monkeypatch):
+    monkeypatch.setenv("MLX_FUSED_ROUTE", "composed")
+    results = json.loads(CliRunner().invoke(main, ["info", "--json"]).stdout)
+    assert results["mlx"] == version("mlx")
+    assert results["settings"] == {"MLX_FUSED_ROUTE": "composed"}
+    assert {route for row in results["routes"].values() for route in row.values()} == {"composed"}
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="the table of the CPU")
+def test_all_calls_are_fused_on_the_cpu(monkeypatch):
+    monkeypatch.delenv("MLX_FUSED_ROUTE", raising=False)
+    assert {name: set(row) for name, row in routes()} == {name: {"fused"} for name, _ in routes()}
 
 
 def test_importing_the_package_needs_none_of_the_extra():
@@ -50,6 +72,13 @@ def test_missing_package_is_named_with_its_cure(package):
     assert "Traceback" not in result.stderr
 
 
+def test_mlx_lms_commands_say_how_to_get_mlx_lm():
+    result = without("mlx_lm", ["generate", "--model", "any"])
+    assert result.returncode == 1
+    assert "pip install 'mlx-fused[lm]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_info_works_without_mlx_lm():
     result = without("mlx_lm", ["info"])
     assert result.returncode == 0, result.stderr
@@ -60,3 +89,148 @@ def test_bad_options_are_refused(option):
     result = CliRunner().invoke(main, ["demo", *option])
     assert result.exit_code == 2
     assert option[0] in result.output
+
+
+# mlx-lm's own commands.
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_demo.make(folder)
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs a command, ours or mlx-lm's, and gives its exit code, stdout and stderr."""
+
+    def run(command, arguments):
+        monkeypatch.setattr(sys, "argv", ["mlx-fused", *arguments])
+        capfd.readouterr()
+        try:
+            code = command(arguments) or 0
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def theirs(arguments):
+    sys.argv = [f"mlx-fused {arguments[0]}", *arguments[1:]]
+    import_module(f"mlx_lm.{arguments[0]}").main()
+
+
+@pytest.mark.parametrize("name", passthrough.COMMANDS)
+@pytest.mark.parametrize("option", ["--help", "--no-such-option"])
+def test_help_errors_and_exit_codes_are_mlx_lms(run, name, option):
+    ours = run(main.main, [name, option])
+    assert ours == run(theirs, [name, option])
+    assert ours[0] == (0 if option == "--help" else 2)
+    assert f"usage: mlx-fused {name} " in ours[1] + ours[2]
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_generate_prints_what_mlx_lm_prints_and_patches(run, checkpoint, adapters):
+    options = ["--adapter-path", str(checkpoint / "adapters")] if adapters else []
+    options += ["--max-tokens", "4", "--verbose", "False", "--prompt=-- -x"]
+    arguments = ["generate", "--model", str(checkpoint / "model-4bit"), *options]
+    code, out, err = run(main.main, arguments)
+    assert (code, out) == run(theirs, arguments)[:2]
+    assert code == 0
+    (line,) = [line for line in err.splitlines() if line.startswith("mlx-fused:")]
+    assert "2 attention layers" in line
+
+
+def test_lora_trains_what_mlx_lm_trains(run, checkpoint, tmp_path):
+    losses = {}
+    for name, command in (("ours", main.main), ("theirs", theirs)):
+        arguments = ["lora", "--model", checkpoint / "model-4bit", "--data", checkpoint / "data", "--train"]
+        arguments += [
+            "--iters",
+            2,
+            "--num-layers",
+            2,
+            "--batch-size",
+            1,
+            "--adapter-path",
+            tmp_path / name,
+            "--val-batches",
+            1,
+        ]
+        code, _, err = run(command, [str(argument) for argument in arguments])
+        assert code == 0
+        assert ("mlx-fused: " in err) == (name == "ours")
+        losses[name] = mx.load(str(tmp_path / name / "adapters.safetensors"))
+    assert losses["ours"].keys() == losses["theirs"].keys()
+    for key, array in losses["ours"].items():
+        assert mx.allclose(array, losses["theirs"][key], rtol=1e-3, atol=1e-6), key
+
+
+@pytest.mark.parametrize("name", ["chat", "server"])
+def test_models_that_chat_and_server_load_are_patched(run, checkpoint, monkeypatch, name):
+    module = import_module(f"mlx_lm.{name}")
+    patched = []
+
+    def stop(*_, **__):
+        model, _ = mlx_lm.utils.load(str(checkpoint / "model"))
+        patched.append(type(model.layers[0].self_attn))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "load" if name == "chat" else "run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main.main([name, "--model", str(checkpoint / "model")])
+    assert patched != [type(mlx_lm.utils.load(str(checkpoint / "model"))[0].layers[0].self_attn)]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, EOFError, ValueError])
+def test_what_ends_mlx_lms_command_ends_ours(monkeypatch, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("mlx_lm.chat.main", fail)
+    load_model = mlx_lm.utils.load_model
+    with pytest.raises(error):
+        main.main(["chat"])
+    assert mlx_lm.utils.load_model is load_model
+
+
+# The benchmark.
+
+SMALL = calls.Sizes(hidden=128, num_heads=4, num_kv_heads=2, head_dim=64)  # twice as wide inside
+
+
+@pytest.mark.parametrize("weights", calls.WEIGHTS)
+def test_what_is_timed_computes_the_same(monkeypatch, weights):
+    # MLX sums 16-bit products in 16 bits on some devices.
+    monkeypatch.setitem(calls.WEIGHTS, weights, mx.float32)
+    made = [*calls.make_calls(SMALL, weights, 3), calls.make_block(SMALL, weights, 3)]
+    for call in [*made, *(call.gradient() for call in made)]:
+        for stock, fused in zip(call.stock(*call.inputs), call.fused(*call.inputs), strict=True):
+            assert stock.shape == fused.shape and stock.dtype == fused.dtype
+            bound = sum_error(1000) * mx.abs(stock).max().item()  # no longer chain of sums in a block
+            assert mx.abs(stock - fused).max().item() <= bound, call.name
+
+
+def test_bench_uses_the_sizes_of_a_model(tmp_path):
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": sizes}))
+    result = CliRunner().invoke(
+        main, ["bench", "--model", str(tmp_path), "--rows", "2", "--weights", "float32", "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    results = json.loads(result.stdout)
+    assert results["sizes"] == vars(SMALL)
+    assert results["machine"]["mlx"] == version("mlx")
+    names = ["QKV", "output + residual", "block"]
+    assert [cell["operation"] for cell in results["cells"]] == names + [f"{name}, gradient" for name in names]
+    assert all(cell["stock_s"] > 0 and cell["fused_s"] > 0 for cell in results["cells"])
+    assert "speedup" in result.stderr
+
+
+def test_bench_says_what_a_config_lacks(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    result = CliRunner().invoke(main, ["bench", "--model", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "hidden_size" in result.output

@@ -1,6 +1,5 @@
 import json
 import math
-from contextlib import nullcontext
 
 import mlx.core as mx
 import mlx_lm
@@ -10,57 +9,43 @@ from click.testing import CliRunner
 from mlx_lm.models import llama
 from rich.console import Console
 
-from mlx_fused import patching
+import tiny_demo
 from mlx_fused.cli import main
 from mlx_fused.demo import Settings, comparison, corpus, run
 from mlx_fused.demo.checkpoint import _start_from_bigrams
-
-TINY = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 16,
-    "seq_length": 64,
-    "batch_size": 2,
-    "pretrain_steps": 2,
-    "pretrain_learning_rate": 1e-2,  # two steps must make the attention matter
-    "max_new_tokens": 4,
-}
-
-
-MODULES = dict(list(corpus.read_modules().items())[:20])
+from mlx_fused.patching import attention, projections
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_modules():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "read_modules", lambda: MODULES)
+        patch.setattr(comparison, "read_modules", lambda: tiny_demo.MODULES)
         yield
 
 
-@pytest.fixture(scope="module")
-def demo(few_modules, tmp_path_factory):
+@pytest.fixture(scope="module", params=["4-bit", "dense"])
+def demo(few_modules, tmp_path_factory, request):
     """One run of the demo: its directory, its results and what it printed off a terminal."""
     out = tmp_path_factory.mktemp("demo")
+    dense = request.param == "dense"
     with (out.parent / "log.txt").open("w+") as log:
-        results = run(out, Settings(iters=3, seed=0, **TINY), Console(file=log, width=100))
+        settings = Settings(iters=3, seed=0, dense=dense, **tiny_demo.SIZES)
+        results = run(out, settings, Console(file=log, width=100))
         log.seek(0)
         return out, results, log.read()
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr("mlx_fused.demo.Settings", lambda **options: Settings(**TINY, **options))
+    monkeypatch.setattr("mlx_fused.demo.Settings", lambda **options: Settings(**tiny_demo.SIZES, **options))
 
 
 def test_stock_and_patched_losses_agree(demo):
     _, results, _ = demo
     stock, patched = results["runs"]["stock"], results["runs"]["patched"]
     assert results["passed"]
-    assert results["largest_relative_difference"] <= results["tolerance"]
+    assert len(results["losses"]) == 5
+    assert all(loss["difference"] <= loss["tolerance"] < 1e-4 for loss in results["losses"])
     assert list(stock["train_losses"]) == list(patched["train_losses"]) == [1, 2, 3]
     assert list(stock["val_losses"]) == list(patched["val_losses"]) == [0, 2]
     for measured in (stock, patched):
@@ -78,8 +63,8 @@ def test_qkv_share_is_that_of_the_sizes(demo):
     _, results, _ = demo
     hidden, q, kv = 32, 4 * 16, 2 * 16
     qkv = hidden * (q + 2 * kv)
-    layer = qkv + q * hidden + 3 * hidden * TINY["intermediate_size"]
-    assert results["qkv_share"] == 2 * qkv / (2 * layer + TINY["vocab_size"] * hidden)
+    layer = qkv + q * hidden + 3 * hidden * tiny_demo.SIZES["intermediate_size"]
+    assert results["qkv_share"] == 2 * qkv / (2 * layer + tiny_demo.SIZES["vocab_size"] * hidden)
 
 
 def test_log_off_a_terminal_is_short_and_plain(demo):
@@ -100,14 +85,20 @@ def test_checkpoint_is_in_the_hugging_face_layout(demo):
     assert tokenizer.decode(tokenizer.encode(source)) == source
 
 
+def test_only_qlora_has_a_4bit_checkpoint(demo):
+    out, results, _ = demo
+    model, _ = mlx_lm.load(results["model"])
+    quantized = "scales" in model.layers[0].self_attn.q_proj
+    assert quantized == (out / "model-4bit").exists() == (results["weights"] == "4-bit")
+
+
 def test_patched_adapters_load_into_an_unpatched_model(demo):
     out, results, _ = demo
-    model_path = str(out / "model")
-    model, tokenizer = mlx_lm.load(model_path, adapter_path=str(out / "adapters-patched"))
-    attention = model.layers[0].self_attn
-    assert not isinstance(attention, patching._FusedProjections)
-    assert attention.q_proj.lora_b.abs().max().item() > 0
-    text = mlx_lm.generate(model, tokenizer, corpus.PROMPT, max_tokens=TINY["max_new_tokens"])
+    model, tokenizer = mlx_lm.load(results["model"], adapter_path=str(out / "adapters-patched"))
+    module = model.layers[0].self_attn
+    assert not isinstance(module, attention.FusedAttention)
+    assert module.q_proj.lora_b.abs().max().item() > 0
+    text = mlx_lm.generate(model, tokenizer, corpus.PROMPT, max_tokens=tiny_demo.SIZES["max_new_tokens"])
     assert results["texts"]["patched"] == corpus.PROMPT + text
 
 
@@ -118,30 +109,37 @@ def test_both_runs_write_the_same_adapters(demo):
     )
     shapes = [{name: array.shape for name, array in run.items()} for run in (stock, patched)]
     assert shapes[0] == shapes[1]
-    assert len(shapes[0]) == TINY["num_layers"] * 7 * 2  # every projection has an A and a B
+    assert len(shapes[0]) == tiny_demo.SIZES["num_layers"] * 7 * 2  # every projection has an A and a B
 
 
+@pytest.mark.parametrize("options", [[], ["--dense"]])
 @pytest.mark.parametrize("factor", [1.01, math.nan])
-def test_wrong_numerics_fail(tiny, tmp_path, monkeypatch, factor):
-    correct = patching.fused_qkv_projection
+def test_wrong_numerics_fail(tiny, tmp_path, monkeypatch, factor, options):
+    correct = projections.fused_lora_qkv_projection
 
-    def wrong(*args):
-        q, k, v = correct(*args)
+    def wrong(*args, **kwargs):
+        q, k, v = correct(*args, **kwargs)
         return q, k, v * factor
 
-    monkeypatch.setattr(patching, "fused_qkv_projection", wrong)
-    # Not in the pretraining: the checkpoint that both runs start from is to be a good one.
-    monkeypatch.setattr("mlx_fused.patched", lambda model: nullcontext())
+    # Only the fine-tuning has adapters: the checkpoint that both runs start from is a good one.
+    monkeypatch.setattr(projections, "fused_lora_qkv_projection", wrong)
     (tmp_path / ".mlx-fused-demo").touch()
     (tmp_path / "results.json").write_text("of an earlier demo")
-    result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path), "--iters", "2"])
+    result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path), "--iters", "2", *options])
     assert result.exit_code == 1
     assert "FAILED" in result.output
     assert json.loads((tmp_path / "results.json").read_text())["passed"] is False
 
 
+def test_json_is_alone_on_stdout(tiny, tmp_path):
+    result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "new"), "--iters", "1", "--json"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == json.loads((tmp_path / "new" / "results.json").read_text())
+    assert "PASSED" in result.stderr
+
+
 def test_a_layer_that_is_not_fused_fails(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(patching, "_obstacle", lambda attention: "a reason")
+    monkeypatch.setattr(attention, "_qkv", lambda attention: "a reason")
     result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "new"), "--iters", "1"])
     assert isinstance(result.exception, RuntimeError)
     assert "not fused: a reason" in str(result.exception)
@@ -174,16 +172,20 @@ def test_bigram_start_predicts_the_next_token():
 def test_help_texts_follow_the_sources():
     source = 'class A:\n    def f(self, x=1):\n        """Do\n        it.\n\n        More."""\n'
     assert corpus.help_texts({"m": source}, seed=0) == [">>> help(m.A.f)\nf(self, x=1)\n    Do\n    it.\n"]
-    texts = corpus.help_texts(MODULES, seed=0)
+    texts = corpus.help_texts(tiny_demo.MODULES, seed=0)
     assert len(texts) > 100
-    assert texts == corpus.help_texts(MODULES, seed=0) != corpus.help_texts(MODULES, seed=1)
+    assert (
+        texts == corpus.help_texts(tiny_demo.MODULES, seed=0) != corpus.help_texts(tiny_demo.MODULES, seed=1)
+    )
 
 
-def test_largest_difference_sees_nan_anywhere():
-    def run_of(*losses):
+def test_losses_are_compared_one_by_one():
+    def run_of(train, val):
         made = comparison.Run(lambda *_: None)
-        made.train_losses = dict(enumerate(losses))
+        made.train_losses, made.val_losses, made.terms = train, val, 64
         return made
 
-    assert comparison._largest_difference(run_of(1.0, 2.0), run_of(1.0, 2.5)) == 0.25
-    assert math.isnan(comparison._largest_difference(run_of(1.0, 2.0), run_of(1.0, math.nan)))
+    rows = comparison.compare(run_of({2: 1.0}, {0: 2.0}), run_of({2: math.nan}, {0: 2.5}))
+    assert [(row["kind"], row["step"]) for row in rows] == [("train", 2), ("val", 0)]
+    assert math.isnan(rows[0]["difference"]) and rows[1]["difference"] == 0.25
+    assert [row["tolerance"] for row in rows] == [8 * (7 * 64) ** 0.5 * 2**-24, 8 * 8 * 2**-24]

@@ -20,12 +20,18 @@ def test_report_lists_every_layer():
     model = make("llama")
     model.layers[1].self_attn.k_proj = model.layers[1].self_attn.k_proj.to_quantized(32, 4)
     report = mlx_fused.patch(model)
-    assert [layer.fused for layer in report.layers] == [True, False]
+    assert [layer.qkv.fused for layer in report.layers] == [True, False]
+    assert [layer.residual.fused for layer in report.layers] == [True, True]
     assert str(report) == repr(report)
+    reason = "not fused: quantization differs: none, affine 4 bits by 32, none"
+    model(tokens(1, 3))
     assert str(report).splitlines() == [
-        "QKV projection fused in 1 of 2 attention layers",
-        "model.layers.0.self_attn  fused",
-        "model.layers.1.self_attn  not fused: k_proj is QuantizedLinear",
+        "mlx-fused: of 2 attention layers, the QKV projection is fused in 1, "
+        "the output projection with its residual in 2",
+        f"layer                     QKV{' ' * 63}calls*  output projection + residual  calls*",
+        f"model.layers.0.self_attn  {'fused':{len(reason)}}  1/0     fused                         1/0",
+        f"model.layers.1.self_attn  {reason}  0/1     fused                         1/0",
+        "* fused/fallen back",
     ]
 
 
@@ -38,7 +44,15 @@ def test_report_is_in_the_order_of_the_layers():
 def test_nothing_to_patch():
     report = mlx_fused.patch(nn.Sequential(nn.Linear(4, 4)))
     assert not report.layers
-    assert str(report) == "nothing to patch: no module has q_proj, k_proj, v_proj"
+    assert str(report) == "mlx-fused: nothing to patch, no attention layer found"
+
+
+def test_summary_and_table(capfd):
+    model = make("llama")
+    report = mlx_fused.patch(model)
+    assert capfd.readouterr() == ("", report.summary + "\n")
+    report = mlx_fused.patch(model, verbose=True)
+    assert capfd.readouterr() == ("", f"{report}\n")
 
 
 @pytest.mark.parametrize("thing", [None, "model", {"q_proj": 1}, nn.Linear])
@@ -55,7 +69,7 @@ def test_only_a_module_can_be_patched(thing):
 def test_one_attention_module_is_a_model():
     attention = Attention()
     report = mlx_fused.patch(attention)
-    assert [(layer.name, layer.fused) for layer in report.layers] == [("Attention", True)]
+    assert [(layer.name, layer.qkv.fused) for layer in report.layers] == [("Attention", True)]
 
 
 # Going in and out
@@ -66,7 +80,8 @@ def snapshot(model):
     modules = [(name, type(m).__name__, m.training) for name, m in model.named_modules()]
     arrays = [(name, id(array)) for name, array in tree_flatten(model.parameters())]
     trainable = [name for name, _ in tree_flatten(model.trainable_parameters())]
-    return modules, arrays, trainable, repr(model), [vars(m).keys() for m in model.modules()]
+    attributes = [vars(m).keys() - {"_patch"} for m in model.modules()]
+    return modules, arrays, trainable, repr(model), attributes
 
 
 def test_only_the_class_changes():
@@ -82,6 +97,7 @@ def test_only_the_class_changes():
     mlx_fused.unpatch(model)
     assert snapshot(model) == before
     assert [type(m) for m in model.modules()] == classes
+    assert not any("_patch" in vars(m) for m in model.modules())
 
 
 def test_patching_twice_is_patching_once():
@@ -92,6 +108,36 @@ def test_patching_twice_is_patching_once():
     mlx_fused.unpatch(model)
     mlx_fused.unpatch(model)
     assert fused(model(tokens(1, 3))) == (0, 0)
+
+
+def test_patching_again_changes_the_options():
+    model = make("llama")
+    first = mlx_fused.patch(model)
+    model(tokens(1, 3))
+    second = mlx_fused.patch(model, qkv=False)
+    assert {layer.qkv.obstacle for layer in second.layers} == {"qkv=False"}
+    assert fused(model(tokens(1, 3))) == (0, 0)
+    calls = first.layers[0].qkv.calls
+    assert (calls.fused, calls.fallen_back) == (1, 1)  # counted on
+    with mlx_fused.patched(model, o_residual=False) as report:
+        assert {layer.residual.obstacle for layer in report.layers} == {"o_residual=False"}
+        assert fused(model(tokens(1, 3))) == (LAYERS, 0)
+    assert fused(model(tokens(1, 3))) == (0, 0)
+    assert mlx_fused.patch(model, qkv=False) == second
+
+
+def test_the_environment_turns_it_off(monkeypatch):
+    model = make("llama")
+    stock = model(tokens(1, 3))
+    report = mlx_fused.patch(model)
+    monkeypatch.setenv("MLX_FUSED", "0")
+    assert mx.array_equal(model(tokens(1, 3)), stock)
+    assert report.layers[0].qkv.calls.total == report.layers[0].residual.calls.total == 0
+    for on in ("1", ""):
+        monkeypatch.setenv("MLX_FUSED", on)
+        assert fused(model(tokens(1, 3))) == (LAYERS, 0)
+    monkeypatch.delenv("MLX_FUSED")
+    assert fused(model(tokens(1, 3))) == (LAYERS, 0)
 
 
 def test_patched_ends_with_its_block():
@@ -194,16 +240,16 @@ def test_frozen_weights_cost_no_gradient():
     assert sorted(output_counts("FusedQKVProjectionGrad", *arrays)) == [1, 2]
 
 
-@pytest.mark.parametrize("order", ["patch first", "quantize first"])
-def test_a_quantized_model_runs_its_own_code(order):
-    model, stock = make("llama"), make("llama")
-    nn.quantize(stock, 32, 4)
-    if order == "patch first":
-        mlx_fused.patch(model)
-    nn.quantize(model, 32, 4)
-    report = mlx_fused.patch(model)
-    assert {layer.obstacle for layer in report.layers} == {"q_proj is QuantizedLinear"}
-    assert mx.array_equal(model(tokens(1, 4)), stock(tokens(1, 4)))
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_keep_the_options_and_count_for_themselves(copy_of):
+    model = make("llama")
+    report = mlx_fused.patch(model, qkv=False, exact=True)
+    other = copy_of(model)
+    other(tokens(1, 3))
+    assert report.layers[0].residual.calls.total == 0
+    own = other.layers[0].self_attn._patch
+    assert own.options == model.layers[0].self_attn._patch.options
+    assert own.residual_calls.fused == own.qkv_calls.fallen_back == 1
 
 
 def test_a_projection_can_be_replaced_and_removed():
@@ -211,11 +257,17 @@ def test_a_projection_can_be_replaced_and_removed():
     mlx_fused.patch(attention)
     attention.k_proj = Attention().k_proj
     assert_same([attention(x)[1]], [x @ attention.k_proj.weight.T])
+    attention.v_proj = None
+    assert attention.v_proj is None
+    attention.v_proj = Attention().v_proj
+    assert calls(attention(x)) == (1, 0)
     del attention.v_proj
     assert not hasattr(attention, "v_proj")
     with pytest.raises(AttributeError, match="v_proj"):
         attention(x)
-    assert mlx_fused.patch(attention).layers[0].obstacle == "v_proj is NoneType"
+    with pytest.raises(AttributeError, match="v_proj"):
+        del attention.v_proj
+    assert mlx_fused.patch(attention).layers[0].qkv.obstacle == "v_proj is NoneType"
 
 
 def test_checkpointing_the_attention_class_reaches_all_layers(monkeypatch):

@@ -1,6 +1,9 @@
 """A small Llama checkpoint in the Hugging Face layout, trained just enough to be fine-tuned."""
 
+import io
+import shutil
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from mlx_lm.convert import convert
 from mlx_lm.models import llama
 from mlx_lm.utils import save_config, save_model
 from transformers import PreTrainedTokenizerFast
@@ -57,6 +61,13 @@ def build(
     save_config(config, path / "config.json")
     tokenizer.save_pretrained(path)
     return model
+
+
+def quantize(dense: Path, path: Path, settings: Settings) -> None:
+    """Write the 4-bit version of the checkpoint ``dense`` to ``path``, which is replaced."""
+    shutil.rmtree(path, ignore_errors=True)
+    with redirect_stdout(io.StringIO()):
+        convert(str(dense), str(path), quantize=True, q_group_size=settings.group_size, q_bits=4)
 
 
 def _start_from_bigrams(model: llama.Model, tokens: np.ndarray) -> None:

@@ -17,6 +17,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import load_dataset
 
 import mlx_fused
+from mlx_fused.validate import sum_terms
 
 from .settings import Settings
 
@@ -32,6 +33,7 @@ class Run(TrainingCallback):
     val_losses: dict[int, float] = field(default_factory=dict)
     speeds: list[float] = field(default_factory=list)
     peak_memory: int = 0
+    terms: int = 0  # of the sums that patching reorders
 
     @property
     def tokens_per_second(self) -> float:
@@ -68,7 +70,7 @@ def finetune(
     """Train LoRA adapters with mlx-lm and write them to ``adapter_path``.
 
     Raises:
-        RuntimeError: If ``patch`` is asked for and a layer is not fused.
+        RuntimeError: If ``patch`` is asked for and a call of an attention layer was not fused.
     """
     changes = {
         "model": str(model_path),
@@ -87,19 +89,19 @@ def finetune(
         "val_batches": _VAL_BATCHES,
     }
     args = SimpleNamespace(**lora.CONFIG_DEFAULTS | changes)
+    run = Run(on_report)
     np.random.seed(args.seed)  # mlx-lm shuffles with it; its trainer seeds mlx.random itself
     model, tokenizer = mlx_lm.load(args.model)
     train_set, valid_set, _ = load_dataset(args, tokenizer)
-    if patch:
-        mlx_fused.patch(model)
-    run = Run(on_report)
+    report = mlx_fused.patch(model) if patch else None
     mx.clear_cache()
     mx.reset_peak_memory()
     with redirect_stdout(io.StringIO()):  # its display would interleave with the demo's own
         lora.train_model(args, model, train_set, valid_set, run)
     run.peak_memory = mx.get_peak_memory()
-    if patch:
-        report = mlx_fused.patch(model)  # of the model as it was trained, LoRA layers in place
-        if not all(layer.qkv.fused for layer in report.layers):
-            raise RuntimeError(f"Not every layer ran fused.\n{report}")
+    if report:
+        run.terms = sum_terms(model, report)
+        calls = [part.calls for layer in report.layers for part in (layer.qkv, layer.residual)]
+        if not all(0 < part.fused == part.total for part in calls):
+            raise RuntimeError(f"Not every call ran fused.\n{mlx_fused.patch(model)}")
     return run

@@ -13,6 +13,8 @@ class Settings:
 
     iters: int
     seed: int
+    dense: bool = False  # LoRA on the float32 weights instead of QLoRA on 4-bit ones
+    group_size: int = 64  # of the 4-bit weights
     vocab_size: int = 1024
     hidden_size: int = 256
     intermediate_size: int = 256

@@ -14,14 +14,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fused.patching import attention, residual
-from mlx_fused.patching.attention import FusedAttention, Names, Options
+from mlx_fused.patching.attention import FusedAttention, Names, Obstacles, Options
 from mlx_fused.patching.report import Calls, LayerReport, Part, PatchReport
 
 __all__ = ["Calls", "LayerReport", "Part", "PatchReport", "patch", "patched", "unpatch"]
 
-# What models call the projections of queries, keys and values; the one of the output; the method that runs
-# them; and the others that tell an attention module, whose queries, keys and values are packed in one
-# projection or made of latents.
+# What models call the projections of queries, keys and values, that of the output, and the method that runs
+# them; and what they have instead of the three.
 _INPUTS = (
     ("q_proj", "k_proj", "v_proj"),
     ("c_q", "c_k", "c_v"),
@@ -29,10 +28,14 @@ _INPUTS = (
 )
 _OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "attn_resid")
 _ENTRIES = ("__call__", "get_qkv")
-_OTHERS = (
-    *("qkv_proj", "q_k_v_proj", "qkvg_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "W_pack"),
-    *("q_proj", "q_a_proj", "kv_a_proj_with_mqa"),
-)
+_INSTEAD = {
+    **dict.fromkeys(
+        ("qkv_proj", "q_k_v_proj", "qkvg_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "W_pack"),
+        "they are one projection already: {}",
+    ),
+    **dict.fromkeys(("kv_a_proj_with_mqa", "q_a_proj"), "they are made from latents: {}"),
+    "q_proj": "it does not project to all three",
+}
 
 
 def patch(
@@ -77,9 +80,9 @@ def patch(
         raise ValueError(f"o_residual must be 'auto', True or False, got {o_residual!r}")
     options = Options(qkv, o_residual, lora, exact)
     layers = []
-    for name, module, names, obstacle in _attentions(model):
+    for name, module, names, obstacles in _attentions(model):
         if names.entry:
-            attention.fuse(module, names, options, obstacle)
+            attention.fuse(module, names, options, obstacles)
         layers.append(attention.report(name, module))
     report = PatchReport(tuple(layers))
     if mx.distributed.init().rank() == 0:
@@ -121,41 +124,34 @@ def patched(model: nn.Module, **options) -> Iterator[PatchReport]:
             attention.restore(module, earlier)
 
 
-def _attentions(model: nn.Module) -> list[tuple[str, nn.Module, Names, str | None]]:
-    """The attention modules: name, module, what it calls its projections, why its residual is not fused."""
+def _attentions(model: nn.Module) -> list[tuple[str, nn.Module, Names, Obstacles]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an mlx.nn.Module, got {type(model).__name__}")
     modules = dict(model.named_modules())
     found = []
     for name, module in modules.items():
-        if (names := _names(module)) is None:
-            continue
-        if names.output is None:
-            obstacle = f"none of {', '.join(_OUTPUTS)} is there"
-        elif layer := _layer_of(name, modules):
-            obstacle = residual.obstacle(*layer)
-        else:
-            obstacle = "no layer calls it"
-        found.append((name or type(module).__name__, module, names, obstacle))
+        names = module._names if isinstance(module, FusedAttention) else _names(module)
+        instead = next((text.format(key) for key, text in _INSTEAD.items() if key in module), None)
+        if names.inputs or (names.output and instead):
+            obstacles = Obstacles(None if names.inputs else instead, _residual_obstacle(name, names, modules))
+            found.append((name or type(module).__name__, module, names, obstacles))
     return found[::-1]  # named_modules goes from the last child to the first
 
 
-def _layer_of(name: str, modules: dict[str, nn.Module]) -> tuple[type, str] | None:
-    """The class of the module that calls the module ``name``, and what it calls it."""
+def _names(module: nn.Module) -> Names:
+    return Names(
+        next((names for names in _INPUTS if all(name in module for name in names)), ()),
+        next((name for name in _OUTPUTS if name in module), None),
+        next((name for name in _ENTRIES if hasattr(module, name)), None),
+    )
+
+
+def _residual_obstacle(name: str, names: Names, modules: dict[str, nn.Module]) -> str | None:
+    if names.output is None:
+        return f"none of {', '.join(_OUTPUTS)} is there"
     parent = name
     while parent:
         parent = parent.rpartition(".")[0]
         if callable(layer := modules.get(parent)):
-            return type(layer), name[len(parent) :].lstrip(".")
-    return None
-
-
-def _names(module: nn.Module) -> Names | None:
-    """What an attention module calls its projections, None if ``module`` is none."""
-    if isinstance(module, FusedAttention):
-        return module._names
-    inputs = next((names for names in _INPUTS if all(name in module for name in names)), ())
-    output = next((name for name in _OUTPUTS if name in module), None)
-    if inputs or (output and any(name in module for name in _OTHERS)):
-        return Names(inputs, output, next((name for name in _ENTRIES if hasattr(module, name)), None))
-    return None
+            return residual.obstacle(type(layer), name.removeprefix(parent).lstrip("."))
+    return "no layer calls it"

@@ -31,6 +31,13 @@ class Names(NamedTuple):
     entry: str | None  # the method that runs them
 
 
+class Obstacles(NamedTuple):
+    """Why the code of a model keeps a part from being fused, None if it does not."""
+
+    qkv: str | None
+    residual: str | None
+
+
 @dataclass(frozen=True)
 class Options:
     """What :func:`patch` was asked for."""
@@ -46,7 +53,7 @@ class Patch:
     """What a patched module knows of its patching."""
 
     options: Options
-    residual_obstacle: str | None
+    obstacles: Obstacles
     qkv_calls: Calls = field(default_factory=Calls)
     residual_calls: Calls = field(default_factory=Calls)
 
@@ -60,12 +67,15 @@ class FusedAttention:
         return _new, (cls._original, cls._names), *state
 
 
-def fuse(attention: nn.Module, names: Names, options: Options, residual_obstacle: str | None) -> None:
+def fuse(attention: nn.Module, names: Names, options: Options, obstacles: Obstacles) -> None:
     """Patch ``attention``, or change the options of its patch."""
     if patch := patch_of(attention):
-        attention._patch = Patch(options, residual_obstacle, patch.qkv_calls, patch.residual_calls)
+        # A part of a model that is patched by itself does not show the layer around it.
+        residual = patch.obstacles.residual and obstacles.residual
+        obstacles = obstacles._replace(residual=residual)
+        attention._patch = Patch(options, obstacles, patch.qkv_calls, patch.residual_calls)
     else:
-        attention._patch = Patch(options, residual_obstacle)
+        attention._patch = Patch(options, obstacles)
         attention.__class__ = _fused_class(type(attention), names)
 
 
@@ -100,14 +110,15 @@ def report(name: str, attention: nn.Module) -> LayerReport:
 
 def _qkv(attention: nn.Module) -> projections.QKV | str:
     """The projections of queries, keys and values; text if they cannot be one operation."""
-    names, options = attention._names.inputs, attention._patch.options
+    patch, names = attention._patch, attention._names.inputs
+    options = patch.options
     if not options.qkv:
         return "qkv=False"
-    if not names:
-        return "queries, keys and values are not three projections"
+    if patch.obstacles.qkv:
+        return patch.obstacles.qkv
     if vars(attention).get("is_kv_shared_layer"):
         return "it takes keys and values from another layer"
-    return projections.read_qkv(names, [attention.get(n) for n in names], options.lora, options.exact)
+    return projections.read_qkv(names, attention, options.lora, options.exact)
 
 
 def _output(attention: nn.Module) -> Callable | str:
@@ -115,8 +126,8 @@ def _output(attention: nn.Module) -> Callable | str:
     patch, name = attention._patch, attention._names.output
     if patch.options.o_residual is False:
         return "o_residual=False"
-    if patch.residual_obstacle:
-        return patch.residual_obstacle
+    if patch.obstacles.residual:
+        return patch.obstacles.residual
     operation = projections.read_output(name, attention.get(name), patch.options.lora, patch.options.exact)
     if patch.options.o_residual is True and not isinstance(operation, str):
         operation = partial(operation, route="fused")
@@ -173,11 +184,11 @@ _running: ContextVar[_Call | None] = ContextVar("mlx_fused_running_call", defaul
 class _StandIn:
     """Takes the place of a projection module while its attention module runs."""
 
-    def __init__(self, module: nn.Module, run: Callable[[nn.Module, mx.array], mx.array]):
-        self._module, self._run = module, run
+    def __init__(self, run: Callable, call: _Call, name: str, module: nn.Module):
+        self._run, self._call, self._name, self._module = run, call, name, module
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self._run(self._module, x)
+        return self._run(self._call, self._name, self._module, x)
 
     def __getattr__(self, attribute: str):
         return getattr(self._module, attribute)
@@ -198,7 +209,7 @@ class _Slot:
         call = _running.get()
         if call is None or call.attention is not attention:
             return module  # to code outside the call, or of a module called inside it
-        return _StandIn(module, partial(self._run, call, name))
+        return _StandIn(self._run, call, name, module)
 
     # What is no module lies where it does without a slot.
     def __set__(self, attention, value):

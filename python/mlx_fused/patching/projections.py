@@ -70,6 +70,8 @@ def read(name: str, module: nn.Module | None) -> Projection | str:
     if _is_lora(cls):
         lora, module = module, module["linear"]
         cls = type(module)
+    if lora is not None and cls in _SHARDED:  # its adapter is not
+        return f"{name} is LoRALinear of {cls.__name__}"
     if cls in _DENSE:
         weight, bias, scales, biases, form = module["weight"], module.get("bias"), None, None, None
         dtype = weight.dtype
@@ -87,11 +89,11 @@ def read(name: str, module: nn.Module | None) -> Projection | str:
     return Projection(weight, bias, scales, biases, form, group, lora, dtype)
 
 
-def read_qkv(names: tuple[str, ...], modules: list[nn.Module | None], lora: bool, exact: bool) -> QKV | str:
+def read_qkv(names: tuple[str, ...], attention: nn.Module, lora: bool, exact: bool) -> QKV | str:
     """The three projections as they are now; text if they cannot be one operation."""
     three = []
-    for name, module in zip(names, modules, strict=True):
-        if isinstance(projection := read(name, module), str):
+    for name in names:
+        if isinstance(projection := read(name, attention.get(name)), str):
             return projection
         three.append(projection)
     q, k, v = three
@@ -133,14 +135,12 @@ def read_qkv(names: tuple[str, ...], modules: list[nn.Module | None], lora: bool
 
 def project(qkv: QKV, x: mx.array, exact: bool) -> dict[str, mx.array]:
     """What the three projections make of ``x``, without adapters if mlx-lm's own code runs them."""
-    *batch, in_dims = x.shape
-    # As a batch of sequences of one token the head-major results lie in memory token by token,
-    # which is what the model's code goes on with: no reshape here moves a byte.
-    tokens = x.reshape(prod(batch), 1, in_dims)
+    # Token by token, as the model's code goes on with it; heads it splits off itself.
+    tokens = x if x.ndim == 3 else x.reshape(1, prod(x.shape[:-1]), x.shape[-1])
     if qkv.group is not None:
         tokens = sum_gradients(qkv.group)(tokens)
-    many, few, _ = sizes = [w.shape[0] for w in qkv.weight]
-    options = {"num_heads": many // few, "num_kv_heads": 1, "head_dim": few}
+    many, few, _ = (w.shape[0] for w in qkv.weight)
+    options = {"num_heads": many // few, "num_kv_heads": 1, "head_dim": few, "split_heads": False}
     if qkv.format:
         options |= _quantization(qkv)
     bias, added = qkv.bias, None
@@ -153,7 +153,8 @@ def project(qkv: QKV, x: mx.array, exact: bool) -> dict[str, mx.array]:
         outputs = fused_quantized_qkv_projection(tokens, qkv.weight, bias=bias, **options)
     else:
         outputs = fused_qkv_projection(tokens, qkv.weight, bias, **options)
-    outputs = [y.reshape(*batch, size) for y, size in zip(outputs, sizes, strict=True)]
+    if x.ndim != 3:
+        outputs = [y.reshape((*x.shape[:-1], y.shape[-1])) for y in outputs]
     if added is not None:
         outputs = [y + b for y, b in zip(outputs, added, strict=True)]
     return dict(zip(qkv.names, outputs, strict=True))

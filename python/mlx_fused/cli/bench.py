@@ -1,0 +1,108 @@
+"""``mlx-fused bench``: the projections and an attention block, stock and fused, in turns."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import click
+import mlx.core as mx
+
+from mlx_fused.cli.calls import WEIGHTS, Call, Sizes, make_block, make_calls
+from mlx_fused.cli.info import describe
+from mlx_fused.cli.output import console, json_option, print_json
+
+_ROUNDS = 5
+_TURN, _LIMIT = 0.02, 2  # seconds for a turn at least, and after which no further round begins
+
+
+@click.command()
+@click.option(
+    "--model",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A checkpoint directory, for the sizes of its config.json. Default: those of Llama-3.2-1B.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(list(WEIGHTS)),
+    multiple=True,
+    default=list(WEIGHTS),
+    help="Repeatable. Default: all.",
+)
+@click.option(
+    "--rows",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(1, 32),
+    show_default=True,
+    help="Tokens; repeatable.",
+)
+@json_option
+def bench(model: Path | None, weights: tuple[str, ...], rows: tuple[int, ...], as_json: bool) -> None:
+    """Time the projections, and an attention block of mlx-lm, stock and fused in turns.
+
+    Only the ratios mean something: other work on the machine slows down both.
+    """
+    from rich.progress import track
+    from rich.table import Table
+
+    sizes = _sizes_of(model) if model else Sizes()
+    out = console(as_json)
+    cells = []
+    plan = [(kind, m) for kind in weights for m in rows]
+    for kind, m in track(plan, "Measuring", console=out, transient=True):
+        forward = [*make_calls(sizes, kind, m), make_block(sizes, kind, m)]
+        for call in [*forward, *(call.gradient() for call in forward)]:
+            stock, fused = side_by_side(call)
+            cells.append(
+                {"weights": kind, "operation": call.name, "tokens": m, "stock_s": stock, "fused_s": fused}
+            )
+
+    table = Table(title=f"{model or 'Llama-3.2-1B'}, {sizes}", caption="milliseconds, medians")
+    for title in ("weights", "operation", "tokens", "stock", "fused", "speedup"):
+        table.add_column(title, justify="right" if len(table.columns) > 1 else "left")
+    for cell in cells:
+        stock, fused = cell["stock_s"], cell["fused_s"]
+        times = f"{1e3 * stock:.3f}", f"{1e3 * fused:.3f}", f"{stock / fused:.2f}"
+        table.add_row(cell["weights"], cell["operation"], str(cell["tokens"]), *times)
+    machine = describe()
+    out.print(table)
+    out.print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    if as_json:
+        print_json({"machine": machine, "sizes": vars(sizes), "cells": cells})
+
+
+def side_by_side(call: Call) -> tuple[float, float]:
+    """Seconds per call, stock and fused: the medians of turns."""
+    mx.eval(call.inputs)
+    samples = [], []
+    start = time.perf_counter()
+    while len(samples[0]) < _ROUNDS and (not samples[0] or time.perf_counter() - start < _LIMIT):
+        for function, seconds in zip((call.stock, call.fused), samples, strict=True):
+            mx.eval(function(*call.inputs))  # wakes the threads and refills the caches
+            seconds.append(_turn(lambda f=function: mx.eval(f(*call.inputs))))
+    return median(samples[0]), median(samples[1])
+
+
+def _turn(work: Callable[[], None]) -> float:
+    start, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - start < _TURN:
+        work()
+        count += 1
+    return (time.perf_counter() - start) / count
+
+
+def _sizes_of(model: Path) -> Sizes:
+    try:
+        config = json.loads((model / "config.json").read_text())
+        config = config.get("text_config", config)
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    except (OSError, KeyError) as error:
+        raise click.BadParameter(
+            f"{model}: no sizes of attention: {error!r}", param_hint="--model"
+        ) from error
+    kv_heads = config.get("num_key_value_heads") or heads
+    return Sizes(hidden, heads, kv_heads, config.get("head_dim") or hidden // heads)

@@ -1,0 +1,159 @@
+"""Calls of an attention block's two projections: as mlx-lm's modules make them, and fused."""
+
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from functools import partial
+from io import StringIO
+
+import mlx.core as mx
+import mlx.nn as nn
+
+import mlx_fused
+
+# What weights may be, and the activations that go with them.
+WEIGHTS = {
+    "float32": mx.float32,
+    "float16": mx.float16,
+    "bfloat16": mx.bfloat16,
+    "4-bit": mx.bfloat16,
+    "4-bit + LoRA": mx.bfloat16,
+}
+_QUANTIZATION = {"group_size": 64, "bits": 4}
+_RANK, _SCALE = 8, 20.0  # mlx-lm's defaults
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Those of an attention block; the defaults are Llama-3.2-1B's."""
+
+    hidden: int = 2048
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 64
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation on given inputs, in both ways."""
+
+    name: str
+    inputs: list[mx.array]
+    stock: Callable[..., list[mx.array]]
+    fused: Callable[..., list[mx.array]]
+
+    def gradient(self) -> "Call":
+        """The gradients of the inputs, the weights being frozen."""
+        cotangents = [mx.ones_like(y) for y in self.stock(*self.inputs)]
+
+        def of(function: Callable[..., list[mx.array]]) -> Callable[..., list[mx.array]]:
+            return lambda *inputs: mx.vjp(function, list(inputs), cotangents)[1]
+
+        return Call(f"{self.name}, gradient", self.inputs, of(self.stock), of(self.fused))
+
+
+def make_calls(sizes: Sizes, weights: str, rows: int) -> list[Call]:
+    """Both operations on ``rows`` tokens, with random weights of a kind from ``WEIGHTS``."""
+    counts = (sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads)
+    q_dims = sizes.num_heads * sizes.head_dim
+    qkv = [_Projection(sizes.hidden, n * sizes.head_dim, weights) for n in counts]
+    out = _Projection(q_dims, sizes.hidden, weights)
+
+    def stock_qkv(x: mx.array) -> list[mx.array]:
+        outputs = zip(qkv, counts, strict=True)
+        return [p(x).reshape(1, rows, n, sizes.head_dim).transpose(0, 2, 1, 3) for p, n in outputs]
+
+    kind = "lora_" if qkv[0].adapter else "quantized_" if "scales" in qkv[0].base else ""
+    fused_qkv = partial(
+        getattr(mlx_fused, f"fused_{kind}qkv_projection"),
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        **_arguments(qkv),
+    )
+    fused_output = partial(getattr(mlx_fused, f"fused_{kind}output_projection_residual"), **_arguments([out]))
+    dtype = WEIGHTS[weights]
+    x = mx.random.normal((1, rows, sizes.hidden)).astype(dtype)
+    attended = mx.random.normal((1, rows, q_dims)).astype(dtype)
+    return [
+        Call("QKV", [x], stock_qkv, lambda x: list(fused_qkv(x))),
+        Call(
+            "output + residual",
+            [attended, x],
+            lambda attended, x: [x + out(attended)],
+            lambda attended, x: [fused_output(attended, residual=x)],
+        ),
+    ]
+
+
+def make_block(sizes: Sizes, weights: str, rows: int) -> Call:
+    """A transformer block of mlx-lm's Llama, with next to no feed-forward part, stock and patched."""
+    from mlx_lm.models.llama import ModelArgs, TransformerBlock
+    from mlx_lm.tuner.lora import LoRALinear
+
+    args = ModelArgs(
+        model_type="llama",
+        hidden_size=sizes.hidden,
+        num_hidden_layers=1,
+        intermediate_size=64,
+        num_attention_heads=sizes.num_heads,
+        num_key_value_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        rms_norm_eps=1e-5,
+        vocab_size=1,
+    )
+
+    def make() -> TransformerBlock:
+        mx.random.seed(0)
+        block = TransformerBlock(args)
+        block.set_dtype(WEIGHTS[weights])
+        if weights.startswith("4-bit"):
+            nn.quantize(block, **_QUANTIZATION)
+        if weights.endswith("LoRA"):
+            attention = block.self_attn
+            attention.update_modules(
+                {k: LoRALinear.from_base(m) for k, m in attention.children().items() if "weight" in m}
+            )
+        return block
+
+    stock, patched = make(), make()
+    with redirect_stderr(StringIO()):  # a line that says what is fused
+        mlx_fused.patch(patched)
+    x = mx.random.normal((1, rows, sizes.hidden)).astype(WEIGHTS[weights])
+    mx.eval(x, stock.parameters(), patched.parameters())
+    return Call("block", [x], *(lambda x, b=block: [b(x, "causal")] for block in (stock, patched)))
+
+
+class _Projection:
+    """A linear layer without bias, as it is or with an adapter."""
+
+    def __init__(self, in_features: int, out_features: int, weights: str):
+        self.base = nn.Linear(in_features, out_features, bias=False)
+        self.base.set_dtype(WEIGHTS[weights])
+        if weights.startswith("4-bit"):
+            self.base = nn.QuantizedLinear.from_linear(self.base, **_QUANTIZATION)
+        self.adapter = {}
+        if weights.endswith("LoRA"):
+            self.adapter = {
+                "lora_a": mx.random.normal((in_features, _RANK)) * in_features**-0.5,
+                "lora_b": mx.random.normal((_RANK, out_features)) * 0.01,
+            }
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.base(x)
+        if not self.adapter:
+            return y
+        update = (x @ self.adapter["lora_a"]) @ self.adapter["lora_b"]
+        return y + (_SCALE * update).astype(x.dtype)
+
+
+def _arguments(projections: list[_Projection]) -> dict[str, object]:
+    """What a fused operation takes of these projections: tuples if they are several."""
+    arrays = [{**p.base.parameters(), **p.adapter} for p in projections]
+    columns = {name: tuple(of[name] for of in arrays) for name in arrays[0]}
+    arguments = columns if len(arrays) > 1 else {name: column[0] for name, column in columns.items()}
+    if "scales" in arguments:
+        arguments |= _QUANTIZATION
+    if "lora_a" in arguments:
+        arguments["scale"] = _SCALE
+    return {"bias": None, **arguments}

@@ -1,0 +1,88 @@
+"""``mlx-fused info``: what is installed, what it runs on, and who computes what."""
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
+from pathlib import Path
+
+import click
+import mlx.core as mx
+
+import mlx_fused
+from mlx_fused import _ext
+from mlx_fused.cli.calls import Call, Sizes, make_calls
+from mlx_fused.cli.output import json_option, print_json
+
+ROWS = (1, 8, 128, 1024)
+_VARIABLES = ("MLX_FUSED", "MLX_FUSED_ROUTE", "MLX_FUSED_NUM_THREADS", "MLX_FUSED_MAX_ISA")
+
+
+@click.command()
+@json_option
+def info(as_json: bool) -> None:
+    """Print versions, the device, and who computes what."""
+    facts = describe() | {"settings": {name: os.environ[name] for name in _VARIABLES if name in os.environ}}
+    table = {name: dict(zip(map(str, ROWS), row, strict=True)) for name, row in routes()}
+    if as_json:
+        print_json(facts | {"routes": table})
+        return
+    settings = facts.pop("settings")
+    for name, value in (facts | settings).items():
+        click.echo(f"{name:42}{value}")
+    click.echo()
+    for name, *row in (("tokens", *ROWS), *((name, *row.values()) for name, row in table.items())):
+        click.echo(f"{name:42}{''.join(f'{cell:<10}' for cell in row)}".rstrip())
+
+
+def describe() -> dict[str, object]:
+    """Versions, device and machine: what a reader of results needs to know."""
+    return {
+        "mlx-fused": mlx_fused.__version__,
+        "mlx": version("mlx"),
+        "mlx-lm": _version("mlx-lm"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "default device": str(mx.default_device()),
+        "device name": mx.device_info().get("device_name", platform.machine()),
+        "kernels": _kernels(),
+    }
+
+
+def _kernels() -> str:
+    folder = Path(_ext.__file__).parent
+    if mx.default_device() == mx.cpu:
+        affinity = getattr(os, "sched_getaffinity", None)
+        cpus = len(affinity(0)) if affinity else os.cpu_count()
+        return f"C++, on {os.environ.get('MLX_FUSED_NUM_THREADS', cpus)} threads"
+    if (metallib := folder / "mlx_fused.metallib").exists():
+        return str(metallib)
+    if sources := sorted(file.name for file in folder.glob("*kernels.metal")):
+        return f"{', '.join(sources)} in {folder}, compiled by the device at first use"
+    return "none for this device: MLX's own operations run"
+
+
+def routes() -> Iterator[tuple[str, list[str]]]:
+    """For each kind of call, who computes it at each of ``ROWS``: ``"fused"`` or ``"composed"``.
+
+    Read off the graphs of such calls, none of which is evaluated.
+    """
+    for weights in ("bfloat16", "4-bit", "4-bit + LoRA"):
+        by_rows = [make_calls(Sizes(), weights, rows) for rows in ROWS]
+        for calls in zip(*by_rows, strict=True):
+            yield f"{weights}: {calls[0].name}", [_route(call) for call in calls]
+            yield f"{weights}: {calls[0].name}, gradient", [_route(call.gradient()) for call in calls]
+
+
+def _route(call: Call) -> str:
+    graph = StringIO()
+    mx.export_to_dot(graph, *call.fused(*call.inputs))
+    return "fused" if '"Fused' in graph.getvalue() else "composed"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"

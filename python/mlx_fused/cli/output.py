@@ -1,0 +1,22 @@
+"""Where results and what accompanies them are printed."""
+
+import json
+import sys
+
+import click
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the results as JSON; all else goes to stderr."
+)
+
+
+def console(as_json: bool):
+    """A ``rich`` console for people: on stdout, or on stderr if JSON is to have stdout to itself."""
+    from rich.console import Console
+
+    # The file is given so that what redirects stdout later does not redirect the console.
+    return Console(file=sys.stderr if as_json else sys.stdout, highlight=False)
+
+
+def print_json(results: dict) -> None:
+    click.echo(json.dumps(results, indent=2))

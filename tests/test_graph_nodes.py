@@ -1,0 +1,26 @@
+"""What a compiled QLoRA step is made of, and that docs/graph.md says so."""
+
+import graph_nodes
+
+
+def test_the_document_is_current():
+    text = graph_nodes.DOCUMENT.read_text()
+    assert text == graph_nodes.with_table(text), "run python tests/graph_nodes.py"
+
+
+def test_qkv_is_one_node_each_way():
+    stock, patched = graph_nodes.projections(False), graph_nodes.projections(True)
+    assert (stock["QuantizedMatmul"], stock["Matmul"]) == (6, 18)
+    assert patched["mlx-fused's"] == 2
+    assert set(patched) <= {"mlx-fused's", "views and reshapes"}
+    assert patched.total() <= 8
+
+
+def test_every_layer_is_alike_and_has_the_fused_products_less():
+    stock, patched = graph_nodes.layer(False), graph_nodes.layer(True)
+    assert stock == graph_nodes.step(4, False) - graph_nodes.step(3, False)
+    assert patched == graph_nodes.step(4, True) - graph_nodes.step(3, True)
+    # Three projections, and the output projection, of 2 + 6 products each.
+    assert (stock["QuantizedMatmul"], stock["Matmul"]) == (14, 48)
+    assert (patched["QuantizedMatmul"], patched["Matmul"]) == (14 - 4 * 2, 48 - 4 * 6)
+    assert patched["mlx-fused's"] == 4

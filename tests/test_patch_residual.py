@@ -1,0 +1,476 @@
+"""The output projection and the residual as one operation: which layers, which additions, which results."""
+
+import copy
+import pickle
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.trainer import grad_checkpoint
+
+import mlx_fused
+from graph import primitives
+from tiny_models import Attention, assert_same, integers, sample
+
+
+class Mixer(Attention):
+    """An attention module with an output projection, which it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.o_proj = nn.Linear(64, 64, bias=False)
+        self.o_proj.weight = integers((64, 64))
+
+    def __call__(self, x, *_):
+        q, _, _ = super().__call__(x)
+        return self.o_proj(q)
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = Mixer()
+        self.norm = nn.Identity()
+        self.parallel = False
+        self.alpha = 0.5
+
+
+class Named(Layer):
+    def __call__(self, x):
+        r = self.attn(x)
+        h = x + r
+        r = 2 * h
+        return h + r
+
+
+class Direct(Layer):
+    def __call__(self, x):
+        return self.attn(x) + x
+
+
+class Reused(Layer):
+    def __call__(self, x):
+        residual = x
+        x = self.norm(x)
+        x = self.attn(x)
+        x = residual + x
+        return x
+
+
+class Scaled(Layer):
+    def __call__(self, x):
+        return x + self.alpha * self.attn(x)
+
+
+class Branches(Layer):
+    def __call__(self, x):
+        if self.parallel:
+            r = self.norm(x)
+            x = x + 1
+        else:
+            r = self.attn(x)
+        if self.training:
+            x = x + r
+            r = self.norm(x)
+        else:
+            x = r + x
+        return x
+
+
+class Either(Layer):
+    """As layers that are attention or something else."""
+
+    def __call__(self, x):
+        if not self.parallel:
+            r = self.attn(x)
+        else:
+            r = x
+            x = self.norm(r)
+        return x + r
+
+
+class Sum(Layer):
+    """As layers with parallel branches."""
+
+    def __call__(self, x):
+        return self.attn(x) + self.norm(x) + x
+
+
+class Wrapped(Layer):
+    """As exaone, whose attention module is in another that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.attn = self.pop("attn")
+
+    def __call__(self, x):
+        return x + self.inner.attn(x)
+
+
+class PostNorm(Layer):
+    def __call__(self, x):
+        return x + self.norm(self.attn(x))
+
+
+class PostNormNamed(Layer):
+    def __call__(self, x):
+        r = self.attn(x)
+        r = self.norm(r)
+        return x + r
+
+
+class PairMixer(Mixer):
+    def __call__(self, x):
+        return super().__call__(x), x
+
+
+class Pair(Layer):
+    def __init__(self):
+        super().__init__()
+        self.attn = PairMixer()
+
+    def __call__(self, x):
+        r, _ = self.attn(x)
+        return x + r
+
+
+class Twice(Layer):
+    def __call__(self, x):
+        r = self.attn(x)
+        return x + r, x + r
+
+
+class Unused(Layer):
+    def __call__(self, x):
+        r = self.attn(x)
+        r = x
+        return r
+
+
+class Returned(Layer):
+    def __call__(self, x):
+        return self.attn(x)
+
+
+class Elsewhere(Layer):
+    def __call__(self, x):
+        attn = self.attn
+        return x + attn(x)
+
+
+Unreadable = type("Unreadable", (Layer,), {"__call__": lambda self, x: x + self.attn(x)})
+
+FUSED = [Named, Direct, Reused, Scaled, Branches, Either, Sum, Wrapped]
+SKIPPED = {
+    PostNorm: "PostNorm gives its output to self.norm",
+    PostNormNamed: "PostNormNamed gives its output to self.norm",
+    Pair: "Pair takes more than one result from it",
+    Twice: "Twice uses its output more than once",
+    Unused: "Unused does not use it",
+    Returned: "Returned does not add its output",
+    Elsewhere: "Elsewhere does not call it",
+    Unreadable: "the code of Unreadable cannot be read",
+}
+
+
+def residual(model, **options):
+    return mlx_fused.patch(model, **options).layers[0].residual
+
+
+def nodes(*arrays):
+    return primitives(*arrays)["FusedOutputProjection"]
+
+
+@pytest.mark.parametrize("cls", FUSED)
+def test_layers_that_add(cls):
+    layer, x = cls(), sample(2, 3, 64)
+    expected = layer(x)
+    part = residual(layer)
+    assert part.fused
+    actual = layer(x)
+    assert nodes(actual) == 1 and (part.calls.fused, part.calls.fallen_back) == (1, 0)
+    assert_same([actual], [expected])
+
+
+@pytest.mark.parametrize("cls", SKIPPED)
+def test_layers_that_do_not(cls):
+    layer, x = cls(), sample(2, 3, 64)
+    expected = layer(x)
+    part = residual(layer)
+    assert part.obstacle == SKIPPED[cls]
+    actual = layer(x)
+    assert part.calls.fused == 0
+    for a, e in zip(*([y] if isinstance(y, mx.array) else y for y in (actual, expected)), strict=True):
+        assert nodes(a) == 0
+        assert_same([a], [e])
+
+
+def test_a_lone_attention_module():
+    assert residual(Mixer()).obstacle == "no layer calls it"
+    assert residual(Attention()).obstacle == (
+        "none of o_proj, out_proj, dense, wo, c_proj, attn_resid is there"
+    )
+
+
+def test_a_part_is_patched_as_it_was_in_the_whole():
+    layer = Named()
+    assert residual(layer).fused
+    assert residual(layer.attn).fused
+    mlx_fused.unpatch(layer)
+    assert not residual(layer.attn).fused
+    assert residual(layer).fused
+
+
+def test_a_layer_with_checkpointing(monkeypatch):
+    layer, x = Named(), sample(1, 3, 64)
+    expected = mx.grad(lambda x: layer(x).sum())(x)
+    monkeypatch.setattr(Named, "__call__", Named.__call__)  # grad_checkpoint edits the class
+    grad_checkpoint(layer)
+    part = residual(layer)
+    assert part.fused  # as the class's source has it
+    assert_same([mx.grad(lambda x: layer(x).sum())(x)], [expected])
+    assert part.calls.fused == 2  # backward runs the layer again
+
+
+# The array that adds itself
+
+
+class Probe(Named):
+    """Hands the attention's output to whoever asks."""
+
+    def use(self, x, use):
+        return use(x, self.attn(x))
+
+
+USES = {
+    "x + r": lambda x, r: x + r,
+    "r + x": lambda x, r: r + x,
+    "x + r * 0.5": lambda x, r: x + r * 0.5,
+    "2 * r + x": lambda x, r: 2 * r + x,
+    "r + r": lambda x, r: r + r,
+}
+OTHER_USES = {
+    "x - r": lambda x, r: x - r,
+    "mx.add(x, r)": lambda x, r: mx.add(x, r),
+    "x + (4 * r) * 0.5": lambda x, r: x + (4 * r) * 0.5,
+    "r + 1": lambda x, r: r + 1,
+    "r + row": lambda x, r: r + x[:, :1],
+    "r * x": lambda x, r: x + r * x,
+    "x + r.astype": lambda x, r: x.astype(mx.float16) + r,
+    "norm": lambda x, r: x + mx.fast.rms_norm(r, None, 1e-5),
+    "reshape": lambda x, r: x + r.reshape(r.shape),
+    "index": lambda x, r: x[0] + r[0],
+    "True": lambda x, r: x + r * True,
+    "copy": lambda x, r: x + copy.copy(r),
+    "deepcopy": lambda x, r: x + copy.deepcopy(r),
+    "pickle": lambda x, r: x + pickle.loads(pickle.dumps(r)),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_additions(use):
+    layer, x = Probe(), sample(2, 3, 64)
+    expected = layer.use(x, use)
+    part = residual(layer)
+    actual = layer.use(x, use)
+    assert type(actual) is mx.array and nodes(actual) == 1 and part.calls.fused == 1
+    assert_same([actual], [expected])
+
+
+@pytest.mark.parametrize("use", OTHER_USES.values(), ids=OTHER_USES)
+def test_anything_else_is_as_it_was(use):
+    layer, x = Probe(), sample(2, 3, 64)
+    expected = layer.use(x, use)
+    part = residual(layer)
+    actual = layer.use(x, use)
+    assert nodes(actual) == 0 and (part.calls.fused, part.calls.fallen_back) == (0, 1)
+    assert_same([actual], [expected])
+
+
+IN_PLACE = ["+=", "-=", "*=", "/=", "//=", "%=", "**=", "[0] ="]
+
+
+@pytest.mark.parametrize("operator", IN_PLACE)
+def test_changed_in_place_it_is_an_array_like_any_other(operator):
+    layer, x = Probe(), sample(2, 3, 64)
+
+    def use(x, r):
+        alias = r
+        scope = {"r": r, "x": 2 * mx.ones_like(x) if operator != "[0] =" else 2}
+        exec(f"r {operator} x" if operator != "[0] =" else "r[0] = x", scope)
+        return mx.stack([x + scope["r"], x + alias])
+
+    expected = layer.use(x, use)
+    residual(layer)
+    actual = layer.use(x, use)
+    assert nodes(actual) == 0
+    assert mx.array_equal(actual, expected, equal_nan=True)
+
+
+def test_a_layer_of_tokens_without_a_batch():
+    layer, x = Named(), sample(3, 64)
+    expected = layer(x)
+    part = residual(layer)
+    assert_same([layer(x)], [expected])
+    assert (part.calls.fused, part.calls.fallen_back) == (0, 1)
+
+
+def test_under_transformations():
+    layer, x = Scaled(), sample(2, 3, 64)
+
+    def results():
+        loss = lambda x: (layer(x) * x).sum()  # noqa: E731
+        compiled = mx.compile(lambda x: layer(x))
+        return [
+            mx.grad(loss)(x),
+            compiled(x),
+            mx.vmap(layer)(x[:, None]),
+            mx.checkpoint(layer)(x),
+            *(g for _, g in tree_flatten(nn.value_and_grad(layer, loss)(x)[1])),
+        ]
+
+    expected = results()
+    part = residual(layer)
+    assert_same(results(), expected)
+    assert part.calls.fused >= 5 and part.calls.fallen_back == 0
+
+
+def test_a_compiled_call_counts_when_traced():
+    layer, x = Named(), sample(1, 3, 64)
+    part = residual(layer)
+    compiled = mx.compile(lambda x: layer(x))
+    for _ in range(3):
+        mx.eval(compiled(x))
+    assert part.calls.total == 1
+
+
+# Rounding
+
+
+def test_one_rounding_or_where_the_layer_rounds():
+    layer, x = Scaled(), mx.random.normal((2, 3, 64)).astype(mx.bfloat16)
+    layer.alpha = 0.3
+    layer.apply(lambda p: mx.random.normal(p.shape).astype(mx.bfloat16))
+    stock = layer(x)
+    with mlx_fused.patched(layer, exact=True):
+        exact = layer(x)
+    with mlx_fused.patched(layer):
+        once = layer(x)
+    assert_same([exact], [stock])
+    assert not mx.array_equal(once, stock)
+    bf16 = lambda a: mx.array(a, mx.bfloat16).astype(mx.float32)  # noqa: E731
+    q = layer.attn.q_proj(x).astype(mx.float32)  # of attention, whose result is rounded
+    product = q @ layer.attn.o_proj.weight.astype(mx.float32).T
+    assert_same([once], [(x.astype(mx.float32) + bf16(0.3) * product).astype(mx.bfloat16)])
+
+
+# What the output projection is
+
+
+def with_o(layer):
+    model = Direct()
+    model.attn.o_proj = layer
+    return model
+
+
+def lora(base, dropout=0.0, scale=2.0):
+    layer = LoRALinear.from_base(base, r=4, dropout=dropout, scale=scale)
+    layer.lora_b = integers((4, 64))
+    layer.lora_a = integers((64, 4))
+    return layer
+
+
+LINEAR = {
+    "dense": lambda: nn.Linear(64, 64, bias=False),
+    "bias": lambda: nn.Linear(64, 64),
+    "affine": lambda: nn.QuantizedLinear(64, 64, bias=True, group_size=32, bits=4),
+    "mxfp8": lambda: nn.QuantizedLinear(64, 64, bias=False, mode="mxfp8"),
+    "lora": lambda: lora(nn.Linear(64, 64)),
+    "qlora": lambda: lora(nn.QuantizedLinear(64, 64, bias=False)),
+    "nvfp4 lora": lambda: lora(nn.QuantizedLinear(64, 64, bias=False, mode="nvfp4")),
+}
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("make", LINEAR.values(), ids=LINEAR)
+def test_every_kind_of_projection(make, exact):
+    model, x = with_o(make()), sample(2, 3, 64)
+    model.freeze()
+
+    def results():
+        return model(x), mx.grad(lambda x: (model(x) * x).sum())(x)
+
+    expected = results()
+    part = residual(model, exact=exact)
+    assert part.fused
+    for a, e in zip(results(), expected, strict=True):
+        # float32 sums of 64 products and of 4, of which the largest decides.
+        assert mx.abs(a - e).max() <= 8 * 64**0.5 * 2**-24 * 64 * mx.abs(e).max()
+    assert part.calls.fused == part.calls.total == 2
+
+
+OBSTACLES = [
+    (lambda: DoRALinear.from_base(nn.Linear(64, 64)), "o_proj is DoRALinear"),
+    (lambda: lora(nn.Linear(64, 64), dropout=0.5), "o_proj has dropout"),
+    (
+        lambda: lora(nn.Linear(64, 64), scale=mx.array(2.0)),
+        "o_proj has a scale of type array",
+    ),
+    (lambda: nn.layers.distributed.ShardedToAllLinear(64, 64), "o_proj is ShardedToAllLinear"),
+    (lambda: nn.layers.distributed.AllToShardedLinear(64, 64), "o_proj is AllToShardedLinear"),
+    (
+        lambda: lora(nn.layers.distributed.AllToShardedLinear(64, 64)),
+        "o_proj is LoRALinear of AllToShardedLinear",
+    ),
+    (lambda: nn.Sequential(nn.Linear(64, 64)), "o_proj is Sequential"),
+]
+
+
+@pytest.mark.parametrize("make, obstacle", OBSTACLES, ids=[reason for _, reason in OBSTACLES])
+def test_projections_that_stay_as_they_are(make, obstacle):
+    model, x = with_o(make()), sample(2, 3, 64)
+
+    def run():
+        mx.random.seed(4)  # of the dropout
+        return model(x)
+
+    expected = run()
+    part = residual(model)
+    assert part.obstacle == obstacle
+    assert_same([run()], [expected])
+    assert part.calls.fused == 0 and part.calls.total == 1
+
+
+def test_dropout_that_is_not_active():
+    model, x = with_o(lora(nn.Linear(64, 64), dropout=0.5)), sample(2, 3, 64)
+    part = residual(model)
+    model.eval()
+    model(x)
+    assert part.calls.fused == 1
+
+
+def test_insisting_on_our_kernels(monkeypatch):
+    monkeypatch.setenv("MLX_FUSED_ROUTE", "composed")
+    model, x = Named(), sample(1, 3, 64)
+    for o_residual, count in (("auto", 0), (True, 1)):
+        part = residual(model, o_residual=o_residual)
+        assert nodes(model(x)) == count
+    assert part.calls.fused == 2
+
+
+def test_options():
+    model, x = with_o(lora(Mixer().o_proj)), sample(1, 3, 64)
+    expected = model(x)
+    for options, obstacle in (
+        ({"o_residual": False}, "o_residual=False"),
+        ({"lora": False}, "lora=False"),
+        ({"o_residual": True}, None),
+    ):
+        assert residual(model, **options).obstacle == obstacle
+        assert_same([model(x)], [expected])
+    with pytest.raises(ValueError, match="o_residual must be 'auto', True or False, got 'always'"):
+        mlx_fused.patch(model, o_residual="always")

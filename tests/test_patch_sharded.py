@@ -1,0 +1,96 @@
+"""Patching a model that is sharded over several processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+import mlx_fused
+from oracle import UNIT_ROUNDOFF
+from tiny_models import LAYERS, WIDEST, loss, make, tokens
+
+RANKS = 2
+
+
+def tensor_parallel():
+    model = make("llama")
+    nn.quantize(model.layers[0].self_attn, 32, 4)
+    model.shard(mx.distributed.init())
+    return model
+
+
+def fully_sharded():
+    model = make("llama")
+    for layer in model.layers:
+        layer.self_attn = nn.fully_shard(layer.self_attn)
+    model.freeze()  # sockets cannot sum up the shards' gradients
+    model.model.norm.unfreeze()
+    return model
+
+
+OBSTACLES = {
+    tensor_parallel: ["o_proj is QuantizedShardedToAllLinear", "o_proj is ShardedToAllLinear"],
+    fully_sharded: ["FullyShardedModule does not call it"] * LAYERS,
+}
+
+
+def run(model):
+    """How far the patched model's results are from its own, and what is fused."""
+    inputs = tokens(2, 5)
+
+    def results():
+        value, gradients = nn.value_and_grad(model, loss)(model, inputs)
+        return [model(inputs), value, *(g for _, g in tree_flatten(gradients))]
+
+    stock = results()
+    mx.eval(stock)
+    with mlx_fused.patched(model) as report:
+        patched = results()
+        mx.eval(patched)
+    return {
+        "differences": [distance(p, s) for p, s in zip(patched, stock, strict=True)],
+        "calls": [[layer.qkv.calls.fused, layer.qkv.calls.fallen_back] for layer in report.layers],
+        "obstacles": [layer.residual.obstacle for layer in report.layers],
+    }
+
+
+def distance(a, b):
+    return (mx.linalg.norm(a - b) / mx.linalg.norm(b)).item()
+
+
+def test_two_processes(tmp_path):
+    hosts = tmp_path / "hosts.json"
+    with socket.socket() as a, socket.socket() as b:
+        for s in (a, b):
+            s.bind(("127.0.0.1", 0))
+        hosts.write_text(json.dumps([[f"127.0.0.1:{s.getsockname()[1]}"] for s in (a, b)]))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__],
+            env={**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * RANKS, outputs
+    # As in test_models, the sums there and back, and two models that may be off as much.
+    tolerance = 2 * 2 * LAYERS * 8 * WIDEST**0.5 * UNIT_ROUNDOFF[mx.float32]
+    for rank, (out, err) in enumerate(outputs):
+        for results, obstacles in zip(json.loads(out), OBSTACLES.values(), strict=True):
+            assert max(results["differences"]) <= tolerance
+            assert results["calls"] == [[2, 0]] * LAYERS
+            assert results["obstacles"] == obstacles
+        assert err.count("mlx-fused: of 2 attention layers") == (len(OBSTACLES) if rank == 0 else 0)
+
+
+if __name__ == "__main__":
+    mx.set_default_device(mx.cpu)
+    print(json.dumps([run(make_model()) for make_model in OBSTACLES]))

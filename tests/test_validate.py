@@ -1,0 +1,206 @@
+"""Validation of checkpoints: what passes, and what must not."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import pytest
+from click.testing import CliRunner
+from mlx_lm.convert import convert
+
+import mlx_fused
+import tiny_demo
+import tiny_models
+from mlx_fused import validate
+from mlx_fused.cli import main
+from mlx_fused.patching import projections
+
+PROMPT = list(range(5, 45))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tiny_demo.make(folder)
+    convert(str(folder / "model"), str(folder / "model-bf16"), dtype="bfloat16")
+    return folder
+
+
+@pytest.fixture
+def wrong_values(monkeypatch):
+    """Makes all values of the patched model wrong in a way that the test gives."""
+
+    def install(function):
+        correct = projections.project
+
+        def project(qkv, *args):
+            outputs = correct(qkv, *args)
+            return {**outputs, qkv.names[2]: function(outputs[qkv.names[2]])}
+
+        monkeypatch.setattr(projections, "project", project)
+
+    return install
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["validate", *map(str, arguments)])
+
+
+def check(model, tokens=4):
+    return validate.validate(model, PROMPT, tokens)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["model"], ["model-4bit"], ["model-4bit", "--adapter-path", "adapters"]]
+)
+def test_checkpoints_of_the_demo_pass(checkpoints, arguments):
+    paths = [a if a.startswith("--") else checkpoints / a for a in arguments]
+    result = run(*paths, "--tokens", "8", "--json")
+    assert result.exit_code == 0, result.output
+    results = json.loads(result.stdout)
+    assert results["passed"]
+    assert results["calls"]["qkv"]["fused"] == results["calls"]["qkv"]["total"] > 0
+    assert results["calls"]["residual"]["fused"] == results["calls"]["residual"]["total"] > 0
+    assert len(results["gradients"]) == 7 * 2  # every projection has an A and a B
+    assert all(0 < check["patched_error"] < check["tolerance"] for check in results["gradients"].values())
+    assert results["logits"]["stock_error"] == 0  # float32 is its own reference
+    assert 0 < results["logits"]["patched_error"] < results["logits"]["tolerance"] < 1e-4
+    assert results["greedy"] == {**results["greedy"], "tokens": 8, "diverges_at": None, "passed": True}
+    for of in (*results["tokens_per_second"].values(), *results["peak_memory"].values()):
+        assert of["stock"] > 0 and of["patched"] > 0
+    assert "Validating" not in result.stdout
+    assert "PASSED" in result.stderr
+
+
+def test_sixteen_bits_are_held_to_the_stock_models_own_error(checkpoints):
+    model, _ = validate.load(str(checkpoints / "model-bf16"), None)
+    results = check(model)
+    assert results["passed"] and results["dtype"] == "bfloat16"
+    assert 1e-4 < results["logits"]["stock_error"] < 1e-1
+    assert results["logits"]["tolerance"] == 2 * results["logits"]["stock_error"]
+
+
+@pytest.mark.parametrize("checkpoint", ["model", "model-4bit", "model-bf16"])
+def test_wrong_values_fail(checkpoints, wrong_values, checkpoint):
+    wrong_values(lambda v: v * 1.01)
+    result = run(checkpoints / checkpoint, "--tokens", "2")
+    assert result.exit_code == 1
+    assert "FAILED" in result.output
+
+
+def test_nan_fails(checkpoints, wrong_values):
+    wrong_values(lambda v: v * math.nan)
+    result = run(checkpoints / "model", "--tokens", "2", "--json")
+    assert result.exit_code == 1
+    assert not json.loads(result.stdout)["logits"]["passed"]
+
+
+def test_wrong_gradients_fail(checkpoints, wrong_values):
+    wrong_values(lambda v: v + 0.01 * (v - mx.stop_gradient(v)))
+    model, _ = validate.load(str(checkpoints / "model-4bit"), None)
+    results = check(model)
+    assert results["logits"]["passed"] and results["greedy"]["passed"]
+    assert not results["gradients"]["model.layers.*.self_attn.v_proj.lora_a"]["passed"]
+    assert not results["passed"]
+
+
+@pytest.mark.parametrize(("gap", "passed"), [(0.5, True), (2.0, False)])
+def test_other_tokens_pass_if_it_was_a_close_call(monkeypatch, gap, passed):
+    class Model(nn.Module):
+        def __call__(self, tokens):
+            assert tokens.tolist() == [[7, 8, 0]]  # the prompt, and the token on which both agree
+            return mx.array([[[9.0, 9.0, 9.0], [0.0, 0.0, 0.0], [0.0, 0.0, -gap]]])
+
+    runs = iter([[0, 1, 1], [0, 2, 0]] * 3)
+    result = {"prefill_s": 1.0, "decode_s": 1.0}
+    monkeypatch.setattr(validate, "_continue", lambda *_: {"tokens": next(runs), **result})
+    runner = validate._Runner(Model(), lambda: None)
+    greedy, speed = validate._generate(runner, Model(), mx.array([7, 8]), 3, largest_gap=1.0)
+    assert greedy == {"tokens": 3, "diverges_at": 1, "gap": gap, "tolerance": 1.0, "passed": passed}
+    assert speed["prefill"]["stock"] == 2 and speed["decode"]["patched"] == 2
+
+
+def test_model_is_left_unpatched_and_in_its_own_classes(checkpoints):
+    model, _ = validate.load(str(checkpoints / "model-4bit"), checkpoints / "adapters")
+    classes = [type(m) for m in model.modules()]
+    check(model)
+    assert [type(m) for m in model.modules()] == classes
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral", "cohere"])
+def test_float32_reference_is_the_model_in_float32(name):
+    model, expected = tiny_models.make(name, mx.bfloat16), tiny_models.make(name, mx.bfloat16)
+    expected.set_dtype(mx.float32)
+    tokens = tiny_models.tokens(1, 6)
+    with validate._in_float32(model):
+        logits = model(tokens)
+    assert logits.dtype == mx.float32
+    assert model(tokens).dtype == mx.bfloat16
+    assert mx.allclose(logits, expected(tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_terms_are_those_of_the_fused_layers():
+    model = tiny_models.make("llama")
+    hidden, layers = tiny_models.HIDDEN, tiny_models.LAYERS
+    with mlx_fused.patched(model) as report:
+        assert validate.sum_terms(model, report) == layers * 4 * hidden
+        nn.quantize(model, 32, 4)
+        assert validate.sum_terms(model, report) == layers * 4 * hidden
+    with mlx_fused.patched(model, qkv=False, o_residual=False) as report:
+        assert validate.sum_terms(model, report) == 0
+
+
+def test_a_model_that_is_never_float32_is_refused(checkpoints, monkeypatch):
+    model, _ = validate.load(str(checkpoints / "model-bf16"), None)
+    cls = type(model)
+    monkeypatch.setattr(model, "__class__", type("Model", (cls,), {"__call__": _rounded(cls)}))
+    with pytest.raises(validate.CannotValidate, match="float32"):
+        check(model)
+
+
+def _rounded(cls):
+    return lambda self, *args, **kwargs: cls.__call__(self, *args, **kwargs).astype(mx.bfloat16)
+
+
+def test_generated_text_is_that_of_mlx_lm(checkpoints):
+    model, tokenizer = mlx_lm.load(str(checkpoints / "model"))
+    prompt = tokenizer.encode(validate.PROMPT)
+    tokens = validate._continue(model, mx.array(prompt), 4)["tokens"]
+    text = mlx_lm.generate(model, tokenizer, prompt, max_tokens=4)
+    assert tokenizer.decode(list(tokens)).startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such/directory"], "cannot be loaded"),
+        (["."], "config.json"),
+        ([".", "--adapter-path", "missing"], "--adapter-path"),
+        ([".", "--tokens", "1"], "--tokens"),
+    ],
+)
+def test_what_cannot_be_validated_is_a_wrong_argument(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_one_token_is_too_short_a_prompt(checkpoints):
+    result = run(checkpoints / "model", "--prompt", "a")
+    assert result.exit_code == 2
+    assert "two tokens" in result.output
+
+
+def test_hub_out_of_reach_says_what_to_do(tmp_path):
+    code = "from mlx_fused.cli import main; main(['validate', 'an-owner/a-model'])"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 2
+    assert "hf download an-owner/a-model" in result.stderr
+    assert "Traceback" not in result.stderr
