@@ -51,6 +51,8 @@ def test_summary_and_table(capfd):
     model = make("llama")
     report = mlx_fused.patch(model)
     assert capfd.readouterr() == ("", report.summary + "\n")
+    with mlx_fused.patched(model):
+        assert capfd.readouterr() == ("", "")
     report = mlx_fused.patch(model, verbose=True)
     assert capfd.readouterr() == ("", f"{report}\n")
 

@@ -6,12 +6,11 @@ what two orders of the same float32 sums may differ by (:func:`sum_error`), whic
 between them when the stock model computes in float32 itself.
 """
 
-import io
 import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from math import inf, sqrt
 from pathlib import Path
@@ -80,7 +79,7 @@ def validate(
         CannotValidate: If the model does not compute in float32 when its embeddings are float32.
     """
     tokens = mx.array(prompt)
-    with _patched(model) as report:
+    with mlx_fused.patched(model) as report:
         terms = sum_terms(model, report)
     runner = _Runner(model, on_step)
     outputs = runner.run_all(lambda: {"logits": model(tokens[None])[0]})
@@ -145,7 +144,7 @@ class _Runner:
         self.variants = {
             "float32": lambda: _in_float32(model),
             "stock": nullcontext,
-            "patched": lambda: _patched(model),
+            "patched": lambda: mlx_fused.patched(model),
         }
         self.memory: dict[str, int] = {}
         self.calls = {part: {"total": 0, "fused": 0} for part in ("qkv", "residual")}
@@ -166,17 +165,6 @@ class _Runner:
 
     def run_all(self, function: Callable) -> dict:
         return {variant: self.run(variant, function) for variant in self.variants}
-
-
-@contextmanager
-def _patched(model: nn.Module) -> Iterator[PatchReport]:
-    """Without the line that patching prints."""
-    with redirect_stderr(io.StringIO()):
-        report = mlx_fused.patch(model)
-    try:
-        yield report
-    finally:
-        mlx_fused.unpatch(model)
 
 
 @contextmanager

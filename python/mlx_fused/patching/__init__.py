@@ -76,15 +76,7 @@ def patch(
         TypeError: If ``model`` is not an ``mlx.nn.Module``.
         ValueError: If ``o_residual`` is none of its values.
     """
-    if o_residual not in ("auto", True, False):
-        raise ValueError(f"o_residual must be 'auto', True or False, got {o_residual!r}")
-    options = Options(qkv, o_residual, lora, exact)
-    layers = []
-    for name, module, names, obstacles in _attentions(model):
-        if names.entry:
-            attention.fuse(module, names, options, obstacles)
-        layers.append(attention.report(name, module))
-    report = PatchReport(tuple(layers))
+    report = _patch(model, qkv, o_residual, lora, exact)
     if mx.distributed.init().rank() == 0:
         print(report if verbose else report.summary, file=sys.stderr)
     return report
@@ -104,24 +96,36 @@ def unpatch(model: nn.Module) -> None:
 
 
 @contextmanager
-def patched(model: nn.Module, **options) -> Iterator[PatchReport]:
-    """Patch ``model`` for a ``with`` block, which receives the report of :func:`patch`.
+def patched(
+    model: nn.Module,
+    qkv: bool = True,
+    o_residual: Literal["auto"] | bool = "auto",
+    lora: bool = True,
+    exact: bool = False,
+) -> Iterator[PatchReport]:
+    """Patch ``model`` for a ``with`` block, which receives the report of :func:`patch`. Prints nothing.
 
-    Modules that were patched before the block are after it as they were.
-
-    Args:
-        model (mlx.nn.Module): A model of mlx-lm, or any part of one.
-        **options: Those of :func:`patch`.
-
-    Raises:
-        TypeError: If ``model`` is not an ``mlx.nn.Module``.
+    Modules that were patched before the block are after it as they were. The arguments, and the errors
+    they raise, are those of :func:`patch`.
     """
     before = [(module, attention.patch_of(module)) for _, module, *_ in _attentions(model)]
     try:
-        yield patch(model, **options)
+        yield _patch(model, qkv, o_residual, lora, exact)
     finally:
         for module, earlier in before:
             attention.restore(module, earlier)
+
+
+def _patch(model: nn.Module, qkv: bool, o_residual: str | bool, lora: bool, exact: bool) -> PatchReport:
+    if o_residual not in ("auto", True, False):
+        raise ValueError(f"o_residual must be 'auto', True or False, got {o_residual!r}")
+    options = Options(qkv, o_residual, lora, exact)
+    layers = []
+    for name, module, names, obstacles in _attentions(model):
+        if names.entry:
+            attention.fuse(module, names, options, obstacles)
+        layers.append(attention.report(name, module))
+    return PatchReport(tuple(layers))
 
 
 def _attentions(model: nn.Module) -> list[tuple[str, nn.Module, Names, Obstacles]]:
