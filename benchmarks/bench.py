@@ -1,8 +1,8 @@
-"""Times the fused projections against the composed MLX form and torch: ``make bench``."""
+"""Times the fused projections against MLX's own operations and torch: ``make bench``."""
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -16,7 +16,9 @@ from rich.progress import track
 
 import machine
 import report
-from contenders import Case, Model, WrongResult, contenders, operands, reference, verify
+from cases import Case, Model, operands
+from contenders import contenders
+from reference import WrongResult, reference, verify
 
 LLAMA = Model("Llama-3.2-1B", hidden=2048, num_heads=32, num_kv_heads=8, head_dim=64)
 TINY = Model("tiny", hidden=64, num_heads=4, num_kv_heads=2, head_dim=16)
@@ -30,11 +32,20 @@ FORWARD_GOALS = {
     "float16": {1: 8, 32: 20, 128: 20, 512: 25},
 }
 GRADIENT_GOALS = {"float32": 15, "bfloat16": 12}
+QUANTIZED_GOALS = {
+    "float32": {1: 15, 128: 20},
+    "bfloat16": {1: 80, 128: 20},
+    "float16": {1: 80, 128: 20},
+}
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: seconds per cell, seconds per turn, and the pause between turns."""
+    """How long to measure: seconds per cell, seconds per turn, and the pause between turns.
+
+    A contender whose first call takes longer than ``once`` is not called again, and one expected to take
+    longer than ``never`` not at all.
+    """
 
     cell: float
     turn: float
@@ -42,9 +53,11 @@ class Effort:
     pause: float
     ceiling_size: int
     min_rounds: int = 3
+    once: float = 2
+    never: float = 45
 
 
-FULL = Effort(cell=5, turn=0.15, pause=0.06, ceiling_size=2048)
+FULL = Effort(cell=4, turn=0.15, pause=0.06, ceiling_size=2048)
 QUICK = Effort(cell=0.02, turn=0.002, pause=0.001, ceiling_size=256)
 
 
@@ -73,8 +86,10 @@ def _turn(call: Callable, seconds: float) -> list[float]:
 
 def goal(case: Case) -> int | None:
     """Returns the speedup over the composed form that this case aims for, if there is one."""
-    if case.model != LLAMA or mx.default_device() != mx.cpu:
+    if case.model != LLAMA or mx.default_device() != mx.cpu or case.lora:
         return None
+    if case.quantized:
+        return None if case.backward else QUANTIZED_GOALS[case.dtype].get(case.rows)
     if not case.backward:
         return FORWARD_GOALS[case.dtype].get(case.rows)
     return GRADIENT_GOALS.get(case.dtype) if case.rows == GRADIENT_ROWS else None
@@ -85,20 +100,64 @@ def chain_length(rows: int) -> int:
     return max(1, min(32, 4096 // rows))
 
 
+def cases(model: Model, dtypes: tuple, rows: tuple, gradient_rows: tuple) -> list[Case]:
+    """Every cell; rows ascend, for the pace of fewer tells what more would take."""
+    pairs = [(m, b) for b in (False, True) for m in sorted(rows) if not b or m in gradient_rows]
+    kinds = [(op, quantized) for quantized in (False, True) for op in ("qkv", "output")]
+    found = [
+        Case(model, op, dtype, m, b, quantized)
+        for op, quantized in kinds
+        for dtype in dtypes or DTYPES
+        for m, b in pairs
+    ]
+    if find_spec("mlx_lm") is None:
+        return found
+    return found + [
+        Case(model, "qkv", dtype, m, backward, quantized, lora=True)
+        for quantized in (False, True)
+        for dtype in dtypes or DTYPES
+        if dtype != "float16"  # nobody trains in it
+        for m in gradient_rows
+        if m in rows
+        for backward in (False, True)
+    ]
+
+
 def run(
-    case: Case, torch: bool, effort: Effort, ceilings: machine.Ceilings, gpu: bool = False
+    case: Case,
+    torch: bool,
+    effort: Effort,
+    ceilings: machine.Ceilings,
+    gpu: bool = False,
+    pace: float = 0,
 ) -> dict[str, object]:
-    """Verifies and times every contender of one case; returns its record."""
+    """Verifies and times every contender of one case; returns its record.
+
+    ``pace`` is the composed form's seconds per row, as far as they are known.
+    """
     given = operands(case)
     expected = reference(case, given)
     calls = contenders(case, given, torch, gpu)
+    estimate = pace * case.rows * (2 if case.backward else 1)
+    if estimate > effort.never:
+        del calls["composed"]
     length = chain_length(case.rows) if gpu else 1
-    error = {name: verify(case, name, call, expected) for name, call in calls.items()}
-    unit = ceilings.bound(case.flops, case.bytes)
-    work, ceiling = (case.flops, ceilings.flops) if unit == "GFLOP/s" else (case.bytes, ceilings.bandwidth)
+    error, slow = {}, {}
+    for name, call in calls.items():
+        if case.lora:
+            call()  # compiles
+        start = time.perf_counter()
+        results = call()
+        seconds = time.perf_counter() - start
+        if seconds > effort.once:
+            slow[name] = [seconds * length]
+        error[name] = verify(case, name, [call.to_numpy(r) for r in results], expected)
+    read = ceilings.read if case.quantized else ceilings.bandwidth
+    unit = "GFLOP/s" if case.flops / ceilings.flops > case.bytes / read else "GB/s"
+    work, ceiling = (case.flops, ceilings.flops) if unit == "GFLOP/s" else (case.bytes, read)
     results = {}
-    timed = {name: partial(call.chain, length) for name, call in calls.items()} if gpu else calls
-    for name, seconds in measure(timed, effort).items():
+    timed = {name: partial(c.chain, length) if gpu else c for name, c in calls.items() if name not in slow}
+    for name, seconds in (measure(timed, effort) | slow).items():
         p10, median, p90 = np.percentile(seconds, [10, 50, 90]) / length
         results[name] = {
             "median_s": median,
@@ -110,9 +169,10 @@ def run(
             "share": work / median / ceiling,
             "error": error[name],
         }
+    results = {name: results[name] for name in calls}
     fused = results["fused"]["median_s"]
     return {
-        "op": case.op,
+        "op": case.name,
         "in_features": case.in_features,
         "out_features": case.out_features,
         "dtype": case.dtype,
@@ -122,7 +182,19 @@ def run(
         "contenders": results,
         "ratios": {name: r["median_s"] / fused for name, r in results.items() if name != "fused"},
         "goal": goal(case),
+        "composed_estimate_s": None if "composed" in calls else estimate,
     }
+
+
+def run_all(cases: Iterable[Case], *args: object, **options: object) -> list[dict[str, object]]:
+    cells, paces = [], {}
+    for case in cases:
+        kind = (case.name, case.dtype)
+        cells.append(run(case, *args, **options, pace=paces.get(kind, 0)))
+        composed = cells[-1]["contenders"].get("composed")
+        if composed and not case.backward:
+            paces[kind] = composed["median_s"] / case.rows
+    return cells
 
 
 @click.command()
@@ -142,10 +214,17 @@ def run(
     show_default=True,
     help="Folder for the JSON and the plot.",
 )
+@click.option(
+    "--docs",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Also put the numbers into this folder's benchmarks.md and benchmarks.png.",
+)
 @click.option("--no-torch", is_flag=True, help="Leave torch out even if it is installed.")
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), help="Default: MLX's default device.")
-def main(dtypes: tuple, rows: tuple, quick: bool, out: Path, no_torch: bool, device: str | None) -> None:
-    """Time the fused projections against the composed MLX form and torch."""
+def main(
+    dtypes: tuple, rows: tuple, quick: bool, out: Path, docs: Path | None, no_torch: bool, device: str | None
+) -> None:
+    """Time the fused projections against MLX's own operations and torch."""
     if device:
         mx.set_default_device(mx.Device(getattr(mx, device)))
     on_cpu = mx.default_device() == mx.cpu
@@ -158,32 +237,31 @@ def main(dtypes: tuple, rows: tuple, quick: bool, out: Path, no_torch: bool, dev
     gradient_rows = (4,) if quick else (GRADIENT_ROWS,)
     torch = on_cpu and not no_torch and find_spec("torch") is not None
 
-    cases = [
-        Case(model, op, dtype, m, backward)
-        for op in ("qkv", "output")
-        for dtype in dtypes or DTYPES
-        for backward in (False, True)
-        for m in rows
-        if not backward or m in gradient_rows
-    ]
     console = Console()
     neighbours = machine.Neighbours()
     ceilings = machine.measure(effort.ceiling_size)
-    progress = track(cases, "Measuring", console=console, transient=True)
+    chosen = cases(model, dtypes, rows, gradient_rows)
+    progress = track(chosen, "Measuring", console=console, transient=True)
     try:
-        cells = [run(case, torch, effort, ceilings, gpu=not on_cpu) for case in progress]
+        cells = run_all(progress, torch, effort, ceilings, gpu=not on_cpu)
     except WrongResult as wrong:
         raise click.ClickException(str(wrong)) from None
 
     result = {
         "model": model.name,
         "machine": machine.describe("cpu" if on_cpu else "gpu") | {"CPU used by others": neighbours.share()},
-        "ceilings": {"gemm_flop_per_s": ceilings.flops, "stream_byte_per_s": ceilings.bandwidth},
+        "ceilings": {
+            "gemm_flop_per_s": ceilings.flops,
+            "stream_byte_per_s": ceilings.bandwidth,
+            "read_byte_per_s": ceilings.read,
+        },
         "cells": cells,
     }
     out.mkdir(parents=True, exist_ok=True)
     report.show(console, result)
     report.save(result, out)
+    if docs:
+        report.document(result, out, docs)
     console.print(f"\nWritten: {out / 'bench.json'} and {out / 'bench.png'}")
 
 

@@ -16,7 +16,8 @@ from rich.progress import track
 import machine
 import mlx_fused
 from bench import DTYPES, FULL, LLAMA, QUICK, TINY, Effort, chain_length, measure
-from contenders import Model, chain
+from cases import Model
+from contenders import chain
 from report import make_table
 
 ROWS = (1, 2, 4, 8, 9, 16, 32, 64, 128, 512, 2048)

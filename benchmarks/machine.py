@@ -44,14 +44,11 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured float32 GEMM peak [flop/s] and stream bandwidth [byte/s]."""
+    """Measured float32 GEMM peak [flop/s], and bandwidth of copying and of reading alone [byte/s]."""
 
     flops: float
     bandwidth: float
-
-    def bound(self, flops: int, size: int) -> str:
-        """The ceiling that limits work of ``flops`` operations on ``size`` bytes."""
-        return "GFLOP/s" if flops / self.flops > size / self.bandwidth else "GB/s"
+    read: float
 
 
 def describe(device: str) -> dict[str, object]:
@@ -70,13 +67,13 @@ def describe(device: str) -> dict[str, object]:
 
 
 def measure(size: int) -> Ceilings:
-    """Times a GEMM of side ``size`` and a copy of 16 such matrices on the default device."""
+    """Times a GEMM of side ``size``, and a copy and a reading of 16 such matrices, on the default device."""
     on_cpu = mx.default_device() == mx.cpu
-    gemm, copy, copied = (_numpy_work if on_cpu else _mlx_work)(size)
-    return Ceilings(2 * size**3 / _best(gemm), copied / _best(copy))
+    gemm, copy, read, size_in_bytes = (_numpy_work if on_cpu else _mlx_work)(size)
+    return Ceilings(2 * size**3 / _best(gemm), 2 * size_in_bytes / _best(copy), size_in_bytes / _best(read))
 
 
-def _numpy_work(size: int) -> tuple[Callable, Callable, int]:
+def _numpy_work(size: int) -> tuple[Callable, Callable, Callable, int]:
     a = np.random.default_rng(0).random((size, size), dtype=np.float32)
     product = np.empty_like(a)
     source = np.ones(16 * a.size, np.float32)
@@ -86,15 +83,17 @@ def _numpy_work(size: int) -> tuple[Callable, Callable, int]:
     return (
         lambda: np.matmul(a, a, out=product),
         lambda: list(pool.map(np.copyto, *parts)),
-        2 * source.nbytes,
+        lambda: np.dot(source, source),
+        source.nbytes,
     )
 
 
-def _mlx_work(size: int) -> tuple[Callable, Callable, int]:
+def _mlx_work(size: int) -> tuple[Callable, Callable, Callable, int]:
     a = mx.random.normal((size, size))
     source = mx.ones((16 * a.size,))
     mx.eval(a, source)
-    return lambda: mx.eval(a @ a), lambda: mx.eval(-source), 2 * source.nbytes
+    reading = lambda: mx.eval(source.max())  # noqa: E731
+    return lambda: mx.eval(a @ a), lambda: mx.eval(-source), reading, source.nbytes
 
 
 def _best(work: Callable, repeats: int = 10) -> float:

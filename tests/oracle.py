@@ -1,7 +1,9 @@
-"""The four operations in NumPy float64, written from their formulas, and the error a kernel may make."""
+"""The operations in NumPy float64, written from their formulas, and the error a kernel may make."""
 
 import mlx.core as mx
 import numpy as np
+
+import quantized
 
 UNIT_ROUNDOFF = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8, mx.float32: 2.0**-24, mx.float64: 2.0**-53}
 SMALLEST_NORMAL = {
@@ -47,6 +49,63 @@ def fused_output_projection_residual_bwd(d_output, attn_out, weight, has_bias):
     return d_attn_out, d_weight, d_output.sum((0, 1)) if has_bias else None, d_output
 
 
+def projection(x, weights, biases, lora_a, lora_b, scale):
+    """y = x W^T + b + scale (x A) B for each segment; a bias, or an A and its B, may be None.
+
+    A weight is a stack of the terms that it is the sum of, for a kernel may sum them apart.
+    """
+    segments = []
+    for w, b, a, lb, s in zip(weights, biases, lora_a, lora_b, scale, strict=True):
+        y = x @ w.sum(0).T + (0 if b is None else b)
+        segments.append(y if a is None else y + s * ((x @ a) @ lb))
+    return segments
+
+
+def projection_bwd(grads, x, weights, lora_a, lora_b, scale):
+    """The gradients of x, and of each segment's weight, bias, A and B."""
+    count = x.shape[0] * x.shape[1]
+    rows = x.reshape(count, x.shape[-1])
+    d_x, others = 0, []
+    for g, w, a, b, s in zip(grads, weights, lora_a, lora_b, scale, strict=True):
+        d_x = d_x + g @ w.sum(0)
+        flat = g.reshape(count, g.shape[-1])
+        d_a = d_b = None
+        if a is not None:
+            d_x = d_x + s * ((g @ b.T) @ a.T)
+            d_a, d_b = s * (rows.T @ (flat @ b.T)), s * ((rows @ a).T @ flat)
+        others.append((flat.T @ rows, flat.sum(0), d_a, d_b))
+    return d_x, *(list(part) for part in zip(*others, strict=True))
+
+
+def exact_projection(x, weights, biases, lora_a, lora_b, scale, dtype, is_quantized):
+    """`projection` rounded to ``dtype`` after each module that mlx-lm makes it of."""
+    segments = []
+    for w, b, a, lb, s in zip(weights, biases, lora_a, lora_b, scale, strict=True):
+        y = x @ w.sum(0).T
+        if b is not None:
+            y = (rounded(y, dtype) if is_quantized else y) + b
+        y = rounded(y, dtype)
+        segments.append(y if a is None else rounded(y + rounded(s * ((x @ a) @ lb), dtype), dtype))
+    return segments
+
+
+def rounded(values, dtype):
+    """To the dtype and back; the values must fit float32, through which MLX goes."""
+    return exact(mx.array(values, dtype=mx.float64).astype(dtype, stream=mx.cpu))
+
+
+def terms_of(weight):
+    """A dense weight as the one term that it is."""
+    return exact(weight)[None]
+
+
+def quantized_terms(weight, scales, biases, *quantization):
+    """A quantized weight as two terms: codes times scales, and groups' biases."""
+    scaled = quantized.dequantize(weight, scales, None if biases is None else 0 * biases, *quantization)
+    shift = np.zeros_like(scaled) if biases is None else np.repeat(exact(biases), quantization[0], -1)
+    return np.stack([scaled, shift])
+
+
 def _segments(packed, heads, head_dim):
     if packed is None:
         return (None, None, None)
@@ -66,19 +125,21 @@ def assert_equal(actual, expected):
         np.testing.assert_array_equal(exact(a), e)
 
 
-def assert_close(actual, formula, *args, roundings=1):
+def assert_close(actual, formula, *args, roundings=1, terms=None):
     """``actual`` is ``formula(*args)`` computed with float32 sums, each rounded once to its dtype.
 
     A sum of n products has an error of at most n u sum|x||y|, and, the rounding errors being as good as
     independent, above 8 sqrt(n) u sum|x||y| with probability below 2 exp(-8^2/2) = 3e-14 (Higham and Mary,
     2019); u is float32's unit roundoff. The result's own rounding adds its dtype's unit roundoff times the
-    result. The formulas being sums of products, formula(|args|) is sum|x||y| and formula(ones) is n.
+    result. The formulas being sums of products, formula(|args|) is sum|x||y| and formula(ones) is n; where
+    products nest, as in (x A) B, ``terms`` is n: the most roundings from any product to the result.
     """
     args = exact(args)
     expected = _leaves(formula(*args))
     magnitudes = _leaves(formula(*_map(np.abs, args, np.ndarray)))
-    terms = _leaves(formula(*_map(np.ones_like, args, np.ndarray)))
-    for a, e, magnitude, n in zip(_leaves(actual), expected, magnitudes, terms, strict=True):
+    counts = _leaves(formula(*_map(np.ones_like, args, np.ndarray)))
+    for a, e, magnitude, count in zip(_leaves(actual), expected, magnitudes, counts, strict=True):
+        n = count if terms is None else terms
         unit, normal = UNIT_ROUNDOFF[a.dtype], SMALLEST_NORMAL[a.dtype]
         sum_unit = min(UNIT_ROUNDOFF[mx.float32], unit) + UNIT_ROUNDOFF[mx.float64]
         with np.errstate(invalid="ignore"):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,30 +26,30 @@ def main(monkeypatch):
 
 
 def test_quick_run_prints_and_writes_everything(tmp_path):
-    command = [
-        sys.executable,
-        BENCHMARKS / "bench.py",
-        "--quick",
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, BENCHMARKS / "bench.py", "--quick", "--device", "cpu"]
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "benchmarks.md").write_text("before\n<!-- measured -->\nold\n<!-- end -->\nafter\n")
+    done = subprocess.run([*command, "--out", tmp_path, "--docs", docs], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Speedup over composed MLX" in done.stdout
 
     result = json.loads((tmp_path / "bench.json").read_text())
     cells = {(c["op"], c["dtype"], c["rows"], c["backward"]): c for c in result["cells"]}
-    assert len(cells) == len(result["cells"]) == 2 * 3 * 3
-    for cell in cells.values():
+    # Dense and quantized in three dtypes, at two numbers of rows and backward; LoRA in two, at one.
+    assert len(cells) == len(result["cells"]) == 2 * (2 * 3 * 3) + 2 * (2 * 2)
+    for (op, dtype, _, _), cell in cells.items():
         assert {"fused", "composed"} <= cell["contenders"].keys()
-        for contender in cell["contenders"].values():
+        for name, contender in cell["contenders"].items():
             assert contender["median_s"] > 0
-            assert contender["error"] <= 1
+            assert contender["error"] <= 1 or (name == "composed" and "4-bit" in op and dtype != "float32")
         composed, fused = (cell["contenders"][name]["median_s"] for name in ("composed", "fused"))
         assert cell["ratios"]["composed"] == pytest.approx(composed / fused)
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    png = (tmp_path / "bench.png").read_bytes()
+    assert png.startswith(b"\x89PNG") and (docs / "benchmarks.png").read_bytes() == png
+    text = (docs / "benchmarks.md").read_text()
+    assert text.startswith("before\n<!-- measured -->\n") and text.endswith("<!-- end -->\nafter\n")
+    assert "old" not in text and text.count("\n| ") == 1 + len(cells)
 
 
 def test_options_choose_the_cells(main, tmp_path):
@@ -57,24 +58,32 @@ def test_options_choose_the_cells(main, tmp_path):
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "bench.json").read_text())
     found = [(c["op"], c["dtype"], c["rows"], c["backward"]) for c in result["cells"]]
-    assert found == [("qkv", "float16", 3, False), ("output", "float16", 3, False)]
+    assert found == [(op, "float16", 3, False) for op in ("qkv", "output", "qkv 4-bit", "output 4-bit")]
     assert all(c["contenders"].keys() == {"fused", "composed"} for c in result["cells"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_one_wrong_element_aborts(main, tmp_path, monkeypatch, dtype):
-    right = mlx_fused.fused_output_projection_residual
+@pytest.mark.parametrize("kind", ["", "quantized_"])
+def test_one_wrong_element_aborts(main, tmp_path, monkeypatch, kind, dtype):
+    name = f"fused_{kind}output_projection_residual"
+    right = getattr(mlx_fused, name)
 
     def wrong(*args, **kwargs):
         out = right(*args, **kwargs)
-        out[0, -1, 5] += 128 * mx.finfo(out.dtype).eps
+        out[0, -1, 5] += 256 * mx.finfo(out.dtype).eps
         return out
 
-    monkeypatch.setattr(mlx_fused, "fused_output_projection_residual", wrong)
+    monkeypatch.setattr(mlx_fused, name, wrong)
     done = CliRunner().invoke(main, ["--quick", "--no-torch", "--dtype", dtype, "--out", str(tmp_path)])
     assert done.exit_code == 1
-    assert "fused is wrong" in done.output
+    assert "fused is wrong" in done.output and f"quantized={bool(kind)}" in done.output
     assert not list(tmp_path.iterdir())
+
+
+def aborts(main, tmp_path, said):
+    done = CliRunner().invoke(main, ["--quick", "--no-torch", "--dtype", "float32", "--out", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "fused is wrong" in done.output and "backward=True" in done.output and said in done.output
 
 
 def test_a_wrong_gradient_aborts(main, tmp_path, monkeypatch):
@@ -85,6 +94,31 @@ def test_a_wrong_gradient_aborts(main, tmp_path, monkeypatch):
         return right(x, (wq, wk, mx.stop_gradient(wv)), *args)
 
     monkeypatch.setattr(mlx_fused, "fused_qkv_projection", frozen_value_weight)
-    done = CliRunner().invoke(main, ["--quick", "--no-torch", "--dtype", "float32", "--out", str(tmp_path)])
-    assert done.exit_code == 1
-    assert "fused is wrong" in done.output and "backward=True" in done.output
+    aborts(main, tmp_path, "lora=False")
+
+
+def test_a_wrong_gradient_of_an_adapter_aborts(main, tmp_path, monkeypatch):
+    right = mlx_fused.fused_lora_qkv_projection
+
+    def frozen_adapter(x, weight, bias, lora_a, *args, **kwargs):
+        a, *others = lora_a
+        return right(x, weight, bias, (mx.stop_gradient(a), *others), *args, **kwargs)
+
+    monkeypatch.setattr(mlx_fused, "fused_lora_qkv_projection", frozen_adapter)
+    aborts(main, tmp_path, "lora=True")
+
+
+def test_slow_calls_are_made_once_and_slower_ones_estimated(main, tmp_path, monkeypatch):
+    import bench
+
+    impatient = replace(bench.QUICK, once=0, never=1e-9)
+    monkeypatch.setattr(bench, "QUICK", impatient)
+    options = ["--quick", "--no-torch", "--dtype", "float32", "--rows", "4", "--rows", "1"]
+    done = CliRunner().invoke(main, [*options, "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    for c in json.loads((tmp_path / "bench.json").read_text())["cells"]:
+        assert all(contender["calls"] == 1 for contender in c["contenders"].values())
+        first = c["rows"] == 1 or (c["op"].endswith("LoRA") and not c["backward"])
+        assert ("composed" in c["contenders"]) == first
+        assert first or c["composed_estimate_s"] > 0
+    assert "≈" in done.output

@@ -10,34 +10,39 @@ from rich.console import Console
 
 from graph import primitives
 
+# (op, quantized, lora)
+KINDS = [("qkv", False, False), ("output", False, False), ("qkv", True, False), ("output", True, False)]
+KINDS += [("qkv", False, True), ("qkv", True, True)]
+
 
 @pytest.fixture(autouse=True)
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
 
 
-@pytest.mark.parametrize("op", ["qkv", "output"])
+@pytest.mark.parametrize("op,quantized,lora", KINDS)
 @pytest.mark.parametrize("backward", [False, True])
-def test_every_contender_of_a_gpu_is_right_and_timed(op, backward):
+def test_every_contender_of_a_gpu_is_right_and_timed(op, quantized, lora, backward):
     import bench
-    from contenders import Case
+    from cases import Case
     from machine import Ceilings
 
-    case = Case(bench.TINY, op, "float32", 3, backward)
-    cell = bench.run(case, False, bench.QUICK, Ceilings(1e9, 1e9), gpu=True)  # raises if one is wrong
-    names = ["fused", "routed", "composed"] + ["addmm"] * (op == "output")
+    case = Case(bench.TINY, op, "float32", 3, backward, quantized, lora)
+    cell = bench.run(case, False, bench.QUICK, Ceilings(1e9, 1e9, 1e9), gpu=True)  # raises if one is wrong
+    names = ["fused", "routed", "composed"] + ["addmm"] * (op == "output" and not quantized)
     assert list(cell["contenders"]) == names
     assert all(c["median_s"] > 0 for c in cell["contenders"].values())
 
 
 def test_the_contenders_take_the_routes_they_are_named_for(monkeypatch):
     import bench
-    from contenders import Case, contenders, operands
+    from cases import Case, operands
+    from contenders import contenders
 
     monkeypatch.setenv("MLX_FUSED_ROUTE", "composed")  # so that routed is not fused
     case = Case(bench.TINY, "output", "bfloat16", 3, False)
     found = contenders(case, operands(case), torch=False, gpu=True)
-    graphs = {name: primitives(*c.function(case, *c.primals)) for name, c in found.items()}
+    graphs = {name: primitives(*c.function(*c.primals)) for name, c in found.items()}
     assert graphs["fused"]["FusedOutputProjection"] == 1
     assert not any(graphs[name]["FusedOutputProjection"] for name in ("routed", "composed", "addmm"))
     assert graphs["composed"]["Matmul"] == 1 and graphs["addmm"]["AddMM"] == 1

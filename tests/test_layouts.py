@@ -29,7 +29,7 @@ def sliced(a):
 
 def strided(a):
     """Every second element of every axis, NaN in between."""
-    spread = mx.full([2 * n for n in a.shape], float("nan"), a.dtype)
+    spread = mx.full([2 * n for n in a.shape], mx.array(float("nan"), a.dtype))
     index = tuple(slice(None, None, 2) for _ in a.shape)
     spread[index] = a
     return spread[index]

@@ -1,0 +1,282 @@
+"""Calls on quantized or adapted weights: random operands for them, and what they must give."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlx.core as mx
+import numpy as np
+
+import mlx_fused
+import oracle
+import quantized
+from operands import normal
+
+# The arguments that are arrays, in the order of the primitives' inputs.
+NAMES = ("input", "attn_out", "weight", "scales", "biases", "bias", "lora_a", "lora_b", "residual")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operation, by name."""
+
+    operation: str
+    arguments: dict
+
+    def __call__(self, **changes):
+        outputs = getattr(mlx_fused, self.operation)(**self.arguments | changes)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def replace(self, **changes):
+        return Call(self.operation, self.arguments | changes)
+
+    @cached_property
+    def leaves(self):
+        """Every array of the arguments, by (name, place in its tuple or None)."""
+        found = {}
+        for name in NAMES:
+            value = self.arguments.get(name)
+            values = dict(enumerate(value)) if isinstance(value, tuple) else {None: value}
+            found |= {(name, place): a for place, a in values.items() if a is not None}
+        return found
+
+    def with_leaves(self, leaves):
+        changes = {}
+        for (name, place), a in leaves.items():
+            if place is None:
+                changes[name] = a
+            else:
+                parts = list(changes.get(name, self.arguments[name]))
+                parts[place] = a
+                changes[name] = tuple(parts)
+        return self.replace(**changes)
+
+    def function(self, keys, **options):
+        """The call as a function of some of its arrays."""
+        return lambda *values: self.with_leaves(dict(zip(keys, values, strict=True)))(**options)
+
+    @property
+    def trainable(self):
+        """The keys of the arrays that may have a gradient of ours."""
+        frozen = ("weight", "scales", "biases") if self.quantization else ()
+        return [key for key in self.leaves if key[0] not in frozen]
+
+    @property
+    def quantization(self):
+        """(group_size, bits, mode), empty for a dense weight."""
+        names = ("group_size", "bits", "mode")
+        return tuple(self.arguments[n] for n in names) if self.arguments.get("scales") is not None else ()
+
+    @property
+    def x(self):
+        return self.arguments["input" if "qkv" in self.operation else "attn_out"]
+
+    @property
+    def heads(self):
+        names = ("num_heads", "num_kv_heads", "num_kv_heads")
+        return tuple(self.arguments[n] for n in names) if "qkv" in self.operation else None
+
+    @property
+    def features(self):
+        """Of each segment."""
+        if self.heads is None:
+            return (self.arguments["residual"].shape[-1],)
+        return tuple(n * self.arguments["head_dim"] for n in self.heads)
+
+    # The formula takes NumPy's arrays in this order: x, weights, biases, A, B, scale, residual, alpha.
+
+    @property
+    def exact_operands(self):
+        a, segments = self.arguments, len(self.features)
+        weight, scales, biases = (_listed(a.get(n)) for n in ("weight", "scales", "biases"))
+        if self.quantization:
+            biases = biases or [None] * len(weight)
+            parts = zip(weight, scales, biases, strict=True)
+            terms = [oracle.quantized_terms(*part, *self.quantization) for part in parts]
+        else:
+            terms = [oracle.terms_of(w) for w in weight]
+        adapters = [
+            oracle.exact(tuple(_listed(a.get(n)) or (None,) * segments)) for n in ("lora_a", "lora_b")
+        ]
+        scale = np.broadcast_to(np.array(a.get("scale", 1.0), np.float64), segments).copy()
+        residual = None if self.heads else oracle.exact(a["residual"])
+        bias = tuple(oracle.exact(b) for b in _listed(a.get("bias")) or (None,) * segments)
+        if len(terms) < segments:
+            cuts = np.cumsum(self.features)[:-1]
+            terms = np.split(terms[0], cuts, -2)
+            bias = (None,) * segments if bias[0] is None else tuple(np.split(bias[0], cuts))
+        alpha = np.array(np.float32(a.get("alpha", 1.0)), np.float64)
+        scale = scale.astype(np.float32).astype(np.float64)
+        return oracle.exact(self.x), tuple(terms), bias, *adapters, scale, residual, alpha
+
+    def formula(self, x, weights, biases, lora_a, lora_b, scale, residual, alpha):
+        segments = oracle.projection(x, weights, biases, lora_a, lora_b, scale)
+        return self._laid_out(segments, residual, alpha)
+
+    def _laid_out(self, segments, residual, alpha):
+        if residual is not None:
+            return (residual + alpha * segments[0],)
+        head_dim = self.arguments["head_dim"]
+        split = (y.reshape(*y.shape[:2], n, head_dim) for y, n in zip(segments, self.heads, strict=True))
+        return tuple(y.transpose(0, 2, 1, 3) for y in split)
+
+    def rounded_formula(self, dtype):
+        """What `exact` promises."""
+        *operands, residual, alpha = self.exact_operands
+        segments = oracle.exact_projection(*operands, dtype, bool(self.quantization))
+        if residual is None:
+            return self._laid_out(segments, residual, alpha)
+        (y,) = segments
+        y = y if alpha == 1 else oracle.rounded(alpha * y, dtype)
+        return (oracle.rounded(residual + y, dtype),)
+
+    def gradient_formula(self, keys):
+        """The function of the cotangents and the formula's operands that gives the gradients of ``keys``."""
+        packed = len(self.features) > 1 and not isinstance(self.arguments["weight"], tuple)
+
+        def formula(cotangents, x, weights, biases, lora_a, lora_b, scale, residual, alpha):
+            if self.heads:
+                by_token = (g.transpose(0, 2, 1, 3) for g in cotangents)
+                shapes = ((*x.shape[:2], n) for n in self.features)
+                grads = [g.reshape(shape) for g, shape in zip(by_token, shapes, strict=True)]
+            else:
+                grads = [alpha * cotangents[0]]
+            d_x, d_weight, d_bias, d_a, d_b = oracle.projection_bwd(grads, x, weights, lora_a, lora_b, scale)
+            if packed:
+                d_weight, d_bias = [np.concatenate(d_weight)], [np.concatenate(d_bias)]
+            every = {"input": [d_x], "attn_out": [d_x], "residual": cotangents}
+            every |= {"weight": d_weight, "bias": d_bias, "lora_a": d_a, "lora_b": d_b}
+            return tuple(every[name][place or 0] for name, place in keys)
+
+        return formula
+
+    # The most roundings from a product to a result: every sum on the way, and scale, alpha and the decoding.
+
+    @property
+    def forward_terms(self):
+        return (1 + len(self.quantization)) * self.x.shape[-1] + self._adapter_terms + 5
+
+    @property
+    def gradient_terms(self):
+        rows = self.x.shape[0] * self.x.shape[1]
+        return 2 * sum(self.features) + rows + self._adapter_terms + 5
+
+    @property
+    def _adapter_terms(self):
+        ranks = [a.shape[1] for (name, _), a in self.leaves.items() if name == "lora_a"]
+        return self.x.shape[-1] + sum(ranks) if ranks else 0
+
+
+def check_forward(call, roundings=1, **options):
+    outputs = call(**options)
+    terms, exact = call.forward_terms, call.exact_operands
+    oracle.assert_close(outputs, call.formula, *exact, roundings=roundings, terms=terms)
+    return outputs
+
+
+def cotangents(rng, call, draw=normal):
+    batch, seq, _ = call.x.shape
+    if call.heads is None:
+        return (draw(rng, call.arguments["residual"].shape, call.x.dtype),)
+    head_dim = call.arguments["head_dim"]
+    return tuple(draw(rng, (batch, n, seq, head_dim), call.x.dtype) for n in call.heads)
+
+
+def gradients(call, keys, given, **options):
+    """mx.vjp's of the arrays ``keys``."""
+    primals = [call.leaves[key] for key in keys]
+    return tuple(mx.vjp(call.function(keys, **options), primals, list(given))[1])
+
+
+def check_gradients(call, given, keys=None, roundings=1, **options):
+    keys = call.trainable if keys is None else keys
+    grads = gradients(call, keys, given, **options)
+    assert [g.dtype for g in grads] == [call.leaves[key].dtype for key in keys]
+    formula, terms, exact = call.gradient_formula(keys), call.gradient_terms, call.exact_operands
+    oracle.assert_close(grads, formula, given, *exact, roundings=roundings, terms=terms)
+    return grads
+
+
+# Operands
+
+
+def weights(rng, features, hidden, form, dtype, draw):
+    """One weight's arguments: of ``form`` (mode, group_size, bits), or dense where that is None."""
+    if form is None:
+        return {"weight": draw(rng, (features, hidden), dtype)}
+    mode, group_size, bits = form
+    if draw is normal and features:  # mx.quantize refuses a matrix of no rows
+        arrays = quantized.quantize(normal(rng, (features, hidden), dtype), group_size, bits, mode)
+    else:
+        arrays = _integer_codes(rng, features, hidden, mode, group_size, bits, dtype)
+    return dict(zip(("weight", "scales", "biases"), arrays, strict=True))
+
+
+def _integer_codes(rng, features, hidden, mode, group_size, bits, dtype):
+    """Weights whose products with small integers are exact in float32, and so are their sums."""
+    words = rng.integers(0, 2**32, (features, hidden * bits // 32), np.uint32)
+    groups = (features, hidden // group_size)
+    if mode == "affine":
+        # Dyadic fractions for the wider codes: weights below 32 for all.
+        scales = mx.array(rng.integers(1, 3, groups) * 2.0 ** min(0, 4 - bits)).astype(dtype)
+        return mx.array(words), scales, mx.array(rng.integers(-8, 1, groups)).astype(dtype)
+    if bits == 8:
+        words &= np.uint32(0xBFBFBFBF)  # below 2, and never NaN
+    one = 0x38 if mode == "nvfp4" else 127
+    return mx.array(words), mx.full(groups, one, mx.uint8), None
+
+
+def qkv(
+    rng, batch, seq, hidden, heads, form=None, dtype=mx.float32, bias=True, packed=False, ranks=None,
+    scale=2.0, adapter_dtype=mx.float32, draw=normal,
+):  # fmt: skip
+    """A call for q, k and v: quantized if it has a form, with adapters where ``ranks`` has a number."""
+    num_heads, num_kv_heads, head_dim = heads
+    features = [n * head_dim for n in (num_heads, num_kv_heads, num_kv_heads)]
+    parts = [sum(features)] if packed else features
+    made = [weights(rng, n, hidden, form, dtype, draw) for n in parts]
+    arguments = {"input": draw(rng, (batch, seq, hidden), dtype)}
+    for name in made[0]:
+        values = tuple(part[name] for part in made)
+        missing = values[0] is None
+        arguments[name] = None if missing else values[0] if packed else values
+    biases = tuple(draw(rng, (n,), dtype) for n in parts) if bias else None
+    arguments["bias"] = biases[0] if bias and packed else biases
+    arguments |= {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    if ranks:
+        arguments |= adapters(rng, hidden, features, ranks, scale, adapter_dtype, draw)
+    return _call("qkv_projection", arguments, form, ranks)
+
+
+def output(
+    rng, batch, seq, hidden, hidden_out, form=None, dtype=mx.float32, bias=True, rank=None,
+    scale=2.0, adapter_dtype=mx.float32, alpha=1.0, draw=normal,
+):  # fmt: skip
+    """A call for the output projection and residual."""
+    arguments = {"attn_out": draw(rng, (batch, seq, hidden), dtype)}
+    arguments |= weights(rng, hidden_out, hidden, form, dtype, draw)
+    arguments["bias"] = draw(rng, (hidden_out,), dtype) if bias else None
+    arguments |= {"residual": draw(rng, (batch, seq, hidden_out), dtype), "alpha": alpha}
+    if rank is not None:
+        made = adapters(rng, hidden, (hidden_out,), (rank,), scale, adapter_dtype, draw)
+        arguments |= made | {"lora_a": made["lora_a"][0], "lora_b": made["lora_b"][0]}
+    return _call("output_projection_residual", arguments, form, rank)
+
+
+def adapters(rng, hidden, features, ranks, scale, dtype, draw):
+    sizes = list(zip(features, ranks, strict=True))
+    return {
+        "lora_a": tuple(None if r is None else draw(rng, (hidden, r), dtype) for _, r in sizes),
+        "lora_b": tuple(None if r is None else draw(rng, (r, n), dtype) for n, r in sizes),
+        "scale": scale,
+    }
+
+
+def _call(operation, arguments, form, adapted):
+    if form:
+        arguments |= dict(zip(("mode", "group_size", "bits"), form, strict=True))
+    kind = "lora_" if adapted else "quantized_" if form else ""
+    return Call(f"fused_{kind}{operation}", arguments)
+
+
+def _listed(value):
+    return list(value) if isinstance(value, tuple) else None if value is None else [value]

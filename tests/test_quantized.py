@@ -1,0 +1,271 @@
+"""The operations on quantized weights against float64, over every format, shape class and boundary."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mlx_fused
+import operands
+import oracle
+import projections
+import quantized
+from projections import check_forward, check_gradients, cotangents
+from test_layouts import VIEWS
+
+dtypes = pytest.mark.parametrize("dtype", operands.DTYPES, ids=str)
+formats = pytest.mark.parametrize("form", quantized.FORMATS, ids=lambda f: "-".join(map(str, f)))
+HEADS = (4, 2, 8)
+# One of each way to store a weight.
+KINDS = [("affine", 64, 4), ("affine", 32, 3), ("affine", 128, 8), *quantized.FLOATS]
+kinds = pytest.mark.parametrize("form", KINDS, ids=lambda f: "-".join(map(str, f)))
+
+
+def check(rng, call, **options):
+    """Forward and gradients."""
+    outputs = check_forward(call, **options)
+    assert all(y.dtype == call.x.dtype for y in outputs)
+    check_gradients(call, cotangents(rng, call), **options)
+
+
+@dtypes
+@formats
+@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+def test_every_format(rng, form, dtype, bias):
+    for packed in (False, True):
+        for seq in (1, 9):
+            check(rng, projections.qkv(rng, 2, seq, 256, HEADS, form, dtype, bias, packed))
+    check(rng, projections.output(rng, 2, 5, 256, 40, form, dtype, bias))
+
+
+@formats
+def test_composed_means_the_same(rng, form):
+    for packed in (False, True):
+        call = projections.qkv(rng, 2, 5, 256, HEADS, form, packed=packed)
+        check(rng, call, roundings=4, route="composed")
+    check(rng, projections.output(rng, 2, 5, 256, 40, form), roundings=4, route="composed")
+
+
+@formats
+def test_integers_give_the_same_bits_however_they_are_computed(rng, form):
+    for call in (
+        projections.qkv(rng, 2, 9, 128, HEADS, form, draw=operands.integers),
+        projections.qkv(rng, 2, 1, 128, HEADS, form, packed=True, draw=operands.integers),
+        projections.output(rng, 1, 7, 128, 40, form, draw=operands.integers),
+    ):
+        oracle.assert_equal(call(), call.formula(*call.exact_operands))
+        oracle.assert_equal(call(route="composed"), call())
+        given = cotangents(rng, call, operands.integers)
+        grads = projections.gradients(call, call.trainable, given)
+        oracle.assert_equal(
+            grads, call.gradient_formula(call.trainable)(oracle.exact(given), *call.exact_operands)
+        )
+
+
+def test_the_defaults_are_those_of_quantized_matmul(rng):
+    for form in (("affine", 64, 4), *quantized.FLOATS):
+        for call in (
+            projections.qkv(rng, 1, 3, 128, HEADS, form),
+            projections.output(rng, 1, 3, 128, 40, form),
+        ):
+            oracle.assert_equal(call(group_size=None, bits=None), call())
+    call = projections.qkv(rng, 1, 3, 128, HEADS, ("affine", 64, 4))
+    arguments = {k: v for k, v in call.arguments.items() if k not in ("group_size", "bits", "mode")}
+    oracle.assert_equal(projections.Call(call.operation, arguments)(), call())
+
+
+@dtypes
+@kinds
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65])
+def test_row_boundaries(rng, form, dtype, rows):
+    batches = ((1, rows), (rows, 1)) if rows else ((1, 0), (0, 3))
+    for batch, seq in batches:
+        check(rng, projections.qkv(rng, batch, seq, 128, (3, 1, 5), form, dtype))
+        check(rng, projections.output(rng, batch, seq, 128, 33, form, dtype))
+
+
+@pytest.mark.slow
+@dtypes
+@formats
+def test_every_format_at_every_row_boundary(rng, form, dtype):
+    for seq in (1, 4, 5, 8, 9, 16, 17, 33, 65, 129):
+        for groups in (1, 3):
+            call = projections.qkv(rng, 1, seq, 128 * groups, (6, 2, 19), form, dtype, packed=seq % 2 == 0)
+            check(rng, call)
+
+
+@kinds
+def test_empty_calls_of_the_composed_form(rng, form):
+    """MLX's own quantized_matmul ends the process."""
+    for call in (
+        projections.qkv(rng, 1, 0, 128, (3, 1, 5), form),
+        projections.output(rng, 0, 3, 128, 33, form),
+        projections.output(rng, 2, 3, 128, 0, form),
+    ):
+        check(rng, call, route="composed")
+
+
+@dtypes
+@kinds
+def test_reduction_lengths(rng, form, dtype):
+    """One group, and numbers of groups around every power of two."""
+    _, group_size, _ = form
+    for groups in (1, 2, 3, 5, 9, 17):
+        for seq in (1, 6, 33):
+            check(rng, projections.qkv(rng, 1, seq, groups * group_size, (2, 1, 6), form, dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("hidden_out", [0, 1, 2, 7, 15, 16, 17, 31, 33, 64, 65, 129])
+def test_output_widths(rng, dtype, hidden_out):
+    for form in (("affine", 64, 4), ("mxfp4", 32, 4)):
+        for seq in (1, 4, 33):
+            check(rng, projections.output(rng, 2, seq, 64, hidden_out, form, dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("ratio", range(1, 9))
+def test_every_query_group_size(rng, dtype, ratio):
+    for packed in (False, True):
+        check(rng, projections.qkv(rng, 2, 3, 64, (2 * ratio, 2, 6), ("affine", 64, 4), dtype, packed=packed))
+
+
+@dtypes
+@pytest.mark.parametrize("head_dim", [1, 7, 32, 64, 80, 96, 128, 256])
+def test_head_dims(rng, dtype, head_dim):
+    for batch, seq in ((3, 1), (2, 9)):
+        check(rng, projections.qkv(rng, batch, seq, 64, (4, 2, head_dim), ("affine", 32, 4), dtype))
+
+
+@dtypes
+def test_decode_and_prefill_of_a_wide_layer(rng, dtype):
+    for seq in (1, 40):
+        check(rng, projections.qkv(rng, 1, seq, 1024, (4, 2, 64), ("affine", 64, 4), dtype, bias=False))
+        check(rng, projections.output(rng, 1, seq, 1024, 300, ("affine", 64, 4), dtype, bias=False))
+
+
+@dtypes
+@pytest.mark.parametrize("view", VIEWS, ids=lambda f: f.__name__)
+def test_views(rng, view, dtype):
+    for form in (("affine", 32, 4), ("mxfp8", 32, 8)):
+        for call in (
+            projections.qkv(rng, 2, 5, 64, HEADS, form, dtype),
+            projections.qkv(rng, 2, 1, 64, HEADS, form, dtype, packed=True),
+            projections.output(rng, 2, 5, 64, 40, form, dtype),
+        ):
+            for keys in ([key] for key in call.leaves):
+                check_forward(call.with_leaves({key: view(call.leaves[key]) for key in keys}))
+            laid_out = call.with_leaves({key: view(a) for key, a in call.leaves.items()})
+            check_forward(laid_out)
+            check_gradients(laid_out, tuple(map(view, cotangents(rng, call))))
+
+
+@dtypes
+def test_views_of_one_packed_weight_as_three(rng, dtype):
+    packed = projections.qkv(rng, 2, 5, 64, HEADS, ("affine", 64, 4), dtype, packed=True)
+    cuts = [int(n) for n in np.cumsum(packed.features)[:-1]]
+    names = ("weight", "scales", "biases", "bias")
+    apart = packed.replace(**{n: tuple(mx.split(packed.arguments[n], cuts)) for n in names})
+    check(rng, apart)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_accumulates_in_float32(dtype, rows):
+    # 4096 ones: a sum kept in bfloat16 stops growing at 256, one in float16 at 2048.
+    words = mx.full((8, 4096 // 8), 0x11111111, mx.uint32)
+    scales = mx.ones((8, 4096 // 64), dtype)
+    biases, x = mx.zeros_like(scales), mx.ones((1, rows, 4096), dtype)
+    q, k, v = mlx_fused.fused_quantized_qkv_projection(
+        x, (words,) * 3, (scales,) * 3, (biases,) * 3, None, 1, 1, 8
+    )
+    out = mlx_fused.fused_quantized_output_projection_residual(
+        x, words, scales, biases, None, mx.zeros((1, rows, 8), dtype)
+    )
+    for y in (q, k, v, out):
+        assert (y == 4096).all()
+
+
+@dtypes
+@kinds
+@pytest.mark.parametrize("seq", [1, 3, 40])
+def test_nan_stays_in_its_row_and_infinity_never_becomes_finite(rng, form, dtype, seq):
+    call = projections.qkv(rng, 1, seq, 128, HEADS, form, dtype)
+    row = seq // 2
+    for value in (np.nan, np.inf, -np.inf):
+        x = mx.array(call.x)
+        x[0, row, 77] = value
+        for y, clean in zip(call(input=x), call(), strict=True):
+            bad = np.array(mx.isfinite(y.astype(mx.float32)))
+            assert not bad[:, :, row].any() and (not np.isnan(value) or mx.isnan(y[:, :, row]).all())
+            others = np.arange(seq) != row
+            np.testing.assert_array_equal(oracle.exact(y)[:, :, others], oracle.exact(clean)[:, :, others])
+
+
+@dtypes
+def test_nan_in_scales_and_biases_reaches_their_rows_alone(rng, dtype):
+    call = projections.qkv(rng, 1, 3, 128, (2, 1, 16), ("affine", 64, 4), dtype)
+    for name in ("scales", "biases", "bias"):
+        q, k, v = call.arguments[name]
+        k = mx.array(k)
+        k[(5,) + (1,) * (k.ndim - 1)] = np.nan
+        bad = [np.isnan(oracle.exact(y)) for y in call(**{name: (q, k, v)})]
+        assert not bad[0].any() and not bad[2].any()
+        assert bad[1][..., 5].all() and bad[1].sum() == 3
+
+
+def test_float16_results_beyond_the_dtype_overflow(rng):
+    call = projections.qkv(rng, 1, 2, 64, (1, 1, 4), ("affine", 64, 4), mx.float16, draw=operands.integers)
+    q, k, v = call.replace(
+        input=mx.full((1, 2, 64), 65504, mx.float16), biases=(mx.ones((4, 1), mx.float16),) * 3
+    )()
+    assert all((y == np.inf).all() for y in (q, k, v))
+
+
+@dtypes
+@pytest.mark.parametrize("alpha", [0.22, -1.5, 0.0])
+def test_output_projection_with_alpha(rng, dtype, alpha):
+    for bias in (False, True):
+        for form in (None, *KINDS):
+            check(rng, projections.output(rng, 2, 5, 128, 24, form, dtype, bias, alpha=alpha))
+
+
+@pytest.mark.parametrize("x_dtype", operands.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", operands.DTYPES, ids=str)
+def test_mixed_dtypes_promote_as_in_mlx(rng, x_dtype, dtype):
+    promoted = (mx.zeros((), x_dtype) + mx.zeros((), dtype)).dtype
+    for form in (("affine", 64, 4), ("mxfp4", 32, 4)):
+        call = projections.qkv(rng, 2, 3, 64, HEADS, form, dtype, bias=False)
+        call = call.replace(input=call.x.astype(x_dtype))
+        outputs = check_forward(call)
+        expected = promoted if form[0] == "affine" else x_dtype
+        assert {y.dtype for y in outputs} == {expected}
+
+
+problems = st.tuples(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(quantized.FORMATS),
+    st.sampled_from(operands.DTYPES),
+    st.integers(0, 3),
+    st.integers(0, 5) | st.integers(0, 40),
+    st.integers(1, 4),
+    st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 20)),
+    st.booleans(),
+    st.booleans(),
+)
+
+
+@given(problems, st.data())
+def test_any_call(problem, data):
+    seed, form, dtype, batch, seq, groups, (ratio, kv_heads, head_dim), bias, packed = problem
+    rng = np.random.default_rng(seed)
+    hidden = groups * max(form[1], 32)  # mx.quantize refuses one row of 16
+    heads = (ratio * kv_heads, kv_heads, head_dim)
+    layouts = st.sampled_from([lambda a: a, *VIEWS])
+    for call in (
+        projections.qkv(rng, batch, seq, hidden, heads, form, dtype, bias, packed),
+        projections.output(rng, batch, seq, hidden, head_dim, form, dtype, bias),
+    ):
+        views = {key: data.draw(layouts)(a) if a.size else a for key, a in call.leaves.items()}
+        check(rng, call.with_leaves(views))
