@@ -132,16 +132,14 @@ struct DequantizingLoader {
   QuantizedWeight<T, Format> weight;
   int column;
 
+  // `first` counts the elements of the block before the thread's.
   METAL_FUNC DequantizingLoader(
-      QuantizedWeight<T, Format> weight_,
-      int first_column,
-      threadgroup T* block_,
-      ushort simdgroup,
-      ushort lane) thread : row((simdgroup * 32 + lane) * chunk_size / block_cols),
-                            col((simdgroup * 32 + lane) * chunk_size % block_cols),
-                            block(block_ + row * block_stride + col),
-                            weight(weight_.from_row(row)),
-                            column(first_column + col) {}
+      QuantizedWeight<T, Format> weight_, int first_column, threadgroup T* block_, short first) thread
+      : row(first / block_cols),
+        col(first % block_cols),
+        block(block_ + row * block_stride + col),
+        weight(weight_.from_row(row)),
+        column(first_column + col) {}
 
   METAL_FUNC void load_unsafe() const thread {
     const auto group = weight.group(column);
