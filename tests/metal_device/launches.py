@@ -32,8 +32,16 @@ def launched(operation, dtype, batch, seq, hidden, heads):
     weights = [_tensor(n * head_dim, hidden) for n in counts]
     by_head = [_tensor(batch, n, seq, head_dim) for n in counts]
     nothing = [None] * 3
+    forward = list(zip(weights, nothing, by_head, strict=True))
+    adapters = [(_tensor(hidden, 8), _tensor(8, n * head_dim), 1.0) for n in counts]
     if operation == "qkv":
-        return _names(_internals.plan_projection(dtype, x, list(zip(weights, nothing, by_head, strict=True))))
+        return _names(_internals.plan_projection(dtype, x, forward))
+    if operation == "qkv_lora":
+        return _names(_internals.plan_projection(dtype, x, forward, adapters=adapters))
+    if operation == "qkv_lora_grad":
+        grads = [(a, b) for a, b, _ in adapters]
+        backward = list(zip(by_head, weights, strict=True))
+        return _names(_internals.plan_gradients(dtype, backward, x, x, adapters, grads))
     dx = _internals.plan_gradients(dtype, list(zip(by_head, weights, strict=True)), x)
     dw = _internals.plan_weight_grad(dtype, x, list(zip(by_head, weights, nothing, strict=True)))
     return _names(dx) + _names(dw)
@@ -41,7 +49,7 @@ def launched(operation, dtype, batch, seq, hidden, heads):
 
 def _names(plan):
     launches, _ = plan
-    return [launch["kernel"] for launch in launches]
+    return sorted({launch["kernel"] for launch in launches})
 
 
 def _tensor(*shape):
