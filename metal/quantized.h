@@ -118,6 +118,7 @@ struct QuantizedWeight {
 };
 
 // In the place of steel's BlockLoader: fills a block with a weight's values, rounded to T as MLX rounds them.
+// Every thread of the tile decodes one chunk.
 template <
     typename T,
     typename Format,
@@ -126,7 +127,6 @@ template <
     short block_stride,
     bool steps_along_row>
 struct DequantizingLoader {
-  static_assert(block_rows * block_cols == tile_threads * chunk_size, "a thread fills one chunk");
   const short row, col;
   threadgroup T* block;
   QuantizedWeight<T, Format> weight;

@@ -32,6 +32,7 @@ Case = namedtuple("Case", "operation rows hidden heads packed bias")
 
 GQA_8_1, GQA_4_2, RAGGED, LLAMA_1B = (8, 1, 64), (4, 2, 64), (4, 2, 80), (32, 8, 64)
 RANK = 8  # of adapters, as mlx-lm's default, on all of q, k and v
+FORM = ("affine", 64, 4)  # of quantized weights
 
 
 def small_cases():
@@ -50,10 +51,10 @@ def small_cases():
                 yield Case(operation, rows, 256, GQA_4_2, packed, True)
     for operation in ("qkv", "output", "dx", "dw"):
         yield Case(operation, 33, 200, RAGGED, False, True)
-    for operation in ("lora_qkv", "lora_output"):
+    for operation in ("lora_qkv", "lora_output", "quantized_qkv", "quantized_output"):
         for rows in (1, 8, 64):
             yield Case(operation, rows, 256, GQA_4_2, False, False)
-    for operation in ("lora_qkv_grad", "lora_output_grad"):
+    for operation in ("lora_qkv_grad", "lora_output_grad", "quantized_qkv_grad"):
         yield Case(operation, 64, 256, GQA_4_2, False, False)
 
 
@@ -63,10 +64,10 @@ def large_cases():
             yield Case(operation, rows, 2048, LLAMA_1B, False, operation == "output")
     yield Case("dx", 512, 2048, LLAMA_1B, False, False)
     yield Case("dw", 512, 2048, LLAMA_1B, False, False)
-    for operation in ("lora_qkv", "lora_output"):
+    for operation in ("lora_qkv", "lora_output", "quantized_qkv", "quantized_output"):
         for rows in (1, 512):
             yield Case(operation, rows, 2048, LLAMA_1B, False, False)
-    for operation in ("lora_qkv_grad", "lora_output_grad"):
+    for operation in ("lora_qkv_grad", "lora_output_grad", "quantized_qkv_grad"):
         yield Case(operation, 512, 2048, LLAMA_1B, False, False)
 
 
@@ -109,7 +110,7 @@ def reads(launch, case):
     A tile of the output needs its rows of the one operand and its columns of the other, each in full.
     """
     columns, row_tiles, batches = launch["grid"]
-    kernel, constants, rows = launch["kernel"], launch["constants"], case.rows
+    kernel, constants, rows = launch["kernel"].removeprefix("quantized_"), launch["constants"], case.rows
     features = features_of(case)
     if kernel.startswith("low_rank_product"):
         slots = {(0, 1, 2): 1, (3, 4, 5): row_tiles}
@@ -123,7 +124,7 @@ def reads(launch, case):
         slots = {(0,): simdgroups, (1, 2, 3): 1}
     elif kernel.startswith("projection"):
         slots = {(0,): columns, (1, 2, 3): row_tiles * batches}
-    elif kernel.startswith("qkv_input_grad"):
+    elif "input_grad" in kernel:
         slots = {(0, 1, 2): columns, (3, 4, 5): row_tiles * batches}
     else:
         slots = {(0,): row_tiles, (1, 2, 3): columns}
@@ -138,6 +139,9 @@ def reads(launch, case):
             slots |= {(11,): Fraction(2 * columns, len(features)), (12, 13, 14): 2 * row_tiles}
         else:
             slots |= {(7,): 2 * columns, (8, 9, 10): 2 * row_tiles}
+    if launch["format"]:  # scales and biases, once for every 16 values of their group
+        weights, first = ((3, 4, 5), 12) if "input_grad" in kernel else ((1, 2, 3), 16)
+        slots[tuple(range(first, first + 6))] = slots[weights] * FORM[1] // 16
     names = bound(launch)
     return {names[slot]: times for group, times in slots.items() for slot in group}
 
@@ -217,13 +221,14 @@ def zeros(rng, shape, dtype=DTYPE):
 
 
 def adapted(case):
-    """The call of projections.py that a case with adapters is."""
-    options = {"bias": case.bias, "dtype": DTYPE, "draw": zeros}
+    """The call of projections.py that a case with adapters or quantized weights is."""
+    rng, rank = np.random.default_rng(0), RANK if "lora" in case.operation else None
+    options = {"bias": case.bias, "dtype": DTYPE, "draw": zeros, "form": None if rank else FORM}
     if "output" in case.operation:
         shape = (1, case.rows, case_input(case), case.hidden)
-        return projections.output(None, *shape, rank=RANK, **options)
+        return projections.output(rng, *shape, rank=rank, **options)
     shape = (1, case.rows, case.hidden, case.heads)
-    return projections.qkv(None, *shape, ranks=(RANK,) * 3, packed=case.packed, **options)
+    return projections.qkv(rng, *shape, ranks=rank and (rank,) * 3, packed=case.packed, **options)
 
 
 def trained(op):
@@ -231,13 +236,21 @@ def trained(op):
 
 
 def adapted_linear(op):
-    """As mlx-lm's models and its LoRALinear compute it."""
+    """As mlx-lm's models compute it with nn.QuantizedLinear, or its LoRALinear."""
     a = op.arguments
-    per_segment = (metal_plan.listed(a[n], len(op.features)) for n in ("weight", "bias", "lora_a", "lora_b"))
+    names = ("weight", "scales", "biases", "bias", "lora_a", "lora_b")
     outputs = []
-    for w, b, lora_a, lora_b in zip(*per_segment, strict=True):
-        z = (op.x @ lora_a) @ lora_b
-        outputs.append(linear(op.x, w, b) + (a["scale"] * z).astype(op.x.dtype))
+    for w, s, z, b, lora_a, lora_b in zip(
+        *(metal_plan.listed(a.get(n), len(op.features)) for n in names), strict=True
+    ):
+        if s is None:
+            y = linear(op.x, w, b)
+        else:
+            y = mx.quantized_matmul(op.x, w, s, z, group_size=FORM[1], bits=FORM[2])
+            y = y if b is None else y + b
+        if lora_a is not None:
+            y = y + (a["scale"] * ((op.x @ lora_a) @ lora_b)).astype(op.x.dtype)
+        outputs.append(y)
     if not op.heads:
         return (a["residual"] + outputs[0],)
     shape = (*op.x.shape[:2], -1, a["head_dim"])
@@ -412,9 +425,38 @@ class Kernels:
             self.sum_rows(*inputs, out)
         elif name in ("Matmul", "AddMM"):
             self.matmul(*inputs, out=out)
+        elif name == "QuantizedMatmul":
+            self.quantized_matmul(*inputs, is_transposed=arguments[-1], out=out)
         else:
             raise NotImplementedError(f"no rule for MLX's {name}")
         return [out]
+
+    def quantized_matmul(self, a, *weight, is_transposed, out):
+        """Of a weight with scales and biases, or its transpose; a scale is read for 16 values at a time."""
+        (m, n), k = out.reshape(-1, out.shape[-1]).shape, a.shape[-1]
+        a = a.reshape(m, k)
+        row_tiles, column_tiles = ceil(m / 32), ceil(n / 32)
+        per_group = FORM[1] // 16
+
+        def reads(times, per_group=per_group):
+            words, *others = weight
+            return [(words, times), *((o, times * per_group) for o in others)]
+
+        if is_transposed and m == 1:
+            # qmv: as gemv.
+            self.launch("qmv", out, (a, ceil(n / 4)), *reads(1))
+        elif is_transposed and m < 13:
+            # qmv_wide: as gemv_wide, a lane taking a group.
+            self.launch("qmv_wide", out, (a, n), *reads(ceil(m / 5), 1))
+        else:
+            # qmm, with K split where tiles are few.
+            split = min(max(1, 512 // (row_tiles * column_tiles)), k // FORM[1]) if is_transposed else 1
+            while k % (split * FORM[1]):
+                split -= 1
+            partial = out if split == 1 else np.empty((split, m, n), out.dtype)
+            self.launch("qmm", partial, (a, column_tiles), *reads(row_tiles))
+            if split > 1:
+                self.launch("split-K sum", out, (partial, 1))
 
     def sum_rows(self, a, out):
         """Of more than 256 rows in two passes, with 32 partial sums between."""
@@ -457,7 +499,7 @@ def power_of_2(n):
 
 
 def new(shape, dtype):
-    return np.empty(shape, np.float32 if dtype == mx.float32 else np.uint16)
+    return np.empty(shape, np.uint16 if dtype in (mx.float16, mx.bfloat16) else np.uint32)
 
 
 def distinct(arrays):
@@ -488,6 +530,9 @@ ADAPTED = {
     "lora_output": "output + residual, LoRA",
     "lora_qkv_grad": "QKV, LoRA: dX, dA, dB",
     "lora_output_grad": "output, LoRA: dX, dA, dB",
+    "quantized_qkv": "QKV, 4 bits",
+    "quantized_output": "output + residual, 4 bits",
+    "quantized_qkv_grad": "QKV, 4 bits: dX",
 }
 OPERATIONS = {"qkv": "QKV", "output": "output + residual", "dx": "QKV: dX", "dw": "QKV: dW, dbias"} | ADAPTED
 ROUTED_AS = {"qkv": "qkv", "output": "output", "dx": "qkv_grad", "dw": "qkv_grad"}
