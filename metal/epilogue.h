@@ -67,8 +67,7 @@ struct Epilogue {
     const device float* low_row = low + (batch * params->rows + row) * params->low_columns;
     float sum = 0.0f;
     for (int r = lane; r < segment->rank; r += 32) {
-      sum += low_row[segment->first_column + r] *
-             lora_b[feature * segment->feature_stride + r * segment->rank_stride];
+      sum += low_row[segment->first_column + r] * lora_b[r * segment->rank_stride + feature];
     }
     return sum;
   }
@@ -130,7 +129,7 @@ METAL_FUNC void store_projection(
         low_rank,
         epilogue.low + (batch * params.rows + first_row) * params.low_columns,
         params.low_columns,
-        epilogue.lora_b + first_feature * epilogue.segment->feature_stride,
+        epilogue.lora_b + first_feature,
         *epilogue.segment,
         rows,
         cols,
