@@ -21,7 +21,7 @@ def dequantize(weight, scales, biases, group_size, bits, mode):
     else:
         values, shift = (e2m1 if bits == 4 else e4m3)(codes), np.zeros(1)
         scale = (e4m3 if mode == "nvfp4" else e8m0)(np.array(scales))
-    groups = values.reshape(*values.shape[:-1], -1, group_size)
+    groups = values.reshape(*values.shape[:-1], values.shape[-1] // group_size, group_size)
     return (groups * scale[..., None] + shift[..., None]).reshape(values.shape)
 
 
@@ -41,7 +41,7 @@ def in_tiles(operands, dtype):
 def unpack(words, bits):
     """The codes in little-endian words of 32 bits."""
     stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")
-    return stream.reshape(*stream.shape[:-1], -1, bits) @ (1 << np.arange(bits))
+    return stream.reshape(*stream.shape[:-1], stream.shape[-1] // bits, bits) @ (1 << np.arange(bits))
 
 
 def e2m1(codes):
