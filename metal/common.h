@@ -28,6 +28,8 @@ METAL_FUNC int segment_of(int tile, constant ProjectionParams& params) {
   return segment;
 }
 
+using Fragment = mlx::steel::BaseMMAFrag<float, 8, 8>;
+
 template <typename T>
 METAL_FUNC T pick(int segment, T q, T k, T v) {
   return segment == 0 ? q : segment == 1 ? k : v;
@@ -56,9 +58,10 @@ METAL_FUNC void load_blocks(
   b.next();
 }
 
-// Gives the elements of a tile that this thread holds, and that exist, to store(row, column, sum).
+// Gives the elements of a tile that this thread holds, and that exist, to store(row, column, element), the
+// last of which counts the thread's own.
 template <typename Mma, typename Store>
-METAL_FUNC void store_results(thread Mma& mma, short rows, short cols, Store store) {
+METAL_FUNC void store_results(const thread Mma& mma, short rows, short cols, Store store) {
   STEEL_PRAGMA_UNROLL
   for (short i = 0; i < Mma::TM; ++i) {
     STEEL_PRAGMA_UNROLL
@@ -68,20 +71,29 @@ METAL_FUNC void store_results(thread Mma& mma, short rows, short cols, Store sto
         const short row = mma.sm + i * Mma::TM_stride;
         const short col = mma.sn + j * Mma::TN_stride + e;
         if (row < rows && col < cols) {
-          store(row, col, mma.Ctile.frag_at(i, j)[e]);
+          store(row, col, (i * Mma::TN + j) * 2 + e);
         }
       }
     }
   }
 }
 
+template <typename Mma>
+METAL_FUNC void scale_results(thread Mma& mma, float factor) {
+  STEEL_PRAGMA_UNROLL
+  for (short i = 0; i < decltype(mma.Ctile)::kElemsPerTile; ++i) {
+    mma.Ctile.elems()[i] *= factor;
+  }
+}
+
 template <typename T>
 struct RowMajorStore {
+  const thread float* sums;
   device T* out;
   int64_t row_stride;
 
-  METAL_FUNC void operator()(short row, short col, float sum) const thread {
-    out[row * row_stride + col] = static_cast<T>(sum);
+  METAL_FUNC void operator()(short row, short col, short element) const thread {
+    out[row * row_stride + col] = static_cast<T>(sums[element]);
   }
 };
 

@@ -6,8 +6,6 @@
 
 namespace mlx_fused {
 
-using Fragment = mlx::steel::BaseMMAFrag<float, 8, 8>;
-
 struct ColumnBlock {
   int segment;
   int first;    // of the segment's columns

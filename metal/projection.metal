@@ -56,7 +56,7 @@ template <typename T, int BM, int BN>
       pick(index, q, k, v),
       &params,
       &segment};
-  store_results(mma, rows, cols, ProjectionStore<T, false>{epilogue, batch, first_row, first_col});
+  store_projection(mma, epilogue, batch, first_row, first_col, rows, cols, lane);
 }
 
 INSTANTIATE_TYPES("projection_32", projection, 32, 64)

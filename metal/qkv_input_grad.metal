@@ -54,11 +54,8 @@ template <typename T, int BM, int BN>
     }
   }
 
-  store_results(
-      mma,
-      rows,
-      cols,
-      InputGradStore<T>{low, q_lora_a, k_lora_a, v_lora_a, d_input, &params, batch, first_row, first_col});
+  store_input_grad(
+      mma, low, q_lora_a, k_lora_a, v_lora_a, d_input, params, batch, first_row, first_col, rows, cols, lane);
 }
 
 INSTANTIATE_TYPES("qkv_input_grad_32", qkv_input_grad, 32, 64)

@@ -64,9 +64,10 @@ template <typename T, int BM, int BN>
 
   device T* out =
       pick(index, dq_weight, dk_weight, dv_weight) + first_row * segment.weight_row_stride + first_col;
-  store_results(mma, rows, cols, RowMajorStore<T>{out, segment.weight_row_stride});
+  scale_results(mma, params.alpha);
+  store_results(mma, rows, cols, RowMajorStore<T>{mma.Ctile.elems(), out, segment.weight_row_stride});
   if (sums_bias && thread_index < rows) {
-    pick(index, dq_bias, dk_bias, dv_bias)[first_row + thread_index] = static_cast<T>(bias);
+    pick(index, dq_bias, dk_bias, dv_bias)[first_row + thread_index] = static_cast<T>(params.alpha * bias);
   }
 }
 

@@ -118,6 +118,7 @@ struct QuantizedWeight {
 };
 
 // In the place of steel's BlockLoader: fills a block with a weight's values, rounded to T as MLX rounds them.
+// Every thread of the tile decodes one chunk.
 template <
     typename T,
     typename Format,
@@ -126,22 +127,19 @@ template <
     short block_stride,
     bool steps_along_row>
 struct DequantizingLoader {
-  static_assert(block_rows * block_cols == tile_threads * chunk_size, "a thread fills one chunk");
   const short row, col;
   threadgroup T* block;
   QuantizedWeight<T, Format> weight;
   int column;
 
+  // `first` counts the elements of the block before the thread's.
   METAL_FUNC DequantizingLoader(
-      QuantizedWeight<T, Format> weight_,
-      int first_column,
-      threadgroup T* block_,
-      ushort simdgroup,
-      ushort lane) thread : row((simdgroup * 32 + lane) * chunk_size / block_cols),
-                            col((simdgroup * 32 + lane) * chunk_size % block_cols),
-                            block(block_ + row * block_stride + col),
-                            weight(weight_.from_row(row)),
-                            column(first_column + col) {}
+      QuantizedWeight<T, Format> weight_, int first_column, threadgroup T* block_, short first) thread
+      : row(first / block_cols),
+        col(first % block_cols),
+        block(block_ + row * block_stride + col),
+        weight(weight_.from_row(row)),
+        column(first_column + col) {}
 
   METAL_FUNC void load_unsafe() const thread {
     const auto group = weight.group(column);

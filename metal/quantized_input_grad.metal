@@ -52,7 +52,7 @@ template <typename T, typename Format, int BM, int BN>
       typename Gemm::loader_a_t load_grad(
           grad + feature_offset(first, segment), segment.row_stride, grad_block, simdgroup, lane);
       DequantizingLoader<T, Format, quantized_depth, BN, BN + Gemm::tgp_padding_b, false> load_weight(
-          weight.from_row(first), first_col, weight_block, simdgroup, lane);
+          weight.from_row(first), first_col, weight_block, (simdgroup * 32 + lane) * chunk_size);
       for (int d = 0; d < segment.head_dim; d += quantized_depth) {
         const short depth = min(quantized_depth, segment.head_dim - d);
         const bool whole = rows == BM && cols == BN && depth == quantized_depth;
@@ -62,11 +62,8 @@ template <typename T, typename Format, int BM, int BN>
     }
   }
 
-  store_results(
-      mma,
-      rows,
-      cols,
-      InputGradStore<T>{low, q_lora_a, k_lora_a, v_lora_a, d_input, &params, batch, first_row, first_col});
+  store_input_grad(
+      mma, low, q_lora_a, k_lora_a, v_lora_a, d_input, params, batch, first_row, first_col, rows, cols, lane);
 }
 
 INSTANTIATE_FORMATS("quantized_input_grad", quantized_input_grad, 64, 64)

@@ -52,7 +52,7 @@ template <typename T, typename Format, int BM, int BN>
       params.log2_group_size};
   typename Gemm::loader_a_t load_input(x, params.input_row_stride, input_block, simdgroup, lane);
   DequantizingLoader<T, Format, BN, quantized_depth, quantized_depth + Gemm::tgp_padding_b, true> load_weight(
-      weight.from_row(first_col), 0, weight_block, simdgroup, lane);
+      weight.from_row(first_col), 0, weight_block, (simdgroup * 32 + lane) * chunk_size);
   typename Gemm::mma_t mma(simdgroup, lane);
   for (int i = 0; i < params.in_features; i += quantized_depth) {
     const short depth = min(quantized_depth, params.in_features - i);
@@ -69,7 +69,7 @@ template <typename T, typename Format, int BM, int BN>
       pick(index, q, k, v),
       &params,
       &segment};
-  store_results(mma, rows, cols, ProjectionStore<T, true>{epilogue, batch, first_row, first_col});
+  store_projection(mma, epilogue, batch, first_row, first_col, rows, cols, lane);
 }
 
 INSTANTIATE_FORMATS("quantized_projection_32", quantized_projection, 32, 64)

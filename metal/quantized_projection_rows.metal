@@ -131,7 +131,7 @@ template <typename T, typename Format, int M>
         const int row = m % params.rows;
         const float sum = simd_sum(sums[f][m]);
         const float low_rank =
-            mlx_fused_has_adapter ? simd_sum(epilogue.low_rank(batch, row, first + f, lane, 32)) : 0.0f;
+            mlx_fused_has_adapter ? simd_sum(epilogue.low_rank(batch, row, first + f, lane)) : 0.0f;
         if (lane == 0) {
           epilogue.store(batch, row, first + f, sum, low_rank);
         }

@@ -7,6 +7,7 @@ tests/ledger.json and as tables to docs/ledger.md.
 
 import json
 from collections import namedtuple
+from fractions import Fraction
 from math import ceil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 
 import metal_plan
 import mlx_fused
+import projections
 from mlx_fused import composed
 from mlx_fused._ext import _internals
 
@@ -29,6 +31,8 @@ Cost = namedtuple("Cost", "launches distinct_read distinct_written total_read to
 Case = namedtuple("Case", "operation rows hidden heads packed bias")
 
 GQA_8_1, GQA_4_2, RAGGED, LLAMA_1B = (8, 1, 64), (4, 2, 64), (4, 2, 80), (32, 8, 64)
+RANK = 8  # of adapters, as mlx-lm's default, on all of q, k and v
+FORM = ("affine", 64, 4)  # of quantized weights
 
 
 def small_cases():
@@ -47,6 +51,11 @@ def small_cases():
                 yield Case(operation, rows, 256, GQA_4_2, packed, True)
     for operation in ("qkv", "output", "dx", "dw"):
         yield Case(operation, 33, 200, RAGGED, False, True)
+    for operation in ("lora_qkv", "lora_output", "quantized_qkv", "quantized_output"):
+        for rows in (1, 8, 64):
+            yield Case(operation, rows, 256, GQA_4_2, False, False)
+    for operation in ("lora_qkv_grad", "lora_output_grad", "quantized_qkv_grad"):
+        yield Case(operation, 64, 256, GQA_4_2, False, False)
 
 
 def large_cases():
@@ -55,6 +64,11 @@ def large_cases():
             yield Case(operation, rows, 2048, LLAMA_1B, False, operation == "output")
     yield Case("dx", 512, 2048, LLAMA_1B, False, False)
     yield Case("dw", 512, 2048, LLAMA_1B, False, False)
+    for operation in ("lora_qkv", "lora_output", "quantized_qkv", "quantized_output"):
+        for rows in (1, 512):
+            yield Case(operation, rows, 2048, LLAMA_1B, False, False)
+    for operation in ("lora_qkv_grad", "lora_output_grad", "quantized_qkv_grad"):
+        yield Case(operation, 512, 2048, LLAMA_1B, False, False)
 
 
 SIMULATED = list(small_cases())
@@ -66,6 +80,13 @@ PLANNED = list(large_cases())  # of Llama-3.2-1B's sizes, which would take the s
 
 def run_plan(case, **options):
     """The case's call, and which of the plan's launches are the case's: those of dx, say."""
+    if case.operation in ADAPTED:
+        op = adapted(case)
+        if case.operation.endswith("grad"):
+            call, _ = metal_plan.backward(op, projections.cotangents(None, op, zeros), trained(op), **options)
+        else:
+            call, _ = metal_plan.forward(op, **options)
+        return call, range(len(call.plan))
     x, weight, bias, extra = operands(case)
     if case.operation == "qkv":
         call, _ = metal_plan.qkv_projection(x, weight, bias, *case.heads, **options)
@@ -83,19 +104,27 @@ def bound(launch):
     return {index: f"a{array}" for index, array, _ in launch["buffers"]}
 
 
-def reads(launch, rows):
+def reads(launch, case):
     """How often the launch reads each of its inputs, as its tiling implies: {buffer: times}.
 
     A tile of the output needs its rows of the one operand and its columns of the other, each in full.
     """
     columns, row_tiles, batches = launch["grid"]
-    kernel, constants = launch["kernel"], launch["constants"]
-    if kernel.startswith("projection_rows"):
+    kernel, constants, rows = launch["kernel"].removeprefix("quantized_"), launch["constants"], case.rows
+    features = features_of(case)
+    if kernel.startswith("low_rank_product"):
+        slots = {(0, 1, 2): 1, (3, 4, 5): row_tiles}
+    elif kernel.startswith("adapter_grad"):
+        # Of x there is one tile of columns; a block of 8 features reads the rows of P or G.
+        of_x = columns == ceil(case_input(case) / 64)
+        blocks = [case_input(case) / 8] if of_x else [n / 8 for n in features]
+        slots = {(0, 1, 2): 1, (3,): Fraction(sum(map(ceil, blocks)), len(blocks))}
+    elif kernel.startswith("projection_rows"):
         simdgroups = columns * launch["threadgroup"][0] // 32
         slots = {(0,): simdgroups, (1, 2, 3): 1}
     elif kernel.startswith("projection"):
         slots = {(0,): columns, (1, 2, 3): row_tiles * batches}
-    elif kernel.startswith("qkv_input_grad"):
+    elif "input_grad" in kernel:
         slots = {(0, 1, 2): columns, (3, 4, 5): row_tiles * batches}
     else:
         slots = {(0,): row_tiles, (1, 2, 3): columns}
@@ -103,8 +132,38 @@ def reads(launch, rows):
         slots[4, 5, 6] = rows  # a bias, by every element of the output
     if constants.get(1):
         slots[7,] = 1  # the residual
+    if constants.get(2):  # P or G, and the adapters' other factors
+        if kernel.startswith("projection_rows"):  # by every element of the output
+            slots |= {(11,): Fraction(sum(features), len(features)), (12, 13, 14): rows}
+        elif kernel.startswith("projection"):  # by two of a tile's four simdgroups
+            slots |= {(11,): Fraction(2 * columns, len(features)), (12, 13, 14): 2 * row_tiles}
+        else:
+            slots |= {(7,): 2 * columns, (8, 9, 10): 2 * row_tiles}
+    if launch["format"]:  # scales and biases, once for every 16 values of their group
+        weights, first = ((3, 4, 5), 12) if "input_grad" in kernel else ((1, 2, 3), 16)
+        slots[tuple(range(first, first + 6))] = slots[weights] * FORM[1] // 16
     names = bound(launch)
     return {names[slot]: times for group, times in slots.items() for slot in group}
+
+
+def case_input(case):
+    """The projection's input features."""
+    return case.heads[0] * case.heads[2] if "output" in case.operation else case.hidden
+
+
+def features_of(case):
+    """Its output features, of each segment."""
+    num_heads, num_kv_heads, head_dim = case.heads
+    if "output" in case.operation:
+        return [case.hidden]
+    return [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+
+
+def written(call, launch):
+    """The buffers that the launch writes."""
+    slots = bound(launch)
+    low = {slots[6]} if launch["kernel"].startswith("low_rank_product") else set()
+    return set(slots.values()) & set(call.outputs) | low
 
 
 def simulated(case) -> Cost:
@@ -128,11 +187,10 @@ def planned(case) -> Cost:
     """The same by `reads`, which tests hold against the simulator."""
     call, launches = run_plan(case, library_of=NotRun())
     size = {name: buffer.nbytes for name, buffer in call.buffers.items()}
-    times = [item for i in launches for item in reads(call.plan[i], case.rows).items()]
-    written = sum(size[a] for i in launches for a in set(bound(call.plan[i]).values()) & set(call.outputs))
-    return Cost(
-        len(launches), sum(size[a] for a, _ in times), written, sum(size[a] * n for a, n in times), written
-    )
+    times = [item for i in launches for item in reads(call.plan[i], case).items()]
+    bytes_written = sum(size[a] for i in launches for a in written(call, call.plan[i]))
+    distinct_read, total_read = sum(size[a] for a, _ in times), int(sum(size[a] * n for a, n in times))
+    return Cost(len(launches), distinct_read, bytes_written, total_read, bytes_written)
 
 
 # MLX's
@@ -156,6 +214,47 @@ def operands(case):
         weight, bias = tuple(zeros(n, case.hidden) for n in features), tuple(map(zeros, features))
     gradients = tuple(zeros(1, n, case.rows, head_dim) for n in (num_heads, num_kv_heads, num_kv_heads))
     return zeros(1, case.rows, case.hidden), weight, bias if case.bias else None, gradients
+
+
+def zeros(rng, shape, dtype=DTYPE):
+    return mx.zeros(shape, dtype)
+
+
+def adapted(case):
+    """The call of projections.py that a case with adapters or quantized weights is."""
+    rng, rank = np.random.default_rng(0), RANK if "lora" in case.operation else None
+    options = {"bias": case.bias, "dtype": DTYPE, "draw": zeros, "form": None if rank else FORM}
+    if "output" in case.operation:
+        shape = (1, case.rows, case_input(case), case.hidden)
+        return projections.output(rng, *shape, rank=rank, **options)
+    shape = (1, case.rows, case.hidden, case.heads)
+    return projections.qkv(rng, *shape, ranks=rank and (rank,) * 3, packed=case.packed, **options)
+
+
+def trained(op):
+    return [key for key in op.leaves if key[0] in ("input", "attn_out", "lora_a", "lora_b")]
+
+
+def adapted_linear(op):
+    """As mlx-lm's models compute it with nn.QuantizedLinear, or its LoRALinear."""
+    a = op.arguments
+    names = ("weight", "scales", "biases", "bias", "lora_a", "lora_b")
+    outputs = []
+    for w, s, z, b, lora_a, lora_b in zip(
+        *(metal_plan.listed(a.get(n), len(op.features)) for n in names), strict=True
+    ):
+        if s is None:
+            y = linear(op.x, w, b)
+        else:
+            y = mx.quantized_matmul(op.x, w, s, z, group_size=FORM[1], bits=FORM[2])
+            y = y if b is None else y + b
+        if lora_a is not None:
+            y = y + (a["scale"] * ((op.x @ lora_a) @ lora_b)).astype(op.x.dtype)
+        outputs.append(y)
+    if not op.heads:
+        return (a["residual"] + outputs[0],)
+    shape = (*op.x.shape[:2], -1, a["head_dim"])
+    return tuple(y.reshape(shape).transpose(0, 2, 1, 3) for y in outputs)
 
 
 def linear(x, weight, bias):
@@ -215,8 +314,31 @@ def unflatten(tree, leaves):
     return None if tree is None else next(leaves)
 
 
+def adapted_graph(case, form):
+    project = adapted_linear if form == "mlx-lm" else lambda op: op(route="composed")
+    op = adapted(case)
+    given = projections.cotangents(None, op, zeros)
+    is_grad = case.operation.endswith("grad")
+    wanted = trained(op)
+
+    def run(*arrays):
+        of_leaves, cotangents = arrays[: len(op.leaves)], arrays[len(op.leaves) :]
+        call = op.with_leaves(dict(zip(op.leaves, of_leaves, strict=True)))
+        if not is_grad:
+            return project(call)
+        primals = [call.leaves[key] for key in wanted]
+        changed = lambda *values: project(call.with_leaves(dict(zip(wanted, values, strict=True))))  # noqa: E731
+        return tuple(mx.vjp(changed, primals, list(cotangents))[1])
+
+    nodes = []
+    mx.export_function(nodes.append, run, *op.leaves.values(), *(given if is_grad else ()))
+    return nodes
+
+
 def graph(case, form):
     """The nodes of the case's graph, in the order of their evaluation, as `mx.export_function` has them."""
+    if case.operation in ADAPTED:
+        return adapted_graph(case, form)
     qkv, output, bwd = FORMS[form]
     x, weight, bias, extra = operands(case)
 
@@ -240,7 +362,7 @@ class Kernels:
     """The kernels that MLX's Metal backend launches for a graph, and what they read and write.
 
     Arrays are NumPy's: what is a view of what is the same for both. The rules are those of MLX 0.32, mostly
-    of mlx/backend/metal/matmul.cpp, for 16-bit data on the GPU of a plain M3 or M4.
+    of mlx/backend/metal/matmul.cpp, on the GPU of a plain M3 or M4.
     """
 
     def __init__(self, nodes):
@@ -249,6 +371,8 @@ class Kernels:
         for node in nodes:
             if node["type"] == "inputs":
                 self.arrays |= {name: new(shape, dtype) for name, shape, dtype in node["inputs"]}
+            elif node["type"] == "constants":
+                self.arrays |= {name: new(a.shape, a.dtype) for name, a in node["constants"]}
             elif node["type"] == "primitive":
                 inputs = [self.arrays[name] for name, *_ in node["inputs"]]
                 outputs = self.evaluate(node["name"], node["arguments"], inputs, node["outputs"])
@@ -295,15 +419,44 @@ class Kernels:
                 self.copy(source, part)
         elif name == "AsType":
             self.copy(inputs[0], out)
-        elif name == "Add":
-            self.launch("add", out, *((a, 1) for a in inputs))
+        elif name in ("Add", "Multiply"):
+            self.launch("add", out, *((a, 1) for a in inputs if a.base is None or a.base.size > 1))
         elif name == "Reduce":
             self.sum_rows(*inputs, out)
         elif name in ("Matmul", "AddMM"):
             self.matmul(*inputs, out=out)
+        elif name == "QuantizedMatmul":
+            self.quantized_matmul(*inputs, is_transposed=arguments[-1], out=out)
         else:
             raise NotImplementedError(f"no rule for MLX's {name}")
         return [out]
+
+    def quantized_matmul(self, a, *weight, is_transposed, out):
+        """Of a weight with scales and biases, or its transpose; a scale is read for 16 values at a time."""
+        (m, n), k = out.reshape(-1, out.shape[-1]).shape, a.shape[-1]
+        a = a.reshape(m, k)
+        row_tiles, column_tiles = ceil(m / 32), ceil(n / 32)
+        per_group = FORM[1] // 16
+
+        def reads(times, per_group=per_group):
+            words, *others = weight
+            return [(words, times), *((o, times * per_group) for o in others)]
+
+        if is_transposed and m == 1:
+            # qmv: as gemv.
+            self.launch("qmv", out, (a, ceil(n / 4)), *reads(1))
+        elif is_transposed and m < 13:
+            # qmv_wide: as gemv_wide, a lane taking a group.
+            self.launch("qmv_wide", out, (a, n), *reads(ceil(m / 5), 1))
+        else:
+            # qmm, with K split where tiles are few.
+            split = min(max(1, 512 // (row_tiles * column_tiles)), k // FORM[1]) if is_transposed else 1
+            while k % (split * FORM[1]):
+                split -= 1
+            partial = out if split == 1 else np.empty((split, m, n), out.dtype)
+            self.launch("qmm", partial, (a, column_tiles), *reads(row_tiles))
+            if split > 1:
+                self.launch("split-K sum", out, (partial, 1))
 
     def sum_rows(self, a, out):
         """Of more than 256 rows in two passes, with 32 partial sums between."""
@@ -319,11 +472,11 @@ class Kernels:
         b_transposed = b.strides[1] != b.itemsize
         a_transposed = a.strides[1] != a.itemsize
         passes = ceil(m / 5)
+        is_16_bit = a.dtype == np.uint16
         if m == 1:
-            # gemv: a simdgroup takes 4 columns of the output.
-            assert b_transposed
+            # gemv: a simdgroup, or of x W a column of threads, takes 4 columns of the output.
             self.launch("gemv", out, (a, ceil(n / 4)), (b, 1), *added)
-        elif passes <= 3 and k % 4 == 0 and b_transposed and not a_transposed:
+        elif passes <= 3 and k % 4 == 0 and b_transposed and not a_transposed and is_16_bit:
             # gemv_wide: weights once for at most 5 rows, and the rows for every column.
             self.launch("gemv_wide", out, (a, n), (b, passes), *added)
         elif ceil(m / 16) * ceil(n / 16) <= 1024 and k // 16 >= 8 and k >= max(m, n):
@@ -346,7 +499,7 @@ def power_of_2(n):
 
 
 def new(shape, dtype):
-    return np.empty(shape, np.float32 if dtype == mx.float32 else np.uint16)
+    return np.empty(shape, np.uint16 if dtype in (mx.float16, mx.bfloat16) else np.uint32)
 
 
 def distinct(arrays):
@@ -372,11 +525,26 @@ def to_json(rows):
     return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
 
 
-OPERATIONS = {"qkv": "QKV", "output": "output + residual", "dx": "QKV: dX", "dw": "QKV: dW, dbias"}
+ADAPTED = {
+    "lora_qkv": "QKV, LoRA",
+    "lora_output": "output + residual, LoRA",
+    "lora_qkv_grad": "QKV, LoRA: dX, dA, dB",
+    "lora_output_grad": "output, LoRA: dX, dA, dB",
+    "quantized_qkv": "QKV, 4 bits",
+    "quantized_output": "output + residual, 4 bits",
+    "quantized_qkv_grad": "QKV, 4 bits: dX",
+}
+OPERATIONS = {"qkv": "QKV", "output": "output + residual", "dx": "QKV: dX", "dw": "QKV: dW, dbias"} | ADAPTED
 ROUTED_AS = {"qkv": "qkv", "output": "output", "dx": "qkv_grad", "dw": "qkv_grad"}
 COLUMNS = ("operation", "M", "hidden", "heads", "weights", "bias", "form")
 COLUMNS += ("launches", "read", "read in all", "written", "written in all")
 HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * 7}{'--:|' * 5}\n"
+
+
+def routed(case):
+    operation = ROUTED_AS[case.operation]
+    route = _internals.route(operation, [DTYPE], case.rows, case.hidden, case.bias, device="metal")
+    return "ours" if route == "fused" else "composed"
 
 
 def table(cases, rows, unit):
@@ -384,10 +552,7 @@ def table(cases, rows, unit):
     for case, row in zip(cases, rows, strict=True):
         what = [OPERATIONS[case.operation], case.rows, case.hidden, "{}:{} of {}".format(*case.heads)]
         what += ["packed" if case.packed else "separate", "yes" if case.bias else "no"]
-        route = _internals.route(
-            ROUTED_AS[case.operation], [DTYPE], case.rows, case.hidden, case.bias, device="metal"
-        )
-        taken = "ours" if route == "fused" else "composed"
+        taken = "ours" if case.operation in ADAPTED else routed(case)
         forms = {}  # those that cost the same on one line
         for form in ("ours", *FORMS):
             forms.setdefault(Cost(*row[form]), []).append(f"**{form}**" if form == taken else form)

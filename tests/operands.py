@@ -16,6 +16,11 @@ def integers(rng, shape, dtype=mx.float32):
     return mx.array(rng.integers(-2, 3, shape), dtype=dtype)
 
 
+def large_integers(rng, shape, dtype):
+    """Sums of their products are exact in float32, but not in 16 bits."""
+    return mx.array(rng.integers(-9, 10, shape), dtype=dtype)
+
+
 def qkv(rng, batch, seq, hidden, heads, dtype=mx.float32, bias=True, packed=False, draw=normal):
     """(input, weight, bias) for fused_qkv_projection."""
     num_heads, num_kv_heads, head_dim = heads

@@ -31,6 +31,13 @@ def quantize(weight, group_size, bits, mode):
     return (*arrays, None)[:3]
 
 
+def in_tiles(operands, dtype):
+    """A formula's operands as Metal's tiles hold them: the weights rounded to the dtype, as MLX's do."""
+    x, weights, *rest = operands
+    rounded = (mx.array(w.sum(0), dtype=mx.float64).astype(dtype, stream=mx.cpu) for w in weights)
+    return x, tuple(exact(w)[None] for w in rounded), *rest
+
+
 def unpack(words, bits):
     """The codes in little-endian words of 32 bits."""
     stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")

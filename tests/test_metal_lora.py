@@ -7,7 +7,7 @@ import pytest
 import operands
 import oracle
 import projections
-from metal_plan import Call, backward, forward, row_major, to_numpy
+from metal_plan import Call, Embedded, backward, forward, row_major, to_numpy
 from msl_sim import sparse
 
 dtypes = pytest.mark.parametrize("dtype", operands.DTYPES, ids=str)
@@ -113,19 +113,6 @@ def test_all_together(rng, rows, ranks, bias, packed, dtype):
         check(rng, qkv(rng, 1, rows, hidden, ranks, heads, dtype=dtype, bias=bias, packed=packed))
 
 
-class Embedded(Call):
-    """Its inputs lie in larger arrays, so that rows, heads and batches are apart."""
-
-    def input(self, array):
-        if array is None:
-            return None
-        base = np.full([n + 3 for n in array.shape], 9.0)
-        base[tuple(slice(2, 2 + n) for n in array.shape)] = oracle.exact(array)
-        base = mx.array(base, dtype=mx.float64).astype(array.dtype, stream=mx.cpu)
-        strides = row_major(base.shape)
-        return super().input(array, strides, 2 * sum(strides), base)
-
-
 @dtypes
 @pytest.mark.parametrize("rows", [1, 3, 20, 70])
 def test_strided_operands(rng, rows, dtype):
@@ -148,11 +135,6 @@ def test_one_adapter_of_three_is_trained(rng, place):
     check_backward(rng, op, [("lora_a", place), ("lora_b", place)], 4)
 
 
-def large_integers(rng, shape, dtype):
-    """Sums of their products are exact in float32, but not in 16 bits."""
-    return mx.array(rng.integers(-9, 10, shape), dtype=dtype)
-
-
 def integer_calls(rng, rows, dtype, draw):
     for ranks in (RANKS, (2, 9, 16)):
         for bias in (False, True):
@@ -165,7 +147,7 @@ def integer_calls(rng, rows, dtype, draw):
 @pytest.mark.parametrize("rows", [1, 4, 20, 65])
 def test_exact_rounds_where_modules_do(rng, rows, dtype):
     """The same bits, on integers."""
-    for op in integer_calls(rng, rows, dtype, large_integers):
+    for op in integer_calls(rng, rows, dtype, operands.large_integers):
         expected = op.rounded_formula(dtype)
         _, outputs = forward(op.replace(exact=True))
         for y, e in zip(outputs, expected, strict=True):

@@ -190,14 +190,16 @@ void bind_internals(nb::module_& m) {
       "plan_weight_grad",
       [](const std::string& dtype,
          const TensorTuple& x,
-         const std::vector<std::tuple<TensorTuple, TensorTuple, Optional>>& segments) {
+         const std::vector<std::tuple<TensorTuple, TensorTuple, Optional>>& segments,
+         float alpha) {
         std::vector<metal::WeightGradSegment> parts;
         for (auto& [grad, dw, dbias] : segments) {
           parts.push_back({tensor(grad), tensor(dw), tensor(dbias)});
         }
-        return launches(metal::plan_weight_grad(dtype, tensor(x), parts));
+        return launches(metal::plan_weight_grad(dtype, tensor(x), parts, alpha));
       },
       "dtype"_a,
       "x"_a,
-      "segments"_a);
+      "segments"_a,
+      "alpha"_a = 1.0f);
 }

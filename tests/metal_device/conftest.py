@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from launches import instantiations
+from launches import instantiations, quantized_instantiations
 from metal_report import Outcomes, table, write
 
 import mlx_fused
@@ -67,7 +67,7 @@ class Reporter:
 
     def __init__(self, config):
         self.config = config
-        self.outcomes = Outcomes(instantiations())
+        self.outcomes = Outcomes(instantiations() + quantized_instantiations())
 
     def pytest_runtest_logreport(self, report):
         self.outcomes.add(report.nodeid, dict(report.user_properties)["subject"], report.outcome)

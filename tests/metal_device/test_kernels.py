@@ -5,6 +5,7 @@ import pytest
 from launches import DTYPES, instantiations, launched
 
 import operands
+import projections
 from test_backward import check_qkv as check_backward
 from test_backward import qkv_args
 from test_forward import biases, check_output, check_qkv
@@ -18,7 +19,7 @@ PROBLEMS += [((5, 1, 33), 127), ((6, 1, 7), 260), ((7, 1, 1), 3), ((8, 1, 16), 1
 CASES = [
     (kernel, operation, batch, seq)
     for dtype in DTYPES
-    for operation in ("qkv", "output", "qkv_grad")
+    for operation in ("qkv", "output", "qkv_grad", "qkv_lora", "qkv_lora_grad")
     for batch, seq in ROWS
     for kernel in launched(operation, dtype, batch, seq, 64, (2, 2, 32))
 ]
@@ -38,8 +39,20 @@ def test_kernel(rng, kernel, operation, batch, seq, bias):
         if operation == "output":
             check_output(operands.output(rng, batch, seq, hidden, heads[0] * heads[2], dtype, bias))
             continue
+        if "lora" in operation:
+            check_lora(rng, operation, dtype, bias, batch, seq, hidden, heads)
+            continue
         for packed in (False, True):
             if operation == "qkv":
                 check_qkv(operands.qkv(rng, batch, seq, hidden, heads, dtype, bias, packed), heads)
             else:
                 check_backward(qkv_args(rng, batch, seq, hidden, heads, dtype, bias, packed))
+
+
+def check_lora(rng, operation, dtype, bias, batch, seq, hidden, heads):
+    call = projections.qkv(rng, batch, seq, hidden, heads, bias=bias, dtype=dtype, ranks=(33, None, 3))
+    if operation == "qkv_lora":
+        projections.check_forward(call)
+    else:
+        keys = [key for key in call.leaves if key[0] in ("input", "lora_a", "lora_b")]
+        projections.check_gradients(call, projections.cotangents(rng, call), keys)

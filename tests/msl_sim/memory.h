@@ -244,4 +244,10 @@ void __ubsan_handle_out_of_bounds(UbsanLocation* at) {
   undefined(at, out_of_bounds, "array index", HERE);
   abandon();
 }
+void __ubsan_handle_local_out_of_bounds() {
+  if (Finding* f = report(out_of_bounds, HERE)) {
+    f->text = "array index";
+  }
+  abandon();
+}
 }

@@ -28,6 +28,7 @@ KERNEL_FLAGS = [
     "-fsanitize=bounds,alignment,null,shift,signed-integer-overflow,integer-divide-by-zero",
     "-fsanitize=implicit-signed-integer-truncation,implicit-unsigned-integer-truncation",
     "-fsanitize-recover=all",
+    "-fno-sanitize-trap=local-bounds",  # a trap would end the process
     *("-mllvm", "-tsan-instrument-func-entry-exit=0"),
     *("-mllvm", "-tsan-instrument-atomics=0"),
     *("-mllvm", "-tsan-instrument-read-before-write=1"),
@@ -37,6 +38,7 @@ KERNEL_FLAGS = [
     *("-fno-vectorize", "-fno-slp-vectorize", "-ffp-contract=off", "-fno-strict-aliasing"),
     "-fno-optimize-sibling-calls",  # a return address says where a call was
     "-fno-delete-null-pointer-checks",  # nor may it conclude that a pointer is none
+    "-fstrict-flex-arrays=3",  # a struct's last array ends where it says
     "-fno-finite-loops",  # a loop without end must stay one
     *("-fno-exceptions", "-fno-rtti", "-Wno-everything", "-fno-caret-diagnostics", "-ferror-limit=5"),
     *("-I", str(HERE)),

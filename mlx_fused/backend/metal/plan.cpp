@@ -194,7 +194,7 @@ Plan plan_gradients(
 }
 
 Plan plan_weight_grad(
-    const std::string& dtype, const Tensor& x, const std::vector<WeightGradSegment>& segments) {
+    const std::string& dtype, const Tensor& x, const std::vector<WeightGradSegment>& segments, float alpha) {
   constexpr int64_t tile = 64;
   if (x.shape[2] == 0) {
     return {};
@@ -207,6 +207,7 @@ Plan plan_weight_grad(
   rows.merge();
 
   auto params = call_params(rows, x.shape[2], segments.size());
+  params.alpha = alpha;
   uint32_t tiles = 0;
   for (size_t i = 0; i < segments.size(); ++i) {
     auto& p = params.segment[i];

@@ -109,8 +109,11 @@ struct WeightGradSegment {
   std::optional<Tensor> dbias;
 };
 
-// dw = grad^T x, and dbias = the sum of grad over its rows.
+// dw = alpha * grad^T x, and dbias = alpha * the sum of grad over its rows.
 Plan plan_weight_grad(
-    const std::string& dtype, const Tensor& x, const std::vector<WeightGradSegment>& segments);
+    const std::string& dtype,
+    const Tensor& x,
+    const std::vector<WeightGradSegment>& segments,
+    float alpha = 1);
 
 }  // namespace mlx_fused::metal

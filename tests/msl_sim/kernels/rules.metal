@@ -7,6 +7,10 @@ using namespace metal;
 constant int unset [[function_constant(0)]];
 constant int set [[function_constant(1)]];
 
+struct Eight {
+  float values[8];
+};
+
 #define KERNEL(name)                          \
   [[kernel]] void name(                       \
       const device float* x [[buffer(0)]],    \
@@ -84,6 +88,21 @@ KERNEL(good_array) {
   local[n % 8] += 1.0f;
   if (g == 0) {
     y[t] = local[t % 8];
+  }
+}
+
+KERNEL(bad_member) {
+  Eight local = {};
+  local.values[n % 8 + 8] += 1.0f;  // expect: out of bounds
+  if (g == 0) {
+    y[t] = local.values[t % 8];
+  }
+}
+KERNEL(good_member) {
+  Eight local = {};
+  local.values[n % 8] += 1.0f;
+  if (g == 0) {
+    y[t] = local.values[t % 8];
   }
 }
 
