@@ -1,23 +1,14 @@
 """The C++ operations of mlx_fused."""
 
+
+
 from typing import Literal, TypeAlias
 
 from mlx.core import Device, DeviceType, Stream, array
 
 StreamOrDevice: TypeAlias = Stream | Device | DeviceType | None
 
-def fused_qkv_projection(
-    input: array,
-    weight: array | tuple[array, array, array],
-    bias: array | tuple[array, array, array] | None,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    *,
-    split_heads: bool = True,
-    route: Literal["composed", "fused"] | None = None,
-    stream: StreamOrDevice = None,
-) -> tuple[array, array, array]:
+def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """
     Project hidden states to queries, keys and values in one operation.
 
@@ -56,17 +47,7 @@ def fused_qkv_projection(
         names the argument, what was expected and what came.
     """
 
-def fused_output_projection_residual(
-    attn_out: array,
-    weight: array,
-    bias: array | None,
-    residual: array,
-    *,
-    alpha: float = 1.0,
-    exact: bool = False,
-    route: Literal["composed", "fused"] | None = None,
-    stream: StreamOrDevice = None,
-) -> array:
+def fused_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array:
     """
     Project attention's output and add the residual in one operation.
 
@@ -96,20 +77,7 @@ def fused_output_projection_residual(
         argument, what was expected and what came.
     """
 
-def fused_qkv_projection_bwd(
-    dq: array,
-    dk: array,
-    dv: array,
-    input: array,
-    weight: array | tuple[array, array, array],
-    has_bias: bool,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    *,
-    route: Literal["composed", "fused"] | None = None,
-    stream: StreamOrDevice = None,
-) -> tuple[array, array | tuple[array, array, array], array | tuple[array, array, array] | None]:
+def fused_qkv_projection_bwd(dq: array, dk: array, dv: array, input: array, weight: array | tuple[array, array, array], has_bias: bool, num_heads: int, num_kv_heads: int, head_dim: int, *, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array | tuple[array, array, array], array | tuple[array, array, array] | None]:
     """
     All gradients of :func:`fused_qkv_projection`.
 
@@ -141,15 +109,7 @@ def fused_qkv_projection_bwd(
       ValueError: If a rank, shape, dtype or head count is wrong.
     """
 
-def fused_output_projection_residual_bwd(
-    d_output: array,
-    attn_out: array,
-    weight: array,
-    has_bias: bool,
-    *,
-    route: Literal["composed", "fused"] | None = None,
-    stream: StreamOrDevice = None,
-) -> tuple[array, array, array | None, array]:
+def fused_output_projection_residual_bwd(d_output: array, attn_out: array, weight: array, has_bias: bool, *, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array | None, array]:
     """
     All gradients of :func:`fused_output_projection_residual`.
 
@@ -173,47 +133,13 @@ def fused_output_projection_residual_bwd(
       ValueError: If a rank, shape or dtype is wrong.
     """
 
-def composed_qkv_projection(
-    input: array,
-    weight: array | tuple[array, array, array],
-    bias: array | tuple[array, array, array] | None,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    *,
-    split_heads: bool = True,
-    stream: StreamOrDevice = None,
-) -> tuple[array, array, array]:
+def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, split_heads: bool = True, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """``fused_qkv_projection`` written in MLX's own operations."""
 
-def composed_output_projection_residual(
-    attn_out: array,
-    weight: array,
-    bias: array | None,
-    residual: array,
-    *,
-    alpha: float = 1.0,
-    stream: StreamOrDevice = None,
-) -> array:
+def composed_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, alpha: float = 1.0, stream: StreamOrDevice = None) -> array:
     """``fused_output_projection_residual`` written in MLX's own operations."""
 
-def fused_quantized_qkv_projection(
-    input: array,
-    weight: array | tuple[array, array, array],
-    scales: array | tuple[array, array, array],
-    biases: array | tuple[array, array, array] | None,
-    bias: array | tuple[array, array, array] | None,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    *,
-    group_size: int | None = None,
-    bits: int | None = None,
-    mode: str = "affine",
-    split_heads: bool = True,
-    route: Literal["composed", "fused"] | None = None,
-    stream: StreamOrDevice = None,
-) -> tuple[array, array, array]:
+def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, array, array], scales: array | tuple[array, array, array], biases: array | tuple[array, array, array] | None, bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """
     Project hidden states to queries, keys and values with a quantized weight.
 
@@ -262,22 +188,7 @@ def fused_quantized_qkv_projection(
         gradient of ``weight`` is asked for.
     """
 
-def fused_quantized_output_projection_residual(
-    attn_out: array,
-    weight: array,
-    scales: array,
-    biases: array | None,
-    bias: array | None,
-    residual: array,
-    *,
-    group_size: int | None = None,
-    bits: int | None = None,
-    mode: str = "affine",
-    alpha: float = 1.0,
-    exact: bool = False,
-    route: Literal["composed", "fused"] | None = None,
-    stream: StreamOrDevice = None,
-) -> array:
+def fused_quantized_output_projection_residual(attn_out: array, weight: array, scales: array, biases: array | None, bias: array | None, residual: array, *, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array:
     """
     Project attention's output with a quantized weight and add the residual.
 
@@ -316,26 +227,7 @@ def fused_quantized_output_projection_residual(
         ``weight`` is asked for.
     """
 
-def fused_lora_qkv_projection(
-    input: array,
-    weight: array | tuple[array, array, array],
-    bias: array | tuple[array, array, array] | None,
-    lora_a: tuple[array | None, array | None, array | None],
-    lora_b: tuple[array | None, array | None, array | None],
-    scale: float | tuple[float, float, float],
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    *,
-    scales: array | tuple[array, array, array] | None = None,
-    biases: array | tuple[array, array, array] | None = None,
-    group_size: int | None = None,
-    bits: int | None = None,
-    mode: str = "affine",
-    exact: bool = False,
-    route: Literal["composed", "fused"] | None = None,
-    stream: StreamOrDevice = None,
-) -> tuple[array, array, array]:
+def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, lora_a: tuple[array | None, array | None, array | None], lora_b: tuple[array | None, array | None, array | None], scale: float | tuple[float, float, float], num_heads: int, num_kv_heads: int, head_dim: int, *, scales: array | tuple[array, array, array] | None = None, biases: array | tuple[array, array, array] | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """
     Project hidden states to queries, keys and values with low-rank adapters (LoRA).
 
@@ -390,25 +282,7 @@ def fused_lora_qkv_projection(
         gradient of a quantized ``weight`` is asked for.
     """
 
-def fused_lora_output_projection_residual(
-    attn_out: array,
-    weight: array,
-    bias: array | None,
-    residual: array,
-    lora_a: array,
-    lora_b: array,
-    scale: float,
-    *,
-    scales: array | None = None,
-    biases: array | None = None,
-    group_size: int | None = None,
-    bits: int | None = None,
-    mode: str = "affine",
-    alpha: float = 1.0,
-    exact: bool = False,
-    route: Literal["composed", "fused"] | None = None,
-    stream: StreamOrDevice = None,
-) -> array:
+def fused_lora_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, lora_a: array, lora_b: array, scale: float, *, scales: array | None = None, biases: array | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array:
     """
     Project attention's output with a low-rank adapter (LoRA) and add the residual.
 
