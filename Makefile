@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake mlx_fused python/src -type f) python/mlx_fused/_build.py.in
 
-.PHONY: help demo test test-slow test-metal bench crossover sanitize lint stubs dist wheel-macos clean
+.PHONY: help demo test test-slow test-metal test-mlx-lm models bench crossover sanitize lint stubs dist wheel-macos clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -30,6 +30,12 @@ test-slow: $(VENV)/installed  ## Run the longer sweeps
 test-metal: $(VENV)/installed  ## Run the tests on this Mac's GPU, with Metal's validation layers on
 	MTL_DEBUG_LAYER=1 MTL_SHADER_VALIDATION=1 MTL_SHADER_VALIDATION_REPORT_TO_STDERR=1 \
 	MTL_SHADER_VALIDATION_ABORT_ON_FAULT=1 MLX_ENABLE_TF32=0 $(BIN)/python -m pytest tests/metal_device
+
+test-mlx-lm: $(VENV)/installed  ## Run mlx-lm's own tests with every model patched: MLX_LM=<a checkout of mlx-lm>
+	$(BIN)/python tests/run_mlx_lm_tests.py $(MLX_LM)
+
+models: $(VENV)/installed  ## Compare every model of mlx-lm, stock and patched, and write docs/models.md
+	PYTHONPATH=tests $(BIN)/python -m zoo
 
 bench: $(VENV)/installed  ## Time against MLX's own operations, and torch where it is installed
 	$(BIN)/python benchmarks/bench.py
