@@ -232,6 +232,7 @@ def all_kernels(folder):
     projection(folder)
     projection_rows(folder)
     gradients(folder)
+    check_lora_gradients(folder, ["qkv_input_grad.metal"], ["attn_out"], 2, 9, 20)  # scaled
 
 
 TESTS = {

@@ -6,12 +6,17 @@ import mutation
 from msl_sim.library import KINDS
 
 QUANTIZED = [file for file in mutation.TESTS if file.startswith("quantized")]
-OTHERS = [file for file in mutation.TESTS if file not in QUANTIZED]
+LOW_RANK = [file for file in mutation.TESTS if file.startswith(("low_rank", "adapter"))]
+OTHERS = [file for file in mutation.TESTS if file not in QUANTIZED + LOW_RANK]
 
 
 @pytest.mark.parametrize(
     "files",
-    [pytest.param(OTHERS, id="dense"), pytest.param(QUANTIZED, id="quantized", marks=pytest.mark.slow)],
+    [
+        pytest.param(OTHERS, id="dense"),
+        pytest.param(LOW_RANK, id="low-rank", marks=pytest.mark.slow),
+        pytest.param(QUANTIZED, id="quantized", marks=pytest.mark.slow),
+    ],
 )
 def test_every_mutant_is_killed_or_harmless(files):
     outcomes = mutation.judge_all(files)
