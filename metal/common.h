@@ -81,8 +81,8 @@ METAL_FUNC void store_results(const thread Mma& mma, short rows, short cols, Sto
 template <typename Mma>
 METAL_FUNC void scale_results(thread Mma& mma, float factor) {
   STEEL_PRAGMA_UNROLL
-  for (short i = 0; i < decltype(mma.Ctile)::kElemsPerTile; ++i) {
-    mma.Ctile.elems()[i] *= factor;
+  for (short i = 0; i < decltype(mma.Ctile)::kNumFrags; ++i) {
+    mma.Ctile.val_frags[i] *= factor;
   }
 }
 

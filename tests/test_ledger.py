@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import ledger
+from mlx_kernels import Kernels
 from msl_sim import Library
 from msl_sim.toolchain import BUILD
 
@@ -70,7 +71,7 @@ def test_formula(case):
 
 @pytest.mark.parametrize("case", [p for p in SIMULATED if "qkv" in p.values[0].operation])
 def test_composed_projection_costs_what_models_pay(case):
-    composed, model = (ledger.Kernels(ledger.graph(case, form)) for form in ledger.FORMS)
+    composed, model = (Kernels(ledger.graph(case, form)) for form in ledger.FORMS)
     assert (composed.names, composed.cost()) == (model.names, model.cost())
 
 
@@ -85,7 +86,7 @@ def test_an_operation_without_a_rule_is_an_error():
     nodes = []
     mx.export_function(nodes.append, mx.sin, mx.zeros(3))
     with pytest.raises(NotImplementedError, match="Sin"):
-        ledger.Kernels(nodes)
+        Kernels(nodes)
 
 
 MLX_KERNELS = """#include "mlx/backend/metal/kernels/utils.h"
@@ -165,7 +166,7 @@ def mlx_launch(kernel, m, n, k):
 def test_rules_are_what_mlx_kernels_read(mlx_kernels, m, n, k, kernels):
     """MLX's own kernels on the simulator read, launch by launch, what `Kernels` says."""
     x, w, c, out = (np.zeros(shape, np.uint16) for shape in ((m, k), (n, k), n, (m, n)))
-    rules = ledger.Kernels([])
+    rules = Kernels([])
     rules.matmul(x, w.T, np.broadcast_to(c, (m, n)), out=out)
     assert rules.names == kernels
     buffers = {"x": x, "w": w, "c": c, "out": out, "partial": np.zeros((2, m, n), np.float32)}

@@ -154,12 +154,12 @@ def generate(path):
     return sorted(mutants.values(), key=lambda m: (text.count("\n", 0, m.position), m.name))
 
 
-def _code(folder, file):
-    """The machine code of the kernels that a file may be part of."""
+def _code(folder, file, names):
+    """The machine code of the kernels so named that a file may be part of."""
     code = {}
     for path in sorted(Path(folder).glob(file if file.endswith(".metal") else "*.metal")):
         library = Library(path)
-        for kernel in library.kernels:
+        for kernel in filter(names.match, library.kernels):
             with open(library.compile(kernel).path, "rb") as f:
                 code[path.name, kernel] = ELFFile(f).get_section_by_name(".text").data()
     return code
@@ -187,8 +187,11 @@ def judge(folder, mutant, test):
     return Outcome(mutant, False, "survived")
 
 
-def run(folder, mutants, test, progress=lambda outcome: None):
-    """Judges every mutant. One with the machine code of the original neither is killed nor survives."""
+def run(folder, mutants, test, names=re.compile(""), progress=lambda outcome: None):
+    """Judges every mutant. One with the machine code of the original neither is killed nor survives.
+
+    The code that is compared is that of the kernels whose names match.
+    """
     copy = _copy(folder)
     try:
         test(copy)  # without a mutant it must be green
@@ -197,17 +200,17 @@ def run(folder, mutants, test, progress=lambda outcome: None):
     outcomes = []
     for mutant in mutants:
         outcome = judge(folder, mutant, test)
-        if not outcome.killed and _code_with(folder, mutant) == _code(folder, mutant.file):
+        if not outcome.killed and _code_with(folder, mutant, names) == _code(folder, mutant.file, names):
             outcome = Outcome(mutant, False, "same code")
         outcomes.append(outcome)
         progress(outcome)
     return outcomes
 
 
-def _code_with(folder, mutant):
+def _code_with(folder, mutant, names):
     copy = _copy(folder, mutant)
     try:
-        return _code(copy, mutant.file)
+        return _code(copy, mutant.file, names)
     finally:
         shutil.rmtree(copy)
 
