@@ -69,7 +69,14 @@ Call grad_call(const Arrays& inputs, const OutputGradLayout& layout) {
       forward.has_bias,
       forward.quantization,
       forward.has_adapters(),
-      (wants_bias && !wants_weight) || (wants_weight && forward.alpha != 1.0f)};
+      wants_bias && !wants_weight};
+}
+
+// As a number is rounded that multiplies an array of this dtype.
+float round_to(mx::Dtype dtype, float value) {
+  return dtype == mx::float16    ? static_cast<float>(mx::float16_t(value))
+         : dtype == mx::bfloat16 ? static_cast<float>(mx::bfloat16_t(value))
+                                 : value;
 }
 
 mx::array project(
@@ -82,6 +89,9 @@ mx::array project(
     mx::StreamOrDevice s) {
   auto inputs = check_inputs(check, attn_out, weights, &residual, layout);
   auto call = forward_call(inputs, layout);
+  if (layout.exact) {
+    layout.alpha = round_to(call.promoted[0], layout.alpha);
+  }
   auto stream = mx::to_stream(s);
   if (check.route(call, stream, wish) == Route::composed) {
     return composed::output_projection(inputs, layout, stream)[0];

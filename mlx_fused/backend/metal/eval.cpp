@@ -251,7 +251,7 @@ void eval_grad(
   launcher.encode(
       metal::plan_gradients(dtype, forward.quantization, x, segments, output(Operands::input), alpha));
   if (!weight_grads.empty()) {
-    launcher.encode(metal::plan_weight_grad(dtype, *x, weight_grads));
+    launcher.encode(metal::plan_weight_grad(dtype, *x, weight_grads, alpha));
   }
 }
 
