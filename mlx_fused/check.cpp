@@ -64,7 +64,7 @@ Route Check::route(const Call& call, mx::Stream stream, const std::optional<std:
     fail("route must be 'composed', 'fused' or None but got '" + *wish + "'.");
   }
   if (wish == "fused" && !has_kernels(call, device)) {
-    fail("route must be 'composed' or None for these dtypes on this device but got 'fused'.");
+    fail("route must be 'composed' or None for this call on this device but got 'fused'.");
   }
   return mlx_fused::route(call, device, wish);
 }

@@ -20,7 +20,7 @@ mx::array quantized_product(
   if (x.size() == 0 || codes.size() == 0) {
     auto shape = x.shape();
     shape.back() = transpose ? codes.shape(0) : inputs[scales].shape(1) * q.group_size;
-    auto dtype = q.is_affine() ? mx::result_type(x, inputs[scales]) : x.dtype();
+    auto dtype = q.is_affine() ? mx::result_type(x, inputs[scales], inputs[group_biases]) : x.dtype();
     return mx::zeros(shape, dtype, s);
   }
   std::optional<mx::array> biases;

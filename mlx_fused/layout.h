@@ -25,6 +25,9 @@ struct Operands {
 
   bool operator==(const Operands&) const = default;
 
+  int part_of(int segment) const {
+    return parts == 1 ? 0 : segment;
+  }
   // The arrays that hold one part of the weight.
   int arrays_per_weight() const {
     return !quantization ? 1 : quantization->is_affine() ? 3 : 2;
@@ -83,9 +86,6 @@ struct QKVLayout : Operands {
 
   bool packed() const {
     return parts == 1;
-  }
-  int part_of(int segment) const {
-    return packed() ? 0 : segment;
   }
   int heads(int segment) const {
     return segment == 0 ? num_heads : num_kv_heads;

@@ -131,8 +131,8 @@ Arrays check_dense(
       shape.push_back(*in_features);
     }
     auto full_name = part_name(name, operands, part);
-    check.shape(full_name, arrays[part], shape);
     check.floating(full_name, arrays[part]);
+    check.shape(full_name, arrays[part], shape);
   }
   return arrays;
 }

@@ -74,6 +74,16 @@ Arrays grad_inputs(Arrays cotangents, const Arrays& primals, const GradLayout<Fo
   return inputs;
 }
 
+// The activations' features, as far as the gradients asked for can tell.
+template <typename Forward>
+int in_features(const Arrays& inputs, const GradLayout<Forward>& layout) {
+  if (layout.reads_input()) {
+    return inputs[layout.input].shape(2);
+  }
+  auto& q = layout.forward.quantization;
+  return q ? inputs[layout.scales(0)].shape(1) * q->group_size : inputs[layout.weight(0)].shape(1);
+}
+
 // The dtypes of a gradient primitive's outputs.
 template <typename Forward>
 std::vector<mx::Dtype> grad_types(const Arrays& inputs, const GradLayout<Forward>& layout) {

@@ -203,7 +203,12 @@ Function FusedOutputProjection::composed() {
 
 Arrays FusedOutputProjection::vjp(
     const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
-  if (wants_quantization_grad(Check("fused_quantized_output_projection_residual"), layout_, argnums)) {
+  if (wants_quantization_grad(
+          Check(
+              layout_.has_adapters() ? "fused_lora_output_projection_residual"
+                                     : "fused_quantized_output_projection_residual"),
+          layout_,
+          argnums)) {
     return FusedPrimitive::vjp(primals, cotangents, argnums, outputs);
   }
   OutputGradLayout layout{layout_, argnums};
@@ -274,13 +279,9 @@ std::vector<mx::Shape> FusedOutputProjectionGrad::output_shapes(const Arrays& in
   std::vector<mx::Shape> shapes;
   for (int argnum : layout_.argnums) {
     if (argnum == Operands::input) {
-      auto& q = forward.quantization;
-      auto features =
-          q ? inputs[layout_.scales(0)].shape(1) * q->group_size : inputs[layout_.weight(0)].shape(1);
-      shapes.push_back({grad.shape(0), grad.shape(1), features});
+      shapes.push_back({grad.shape(0), grad.shape(1), in_features(inputs, layout_)});
     } else if (forward.is_weight(argnum)) {
-      auto features = inputs[OutputGradLayout::input].shape(2);
-      shapes.push_back({grad.shape(2), features});
+      shapes.push_back({grad.shape(2), in_features(inputs, layout_)});
     } else if (forward.is_bias(argnum)) {
       shapes.push_back({grad.shape(2)});
     } else {

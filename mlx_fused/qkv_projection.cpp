@@ -70,15 +70,6 @@ Call forward_call(const Arrays& inputs, const QKVLayout& layout) {
       layout.has_adapters()};
 }
 
-int in_features(const Arrays& inputs, const QKVGradLayout& layout) {
-  if (layout.reads_input()) {
-    return inputs[QKVGradLayout::input].shape(2);
-  }
-  auto& quantization = layout.forward.quantization;
-  return quantization ? inputs[layout.scales(0)].shape(1) * quantization->group_size
-                      : inputs[layout.weight(0)].shape(1);
-}
-
 Call grad_call(const Arrays& inputs, const QKVGradLayout& layout) {
   auto& forward = layout.forward;
   auto& dq = inputs[QKVGradLayout::cotangent];
@@ -231,7 +222,10 @@ Function FusedQKVProjection::composed() {
 
 Arrays FusedQKVProjection::vjp(
     const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
-  if (wants_quantization_grad(Check("fused_quantized_qkv_projection"), layout_, argnums)) {
+  if (wants_quantization_grad(
+          Check(layout_.has_adapters() ? "fused_lora_qkv_projection" : "fused_quantized_qkv_projection"),
+          layout_,
+          argnums)) {
     return FusedPrimitive::vjp(primals, cotangents, argnums, outputs);
   }
   QKVGradLayout layout{layout_, argnums};

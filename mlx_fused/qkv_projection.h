@@ -15,9 +15,8 @@ namespace mx = mlx::core;
 
 // `wish` is routing's: "composed", "fused" or nothing.
 
-// q, k, v of shape [B, heads, S, head_dim], without split_heads [B, S, heads head_dim], from input [B, S, H]
-// and weight
-// [(num_heads + 2 num_kv_heads) head_dim, H]; a bias comes in parts as the weight does.
+// q, k, v of shape [B, heads, S, head_dim], or without split_heads [B, S, heads head_dim], from input
+// [B, S, H] and weight [(num_heads + 2 num_kv_heads) head_dim, H]; a bias comes in parts as the weight does.
 Arrays fused_qkv_projection(
     const mx::array& input,
     const Parts& weight,

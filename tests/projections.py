@@ -274,7 +274,7 @@ def adapters(rng, hidden, features, ranks, scale, dtype, draw):
 def _call(operation, arguments, form, adapted):
     if form:
         arguments |= dict(zip(("mode", "group_size", "bits"), form, strict=True))
-    kind = "lora_" if adapted else "quantized_" if form else ""
+    kind = "lora_" if adapted is not None else "quantized_" if form else ""
     return Call(f"fused_{kind}{operation}", arguments)
 
 

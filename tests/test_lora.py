@@ -58,6 +58,14 @@ def test_ranks(rng, form, dtype, rank):
             check(rng, projections.output(rng, 2, seq, 128, 40, form, dtype, bias, rank))
 
 
+@bases
+@pytest.mark.parametrize("route", ["fused", "composed"])
+def test_adapters_of_rank_0_add_nothing(rng, form, route):
+    for ranks in ((0, None, None), (0, 4, None), (0, 0, 0)):
+        check(rng, projections.qkv(rng, 2, 5, 64, HEADS, form, ranks=ranks), route=route)
+    check(rng, projections.output(rng, 2, 5, 64, 40, form, rank=0), route=route)
+
+
 @pytest.mark.slow
 @dtypes
 @bases

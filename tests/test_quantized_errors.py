@@ -117,8 +117,10 @@ PAIRS = [
     ({"scale": ()}, ["scale", "three", "0"]),
     (DENSE | {"weight": zeros(64, 127)}, ["weight", "(64, 128)", "(64, 127)"]),
     (DENSE | {"weight": words(64, 128)}, ["weight", "float32", "uint32"]),
-    ({"scales": None, "biases": None}, ["weight", "(64, 128)", "(64, 16)"]),
+    ({"scales": None, "biases": None}, ["weight", "float32", "uint32"]),
     (DENSE | {"biases": zeros(64, 2)}, ["biases", "scales", "None"]),
+    (DENSE | {"bits": 4}, ["bits", "scales", "None"]),
+    (DENSE | {"mode": "mxfp4"}, ["mode", "scales", "None"]),
 ]
 OUTPUT_SHAPES = [
     ({"residual": zeros(2, 3, 63)}, ["residual", "(2, 3, 64)", "(2, 3, 63)"]),

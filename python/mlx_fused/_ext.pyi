@@ -39,8 +39,8 @@ def fused_qkv_projection(input: array, weight: array | tuple[array, array, array
 
     Returns:
       tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
-      shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype that MLX promotes
-      the arguments to.
+      shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype
+      that MLX promotes the arguments to.
 
     Raises:
       ValueError: If a rank, shape, dtype or head count is wrong; the message
@@ -180,8 +180,8 @@ def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, ar
 
     Returns:
       tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
-      shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype that MLX promotes
-      the arguments to.
+      shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype
+      that MLX promotes the arguments to.
 
     Raises:
       ValueError: If a rank, shape, dtype, head count or quantization is wrong, or the
@@ -227,7 +227,7 @@ def fused_quantized_output_projection_residual(attn_out: array, weight: array, s
         ``weight`` is asked for.
     """
 
-def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, lora_a: tuple[array | None, array | None, array | None], lora_b: tuple[array | None, array | None, array | None], scale: float | tuple[float, float, float], num_heads: int, num_kv_heads: int, head_dim: int, *, scales: array | tuple[array, array, array] | None = None, biases: array | tuple[array, array, array] | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
+def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, lora_a: tuple[array | None, array | None, array | None], lora_b: tuple[array | None, array | None, array | None], scale: float | tuple[float, float, float], num_heads: int, num_kv_heads: int, head_dim: int, *, scales: array | tuple[array, array, array] | None = None, biases: array | tuple[array, array, array] | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', split_heads: bool = True, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """
     Project hidden states to queries, keys and values with low-rank adapters (LoRA).
 
@@ -274,8 +274,8 @@ def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, 
 
     Returns:
       tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
-      shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype that MLX promotes ``input``,
-      ``weight`` and ``bias`` to.
+      shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype that
+      MLX promotes ``input``, ``weight`` and ``bias`` to.
 
     Raises:
       ValueError: If a rank, shape, dtype, head count or quantization is wrong, or the

@@ -1,7 +1,8 @@
-"""The fused operations written in MLX's own ones, with the same arguments and checks.
+"""The dense operations written in MLX's own ones, with the same checks.
 
-They are what the fused operations mean, and what runs where there is no kernel. Call them directly for
-`mx.export_function`, which knows MLX's own primitives only:
+They are what the fused operations mean, and what runs where there is no kernel; `route="composed"` gives
+them too, as it does for quantized weights and adapters. Call them for `mx.export_function`, which knows
+MLX's own primitives only:
 
     def qkv(x):
         return mlx_fused.composed.fused_qkv_projection(x, weight, None, 32, 8, 64)

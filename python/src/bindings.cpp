@@ -113,11 +113,10 @@ NB_MODULE(_ext, m) {
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
       nb::sig(
-          "def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array "
-          "| tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, "
-          "split_heads: bool = True, "
-          "route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> "
-          "tuple[array, array, array]"),
+          "def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: "
+          "array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: "
+          "int, *, split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, "
+          "stream: StreamOrDevice = None) -> tuple[array, array, array]"),
       R"pbdoc(
         Project hidden states to queries, keys and values in one operation.
 
@@ -148,8 +147,8 @@ NB_MODULE(_ext, m) {
 
         Returns:
           tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
-          shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype that MLX promotes
-          the arguments to.
+          shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype
+          that MLX promotes the arguments to.
 
         Raises:
           ValueError: If a rank, shape, dtype or head count is wrong; the message
@@ -170,9 +169,8 @@ NB_MODULE(_ext, m) {
       "stream"_a = nb::none(),
       nb::sig(
           "def fused_output_projection_residual(attn_out: array, weight: array, bias: array | None, "
-          "residual: array, *, alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] "
-          "| "
-          "None = None, stream: StreamOrDevice = None) -> array"),
+          "residual: array, *, alpha: float = 1.0, exact: bool = False, route: Literal['composed', "
+          "'fused'] | None = None, stream: StreamOrDevice = None) -> array"),
       R"pbdoc(
         Project attention's output and add the residual in one operation.
 
@@ -219,9 +217,10 @@ NB_MODULE(_ext, m) {
       "stream"_a = nb::none(),
       nb::sig(
           "def fused_qkv_projection_bwd(dq: array, dk: array, dv: array, input: array, weight: array | "
-          "tuple[array, array, array], has_bias: bool, num_heads: int, num_kv_heads: int, head_dim: int, "
-          "*, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> "
-          "tuple[array, array | tuple[array, array, array], array | tuple[array, array, array] | None]"),
+          "tuple[array, array, array], has_bias: bool, num_heads: int, num_kv_heads: int, head_dim: "
+          "int, *, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) "
+          "-> tuple[array, array | tuple[array, array, array], array | tuple[array, array, array] | "
+          "None]"),
       R"pbdoc(
         All gradients of :func:`fused_qkv_projection`.
 
@@ -265,8 +264,8 @@ NB_MODULE(_ext, m) {
       "stream"_a = nb::none(),
       nb::sig(
           "def fused_output_projection_residual_bwd(d_output: array, attn_out: array, weight: array, "
-          "has_bias: bool, *, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = "
-          "None) -> tuple[array, array, array | None, array]"),
+          "has_bias: bool, *, route: Literal['composed', 'fused'] | None = None, stream: "
+          "StreamOrDevice = None) -> tuple[array, array, array | None, array]"),
       R"pbdoc(
         All gradients of :func:`fused_output_projection_residual`.
 
@@ -303,10 +302,10 @@ NB_MODULE(_ext, m) {
       "split_heads"_a = true,
       "stream"_a = nb::none(),
       nb::sig(
-          "def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array "
-          "| tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, "
-          "split_heads: bool = True, stream: "
-          "StreamOrDevice = None) -> tuple[array, array, array]"),
+          "def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: "
+          "array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: "
+          "int, *, split_heads: bool = True, stream: StreamOrDevice = None) -> tuple[array, array, "
+          "array]"),
       "``fused_qkv_projection`` written in MLX's own operations.");
 
   m.def(

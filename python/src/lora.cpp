@@ -33,8 +33,8 @@ std::optional<mlx_fused::QuantizedParts> quantized(
     std::optional<int> bits,
     const std::string& mode) {
   if (!scales) {
-    if (biases) {
-      mlx_fused::Check(op).fail("biases must be None if scales are.");
+    if (biases || group_size || bits || mode != "affine") {
+      mlx_fused::Check(op).fail("biases, group_size, bits and mode must be left out if scales are None.");
     }
     return std::nullopt;
   }
@@ -103,15 +103,14 @@ void bind_lora(nb::module_& m) {
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
       nb::sig(
-          "def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: "
-          "array | tuple[array, array, array] | None, lora_a: tuple[array | None, array | None, array | "
-          "None], lora_b: tuple[array | None, array | None, array | None], scale: float | tuple[float, "
-          "float, float], num_heads: int, num_kv_heads: int, head_dim: int, *, scales: array | tuple[array, "
-          "array, array] | None = None, biases: array | tuple[array, array, array] | None = None, "
-          "group_size: int | None = None, bits: int | None = None, mode: str = 'affine', exact: bool = "
-          "False, "
-          "route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, "
-          "array, array]"),
+          "def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, array], "
+          "bias: array | tuple[array, array, array] | None, lora_a: tuple[array | None, array | None, "
+          "array | None], lora_b: tuple[array | None, array | None, array | None], scale: float | "
+          "tuple[float, float, float], num_heads: int, num_kv_heads: int, head_dim: int, *, scales: "
+          "array | tuple[array, array, array] | None = None, biases: array | tuple[array, array, "
+          "array] | None = None, group_size: int | None = None, bits: int | None = None, mode: str = "
+          "'affine', split_heads: bool = True, exact: bool = False, route: Literal['composed', "
+          "'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]"),
       R"pbdoc(
         Project hidden states to queries, keys and values with low-rank adapters (LoRA).
 
@@ -158,8 +157,8 @@ void bind_lora(nb::module_& m) {
 
         Returns:
           tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
-          shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype that MLX promotes ``input``,
-          ``weight`` and ``bias`` to.
+          shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype that
+          MLX promotes ``input``, ``weight`` and ``bias`` to.
 
         Raises:
           ValueError: If a rank, shape, dtype, head count or quantization is wrong, or the
@@ -214,11 +213,11 @@ void bind_lora(nb::module_& m) {
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
       nb::sig(
-          "def fused_lora_output_projection_residual(attn_out: array, weight: array, bias: array | None, "
-          "residual: array, lora_a: array, lora_b: array, scale: float, *, scales: array | None = None, "
-          "biases: array | None = None, group_size: int | None = None, bits: int | None = None, mode: str = "
-          "'affine', alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = "
-          "None, stream: StreamOrDevice = None) -> array"),
+          "def fused_lora_output_projection_residual(attn_out: array, weight: array, bias: array | "
+          "None, residual: array, lora_a: array, lora_b: array, scale: float, *, scales: array | None "
+          "= None, biases: array | None = None, group_size: int | None = None, bits: int | None = "
+          "None, mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: "
+          "Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array"),
       R"pbdoc(
         Project attention's output with a low-rank adapter (LoRA) and add the residual.
 

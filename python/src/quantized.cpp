@@ -59,13 +59,12 @@ void bind_quantized(nb::module_& m) {
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
       nb::sig(
-          "def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, array, array], "
-          "scales: array | tuple[array, array, array], biases: array | tuple[array, array, array] | None, "
-          "bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: "
-          "int, *, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', "
-          "split_heads: bool = True, route: "
-          "Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, "
-          "array]"),
+          "def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, array, "
+          "array], scales: array | tuple[array, array, array], biases: array | tuple[array, array, "
+          "array] | None, bias: array | tuple[array, array, array] | None, num_heads: int, "
+          "num_kv_heads: int, head_dim: int, *, group_size: int | None = None, bits: int | None = "
+          "None, mode: str = 'affine', split_heads: bool = True, route: Literal['composed', 'fused'] | "
+          "None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]"),
       R"pbdoc(
         Project hidden states to queries, keys and values with a quantized weight.
 
@@ -106,8 +105,8 @@ void bind_quantized(nb::module_& m) {
 
         Returns:
           tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
-          shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype that MLX promotes
-          the arguments to.
+          shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype
+          that MLX promotes the arguments to.
 
         Raises:
           ValueError: If a rank, shape, dtype, head count or quantization is wrong, or the
@@ -155,11 +154,11 @@ void bind_quantized(nb::module_& m) {
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
       nb::sig(
-          "def fused_quantized_output_projection_residual(attn_out: array, weight: array, scales: array, "
-          "biases: array | None, bias: array | None, residual: array, *, group_size: int | None = None, "
-          "bits: "
-          "int | None = None, mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: "
-          "Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array"),
+          "def fused_quantized_output_projection_residual(attn_out: array, weight: array, scales: "
+          "array, biases: array | None, bias: array | None, residual: array, *, group_size: int | None "
+          "= None, bits: int | None = None, mode: str = 'affine', alpha: float = 1.0, exact: bool = "
+          "False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> "
+          "array"),
       R"pbdoc(
         Project attention's output with a quantized weight and add the residual.
 

@@ -1,5 +1,7 @@
 #include "mlx_fused/backend/cpu/adapters.h"
 
+#include <algorithm>
+
 #include "mlx_fused/backend/cpu/operand.h"
 #include "mlx_fused/backend/cpu/parallel.h"
 #include "mlx_fused/backend/cpu/scratch.h"

@@ -1,5 +1,7 @@
 #include "mlx_fused/backend/cpu/epilogue.h"
 
+#include <algorithm>
+
 #include "mlx_fused/backend/cpu/kernels.h"
 #include "mlx_fused/backend/cpu/scratch.h"
 #include "mlx_fused/backend/cpu/sgemm.h"
@@ -12,7 +14,10 @@ namespace {
 void round(Type type, float* values, int64_t n) {
   constexpr int64_t chunk = 256;
   uint16_t narrow[chunk];
-  for (int64_t i = 0; i < n && type != Type::float32; i += chunk) {
+  if (type == Type::float32) {
+    return;
+  }
+  for (int64_t i = 0; i < n; i += chunk) {
     int64_t size = std::min(chunk, n - i);
     kernels().narrow(type, values + i, narrow, size);
     kernels().widen(type, narrow, values + i, size);
@@ -60,10 +65,10 @@ void finish(const Output& output, const Tile& t, float* from, int64_t ld) {
   float* low_rank = output.low_rank.empty() ? nullptr : low_rank_tile(output.low_rank, t);
   for (int64_t i = 0; i < t.rows; ++i) {
     float* row = from + i * ld;
-    if (quantized) {
-      round(type, row, t.cols);
-    }
     if (output.bias) {
+      if (quantized) {
+        round(type, row, t.cols);
+      }
       add_rows(*output.bias, {0, 1, t.col, t.cols}, row);
     }
     round(type, row, t.cols);

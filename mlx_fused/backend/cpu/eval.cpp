@@ -63,11 +63,6 @@ Range range_of(const Forward& forward, int segment, const mx::array& part) {
 }
 
 template <typename Forward>
-int part_of(const Forward& forward, int segment) {
-  return forward.parts == 1 ? 0 : segment;
-}
-
-template <typename Forward>
 View segment_view(const Forward& forward, int segment, const mx::array& part) {
   auto v = view_of(part);
   auto range = range_of(forward, segment, part);
@@ -89,52 +84,79 @@ mx::array with_unit_rows(const mx::array& a, mx::Stream stream) {
   return outputs[0];
 }
 
-// `layout` says where the arrays are: that of the call, or of its gradient.
-template <typename Layout, typename Forward>
-cpu::Weight segment_weight(
-    const Arrays& inputs, const Layout& layout, const Forward& forward, int segment, mx::Stream stream) {
-  int part = part_of(forward, segment);
+// A weight's part; `layout` says where its arrays are: that of the call, or of its gradient.
+template <typename Layout>
+cpu::Weight part_weight(
+    const Arrays& inputs,
+    const Layout& layout,
+    const std::optional<Quantization>& q,
+    int part,
+    mx::Stream stream) {
   auto& weight = inputs[layout.weight(part)];
-  if (!forward.quantization) {
-    return segment_view(forward, segment, weight);
+  if (!q) {
+    return view_of(weight);
   }
-  auto range = range_of(forward, segment, weight);
-  auto rows = [&](int i) -> std::pair<const void*, int64_t> {
-    auto a = with_unit_rows(inputs[i], stream);
-    return {a.data<char>() + range.first * a.strides(0) * int64_t(a.itemsize()), a.strides(0)};
-  };
-  auto& q = *forward.quantization;
-  auto [codes, codes_stride] = rows(layout.weight(part));
-  auto [scales, scales_stride] = rows(layout.scales(part));
-  std::pair<const void*, int64_t> biases;
-  if (q.is_affine()) {
-    biases = rows(layout.group_biases(part));
-  }
-  auto mode = q.is_affine()       ? cpu::Mode::affine
-              : q.mode == "mxfp4" ? cpu::Mode::mxfp4
-              : q.mode == "mxfp8" ? cpu::Mode::mxfp8
-                                  : cpu::Mode::nvfp4;
-  auto& scales_array = inputs[layout.scales(part)];
+  auto codes = with_unit_rows(weight, stream);
+  auto scales = with_unit_rows(inputs[layout.scales(part)], stream);
+  auto biases = q->is_affine() ? with_unit_rows(inputs[layout.group_biases(part)], stream) : scales;
+  auto mode = q->is_affine()       ? cpu::Mode::affine
+              : q->mode == "mxfp4" ? cpu::Mode::mxfp4
+              : q->mode == "mxfp8" ? cpu::Mode::mxfp8
+                                   : cpu::Mode::nvfp4;
   return cpu::Quantized{
-      codes,
-      scales,
-      biases.first,
-      codes_stride,
-      scales_stride,
-      biases.second,
-      type_of(scales_array),
+      data_of(codes),
+      data_of(scales),
+      q->is_affine() ? data_of(biases) : nullptr,
+      codes.strides(0),
+      scales.strides(0),
+      biases.strides(0),
+      type_of(scales),
       mode,
-      q.bits,
-      q.group_size,
-      range.count,
-      int64_t(scales_array.shape(1)) * q.group_size};
+      q->bits,
+      q->group_size,
+      weight.shape(0),
+      int64_t(scales.shape(1)) * q->group_size};
+}
+
+cpu::Weight rows_of(View v, const Range& range) {
+  v.data = static_cast<char*>(v.data) + range.first * v.seq_stride * (v.type == cpu::Type::float32 ? 4 : 2);
+  v.seq = range.count;
+  return v;
+}
+
+cpu::Weight rows_of(cpu::Quantized w, const Range& range) {
+  auto skip = [&](const void* data, int64_t row_stride, int64_t size) -> const void* {
+    return data ? static_cast<const char*>(data) + range.first * row_stride * size : nullptr;
+  };
+  int64_t size = w.mode != cpu::Mode::affine ? 1 : w.type == cpu::Type::float32 ? 4 : 2;
+  w.codes = skip(w.codes, w.codes_row_stride, sizeof(uint32_t));
+  w.scales = skip(w.scales, w.scales_row_stride, size);
+  w.biases = skip(w.biases, w.biases_row_stride, size);
+  w.rows = range.count;
+  return w;
+}
+
+// Every segment's weight, a part that is not as the kernels read it copied once.
+template <typename Layout, typename Forward>
+std::vector<cpu::Weight> segment_weights(
+    const Arrays& inputs, const Layout& layout, const Forward& forward, mx::Stream stream) {
+  std::vector<cpu::Weight> parts, segments;
+  for (int part = 0; part < forward.parts; ++part) {
+    parts.push_back(part_weight(inputs, layout, forward.quantization, part, stream));
+  }
+  for (int i = 0; i < Forward::segments; ++i) {
+    int part = forward.part_of(i);
+    auto range = range_of(forward, i, inputs[layout.weight(part)]);
+    segments.push_back(std::visit([&](auto& w) { return rows_of(w, range); }, parts[part]));
+  }
+  return segments;
 }
 
 std::optional<cpu::Adapter> adapter_of(
     const Operands& operands, const Arrays& inputs, int lora_a, int segment) {
   auto& scale = operands.adapters[segment];
-  if (!scale) {
-    return std::nullopt;
+  if (!scale || inputs[lora_a].shape(1) == 0) {
+    return std::nullopt;  // products of rank 0 add nothing
   }
   return cpu::Adapter{view_of(inputs[lora_a]), view_of(inputs[lora_a + 1]), *scale};
 }
@@ -159,17 +181,15 @@ void eval_forward(
     const cpu::Epilogue& epilogue,
     mx::Stream stream) {
   allocate(outputs);
+  auto weights = segment_weights(inputs, layout, layout, stream);
   std::vector<cpu::Segment> segments;
   for (int i = 0; i < Forward::segments; ++i) {
     std::optional<View> bias;
     if (layout.has_bias) {
-      bias = segment_view(layout, i, inputs[layout.bias(part_of(layout, i))]);
+      bias = segment_view(layout, i, inputs[layout.bias(layout.part_of(i))]);
     }
     segments.push_back(
-        {segment_weight(inputs, layout, layout, i, stream),
-         bias,
-         adapter_of(layout, inputs, layout.lora_a(i), i),
-         view_of(outputs[i])});
+        {weights[i], bias, adapter_of(layout, inputs, layout.lora_a(i), i), view_of(outputs[i])});
   }
   auto x = view_of(inputs[Operands::input]);
   dispatch(stream, inputs, outputs, [=] { cpu::project(x, segments, epilogue); });
@@ -192,18 +212,22 @@ void eval_grad(
   struct ParameterGrad {
     View grad, out;
   };
+  std::vector<cpu::Weight> weights;
+  if (layout.reads_weight()) {
+    weights = segment_weights(inputs, layout, forward, stream);
+  }
   std::vector<cpu::GradSegment> input_grad;
   std::vector<cpu::AdapterGrad> adapter_grads;
   std::vector<ParameterGrad> weight_grads, bias_grads;
   for (int i = 0; i < Forward::segments; ++i) {
     auto grad = view_of(inputs[layout.cotangent + i]);
-    int part = part_of(forward, i);
+    int part = forward.part_of(i);
     std::optional<cpu::Adapter> adapter;
     if (layout.reads_adapters()) {
       adapter = adapter_of(forward, inputs, layout.adapter(forward.lora_a(i)), i);
     }
     if (layout.reads_weight()) {
-      input_grad.push_back({segment_weight(inputs, layout, forward, i, stream), grad, adapter});
+      input_grad.push_back({weights[i], grad, adapter});
     }
     if (auto* dw = output(forward.weight(part))) {
       weight_grads.push_back({grad, segment_view(forward, i, *dw)});

@@ -47,7 +47,7 @@ struct Quantized {
 
 using Weight = std::variant<View, Quantized>;  // [out_features, in_features]
 
-// Adds scale (x a) b to a projection of x. Both float32.
+// Adds scale (x a) b to a projection of x. Both float32, of rank 1 or more.
 struct Adapter {
   View a;  // [in_features, rank]
   View b;  // [rank, out_features]

@@ -143,7 +143,7 @@ std::vector<metal::Weight> segment_weights(
     parts.push_back(w);
   }
   for (int i = 0; i < Forward::segments; ++i) {
-    auto w = parts[forward.parts == 1 ? 0 : i];
+    auto w = parts[forward.part_of(i)];
     w.values = segment_of(w.values, forward, i);
     for (auto* t : {&w.scales, &w.biases}) {
       if (*t) {
@@ -158,8 +158,8 @@ std::vector<metal::Weight> segment_weights(
 std::optional<metal::Adapter> adapter_of(
     Launcher& launcher, const Arrays& inputs, const Operands& operands, int lora_a, int segment) {
   auto& scale = operands.adapters[segment];
-  if (!scale) {
-    return std::nullopt;
+  if (!scale || inputs[lora_a].shape(1) == 0) {
+    return std::nullopt;  // products of rank 0 add nothing
   }
   auto a = launcher.input(inputs[lora_a]), b = launcher.input(inputs[lora_a + 1]);
   return metal::Adapter{a, b, *scale};
@@ -185,7 +185,7 @@ void eval_forward(
   for (int i = 0; i < Forward::segments; ++i) {
     std::optional<Tensor> bias;
     if (layout.has_bias) {
-      bias = segment_of(biases[layout.parts == 1 ? 0 : i], layout, i);
+      bias = segment_of(biases[layout.part_of(i)], layout, i);
     }
     auto adapter = adapter_of(launcher, inputs, layout, layout.lora_a(i), i);
     segments.push_back({weights[i], bias, adapter, by_heads(launcher.output(outputs[i]))});
@@ -239,7 +239,7 @@ void eval_grad(
       segment.db = output(forward.lora_b(i));
     }
     segments.push_back(segment);
-    int part = forward.parts == 1 ? 0 : i;
+    int part = forward.part_of(i);
     if (dw[part]) {
       std::optional<Tensor> bias;
       if (dbias[part]) {
