@@ -1,0 +1,133 @@
+"""Models patched, against the same models as they come."""
+
+import math
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+
+import mlx_fused
+from graph import primitives
+from zoo import configs
+
+# A sum of K products in float32 is off by 8 sqrt(K) of its unit roundoff at most (see `oracle`): that is what
+# the two models do differently in every layer. What comes after is the same code, but its roundings fall
+# differently too, some twelve one after another in a layer, there and back; being independent they add up as
+# squares. Either model may be off by as much.
+_SUMS = configs.LAYERS * 8 * math.sqrt(configs.WIDEST)
+_ROUNDINGS = math.sqrt(2 * configs.LAYERS * 12)
+TOLERANCE = 2 * (_SUMS + _ROUNDINGS) * 2.0**-24
+
+BATCH, PROMPT, STEPS = 2, 9, 3
+MEASURES = ("logits", "gradients", "QLoRA logits", "QLoRA gradients")
+
+
+@dataclass
+class Result:
+    """What patching does to one model, and how far its results are from the stock model's."""
+
+    name: str
+    reason: str = ""  # why the model does not run
+    qkv: list[str] = field(default_factory=list)  # of dense weights, of quantized ones with adapters
+    output: list[str] = field(default_factory=list)
+    obstacles: list[str] = field(default_factory=list)
+    # The largest difference as a part of the largest value, or how the stock model fails.
+    differences: dict[str, float | str] = field(default_factory=dict)
+
+
+def measure(name):
+    """The result for one file of mlx-lm's models; None if it holds no model."""
+    try:
+        model = configs.make(name)
+    except SystemExit:
+        return Result(name, "its import asks for a package that mlx-lm does not install")
+    if model is None:
+        return None
+    try:
+        mx.eval(model(tokens()))
+    except (RuntimeError, ValueError) as error:
+        if "[metal_kernel]" not in str(error):
+            raise
+        return Result(name, "it has a Metal kernel and nothing in its place elsewhere")
+    result = Result(name)
+    _compare(model, result, *MEASURES[:2])
+    try:
+        model = configs.make_qlora(name)
+    except (AttributeError, TypeError) as error:
+        result.differences |= dict.fromkeys(MEASURES[2:], _sentence(error))
+    else:
+        _compare(model, result, *MEASURES[2:])
+    return result
+
+
+def _compare(model, result, *measures):
+    runs = dict(zip(measures, (_logits, _gradients), strict=True))
+    stock = {measure: _stock(run, model) for measure, run in runs.items()}
+    with mlx_fused.patched(model) as report:
+        for measure, run in runs.items():
+            expected = stock[measure]
+            failed = isinstance(expected, str)
+            result.differences[measure] = expected if failed else difference(run(model), expected)
+        nodes = primitives(*_logits(model))
+    # Counters are the patch's own word; the graph tells for itself.
+    ran = any(layer.qkv.calls.fused for layer in report.layers)
+    assert ran == ("FusedQKVProjection" in nodes), result.name
+    _count(report, result)
+
+
+def _stock(run, model):
+    """The stock model's results, or what it says if it cannot."""
+    try:
+        results = run(model)
+        mx.eval(results)
+    except (AttributeError, ValueError) as error:
+        return _sentence(error)
+    return results
+
+
+def _sentence(error):
+    return str(error).splitlines()[0].partition(". ")[0]
+
+
+def _count(report, result):
+    """How many layers ran fused, always, and why the others did not."""
+    for part, counts, label in (("qkv", result.qkv, "q, k, v"), ("residual", result.output, "output")):
+        parts = [getattr(layer, part) for layer in report.layers]
+        fused = [p for p in parts if p.calls.fused == p.calls.total > 0]
+        counts.append(f"{len(fused)} of {len(parts)}")
+        for p in parts:
+            assert (p in fused) == p.fused, (result.name, part, p, p.calls)
+        result.obstacles += [f"{label}: {p.obstacle}" for p in parts if p.obstacle]
+
+
+def tokens():
+    return mx.random.randint(0, configs.VOCABULARY, (BATCH, PROMPT + STEPS), key=mx.random.key(1))
+
+
+def _logits(model):
+    """For all tokens at once, and with a cache: a prompt, then token by token."""
+    inputs, cache = tokens(), make_prompt_cache(model)
+    steps = mx.split(inputs, range(PROMPT, PROMPT + STEPS), axis=1)
+    return [model(inputs), *(model(step, cache=cache) for step in steps)]
+
+
+def _gradients(model):
+    model.train()
+    _, gradients = nn.value_and_grad(model, _loss)(model, tokens())
+    model.eval()
+    return gradients
+
+
+def _loss(model, inputs):
+    return nn.losses.cross_entropy(model(inputs[:, :-1]), inputs[:, 1:], reduction="mean")
+
+
+def difference(actual, expected):
+    """The largest in two equal trees of arrays, as a part of the largest expected value."""
+    actual, expected = ({n: np.array(a) for n, a in tree_flatten(tree)} for tree in (actual, expected))
+    assert actual.keys() == expected.keys()
+    largest = max(np.abs(e).max() for e in expected.values())
+    return float(np.max([np.abs(actual[name] - e).max() for name, e in expected.items()]) / largest)
