@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 from importlib import import_module
@@ -13,6 +14,7 @@ import mlx_fused
 import tiny_demo
 from mlx_fused.cli import calls, main, passthrough
 from mlx_fused.cli.info import routes
+from mlx_fused.cli.output import _finite
 from mlx_fused.validate import sum_error
 
 EXTRA = ("mlx_lm", "click", "rich", "tokenizers", "transformers")
@@ -43,6 +45,39 @@ def test_info():
     assert rows["mlx-fused"] == mlx_fused.__version__
     assert str(mx.default_device()) in facts
     assert "4-bit + LoRA: QKV, gradient" in table
+
+
+def test_an_unknown_route_is_an_error_of_usage(monkeypatch):
+    monkeypatch.setenv("MLX_FUSED_ROUTE", "fast")
+    result = CliRunner().invoke(main, ["info"])
+    assert result.exit_code == 2
+    assert "MLX_FUSED_ROUTE must be 'composed' or 'fused' but is 'fast'" in result.output
+
+
+def test_the_demo_does_not_start_in_vain(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "file" / "demo")])
+    assert result.exit_code == 1 and "file" in result.output and isinstance(result.exception, SystemExit)
+    monkeypatch.setenv("MLX_FUSED", "0")
+    result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "demo")])
+    assert result.exit_code == 1 and "unset it" in result.output
+
+
+@pytest.mark.parametrize("config", ["{", "[]", '{"text_config": null}', '{"hidden_size": "x"}'])
+def test_bench_of_a_model_without_sizes(tmp_path, config):
+    (tmp_path / "config.json").write_text(config)
+    result = CliRunner().invoke(main, ["bench", "--model", str(tmp_path)])
+    assert result.exit_code == 2 and "no sizes of attention" in result.output
+
+
+def test_bench_of_a_model_too_narrow_to_quantize(tmp_path):
+    (tmp_path / "config.json").write_text('{"hidden_size": 32, "num_attention_heads": 2}')
+    result = CliRunner().invoke(main, ["bench", "--model", str(tmp_path), "--weights", "4-bit"])
+    assert result.exit_code == 2 and "divisible by 64" in result.output
+
+
+def test_json_has_no_nan():
+    assert _finite({"a": [math.nan, 1.5], "b": math.inf}) == {"a": [None, 1.5], "b": None}
 
 
 def test_info_as_json_tells_what_the_environment_sets(monkeypatch):

@@ -44,7 +44,17 @@ def test_report_is_in_the_order_of_the_layers():
 def test_nothing_to_patch():
     report = mlx_fused.patch(nn.Sequential(nn.Linear(4, 4)))
     assert not report.layers
-    assert str(report) == "mlx-fused: nothing to patch, no attention layer found"
+    assert str(report) == (
+        "mlx-fused: nothing to patch, no attention layer of a kind it knows (q_proj, k_proj, v_proj, ...)"
+    )
+
+
+def test_summary_of_one_layer():
+    report = mlx_fused.patch(Attention())
+    assert report.summary == (
+        "mlx-fused: of 1 attention layer, the QKV projection is fused in 1, "
+        "the output projection with its residual in 0"
+    )
 
 
 def test_summary_and_table(capfd):
@@ -135,9 +145,11 @@ def test_the_environment_turns_it_off(monkeypatch):
     monkeypatch.setenv("MLX_FUSED", "0")
     assert mx.array_equal(model(tokens(1, 3)), stock)
     assert report.layers[0].qkv.calls.total == report.layers[0].residual.calls.total == 0
+    assert report.summary.endswith("in 2; MLX_FUSED=0 keeps all of it off")
     for on in ("1", ""):
         monkeypatch.setenv("MLX_FUSED", on)
         assert fused(model(tokens(1, 3))) == (LAYERS, 0)
+        assert report.summary.endswith("in 2")
     monkeypatch.delenv("MLX_FUSED")
     assert fused(model(tokens(1, 3))) == (LAYERS, 0)
 
@@ -159,6 +171,17 @@ def test_patched_leaves_what_was_patched_before():
     with mlx_fused.patched(model):
         assert fused(model(tokens(1, 3))) == (LAYERS, 0)
     assert fused(model(tokens(1, 3))) == (1, 0)
+
+
+def test_unpatching_within_the_block_ends_with_it():
+    model = make("llama")
+    mlx_fused.patch(model.layers[1])
+    with mlx_fused.patched(model):
+        mlx_fused.unpatch(model)
+        assert fused(model(tokens(1, 3))) == (0, 0)
+    assert fused(model(tokens(1, 3))) == (1, 0)
+    mlx_fused.unpatch(model)
+    assert not any("_patch" in vars(m) for m in model.modules())
 
 
 # The rest of the model's life

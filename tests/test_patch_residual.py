@@ -162,6 +162,14 @@ class Elsewhere(Layer):
         return x + attn(x)
 
 
+class Inherited(Named):
+    pass
+
+
+class Borrowed(PostNorm):
+    __call__ = Named.__call__
+
+
 Unreadable = type("Unreadable", (Layer,), {"__call__": lambda self, x: x + self.attn(x)})
 
 FUSED = [Named, Direct, Reused, Scaled, Branches, Either, Sum, Wrapped]
@@ -173,6 +181,7 @@ SKIPPED = {
     Unused: "Unused does not use it",
     Returned: "Returned does not add its output",
     Elsewhere: "Elsewhere does not call it",
+    Borrowed: "the code of Borrowed cannot be read",
     Unreadable: "the code of Unreadable cannot be read",
 }
 
@@ -225,10 +234,11 @@ def test_a_part_is_patched_as_it_was_in_the_whole():
     assert residual(layer).fused
 
 
-def test_a_layer_with_checkpointing(monkeypatch):
-    layer, x = Named(), sample(1, 3, 64)
+@pytest.mark.parametrize("cls", [Named, Inherited])
+def test_a_layer_with_checkpointing(monkeypatch, cls):
+    layer, x = cls(), sample(1, 3, 64)
     expected = mx.grad(lambda x: layer(x).sum())(x)
-    monkeypatch.setattr(Named, "__call__", Named.__call__)  # grad_checkpoint edits the class
+    monkeypatch.setattr(cls, "__call__", cls.__call__)  # grad_checkpoint edits the class
     grad_checkpoint(layer)
     part = residual(layer)
     assert part.fused  # as the class's source has it
@@ -472,5 +482,6 @@ def test_options():
     ):
         assert residual(model, **options).obstacle == obstacle
         assert_same([model(x)], [expected])
-    with pytest.raises(ValueError, match="o_residual must be 'auto', True or False, got 'always'"):
-        mlx_fused.patch(model, o_residual="always")
+    for wrong in ("always", 0, 1, None):
+        with pytest.raises(ValueError, match=f"o_residual must be 'auto', True or False, got {wrong!r}"):
+            mlx_fused.patch(model, o_residual=wrong)

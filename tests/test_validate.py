@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -53,6 +54,45 @@ def run(*arguments):
 
 def check(model, tokens=4):
     return validate.validate(model, PROMPT, tokens)
+
+
+def test_adapters_with_dropout_are_compared_under_the_same(checkpoints, tmp_path, wrong_values):
+    shutil.copytree(checkpoints / "adapters", tmp_path / "adapters")
+    file = tmp_path / "adapters" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["lora_parameters"]["dropout"] = 0.3
+    file.write_text(json.dumps(config))
+    arguments = [checkpoints / "model-4bit", "--adapter-path", tmp_path / "adapters", "--json"]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    gradients = json.loads(result.stdout)["gradients"].values()
+    assert all(check["stock_error"] == 0 and check["patched_error"] < 1e-4 for check in gradients)
+    wrong_values(lambda v: 1.01 * v)
+    assert run(*arguments).exit_code == 1
+
+
+def test_4_bit_weights_under_bfloat16_activations_pass(checkpoints, tmp_path):
+    options = {"quantize": True, "q_group_size": 32, "q_bits": 4}
+    convert(str(checkpoints / "model"), str(tmp_path / "model"), dtype="bfloat16", **options)
+    result = run(tmp_path / "model", "--json")
+    assert result.exit_code == 0, result.output
+    results = json.loads(result.stdout)
+    assert results["dtype"] == "bfloat16" and results["calls"]["qkv"]["fused"] > 0
+
+
+def test_nothing_fused_is_nothing_validated(checkpoints, monkeypatch):
+    monkeypatch.setenv("MLX_FUSED", "0")
+    result = run(checkpoints / "model")
+    assert result.exit_code == 2
+    assert "Nothing of it ran fused" in result.output and "MLX_FUSED=0" in result.output
+
+
+def test_a_damaged_checkpoint_is_not_validated(checkpoints, tmp_path):
+    shutil.copytree(checkpoints / "model", tmp_path / "model")
+    with (tmp_path / "model" / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    result = run(tmp_path / "model")
+    assert result.exit_code == 2 and "cannot be loaded" in result.output
 
 
 @pytest.mark.parametrize(
@@ -178,7 +218,7 @@ def test_generated_text_is_that_of_mlx_lm(checkpoints):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no/such/directory"], "cannot be loaded"),
+        (["no/such/directory"], "There is no directory no/such/directory"),
         (["."], "config.json"),
         ([".", "--adapter-path", "missing"], "--adapter-path"),
         ([".", "--tokens", "1"], "--tokens"),

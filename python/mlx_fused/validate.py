@@ -19,7 +19,7 @@ from statistics import median
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.lora import CONFIG_DEFAULTS
@@ -41,7 +41,7 @@ _LORA_B_SPREAD = 1e-3  # mlx-lm starts B at zero, for which A has no gradient
 
 
 class CannotValidate(Exception):
-    """The model is not there, not one of mlx-lm's, or never computes in float32; the message says which."""
+    """The model is not there, not one of mlx-lm's, not fused, or never in float32; the message says which."""
 
 
 def load(model: str, adapter_path: Path | None) -> tuple[nn.Module, TokenizerWrapper]:
@@ -52,13 +52,16 @@ def load(model: str, adapter_path: Path | None) -> tuple[nn.Module, TokenizerWra
     """
     try:
         return mlx_lm.load(model, adapter_path=str(adapter_path) if adapter_path else None)
+    except HFValidationError as error:
+        raise CannotValidate(f"There is no directory {model}.") from error
     except LocalEntryNotFoundError as error:
         raise CannotValidate(
             f"There is no directory {model} here, and the hub cannot be asked for a model of this name. "
             f"Where it can be, run: hf download {model} --local-dir DIR. Then give the path of DIR."
         ) from error
-    except (OSError, ValueError) as error:
-        raise CannotValidate(f"{model} cannot be loaded: {error}") from error
+    except Exception as error:  # whatever mlx-lm and a model's code say to a checkpoint that is not theirs
+        adapters = f" with the adapters of {adapter_path}" if adapter_path else ""
+        raise CannotValidate(f"{model}{adapters} cannot be loaded: {str(error) or repr(error)}") from error
 
 
 def validate(
@@ -76,7 +79,8 @@ def validate(
         dict: What was measured; ``passed`` is the verdict.
 
     Raises:
-        CannotValidate: If the model does not compute in float32 when its embeddings are float32.
+        CannotValidate: If nothing of the model runs fused, or it does not compute in float32 when its
+            embeddings are float32.
     """
     tokens = mx.array(prompt)
     with mlx_fused.patched(model) as report:
@@ -101,9 +105,14 @@ def validate(
     # Each product of the forward has two in the backward.
     gradients = _hold(runner.run_all(lambda: _adapter_gradients(model, tokens)), sum_error(3 * terms))
     memory["LoRA step"] = runner.memory
+    if not any(calls["fused"] for calls in runner.calls.values()):
+        raise CannotValidate(
+            f"Nothing of it ran fused, so there is nothing to compare. Is MLX_FUSED=0 set?\n{report}"
+        )
     return {
         "dtype": dtype,
         "layers": {x.name: {"qkv": str(x.qkv), "residual": str(x.residual)} for x in report.layers},
+        "obstacles": sorted({p.obstacle for x in report.layers for p in (x.qkv, x.residual) if p.obstacle}),
         "calls": runner.calls,
         "logits": logits,
         "gradients": gradients,
@@ -273,6 +282,7 @@ def _adapter_gradients(model: nn.Module, tokens: mx.array) -> dict[str, mx.array
         return nn.losses.cross_entropy(logits, tokens[None, 1:], reduction="mean")
 
     model.train()
+    mx.random.seed(0)  # the same dropout in every variant
     _, gradients = nn.value_and_grad(model, loss)(model)
     model.eval()
     kinds = defaultdict(list)

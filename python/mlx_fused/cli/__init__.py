@@ -1,5 +1,6 @@
 """The ``mlx-fused`` command."""
 
+import os
 import sys
 
 import mlx_fused
@@ -33,6 +34,8 @@ class _Group(click.Group):
         return super().main(args, *rest, **extra)
 
     def invoke(self, ctx: click.Context):
+        if (route := os.environ.get("MLX_FUSED_ROUTE", "")) not in ("", "composed", "fused"):
+            raise click.UsageError(f"MLX_FUSED_ROUTE must be 'composed' or 'fused' but is '{route}'.")
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:

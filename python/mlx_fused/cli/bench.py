@@ -11,7 +11,7 @@ from statistics import median
 import click
 import mlx.core as mx
 
-from mlx_fused.cli.calls import WEIGHTS, Call, Sizes, make_block, make_calls
+from mlx_fused.cli.calls import GROUP_SIZE, WEIGHTS, Call, Sizes, make_block, make_calls
 from mlx_fused.cli.info import describe
 from mlx_fused.cli.output import console, json_option, print_json
 
@@ -46,10 +46,14 @@ def bench(model: Path | None, weights: tuple[str, ...], rows: tuple[int, ...], a
 
     Only the ratios mean something: other work on the machine slows down both.
     """
+    from rich.markup import escape
     from rich.progress import track
     from rich.table import Table
 
     sizes = _sizes_of(model) if model else Sizes()
+    widths = sizes.hidden, sizes.num_heads * sizes.head_dim
+    if any(kind.startswith("4-bit") for kind in weights) and any(width % GROUP_SIZE for width in widths):
+        raise click.BadParameter(f"4-bit weights need sizes divisible by {GROUP_SIZE}.", param_hint="--weights")
     out = console(as_json)
     cells = []
     plan = [(kind, m) for kind in weights for m in rows]
@@ -61,16 +65,16 @@ def bench(model: Path | None, weights: tuple[str, ...], rows: tuple[int, ...], a
                 {"weights": kind, "operation": call.name, "tokens": m, "stock_s": stock, "fused_s": fused}
             )
 
-    table = Table(title=f"{model or 'Llama-3.2-1B'}, {sizes}", caption="milliseconds, medians")
+    table = Table(title=escape(f"{model or 'Llama-3.2-1B'}: {sizes}"), caption="milliseconds, medians")
     for title in ("weights", "operation", "tokens", "stock", "fused", "speedup"):
-        table.add_column(title, justify="right" if len(table.columns) > 1 else "left")
+        table.add_column(title, justify="right" if len(table.columns) > 1 else "left", no_wrap=True)
     for cell in cells:
         stock, fused = cell["stock_s"], cell["fused_s"]
         times = f"{1e3 * stock:.3f}", f"{1e3 * fused:.3f}", f"{stock / fused:.2f}"
         table.add_row(cell["weights"], cell["operation"], str(cell["tokens"]), *times)
     machine = describe()
     out.print(table)
-    out.print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    out.print(", ".join(f"{name} {value}" for name, value in machine.items()), soft_wrap=True)
     if as_json:
         print_json({"machine": machine, "sizes": vars(sizes), "cells": cells})
 
@@ -98,11 +102,11 @@ def _turn(work: Callable[[], None]) -> float:
 def _sizes_of(model: Path) -> Sizes:
     try:
         config = json.loads((model / "config.json").read_text())
-        config = config.get("text_config", config)
+        config = config.get("text_config") or config
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    except (OSError, KeyError) as error:
+        kv_heads = config.get("num_key_value_heads") or heads
+        return Sizes(hidden, heads, kv_heads, config.get("head_dim") or hidden // heads)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise click.BadParameter(
             f"{model}: no sizes of attention: {error!r}", param_hint="--model"
         ) from error
-    kv_heads = config.get("num_key_value_heads") or heads
-    return Sizes(hidden, heads, kv_heads, config.get("head_dim") or hidden // heads)

@@ -19,7 +19,8 @@ WEIGHTS = {
     "4-bit": mx.bfloat16,
     "4-bit + LoRA": mx.bfloat16,
 }
-_QUANTIZATION = {"group_size": 64, "bits": 4}
+GROUP_SIZE = 64
+_QUANTIZATION = {"group_size": GROUP_SIZE, "bits": 4}
 _RANK, _SCALE = 8, 20.0  # mlx-lm's defaults
 
 
@@ -31,6 +32,9 @@ class Sizes:
     num_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 64
+
+    def __str__(self) -> str:
+        return f"{self.hidden} features, {self.num_heads} heads of {self.head_dim}, {self.num_kv_heads} for keys"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """``mlx-fused demo``: a small model fine-tuned twice."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,10 +28,12 @@ def demo(out: Path, iters: int, seed: int, dense: bool, as_json: bool) -> None:
     """
     from mlx_fused.demo import Settings, run
 
+    if os.environ.get("MLX_FUSED") == "0":
+        raise click.ClickException("MLX_FUSED=0 is set; unset it for the demo.")
     people = console(as_json)
     try:
         results = run(out, Settings(iters=iters, seed=seed, dense=dense), people)
-    except FileExistsError as error:
+    except OSError as error:
         raise click.ClickException(str(error)) from error
     if as_json:
         print_json(results)

@@ -1,6 +1,7 @@
 """Where results and what accompanies them are printed."""
 
 import json
+import math
 import sys
 
 import click
@@ -19,4 +20,13 @@ def console(as_json: bool):
 
 
 def print_json(results: dict) -> None:
-    click.echo(json.dumps(results, indent=2))
+    click.echo(json.dumps(_finite(results), indent=2))
+
+
+def _finite(value):
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -47,7 +47,8 @@ def validate(model: str, adapter_path: Path | None, prompt: str | None, tokens: 
     except checks.CannotValidate as error:
         raise click.BadParameter(str(error), param_hint="MODEL") from error
     adapters = str(adapter_path) if adapter_path else None
-    results = describe() | {"model": model, "adapters": adapters, "prompt_tokens": len(ids)} | measured
+    call = {"machine": describe(), "model": model, "adapters": adapters, "prompt_tokens": len(ids)}
+    results = call | measured
     _show(out, results)
     if as_json:
         print_json(results)
@@ -56,28 +57,29 @@ def validate(model: str, adapter_path: Path | None, prompt: str | None, tokens: 
 
 
 def _show(out: Console, results: dict) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     adapters = f" with {results['adapters']}" if results["adapters"] else ""
-    table = Table(title=f"{results['model']}{adapters}")
+    table = Table(title=escape(f"{results['model']}{adapters}"))
     for title in (results["dtype"], "stock", "patched", ""):
-        table.add_column(title, justify="right" if table.columns else "left")
+        table.add_column(title, justify="right" if table.columns else "left", no_wrap=True)
 
     gradients = results["gradients"]
-    worst = max(gradients, key=lambda kind: gradients[kind]["patched_error"] - gradients[kind]["tolerance"])
+    worst = max(gradients, key=lambda kind: _badness(gradients[kind]))
     for title, check in (
         ("logits", results["logits"]),
         (f"gradient of {worst.split('*.')[-1]}", gradients[worst]),
     ):
         errors = (f"{check[name]:.1e}" for name in ("stock_error", "patched_error"))
-        table.add_row(f"error of {title}", *errors, f"at most {check['tolerance']:.1e}")
+        table.add_row(f"error of {title}", *errors, f"at most {check['tolerance']:.1e}", style=_style(check))
     greedy = results["greedy"]
     at, number = greedy["diverges_at"], str(greedy["tokens"])
     if at is None:
         table.add_row("greedy tokens", number, number, "the same")
     else:
         gap = f"gap {greedy['gap']:.1e}, at most {greedy['tolerance']:.1e}"
-        table.add_row("greedy tokens", number, f"{at} the same", gap)
+        table.add_row("greedy tokens", number, f"{at} the same", gap, style=_style(greedy))
     table.add_section()
     for phase, of in results["tokens_per_second"].items():
         stock, patched = of["stock"], of["patched"]
@@ -92,6 +94,17 @@ def _show(out: Console, results: dict) -> None:
     qkv, residual = (f"{calls['fused']} of {calls['total']}" for calls in results["calls"].values())
     out.print(
         f"calls that ran fused: {qkv} of QKV projections, {residual} of output projections + residual; "
-        f"on {results['default device']}"
+        f"on {results['machine']['default device']}",
+        soft_wrap=True,
     )
+    if results["obstacles"]:
+        out.print(escape(f"not fused: {'; '.join(results['obstacles'])}"), soft_wrap=True)
     out.print("[bold green]PASSED[/]" if results["passed"] else "[bold red]FAILED[/]")
+
+
+def _badness(check: dict) -> tuple[bool, float]:
+    return not check["passed"], check["patched_error"] / (check["tolerance"] or 1)
+
+
+def _style(check: dict) -> str | None:
+    return None if check["passed"] else "red"

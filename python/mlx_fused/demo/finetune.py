@@ -103,5 +103,5 @@ def finetune(
         run.terms = sum_terms(model, report)
         calls = [part.calls for layer in report.layers for part in (layer.qkv, layer.residual)]
         if not all(0 < part.fused == part.total for part in calls):
-            raise RuntimeError(f"Not every call ran fused.\n{mlx_fused.patch(model)}")
+            raise RuntimeError(f"Not every call ran fused.\n{report}")
     return run

@@ -108,16 +108,19 @@ def patched(
     Modules that were patched before the block are after it as they were. The arguments, and the errors
     they raise, are those of :func:`patch`.
     """
-    before = [(module, attention.patch_of(module)) for _, module, *_ in _attentions(model)]
+    before = [(module, names, attention.patch_of(module)) for _, module, names, _ in _attentions(model)]
     try:
         yield _patch(model, qkv, o_residual, lora, exact)
     finally:
-        for module, earlier in before:
-            attention.restore(module, earlier)
+        for module, names, earlier in before:
+            if earlier is None:
+                attention.restore(module)
+            else:
+                attention.set_patch(module, names, earlier)
 
 
 def _patch(model: nn.Module, qkv: bool, o_residual: str | bool, lora: bool, exact: bool) -> PatchReport:
-    if o_residual not in ("auto", True, False):
+    if o_residual != "auto" and not isinstance(o_residual, bool):
         raise ValueError(f"o_residual must be 'auto', True or False, got {o_residual!r}")
     options = Options(qkv, o_residual, lora, exact)
     layers = []

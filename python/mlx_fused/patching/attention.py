@@ -7,7 +7,6 @@ to the residual (see ``residual``). Outside of the call they are the modules the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fused.patching import projections
-from mlx_fused.patching.report import Calls, LayerReport, Part
+from mlx_fused.patching.report import Calls, LayerReport, Part, switched_off
 from mlx_fused.patching.residual import Projected
 
 
@@ -69,21 +68,25 @@ class FusedAttention:
 
 def fuse(attention: nn.Module, names: Names, options: Options, obstacles: Obstacles) -> None:
     """Patch ``attention``, or change the options of its patch."""
-    if patch := patch_of(attention):
+    calls = ()
+    if (patch := patch_of(attention)) is not None:
         # A part of a model that is patched by itself does not show the layer around it.
         residual = patch.obstacles.residual and obstacles.residual
         obstacles = obstacles._replace(residual=residual)
-        attention._patch = Patch(options, obstacles, patch.qkv_calls, patch.residual_calls)
-    else:
-        attention._patch = Patch(options, obstacles)
+        calls = patch.qkv_calls, patch.residual_calls
+    set_patch(attention, names, Patch(options, obstacles, *calls))
+
+
+def set_patch(attention: nn.Module, names: Names, patch: Patch) -> None:
+    """Make ``attention`` one that is patched as ``patch`` says."""
+    if not isinstance(attention, FusedAttention):
         attention.__class__ = _fused_class(type(attention), names)
+    attention._patch = patch
 
 
-def restore(attention: nn.Module, patch: Patch | None = None) -> None:
-    """Put ``attention`` back to how it was patched before, or not."""
-    if patch is not None:
-        attention._patch = patch
-    elif isinstance(attention, FusedAttention):
+def restore(attention: nn.Module) -> None:
+    """Give ``attention`` its own class back."""
+    if isinstance(attention, FusedAttention):
         attention.__class__ = attention._original
         del attention._patch
 
@@ -225,7 +228,7 @@ class _Slot:
 def _entry(name: str) -> Callable:
     def call(self, *args, **kwargs):
         run = getattr(self._original, name)
-        if os.environ.get("MLX_FUSED") == "0":
+        if switched_off():
             return run(self, *args, **kwargs)
         token = _running.set(_Call(self))
         try:

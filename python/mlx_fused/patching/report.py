@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+
+
+def switched_off() -> bool:
+    """Whether patched models run their own code."""
+    return os.environ.get("MLX_FUSED") == "0"
 
 
 @dataclass
@@ -63,11 +69,13 @@ class PatchReport:
     def summary(self) -> str:
         """The report in one line."""
         if not self.layers:
-            return "mlx-fused: nothing to patch, no attention layer found"
+            kind = "no attention layer of a kind it knows (q_proj, k_proj, v_proj, ...)"
+            return f"mlx-fused: nothing to patch, {kind}"
         qkv, residual = (sum(getattr(x, part).fused for x in self.layers) for part in ("qkv", "residual"))
         return (
-            f"mlx-fused: of {len(self.layers)} attention layers, the QKV projection is fused in {qkv}, "
-            f"the output projection with its residual in {residual}"
+            f"mlx-fused: of {len(self.layers)} attention layer{'s' * (len(self.layers) > 1)}, "
+            f"the QKV projection is fused in {qkv}, the output projection with its residual in {residual}"
+            f"{'; MLX_FUSED=0 keeps all of it off' * switched_off()}"
         )
 
     def __repr__(self) -> str:

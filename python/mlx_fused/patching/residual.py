@@ -69,18 +69,41 @@ for _name in dir(mx.array):
 @cache
 def obstacle(layer: type[nn.Module], name: str) -> str | None:
     """Why a ``layer`` does not just add what its module ``name`` returns to an array, None if it does."""
-    # The class and not its function, which grad_checkpoint may have replaced.
-    owner = next(cls for cls in layer.__mro__ if "__call__" in vars(cls))
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
-    except (OSError, TypeError, SyntaxError):
+    owner, code = _find_call(layer)
+    if code is None:
         return f"the code of {owner.__name__} cannot be read"
-    code = next(n for n in tree.body[0].body if isinstance(n, ast.FunctionDef) and n.name == "__call__")
     flow = _Flow(code)
     calls = [n for n in ast.walk(code) if isinstance(n, ast.Call) and ast.unparse(n.func) == f"self.{name}"]
     if not calls:
         return f"{owner.__name__} does not call it"
     return next((f"{owner.__name__} {use}" for call in calls if (use := flow.other_use(call))), None)
+
+
+def _find_call(layer: type[nn.Module]) -> tuple[type, ast.FunctionDef | None]:
+    """The ``__call__`` in the source of ``layer``, and whose it is; None if that cannot be read."""
+    # The class and not its function, which grad_checkpoint may have replaced, or put where there was none.
+    for owner in layer.__mro__:
+        if "__call__" not in vars(owner):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+        except (OSError, TypeError, SyntaxError):
+            return owner, None
+        match [node for node in ast.walk(tree) if _binds_call(node)]:
+            case []:
+                continue
+            case [ast.FunctionDef() as code]:
+                return owner, code
+            case _:
+                return owner, None
+    return layer, None
+
+
+def _binds_call(node: ast.AST) -> bool:
+    match node:
+        case ast.FunctionDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+            return name == "__call__"
+    return False
 
 
 class _Flow:
