@@ -53,7 +53,9 @@ def bench(model: Path | None, weights: tuple[str, ...], rows: tuple[int, ...], a
     sizes = _sizes_of(model) if model else Sizes()
     widths = sizes.hidden, sizes.num_heads * sizes.head_dim
     if any(kind.startswith("4-bit") for kind in weights) and any(width % GROUP_SIZE for width in widths):
-        raise click.BadParameter(f"4-bit weights need sizes divisible by {GROUP_SIZE}.", param_hint="--weights")
+        raise click.BadParameter(
+            f"4-bit weights need sizes divisible by {GROUP_SIZE}.", param_hint="--weights"
+        )
     out = console(as_json)
     cells = []
     plan = [(kind, m) for kind in weights for m in rows]

@@ -34,7 +34,7 @@ class Sizes:
     head_dim: int = 64
 
     def __str__(self) -> str:
-        return f"{self.hidden} features, {self.num_heads} heads of {self.head_dim}, {self.num_kv_heads} for keys"
+        return f"{self.hidden} wide, {self.num_heads} heads of {self.head_dim}, {self.num_kv_heads} of keys"
 
 
 @dataclass(frozen=True)
