@@ -63,7 +63,16 @@ def test_the_demo_does_not_start_in_vain(monkeypatch, tmp_path):
     assert result.exit_code == 1 and "unset it" in result.output
 
 
-@pytest.mark.parametrize("config", ["{", "[]", '{"text_config": null}', '{"hidden_size": "x"}'])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "{",
+        "[]",
+        '{"text_config": null}',
+        '{"hidden_size": "x", "num_attention_heads": 2, "head_dim": 64}',
+        '{"hidden_size": 64, "num_attention_heads": 0}',
+    ],
+)
 def test_bench_of_a_model_without_sizes(tmp_path, config):
     (tmp_path / "config.json").write_text(config)
     result = CliRunner().invoke(main, ["bench", "--model", str(tmp_path)])

@@ -107,8 +107,11 @@ def _sizes_of(model: Path) -> Sizes:
         config = config.get("text_config") or config
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         kv_heads = config.get("num_key_value_heads") or heads
-        return Sizes(hidden, heads, kv_heads, config.get("head_dim") or hidden // heads)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        sizes = hidden, heads, kv_heads, config.get("head_dim") or hidden // heads
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(sizes)
+        return Sizes(*sizes)
+    except (ArithmeticError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise click.BadParameter(
             f"{model}: no sizes of attention: {error!r}", param_hint="--model"
         ) from error

@@ -61,12 +61,13 @@ def run(out: Path, settings: Settings, console: Console) -> dict:
         f"{model_path}: Llama, {settings.num_layers} layers, {parameters / 1e6:.2f} M parameters; "
         f"{share:.0%} of the weights in its products are the QKV projections'",
         soft_wrap=True,
+        markup=False,
     )
     del model
     if not settings.dense:
         dense_path, model_path = model_path, out / "model-4bit"
         quantize(dense_path, model_path, settings)
-        console.print(f"{model_path}: the same in 4 bits")
+        console.print(f"{model_path}: the same in 4 bits", soft_wrap=True, markup=False)
 
     runs = {}
     for name, adapter_path in adapter_paths.items():
@@ -193,4 +194,5 @@ def _show(console: Console, results: dict) -> None:
         console.print(Panel(Text(results["texts"][name].rstrip()), title=title, title_align="left"))
     phases = ", ".join(f"{name} {value:.0f} s" for name, value in results["seconds"].items())
     console.print(f"{phases}, on {results['device']}", soft_wrap=True)
-    console.print(f"More of this checkpoint: mlx-fused validate {results['model']}", soft_wrap=True)
+    more = f"More of this checkpoint: mlx-fused validate {results['model']}"
+    console.print(more, soft_wrap=True, markup=False)
