@@ -14,7 +14,7 @@ import mlx_fused
 import tiny_demo
 from mlx_fused.cli import calls, main, passthrough
 from mlx_fused.cli.info import routes
-from mlx_fused.cli.output import _finite
+from mlx_fused.cli.output import to_json
 from mlx_fused.validate import sum_error
 
 EXTRA = ("mlx_lm", "click", "rich", "tokenizers", "transformers")
@@ -86,7 +86,7 @@ def test_bench_of_a_model_too_narrow_to_quantize(tmp_path):
 
 
 def test_json_has_no_nan():
-    assert _finite({"a": [math.nan, 1.5], "b": math.inf}) == {"a": [None, 1.5], "b": None}
+    assert json.loads(to_json({"a": [math.nan, 1.5], "b": math.inf})) == {"a": [None, 1.5], "b": None}
 
 
 def test_info_as_json_tells_what_the_environment_sets(monkeypatch):
@@ -259,11 +259,14 @@ def test_what_is_timed_computes_the_same(monkeypatch, weights):
 
 def test_bench_uses_the_sizes_of_a_model(tmp_path):
     sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": sizes}))
+    model = tmp_path / "[bold]model"  # what is markup to rich
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"text_config": sizes}))
     result = CliRunner().invoke(
-        main, ["bench", "--model", str(tmp_path), "--rows", "2", "--weights", "float32", "--json"]
+        main, ["bench", "--model", str(model), "--rows", "2", "--weights", "float32", "--json"]
     )
     assert result.exit_code == 0, result.output
+    assert "[bold]model" in "".join(result.stderr.split())
     results = json.loads(result.stdout)
     assert results["sizes"] == vars(SMALL)
     assert results["machine"]["mlx"] == version("mlx")

@@ -14,7 +14,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_fused
 from oracle import UNIT_ROUNDOFF
-from tiny_models import CONFIGS, HIDDEN, LAYERS, WIDEST, fused, loss, make, tokens
+from tiny_models import CONFIGS, HIDDEN, LAYERS, PROJECTIONS, WIDEST, fused, loss, make, tokens
 
 DTYPES = {"f32": mx.float32, "bf16": mx.bfloat16}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -151,7 +151,7 @@ def test_lora(name, kind, dropout, order):
     linear_to_lora_layers(model, LAYERS, {"rank": 4, "scale": 2.0, "dropout": dropout})
     # The other half of the product, or else the adapters add nothing.
     for layer in model.layers:
-        for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        for projection in (*PROJECTIONS, "o_proj"):
             adapter = layer.self_attn[projection]
             adapter.lora_b = 0.3 * mx.random.normal(adapter.lora_b.shape)
     mlx_fused.unpatch(model)

@@ -8,6 +8,7 @@ import mlx.nn as nn
 from graph import primitives
 
 LAYERS, HIDDEN, VOCABULARY = 2, 64, 96
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 WIDEST = 96  # of the sums of an attention layer: its heads together
 
 _SIZES = {

@@ -20,11 +20,15 @@ def console(as_json: bool):
 
 
 def print_json(results: dict) -> None:
-    click.echo(json.dumps(_finite(results), indent=2))
+    click.echo(to_json(results))
+
+
+def to_json(results: dict) -> str:
+    """JSON has no NaN and no infinity: null stands for them."""
+    return json.dumps(_finite(results), indent=2)
 
 
 def _finite(value):
-    """JSON has no NaN and no infinity."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,6 +1,5 @@
 """The demo from an empty directory to the verdict."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from mlx_fused.cli.output import to_json
 from mlx_fused.validate import sum_error
 
 from .checkpoint import build, quantize
@@ -94,7 +94,7 @@ def run(out: Path, settings: Settings, console: Console) -> dict:
         "texts": texts,
         "seconds": seconds,
     }
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (out / "results.json").write_text(to_json(results) + "\n")
     _show(console, results)
     return results
 
