@@ -155,7 +155,7 @@ Arrays qkv_projection(const Arrays& inputs, const QKVLayout& layout, mx::StreamO
   for (int i = 0; i < QKVLayout::segments; ++i) {
     segments[i] = add_adapter(segments[i], inputs, layout, i, s);
     if (layout.split_heads) {
-      auto by_head = mx::unflatten(segments[i], -1, {layout.heads(i), layout.head_dim}, s);
+      auto by_head = mx::unflatten(segments[i], -1, {layout.heads(i), layout.dims(i)}, s);
       segments[i] = mx::transpose(by_head, {0, 2, 1, 3}, s);
     }
   }

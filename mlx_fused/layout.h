@@ -77,7 +77,8 @@ struct QKVLayout : Operands {
   int num_heads;
   int num_kv_heads;
   int head_dim;
-  bool split_heads;  // outputs are [B, heads, S, head_dim], not [B, S, heads head_dim]
+  int v_head_dim;
+  bool split_heads;  // outputs are [B, heads, S, dims], not [B, S, features]
   bool exact;
 
   static constexpr int segments = 3;
@@ -90,13 +91,16 @@ struct QKVLayout : Operands {
   int heads(int segment) const {
     return segment == 0 ? num_heads : num_kv_heads;
   }
-  // Output features of one segment: Hq or Hkv.
+  // Output features of one of a segment's heads, and of all.
+  int dims(int segment) const {
+    return segment == 2 ? v_head_dim : head_dim;
+  }
   int features(int segment) const {
-    return heads(segment) * head_dim;
+    return heads(segment) * dims(segment);
   }
   // Where a segment's rows start in the packed weight.
   int row(int segment) const {
-    return segment == 0 ? 0 : features(0) + (segment - 1) * features(1);
+    return segment == 0 ? 0 : row(segment - 1) + features(segment - 1);
   }
   int part_features(int part) const {
     return packed() ? row(segments) : features(part);

@@ -12,32 +12,30 @@ namespace mlx_fused {
 
 namespace {
 
+constexpr int64_t max_features = std::numeric_limits<int>::max();
+
 // Checks everything but the weights.
-QKVLayout check_heads(
-    const Check& check,
-    const mx::array& input,
-    int num_heads,
-    int num_kv_heads,
-    int head_dim,
-    bool split_heads = true,
-    bool exact = false) {
-  check.positive("num_heads", num_heads);
-  check.positive("num_kv_heads", num_kv_heads);
-  check.positive("head_dim", head_dim);
-  if (num_heads % num_kv_heads != 0) {
+QKVLayout check_heads(const Check& check, const mx::array& input, const Heads& heads, bool exact = false) {
+  check.positive("num_heads", heads.num_heads);
+  check.positive("num_kv_heads", heads.num_kv_heads);
+  check.positive("head_dim", heads.head_dim);
+  int v_head_dim = heads.v_head_dim.value_or(heads.head_dim);
+  check.positive("v_head_dim", v_head_dim);
+  if (heads.num_heads % heads.num_kv_heads != 0) {
     check.fail(
-        "num_heads must be a multiple of num_kv_heads but got " + std::to_string(num_heads) + " and " +
-        std::to_string(num_kv_heads) + ".");
+        "num_heads must be a multiple of num_kv_heads but got " + std::to_string(heads.num_heads) + " and " +
+        std::to_string(heads.num_kv_heads) + ".");
   }
-  if ((num_heads + 2 * int64_t(num_kv_heads)) * head_dim > std::numeric_limits<int>::max()) {
+  int64_t qk_heads = int64_t(heads.num_heads) + heads.num_kv_heads;
+  if (qk_heads * heads.head_dim > max_features - int64_t(heads.num_kv_heads) * v_head_dim) {
     check.fail(
-        "(num_heads + 2 * num_kv_heads) * head_dim must be below 2^31 but got num_heads " +
-        std::to_string(num_heads) + ", num_kv_heads " + std::to_string(num_kv_heads) + " and head_dim " +
-        std::to_string(head_dim) + ".");
+        "the features of all heads must be below 2^31 but got num_heads " + std::to_string(heads.num_heads) +
+        ", num_kv_heads " + std::to_string(heads.num_kv_heads) + ", head_dim " +
+        std::to_string(heads.head_dim) + " and v_head_dim " + std::to_string(v_head_dim) + ".");
   }
   check.ndim("input", input, 3);
   check.floating("input", input);
-  return {{}, num_heads, num_kv_heads, head_dim, split_heads, exact};
+  return {{}, heads.num_heads, heads.num_kv_heads, heads.head_dim, v_head_dim, heads.split, exact};
 }
 
 // The inputs as a primitive takes them, cast to nothing yet; completes the layout.
@@ -110,14 +108,11 @@ Arrays fused_qkv_projection(
     const mx::array& input,
     const Parts& weight,
     const std::optional<Parts>& bias,
-    int num_heads,
-    int num_kv_heads,
-    int head_dim,
-    bool split_heads,
+    const Heads& heads,
     const std::optional<std::string>& wish,
     mx::StreamOrDevice s) {
   Check check("fused_qkv_projection");
-  auto layout = check_heads(check, input, num_heads, num_kv_heads, head_dim, split_heads);
+  auto layout = check_heads(check, input, heads);
   return project(check, input, {weight, std::nullopt, bias, std::nullopt}, layout, wish, s);
 }
 
@@ -126,14 +121,11 @@ Arrays fused_quantized_qkv_projection(
     const Parts& weight,
     const QuantizedParts& quantized,
     const std::optional<Parts>& bias,
-    int num_heads,
-    int num_kv_heads,
-    int head_dim,
-    bool split_heads,
+    const Heads& heads,
     const std::optional<std::string>& wish,
     mx::StreamOrDevice s) {
   Check check("fused_quantized_qkv_projection");
-  auto layout = check_heads(check, input, num_heads, num_kv_heads, head_dim, split_heads);
+  auto layout = check_heads(check, input, heads);
   return project(check, input, {weight, quantized, bias, std::nullopt}, layout, wish, s);
 }
 
@@ -143,15 +135,12 @@ Arrays fused_lora_qkv_projection(
     const std::optional<QuantizedParts>& quantized,
     const std::optional<Parts>& bias,
     const Adapters& adapters,
-    int num_heads,
-    int num_kv_heads,
-    int head_dim,
-    bool split_heads,
+    const Heads& heads,
     bool exact,
     const std::optional<std::string>& wish,
     mx::StreamOrDevice s) {
   Check check("fused_lora_qkv_projection");
-  auto layout = check_heads(check, input, num_heads, num_kv_heads, head_dim, split_heads, exact);
+  auto layout = check_heads(check, input, heads, exact);
   return project(check, input, {weight, quantized, bias, adapters}, layout, wish, s);
 }
 
@@ -159,13 +148,10 @@ Arrays composed_qkv_projection(
     const mx::array& input,
     const Parts& weight,
     const std::optional<Parts>& bias,
-    int num_heads,
-    int num_kv_heads,
-    int head_dim,
-    bool split_heads,
+    const Heads& heads,
     mx::StreamOrDevice s) {
   Check check("composed.fused_qkv_projection");
-  auto layout = check_heads(check, input, num_heads, num_kv_heads, head_dim, split_heads);
+  auto layout = check_heads(check, input, heads);
   auto inputs = check_inputs(check, input, {weight, std::nullopt, bias, std::nullopt}, layout);
   return composed::qkv_projection(inputs, layout, mx::to_stream(s));
 }
@@ -177,19 +163,17 @@ Arrays fused_qkv_projection_bwd(
     const mx::array& input,
     const Parts& weight,
     bool has_bias,
-    int num_heads,
-    int num_kv_heads,
-    int head_dim,
+    const Heads& heads,
     const std::optional<std::string>& wish,
     mx::StreamOrDevice s) {
   Check check("fused_qkv_projection_bwd");
-  auto forward = check_heads(check, input, num_heads, num_kv_heads, head_dim);
+  auto forward = check_heads(check, input, heads);
   auto primals = check_inputs(check, input, {weight, std::nullopt, std::nullopt, std::nullopt}, forward);
   forward.has_bias = has_bias;
   const char* names[] = {"dq", "dk", "dv"};
   Arrays cotangents = {dq, dk, dv};
   for (int i = 0; i < QKVLayout::segments; ++i) {
-    check.shape(names[i], cotangents[i], {input.shape(0), forward.heads(i), input.shape(1), head_dim});
+    check.shape(names[i], cotangents[i], {input.shape(0), forward.heads(i), input.shape(1), forward.dims(i)});
     check.floating(names[i], cotangents[i]);
   }
 
@@ -270,7 +254,7 @@ std::vector<mx::Shape> FusedQKVProjection::output_shapes(const Arrays& inputs) {
   int batch = input.shape(0), seq = input.shape(1);
   for (int i = 0; i < QKVLayout::segments; ++i) {
     shapes.push_back(
-        layout_.split_heads ? mx::Shape{batch, layout_.heads(i), seq, layout_.head_dim}
+        layout_.split_heads ? mx::Shape{batch, layout_.heads(i), seq, layout_.dims(i)}
                             : mx::Shape{batch, seq, layout_.features(i)});
   }
   return shapes;

@@ -13,18 +13,22 @@ namespace mlx_fused {
 
 namespace mx = mlx::core;
 
+// The heads that a projection's features belong to.
+struct Heads {
+  int num_heads, num_kv_heads, head_dim;
+  std::optional<int> v_head_dim = std::nullopt;  // if not head_dim
+  bool split = true;                             // whether they are an axis of the outputs
+};
+
 // `wish` is routing's: "composed", "fused" or nothing.
 
-// q, k, v of shape [B, heads, S, head_dim], or without split_heads [B, S, heads head_dim], from input
-// [B, S, H] and weight [(num_heads + 2 num_kv_heads) head_dim, H]; a bias comes in parts as the weight does.
+// q, k, v of shape [B, heads, S, head_dim], or [B, S, heads head_dim] if they are not split, from input
+// [B, S, H] and weight [Hq + Hk + Hv, H]; a bias comes in parts as the weight does.
 Arrays fused_qkv_projection(
     const mx::array& input,
     const Parts& weight,
     const std::optional<Parts>& bias,
-    int num_heads,
-    int num_kv_heads,
-    int head_dim,
-    bool split_heads = true,
+    const Heads& heads,
     const std::optional<std::string>& wish = std::nullopt,
     mx::StreamOrDevice s = {});
 
@@ -34,10 +38,7 @@ Arrays fused_quantized_qkv_projection(
     const Parts& weight,
     const QuantizedParts& quantized,
     const std::optional<Parts>& bias,
-    int num_heads,
-    int num_kv_heads,
-    int head_dim,
-    bool split_heads = true,
+    const Heads& heads,
     const std::optional<std::string>& wish = std::nullopt,
     mx::StreamOrDevice s = {});
 
@@ -49,10 +50,7 @@ Arrays fused_lora_qkv_projection(
     const std::optional<QuantizedParts>& quantized,
     const std::optional<Parts>& bias,
     const Adapters& adapters,
-    int num_heads,
-    int num_kv_heads,
-    int head_dim,
-    bool split_heads = true,
+    const Heads& heads,
     bool exact = false,
     const std::optional<std::string>& wish = std::nullopt,
     mx::StreamOrDevice s = {});
@@ -65,9 +63,7 @@ Arrays fused_qkv_projection_bwd(
     const mx::array& input,
     const Parts& weight,
     bool has_bias,
-    int num_heads,
-    int num_kv_heads,
-    int head_dim,
+    const Heads& heads,
     const std::optional<std::string>& wish = std::nullopt,
     mx::StreamOrDevice s = {});
 
@@ -76,10 +72,7 @@ Arrays composed_qkv_projection(
     const mx::array& input,
     const Parts& weight,
     const std::optional<Parts>& bias,
-    int num_heads,
-    int num_kv_heads,
-    int head_dim,
-    bool split_heads = true,
+    const Heads& heads,
     mx::StreamOrDevice s = {});
 
 class FusedQKVProjection : public FusedPrimitive {

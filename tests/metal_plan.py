@@ -8,6 +8,7 @@ import numpy as np
 
 from mlx_fused._ext import _internals
 from msl_sim import Library
+from operands import segments
 
 KERNELS = Path(__file__).parent.parent / "metal"
 NAMES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
@@ -109,15 +110,9 @@ def from_numpy(array: np.ndarray, dtype: mx.Dtype) -> mx.array:
     return mx.array(array).view(dtype) if dtype == mx.bfloat16 else mx.array(array)
 
 
-def qkv_shapes(batch, seq, heads):
-    num_heads, num_kv_heads, head_dim = heads
-    return [(batch, n, seq, head_dim) for n in (num_heads, num_kv_heads, num_kv_heads)]
-
-
 def segments_of(call, packed, heads):
     """Tensors of q's, k's and v's part of a weight, bias or gradient: one packed array or three."""
-    num_heads, num_kv_heads, head_dim = heads
-    return parts_of(call, packed, [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim])
+    return parts_of(call, packed, [n * dims for n, dims in segments(heads)])
 
 
 def parts_of(call, packed, features):
@@ -138,15 +133,15 @@ def split(tensor, features):
     return parts
 
 
-def qkv_projection(x, weight, bias, num_heads, num_kv_heads, head_dim, **options):
+def qkv_projection(x, weight, bias, *heads, **options):
     """``fused_qkv_projection`` on the simulator: the call and its outputs."""
-    heads = (num_heads, num_kv_heads, head_dim)
     call = Call(x.dtype)
     tx = call.input(x)
     weights, biases = segments_of(call, weight, heads), segments_of(call, bias, heads)
-    outputs = [call.output(shape) for shape in qkv_shapes(*x.shape[:2], heads)]
-    segments = list(zip(weights, biases, outputs, strict=True))
-    call.run(_internals.plan_projection(NAMES[x.dtype], tx, segments), **options)
+    batch, seq, _ = x.shape
+    outputs = [call.output((batch, n, seq, dims)) for n, dims in segments(heads)]
+    parts = list(zip(weights, biases, outputs, strict=True))
+    call.run(_internals.plan_projection(NAMES[x.dtype], tx, parts), **options)
     return call, tuple(call.value(out) for out in outputs)
 
 
@@ -170,17 +165,15 @@ def apart(call, a, gap):
     return call.input(a, [(seq + gap) * features, features, 1], 0, base)
 
 
-def qkv_projection_bwd(dq, dk, dv, x, weight, has_bias, num_heads, num_kv_heads, head_dim, **options):
+def qkv_projection_bwd(dq, dk, dv, x, weight, has_bias, *heads, **options):
     """``fused_qkv_projection_bwd`` on the simulator."""
-    heads = (num_heads, num_kv_heads, head_dim)
     call = Call(x.dtype)
     grads = [call.input(g) for g in (dq, dk, dv)]
     tx, weights = call.input(x), segments_of(call, weight, heads)
     dx = call.output(x.shape)
     call.run(_internals.plan_gradients(NAMES[x.dtype], list(zip(grads, weights, strict=True)), dx), **options)
     packed = not isinstance(weight, tuple)
-    rows = [n * head_dim for n in heads[:2]]
-    rows = [rows[0], rows[1], rows[1]]
+    rows = [n * dims for n, dims in segments(heads)]
     if packed:
         dw = [call.output(weight.shape)]
         db = [call.output((sum(rows),))] if has_bias else []
@@ -189,8 +182,8 @@ def qkv_projection_bwd(dq, dk, dv, x, weight, has_bias, num_heads, num_kv_heads,
         dw = dws = [call.output((n, x.shape[2])) for n in rows]
         db = [call.output((n,)) for n in rows] if has_bias else []
         dbs = db or [None] * 3
-    segments = list(zip(grads, dws, dbs, strict=True))
-    call.run(_internals.plan_weight_grad(NAMES[x.dtype], tx, segments), **options)
+    parts = list(zip(grads, dws, dbs, strict=True))
+    call.run(_internals.plan_weight_grad(NAMES[x.dtype], tx, parts), **options)
     d_weight, d_bias = tuple(map(call.value, dw)), tuple(map(call.value, db))
     if packed:
         d_weight, d_bias = d_weight[0], d_bias[0] if has_bias else None
@@ -234,7 +227,8 @@ def forward(op, kind=Call, **options):
     weights, quantized = weights_of(call, op)
     biases, adapters = parts_of(call, arguments.get("bias"), op.features), adapters_of(call, op)
     if op.heads:
-        outputs = tensors = [call.output((batch, n, seq, arguments["head_dim"])) for n in op.heads]
+        by_head = zip(op.heads, op.head_dims, strict=True)
+        outputs = tensors = [call.output((batch, n, seq, dims)) for n, dims in by_head]
     else:
         outputs = [call.output(arguments["residual"].shape)]
         tensors = [one_head(outputs[0])]

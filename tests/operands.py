@@ -21,11 +21,16 @@ def large_integers(rng, shape, dtype):
     return mx.array(rng.integers(-9, 10, shape), dtype=dtype)
 
 
+def segments(heads):
+    """q's, k's and v's heads and their size, of (num_heads, num_kv_heads, head_dim[, v_head_dim])."""
+    num_heads, num_kv_heads, head_dim, *v_head_dim = heads
+    return [(num_heads, head_dim), (num_kv_heads, head_dim), (num_kv_heads, *(v_head_dim or [head_dim]))]
+
+
 def qkv(rng, batch, seq, hidden, heads, dtype=mx.float32, bias=True, packed=False, draw=normal):
     """(input, weight, bias) for fused_qkv_projection."""
-    num_heads, num_kv_heads, head_dim = heads
     x = draw(rng, (batch, seq, hidden), dtype)
-    rows = [n * head_dim for n in (num_heads, num_kv_heads, num_kv_heads)]
+    rows = [n * dims for n, dims in segments(heads)]
     if packed:
         return x, draw(rng, (sum(rows), hidden), dtype), draw(rng, (sum(rows),), dtype) if bias else None
     weight = tuple(draw(rng, (n, hidden), dtype) for n in rows)
@@ -34,8 +39,7 @@ def qkv(rng, batch, seq, hidden, heads, dtype=mx.float32, bias=True, packed=Fals
 
 def qkv_cotangents(rng, batch, seq, heads, dtype=mx.float32, draw=normal):
     """(dq, dk, dv)."""
-    num_heads, num_kv_heads, head_dim = heads
-    return tuple(draw(rng, (batch, n, seq, head_dim), dtype) for n in (num_heads, num_kv_heads, num_kv_heads))
+    return tuple(draw(rng, (batch, n, seq, dims), dtype) for n, dims in segments(heads))
 
 
 def output(rng, batch, seq, hidden_in, hidden_out, dtype=mx.float32, bias=True, draw=normal):

@@ -14,23 +14,27 @@ SMALLEST_NORMAL = {
 }
 
 
-def fused_qkv_projection(x, weight, bias, num_heads, num_kv_heads, head_dim):
+def fused_qkv_projection(x, weight, bias, num_heads, num_kv_heads, head_dim, v_head_dim=None):
     batch, seq, _ = x.shape
     heads = (num_heads, num_kv_heads, num_kv_heads)
-    weights, biases = _segments(weight, heads, head_dim), _segments(bias, heads, head_dim)
+    dims = (head_dim, head_dim, v_head_dim or head_dim)
+    weights, biases = _segments(weight, heads, dims), _segments(bias, heads, dims)
     outputs = []
-    for n, w, b in zip(heads, weights, biases, strict=True):
+    for n, d, w, b in zip(heads, dims, weights, biases, strict=True):
         y = np.einsum("bsi,oi->bso", x, w) + (0 if b is None else b)
-        outputs.append(y.reshape(batch, seq, n, head_dim).transpose(0, 2, 1, 3))
+        outputs.append(y.reshape(batch, seq, n, d).transpose(0, 2, 1, 3))
     return tuple(outputs)
 
 
-def fused_qkv_projection_bwd(dq, dk, dv, x, weight, has_bias, num_heads, num_kv_heads, head_dim):
+def fused_qkv_projection_bwd(
+    dq, dk, dv, x, weight, has_bias, num_heads, num_kv_heads, head_dim, v_head_dim=None
+):
     batch, seq, _ = x.shape
     heads = (num_heads, num_kv_heads, num_kv_heads)
-    cotangents = zip((dq, dk, dv), heads, strict=True)
-    grads = [g.transpose(0, 2, 1, 3).reshape(batch, seq, n * head_dim) for g, n in cotangents]
-    weights = _segments(weight, heads, head_dim)
+    dims = (head_dim, head_dim, v_head_dim or head_dim)
+    cotangents = zip((dq, dk, dv), heads, dims, strict=True)
+    grads = [g.transpose(0, 2, 1, 3).reshape(batch, seq, n * d) for g, n, d in cotangents]
+    weights = _segments(weight, heads, dims)
     d_input = sum(np.einsum("bso,oi->bsi", g, w) for g, w in zip(grads, weights, strict=True))
     d_weight = tuple(np.einsum("bso,bsi->oi", g, x) for g in grads)
     d_bias = tuple(g.sum((0, 1)) for g in grads)
@@ -106,12 +110,12 @@ def quantized_terms(weight, scales, biases, *quantization):
     return np.stack([scaled, shift])
 
 
-def _segments(packed, heads, head_dim):
+def _segments(packed, heads, dims):
     if packed is None:
         return (None, None, None)
     if isinstance(packed, tuple):
         return packed
-    return np.split(packed, np.cumsum(heads)[:2] * head_dim)
+    return np.split(packed, np.cumsum(np.multiply(heads, dims))[:2])
 
 
 def exact(tree):

@@ -9,7 +9,7 @@ import numpy as np
 import mlx_fused
 import oracle
 import quantized
-from operands import normal
+from operands import normal, segments
 
 # The arguments that are arrays, in the order of the primitives' inputs.
 NAMES = ("input", "attn_out", "weight", "scales", "biases", "bias", "lora_a", "lora_b", "residual")
@@ -76,11 +76,16 @@ class Call:
         return tuple(self.arguments[n] for n in names) if "qkv" in self.operation else None
 
     @property
+    def head_dims(self):
+        head_dim = self.arguments["head_dim"]
+        return head_dim, head_dim, self.arguments.get("v_head_dim", head_dim)
+
+    @property
     def features(self):
         """Of each segment."""
         if self.heads is None:
             return (self.arguments["residual"].shape[-1],)
-        return tuple(n * self.arguments["head_dim"] for n in self.heads)
+        return tuple(n * d for n, d in zip(self.heads, self.head_dims, strict=True))
 
     # The formula takes NumPy's arrays in this order: x, weights, biases, A, B, scale, residual, alpha.
 
@@ -112,12 +117,11 @@ class Call:
         segments = oracle.projection(x, weights, biases, lora_a, lora_b, scale)
         return self._laid_out(segments, residual, alpha)
 
-    def _laid_out(self, segments, residual, alpha):
+    def _laid_out(self, outputs, residual, alpha):
         if residual is not None:
-            return (residual + alpha * segments[0],)
-        head_dim = self.arguments["head_dim"]
-        split = (y.reshape(*y.shape[:2], n, head_dim) for y, n in zip(segments, self.heads, strict=True))
-        return tuple(y.transpose(0, 2, 1, 3) for y in split)
+            return (residual + alpha * outputs[0],)
+        by_head = zip(outputs, self.heads, self.head_dims, strict=True)
+        return tuple(y.reshape(*y.shape[:2], n, d).transpose(0, 2, 1, 3) for y, n, d in by_head)
 
     def rounded_formula(self, dtype):
         """What `exact` promises."""
@@ -177,8 +181,8 @@ def cotangents(rng, call, draw=normal):
     batch, seq, _ = call.x.shape
     if call.heads is None:
         return (draw(rng, call.arguments["residual"].shape, call.x.dtype),)
-    head_dim = call.arguments["head_dim"]
-    return tuple(draw(rng, (batch, n, seq, head_dim), call.x.dtype) for n in call.heads)
+    sizes = zip(call.heads, call.head_dims, strict=True)
+    return tuple(draw(rng, (batch, n, seq, d), call.x.dtype) for n, d in sizes)
 
 
 def gradients(call, keys, given, **options):
@@ -230,8 +234,7 @@ def qkv(
     scale=2.0, adapter_dtype=mx.float32, draw=normal,
 ):  # fmt: skip
     """A call for q, k and v: quantized if it has a form, with adapters where ``ranks`` has a number."""
-    num_heads, num_kv_heads, head_dim = heads
-    features = [n * head_dim for n in (num_heads, num_kv_heads, num_kv_heads)]
+    features = [n * dims for n, dims in segments(heads)]
     parts = [sum(features)] if packed else features
     made = [weights(rng, n, hidden, form, dtype, draw) for n in parts]
     arguments = {"input": draw(rng, (batch, seq, hidden), dtype)}
@@ -241,7 +244,7 @@ def qkv(
         arguments[name] = None if missing else values[0] if packed else values
     biases = tuple(draw(rng, (n,), dtype) for n in parts) if bias else None
     arguments["bias"] = biases[0] if bias and packed else biases
-    arguments |= {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    arguments |= zip(("num_heads", "num_kv_heads", "head_dim", "v_head_dim"), heads, strict=False)
     if ranks:
         arguments |= adapters(rng, hidden, features, ranks, scale, adapter_dtype, draw)
     return _call("qkv_projection", arguments, form, ranks)

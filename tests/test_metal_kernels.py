@@ -22,6 +22,7 @@ DEPTHS = [1, 3, 4, 5, 15, 16, 17, 60, 61, 127, 128, 129, 260]
 # Multi-head, grouped-query at every ratio up to 8, multi-query; head_dim from 32 to 256, and odd ones.
 HEADS = [(2, 2, 32), (2, 1, 64), (3, 1, 80), (4, 1, 96), (4, 2, 128)]
 HEADS += [(5, 1, 33), (6, 1, 7), (7, 1, 1), (8, 1, 16), (1, 1, 256)]
+HEADS += [(4, 2, 20, 7), (4, 2, 16, 64), (2, 1, 40, 33)]  # values of another size
 HEAD = (4, 2, 20)
 
 

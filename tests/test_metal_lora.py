@@ -89,7 +89,11 @@ def test_ranks(rng, rank, rows):
     check(rng, projections.output(rng, 1, rows, 33, 50, rank=rank, dtype=mx.float16))
 
 
-@pytest.mark.parametrize("heads", [(2, 1, 64), (3, 1, 80), (5, 1, 33), (6, 1, 7), (7, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "heads",
+    [(2, 1, 64), (3, 1, 80), (5, 1, 33), (6, 1, 7), (7, 1, 1), (4, 2, 20, 7), (2, 1, 40, 64)],
+    ids=str,
+)
 @pytest.mark.parametrize("rows", [2, 19])
 def test_heads(rng, heads, rows):
     check(rng, qkv(rng, 1, rows, 40, heads=heads, dtype=mx.bfloat16))

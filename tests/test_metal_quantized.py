@@ -25,6 +25,7 @@ DEPTHS = [("affine", 64, 4, k) for k in (64, 128, 192, 512, 576)]
 DEPTHS += [("affine", 32, 3, 32), ("affine", 128, 5, 128), ("affine", 32, 6, 544), ("mxfp8", 32, 8, 96)]
 DEPTHS += [("nvfp4", 16, 4, k) for k in (16, 32, 48, 80, 496, 528)]
 HEADS = [(2, 2, 32), (2, 1, 64), (3, 1, 80), (4, 1, 96), (5, 1, 33), (6, 1, 7), (7, 1, 1), (1, 1, 256)]
+HEADS += [(4, 2, 20, 7), (2, 1, 40, 64)]  # values of another size
 HEAD = (4, 2, 20)
 FORM = ("affine", 64, 4)
 INPUT = [("input", None)]

@@ -122,9 +122,15 @@ def test_save_and_load(make, tmp_path):
         assert np.array_equal(array, parameters(other)[name])
 
 
+def test_values_of_another_size():
+    layer, x = QKVProjection(24, 4, 2, 8, bias=True, v_head_dim=3), mx.random.normal((2, 5, 24))
+    assert [y.shape for y in layer(x)] == [(2, 4, 5, 8), (2, 2, 5, 8), (2, 2, 5, 3)]
+    assert "head_dim=8, v_head_dim=3" in repr(layer)
+
+
 def test_repr():
     assert repr(QKVProjection(24, 4, 2, bias=True)) == (
-        "QKVProjection(input_dims=24, num_heads=4, num_kv_heads=2, head_dim=6, bias=True)"
+        "QKVProjection(input_dims=24, num_heads=4, num_kv_heads=2, head_dim=6, v_head_dim=6, bias=True)"
     )
     assert repr(OutputProjection(32, 24)) == ("OutputProjection(input_dims=32, output_dims=24, bias=False)")
 
@@ -132,7 +138,7 @@ def test_repr():
 @pytest.mark.parametrize("mode", ["affine", "mxfp4"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_quantize(mode, bias):
-    q, k, v, o = (nn.Linear(64, n, bias=bias) for n in (64, 32, 32, 64))
+    q, k, v, o = (nn.Linear(64, n, bias=bias) for n in (64, 32, 64, 64))
     x = mx.random.normal((2, 3, 64))
     model = nn.Sequential(QKVProjection.from_linear(q, k, v, 4, 2), OutputProjection.from_linear(o))
     linears = nn.Sequential(q, k, v, o)
@@ -140,8 +146,8 @@ def test_quantize(mode, bias):
         nn.quantize(module, 32, mode=mode)
     fused_qkv, fused_o = model.layers
     *qkv, o = linears.layers
-    for actual, linear in zip(fused_qkv(x), qkv, strict=True):
-        expected = linear(x).reshape(2, 3, -1, 16).transpose(0, 2, 1, 3)
+    for actual, linear, heads in zip(fused_qkv(x), qkv, (4, 2, 2), strict=True):
+        expected = linear(x).reshape(2, 3, heads, -1).transpose(0, 2, 1, 3)
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(fused_o(x, x), x + o(x), rtol=1e-5, atol=1e-5)
     assert model.trainable_parameters()["layers"] == [{}, {}]
@@ -161,8 +167,8 @@ def test_errors():
         OutputProjection.from_linear(type("Linear4", (nn.Linear,), {})(4, 4))
     with pytest.raises(ValueError, match="q, k and v must all have a bias, or none"):
         QKVProjection.from_linear(q, k, nn.Linear(24, 16, bias=True), 4, 2)
-    with pytest.raises(ValueError, match=r"weight of v to have shape \(16, 24\), got \(32, 24\)"):
-        QKVProjection.from_linear(q, k, nn.Linear(24, 32, bias=False), 4, 2)
+    with pytest.raises(ValueError, match=r"weight of v to have shape \(16, 24\), got \(17, 24\)"):
+        QKVProjection.from_linear(q, k, nn.Linear(24, 17, bias=False), 4, 2)
     with pytest.raises(ValueError, match=r"weight of q to have shape \(30, 24\), got \(32, 24\)"):
         QKVProjection.from_linear(q, k, v, 3, 3)
     assert mlx_fused.nn.QKVProjection is QKVProjection

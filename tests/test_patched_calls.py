@@ -289,12 +289,6 @@ def with_q(layer):
     return attention
 
 
-def with_v(layer):
-    attention = Attention()
-    attention.v_proj = layer
-    return attention
-
-
 def in_dtype(dtype, names):
     attention = Attention()
     for name in names:
@@ -322,7 +316,6 @@ UNFUSED = [
     ),
     (lambda: with_q(nn.Linear(64, 64, bias=True)), "only some projections have a bias"),
     (lambda: with_q(nn.Linear(64, 48, bias=False)), "output sizes do not form heads: (48, 32, 32)"),
-    (lambda: with_v(nn.Linear(64, 16, bias=False)), "output sizes do not form heads: (64, 32, 16)"),
     (
         lambda: in_dtype(mx.float16, ["v_proj"]),
         "parameter types differ: mlx.core.float32, mlx.core.float32, mlx.core.float16",

@@ -19,7 +19,12 @@ layouts = st.sampled_from([lambda a: a, *VIEWS])
 @st.composite
 def heads(draw):
     kv_heads = draw(st.integers(1, 3))
-    return kv_heads * draw(st.integers(1, 8)), kv_heads, draw(st.integers(1, 20))
+    return kv_heads * draw(st.integers(1, 8)), kv_heads, draw(st.integers(1, 20)), draw(st.integers(1, 20))
+
+
+def project(x, weight, bias, heads):
+    *heads, v_head_dim = heads
+    return mlx_fused.fused_qkv_projection(x, weight, bias, *heads, v_head_dim=v_head_dim)
 
 
 @st.composite
@@ -45,11 +50,12 @@ def qkv_problems(draw):
 @given(qkv_problems())
 def test_qkv(problem):
     x, weight, bias, cotangents, shape = problem
-    outputs = mlx_fused.fused_qkv_projection(x, weight, bias, *shape)
+    outputs = project(x, weight, bias, shape)
     oracle.assert_close(outputs, oracle.fused_qkv_projection, x, weight, bias, *shape)
-    args = (*cotangents, x, weight, bias is not None, *shape)
-    grads = mlx_fused.fused_qkv_projection_bwd(*args)
-    oracle.assert_close(grads, oracle.fused_qkv_projection_bwd, *args)
+    args = (*cotangents, x, weight, bias is not None)
+    *heads, v_head_dim = shape
+    grads = mlx_fused.fused_qkv_projection_bwd(*args, *heads, v_head_dim=v_head_dim)
+    oracle.assert_close(grads, oracle.fused_qkv_projection_bwd, *args, *shape)
 
 
 @given(st.data(), st.integers(0, 3), sizes, widths, widths, dtypes, st.booleans())
@@ -70,8 +76,8 @@ def test_output(data, batch, seq, hidden_in, hidden_out, dtype, bias):
 def test_packed_and_separate_weights_mean_the_same(seed, seq, hidden, shape):
     rng = np.random.default_rng(seed)
     x, weight, bias = operands.qkv(rng, 1, seq, hidden, shape, draw=operands.integers)
-    separate = mlx_fused.fused_qkv_projection(x, weight, bias, *shape)
-    packed = mlx_fused.fused_qkv_projection(x, mx.concatenate(weight), mx.concatenate(bias), *shape)
+    separate = project(x, weight, bias, shape)
+    packed = project(x, mx.concatenate(weight), mx.concatenate(bias), shape)
     oracle.assert_equal(separate, packed)
 
 
@@ -79,7 +85,7 @@ def test_packed_and_separate_weights_mean_the_same(seed, seq, hidden, shape):
 def test_each_row_depends_on_its_own_input_alone(seed, batch, seq, hidden, shape):
     rng = np.random.default_rng(seed)
     x, weight, bias = operands.qkv(rng, batch, seq, hidden, shape, draw=operands.integers)
-    together = mlx_fused.fused_qkv_projection(x, weight, bias, *shape)
+    together = project(x, weight, bias, shape)
     b, s = int(rng.integers(batch)), int(rng.integers(seq))
-    alone = mlx_fused.fused_qkv_projection(x[b : b + 1, s : s + 1], weight, bias, *shape)
+    alone = project(x[b : b + 1, s : s + 1], weight, bias, shape)
     oracle.assert_equal([y[b : b + 1, :, s : s + 1] for y in together], alone)

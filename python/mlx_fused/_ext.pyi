@@ -8,7 +8,7 @@ from mlx.core import Device, DeviceType, Stream, array
 
 StreamOrDevice: TypeAlias = Stream | Device | DeviceType | None
 
-def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
+def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """
     Project hidden states to queries, keys and values in one operation.
 
@@ -16,21 +16,23 @@ def fused_qkv_projection(input: array, weight: array | tuple[array, array, array
     reshaped to ``[B, S, heads, head_dim]`` and transposed to put its heads
     before its tokens. Accumulates in float32 and rounds once.
 
-    With ``Hq = num_heads * head_dim`` and ``Hkv = num_kv_heads * head_dim``:
+    With ``Hq = num_heads * head_dim``, ``Hk = num_kv_heads * head_dim`` and
+    ``Hv = num_kv_heads * v_head_dim``:
 
     Args:
       input (array): Hidden states of shape ``[B, S, H]``, float32, float16 or
         bfloat16. Any strides.
-      weight (array or tuple): Packed weights of shape ``[Hq + 2 * Hkv, H]``, or
-        a tuple ``(wq, wk, wv)`` of shapes ``[Hq, H]``, ``[Hkv, H]`` and
-        ``[Hkv, H]``, which are neither copied nor concatenated.
-      bias (array or tuple, optional): ``[Hq + 2 * Hkv]``, or a tuple of
-        ``[Hq]``, ``[Hkv]`` and ``[Hkv]`` if ``weight`` is a tuple, or ``None``.
+      weight (array or tuple): Packed weights of shape ``[Hq + Hk + Hv, H]``, or
+        a tuple ``(wq, wk, wv)`` of shapes ``[Hq, H]``, ``[Hk, H]`` and
+        ``[Hv, H]``, which are neither copied nor concatenated.
+      bias (array or tuple, optional): ``[Hq + Hk + Hv]``, or a tuple of
+        ``[Hq]``, ``[Hk]`` and ``[Hv]`` if ``weight`` is a tuple, or ``None``.
       num_heads (int): Query heads, a multiple of ``num_kv_heads``.
       num_kv_heads (int): Key and value heads.
       head_dim (int): Features per head, at least 1.
+      v_head_dim (int, optional): Those of a value head. Default: ``None``, ``head_dim``.
       split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
-        outputs are ``[B, S, heads * head_dim]``. Default: ``True``.
+        outputs are ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
       route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
         ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
@@ -38,8 +40,9 @@ def fused_qkv_projection(input: array, weight: array | tuple[array, array, array
         default stream of the default device.
 
     Returns:
-      tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
-      shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype
+      tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` of shape
+      ``[B, num_kv_heads, S, head_dim]`` and ``v`` of shape
+      ``[B, num_kv_heads, S, v_head_dim]``, or as ``split_heads`` says, of the dtype
       that MLX promotes the arguments to.
 
     Raises:
@@ -77,7 +80,7 @@ def fused_output_projection_residual(attn_out: array, weight: array, bias: array
         argument, what was expected and what came.
     """
 
-def fused_qkv_projection_bwd(dq: array, dk: array, dv: array, input: array, weight: array | tuple[array, array, array], has_bias: bool, num_heads: int, num_kv_heads: int, head_dim: int, *, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array | tuple[array, array, array], array | tuple[array, array, array] | None]:
+def fused_qkv_projection_bwd(dq: array, dk: array, dv: array, input: array, weight: array | tuple[array, array, array], has_bias: bool, num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array | tuple[array, array, array], array | tuple[array, array, array] | None]:
     """
     All gradients of :func:`fused_qkv_projection`.
 
@@ -87,13 +90,14 @@ def fused_qkv_projection_bwd(dq: array, dk: array, dv: array, input: array, weig
     Args:
       dq (array): Gradient of ``q``, ``[B, num_heads, S, head_dim]``.
       dk (array): Gradient of ``k``, ``[B, num_kv_heads, S, head_dim]``.
-      dv (array): Gradient of ``v``, ``[B, num_kv_heads, S, head_dim]``.
+      dv (array): Gradient of ``v``, ``[B, num_kv_heads, S, v_head_dim]``.
       input (array): The forward's input, ``[B, S, H]``.
       weight (array or tuple): The forward's weight, packed or a tuple.
       has_bias (bool): Whether the forward had a bias.
       num_heads (int): Query heads.
       num_kv_heads (int): Key and value heads.
       head_dim (int): Features per head.
+      v_head_dim (int, optional): Those of a value head. Default: ``None``, ``head_dim``.
       route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
         ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
@@ -133,13 +137,13 @@ def fused_output_projection_residual_bwd(d_output: array, attn_out: array, weigh
       ValueError: If a rank, shape or dtype is wrong.
     """
 
-def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, split_heads: bool = True, stream: StreamOrDevice = None) -> tuple[array, array, array]:
+def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, split_heads: bool = True, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """``fused_qkv_projection`` written in MLX's own operations."""
 
 def composed_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, alpha: float = 1.0, stream: StreamOrDevice = None) -> array:
     """``fused_output_projection_residual`` written in MLX's own operations."""
 
-def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, array, array], scales: array | tuple[array, array, array], biases: array | tuple[array, array, array] | None, bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
+def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, array, array], scales: array | tuple[array, array, array], biases: array | tuple[array, array, array] | None, bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """
     Project hidden states to queries, keys and values with a quantized weight.
 
@@ -148,22 +152,24 @@ def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, ar
     no gradient; those of the scales and biases of mode ``"affine"`` are as
     ``mx.quantized_matmul`` gives them.
 
-    With ``Hq = num_heads * head_dim`` and ``Hkv = num_kv_heads * head_dim``:
+    With ``Hq = num_heads * head_dim``, ``Hk = num_kv_heads * head_dim`` and
+    ``Hv = num_kv_heads * v_head_dim``:
 
     Args:
       input (array): Hidden states of shape ``[B, S, H]``, float32, float16 or
         bfloat16. Any strides.
-      weight (array or tuple): Codes, uint32, of shape ``[Hq + 2 * Hkv, H * bits / 32]``, or
+      weight (array or tuple): Codes, uint32, of shape ``[Hq + Hk + Hv, H * bits / 32]``, or
         a tuple for q, k and v, which are neither copied nor concatenated.
-      scales (array or tuple): Of the groups, ``[Hq + 2 * Hkv, H / group_size]``, packed
+      scales (array or tuple): Of the groups, ``[Hq + Hk + Hv, H / group_size]``, packed
         or a tuple as ``weight`` is; uint8 unless ``mode`` is ``"affine"``.
       biases (array or tuple, optional): Of the groups, as ``scales``; ``None`` unless
         ``mode`` is ``"affine"``.
-      bias (array or tuple, optional): Of the projection, ``[Hq + 2 * Hkv]`` or a tuple, or
+      bias (array or tuple, optional): Of the projection, ``[Hq + Hk + Hv]`` or a tuple, or
         ``None``.
       num_heads (int): Query heads, a multiple of ``num_kv_heads``.
       num_kv_heads (int): Key and value heads.
       head_dim (int): Features per head, at least 1.
+      v_head_dim (int, optional): Those of a value head. Default: ``None``, ``head_dim``.
       group_size (int, optional): Of the quantization: 32, 64 or 128 for ``"affine"``. Default:
         ``None``, the mode's own (affine 64, mxfp4 and mxfp8 32, nvfp4 16).
       bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
@@ -171,7 +177,7 @@ def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, ar
       mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
         ``mx.quantize``. Default: ``"affine"``.
       split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
-        outputs are ``[B, S, heads * head_dim]``. Default: ``True``.
+        outputs are ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
       route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
         ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
@@ -179,8 +185,9 @@ def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, ar
         default stream of the default device.
 
     Returns:
-      tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
-      shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype
+      tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` of shape
+      ``[B, num_kv_heads, S, head_dim]`` and ``v`` of shape
+      ``[B, num_kv_heads, S, v_head_dim]``, or as ``split_heads`` says, of the dtype
       that MLX promotes the arguments to.
 
     Raises:
@@ -227,7 +234,7 @@ def fused_quantized_output_projection_residual(attn_out: array, weight: array, s
         ``weight`` is asked for.
     """
 
-def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, lora_a: tuple[array | None, array | None, array | None], lora_b: tuple[array | None, array | None, array | None], scale: float | tuple[float, float, float], num_heads: int, num_kv_heads: int, head_dim: int, *, scales: array | tuple[array, array, array] | None = None, biases: array | tuple[array, array, array] | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', split_heads: bool = True, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
+def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, lora_a: tuple[array | None, array | None, array | None], lora_b: tuple[array | None, array | None, array | None], scale: float | tuple[float, float, float], num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, scales: array | tuple[array, array, array] | None = None, biases: array | tuple[array, array, array] | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', split_heads: bool = True, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """
     Project hidden states to queries, keys and values with low-rank adapters (LoRA).
 
@@ -238,7 +245,8 @@ def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, 
     the adapters. After Hu et al., "LoRA: Low-Rank Adaptation of Large Language
     Models", 2021 (arXiv:2106.09685).
 
-    With ``Hq = num_heads * head_dim`` and ``Hkv = num_kv_heads * head_dim``:
+    With ``Hq = num_heads * head_dim``, ``Hk = num_kv_heads * head_dim`` and
+    ``Hv = num_kv_heads * v_head_dim``:
 
     Args:
       input (array): Hidden states of shape ``[B, S, H]``, float32, float16 or
@@ -247,12 +255,13 @@ def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, 
       bias (array or tuple, optional): Of the projection, packed or a tuple, or ``None``.
       lora_a (tuple): For q, k and v an array ``[H, rank]`` or ``None``; ranks may differ.
         Computed with in float32.
-      lora_b (tuple): For q, k and v an array ``[rank, Hq or Hkv]``, ``None`` where
-        ``lora_a`` is.
+      lora_b (tuple): For q, k and v an array ``[rank, Hq]``, ``[rank, Hk]`` and ``[rank, Hv]``, ``None``
+        where ``lora_a`` is.
       scale (float or tuple): Of the low-rank products, one for all or three.
       num_heads (int): Query heads, a multiple of ``num_kv_heads``.
       num_kv_heads (int): Key and value heads.
       head_dim (int): Features per head, at least 1.
+      v_head_dim (int, optional): Those of a value head. Default: ``None``, ``head_dim``.
       scales (array or tuple, optional): Of a quantized ``weight``, see
         :func:`fused_quantized_qkv_projection`. Default: ``None``, a dense weight.
       biases (array or tuple, optional): Of the groups of a quantized ``weight``.
@@ -263,7 +272,7 @@ def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, 
       mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
         ``mx.quantize``. Default: ``"affine"``.
       split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
-        outputs are ``[B, S, heads * head_dim]``. Default: ``True``.
+        outputs are ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
       exact (bool): Round where mlx-lm's modules do: after the base product (and its bias),
         after the scaled low-rank product, and after their sum. Default: ``False``.
       route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
@@ -273,8 +282,9 @@ def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, 
         default stream of the default device.
 
     Returns:
-      tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
-      shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype that
+      tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` of shape
+      ``[B, num_kv_heads, S, head_dim]`` and ``v`` of shape
+      ``[B, num_kv_heads, S, v_head_dim]``, or as ``split_heads`` says, of the dtype that
       MLX promotes ``input``, ``weight`` and ``bias`` to.
 
     Raises:

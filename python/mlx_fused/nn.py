@@ -18,9 +18,9 @@ from mlx_fused._ext import (
 class QKVProjection(Module):
     """Projects to queries, keys and values, split into heads, in one operation.
 
-    Its parameters are ``q_weight`` of shape ``[num_heads * head_dim, input_dims]``, ``k_weight`` and
-    ``v_weight`` of shape ``[num_kv_heads * head_dim, input_dims]`` and, with a bias, ``q_bias``,
-    ``k_bias`` and ``v_bias``.
+    Its parameters are ``q_weight`` of shape ``[num_heads * head_dim, input_dims]``, ``k_weight`` of shape
+    ``[num_kv_heads * head_dim, input_dims]``, ``v_weight`` of shape
+    ``[num_kv_heads * v_head_dim, input_dims]`` and, with a bias, ``q_bias``, ``k_bias`` and ``v_bias``.
 
     Args:
         input_dims (int): The size of the input features.
@@ -29,6 +29,7 @@ class QKVProjection(Module):
             Default: ``num_heads``.
         head_dim (int, optional): The size of a head. Default: ``input_dims // num_heads``.
         bias (bool, optional): Whether to add a bias to each projection. Default: ``False``.
+        v_head_dim (int, optional): The size of a value head. Default: ``head_dim``.
 
     Raises:
         ValueError: If ``num_heads`` is not a multiple of ``num_kv_heads``.
@@ -41,18 +42,24 @@ class QKVProjection(Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         bias: bool = False,
+        v_head_dim: int | None = None,
     ):
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_dim = input_dims // num_heads if head_dim is None else head_dim
+        self.v_head_dim = self.head_dim if v_head_dim is None else v_head_dim
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"[QKVProjection] num_heads must be a multiple of num_kv_heads, "
                 f"got {self.num_heads} and {self.num_kv_heads}."
             )
-        q_dims, kv_dims = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        for name, dims in (("q", q_dims), ("k", kv_dims), ("v", kv_dims)):
+        sizes = {
+            "q": self.num_heads * self.head_dim,
+            "k": self.num_kv_heads * self.head_dim,
+            "v": self.num_kv_heads * self.v_head_dim,
+        }
+        for name, dims in sizes.items():
             self[f"{name}_weight"] = _uniform(input_dims, (dims, input_dims))
             if bias:
                 self[f"{name}_bias"] = _uniform(input_dims, (dims,))
@@ -77,8 +84,15 @@ class QKVProjection(Module):
         linears = {"q": q, "k": k, "v": v}
         for name, linear in linears.items():
             _check_linear("QKVProjection", name, linear)
-        out_dims, input_dims = q.weight.shape
-        layer = cls(input_dims, num_heads, num_kv_heads, out_dims // num_heads, "bias" in q)
+        (q_dims, input_dims), v_dims = q.weight.shape, v.weight.shape[0]
+        layer = cls(
+            input_dims,
+            num_heads,
+            num_kv_heads,
+            q_dims // num_heads,
+            "bias" in q,
+            v_dims // (num_kv_heads or num_heads),
+        )
         for name, linear in linears.items():
             if linear.keys() != q.keys():
                 raise ValueError("[QKVProjection] q, k and v must all have a bias, or none.")
@@ -96,17 +110,26 @@ class QKVProjection(Module):
         """Project ``x`` of shape ``[B, S, input_dims]``.
 
         Returns:
-            tuple(array, array, array): Queries ``[B, num_heads, S, head_dim]``, keys and values
-            ``[B, num_kv_heads, S, head_dim]``.
+            tuple(array, array, array): Queries ``[B, num_heads, S, head_dim]``, keys
+            ``[B, num_kv_heads, S, head_dim]`` and values ``[B, num_kv_heads, S, v_head_dim]``.
         """
         weight = tuple(self[f"{name}_weight"] for name in "qkv")
         bias = tuple(self[f"{name}_bias"] for name in "qkv") if "q_bias" in self else None
-        return fused_qkv_projection(x, weight, bias, self.num_heads, self.num_kv_heads, self.head_dim)
+        return fused_qkv_projection(
+            x,
+            weight,
+            bias,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            v_head_dim=self.v_head_dim,
+        )
 
     def _extra_repr(self) -> str:
         return (
             f"input_dims={self.q_weight.shape[1]}, num_heads={self.num_heads}, "
-            f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, bias={'q_bias' in self}"
+            f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, v_head_dim={self.v_head_dim}, "
+            f"bias={'q_bias' in self}"
         )
 
     def to_quantized(
@@ -128,6 +151,7 @@ class QuantizedQKVProjection(Module):
         self.num_heads = layer.num_heads
         self.num_kv_heads = layer.num_kv_heads
         self.head_dim = layer.head_dim
+        self.v_head_dim = layer.v_head_dim
         self.group_size, self.bits, self.mode = group_size, bits, mode
         for name in "qkv":
             _quantize_into(self, f"{name}_", layer[f"{name}_weight"])
@@ -150,6 +174,7 @@ class QuantizedQKVProjection(Module):
             self.num_heads,
             self.num_kv_heads,
             self.head_dim,
+            v_head_dim=self.v_head_dim,
             group_size=self.group_size,
             bits=self.bits,
             mode=self.mode,
@@ -158,7 +183,8 @@ class QuantizedQKVProjection(Module):
     def _extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
-            f"bias={'q_bias' in self}, group_size={self.group_size}, bits={self.bits}, mode={self.mode}"
+            f"v_head_dim={self.v_head_dim}, bias={'q_bias' in self}, group_size={self.group_size}, "
+            f"bits={self.bits}, mode={self.mode}"
         )
 
 

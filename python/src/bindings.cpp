@@ -34,12 +34,13 @@ Triple qkv_projection(
     int num_heads,
     int num_kv_heads,
     int head_dim,
+    std::optional<int> v_head_dim,
     bool split_heads,
     const Route& route,
     mx::StreamOrDevice s) {
   return triple(
       mlx_fused::fused_qkv_projection(
-          input, weight, bias, num_heads, num_kv_heads, head_dim, split_heads, route, s));
+          input, weight, bias, {num_heads, num_kv_heads, head_dim, v_head_dim, split_heads}, route, s));
 }
 
 Triple composed_qkv_projection(
@@ -49,11 +50,12 @@ Triple composed_qkv_projection(
     int num_heads,
     int num_kv_heads,
     int head_dim,
+    std::optional<int> v_head_dim,
     bool split_heads,
     mx::StreamOrDevice s) {
   return triple(
       mlx_fused::composed_qkv_projection(
-          input, weight, bias, num_heads, num_kv_heads, head_dim, split_heads, s));
+          input, weight, bias, {num_heads, num_kv_heads, head_dim, v_head_dim, split_heads}, s));
 }
 
 std::tuple<mx::array, GradParts, std::optional<GradParts>> qkv_projection_bwd(
@@ -66,10 +68,11 @@ std::tuple<mx::array, GradParts, std::optional<GradParts>> qkv_projection_bwd(
     int num_heads,
     int num_kv_heads,
     int head_dim,
+    std::optional<int> v_head_dim,
     const Route& route,
     mx::StreamOrDevice s) {
   auto grads = mlx_fused::fused_qkv_projection_bwd(
-      dq, dk, dv, input, weight, has_bias, num_heads, num_kv_heads, head_dim, route, s);
+      dq, dk, dv, input, weight, has_bias, {num_heads, num_kv_heads, head_dim, v_head_dim}, route, s);
   bool packed = std::holds_alternative<mx::array>(weight);
   std::optional<GradParts> d_bias;
   if (has_bias) {
@@ -109,14 +112,15 @@ NB_MODULE(_ext, m) {
       "num_kv_heads"_a,
       "head_dim"_a,
       nb::kw_only(),
+      "v_head_dim"_a = nb::none(),
       "split_heads"_a = true,
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
       nb::sig(
           "def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: "
-          "array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: "
-          "int, *, split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, "
-          "stream: StreamOrDevice = None) -> tuple[array, array, array]"),
+          "array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, "
+          "*, v_head_dim: int | None = None, split_heads: bool = True, route: Literal['composed', "
+          "'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]"),
       R"pbdoc(
         Project hidden states to queries, keys and values in one operation.
 
@@ -124,21 +128,23 @@ NB_MODULE(_ext, m) {
         reshaped to ``[B, S, heads, head_dim]`` and transposed to put its heads
         before its tokens. Accumulates in float32 and rounds once.
 
-        With ``Hq = num_heads * head_dim`` and ``Hkv = num_kv_heads * head_dim``:
+        With ``Hq = num_heads * head_dim``, ``Hk = num_kv_heads * head_dim`` and
+        ``Hv = num_kv_heads * v_head_dim``:
 
         Args:
           input (array): Hidden states of shape ``[B, S, H]``, float32, float16 or
             bfloat16. Any strides.
-          weight (array or tuple): Packed weights of shape ``[Hq + 2 * Hkv, H]``, or
-            a tuple ``(wq, wk, wv)`` of shapes ``[Hq, H]``, ``[Hkv, H]`` and
-            ``[Hkv, H]``, which are neither copied nor concatenated.
-          bias (array or tuple, optional): ``[Hq + 2 * Hkv]``, or a tuple of
-            ``[Hq]``, ``[Hkv]`` and ``[Hkv]`` if ``weight`` is a tuple, or ``None``.
+          weight (array or tuple): Packed weights of shape ``[Hq + Hk + Hv, H]``, or
+            a tuple ``(wq, wk, wv)`` of shapes ``[Hq, H]``, ``[Hk, H]`` and
+            ``[Hv, H]``, which are neither copied nor concatenated.
+          bias (array or tuple, optional): ``[Hq + Hk + Hv]``, or a tuple of
+            ``[Hq]``, ``[Hk]`` and ``[Hv]`` if ``weight`` is a tuple, or ``None``.
           num_heads (int): Query heads, a multiple of ``num_kv_heads``.
           num_kv_heads (int): Key and value heads.
           head_dim (int): Features per head, at least 1.
+          v_head_dim (int, optional): Those of a value head. Default: ``None``, ``head_dim``.
           split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
-            outputs are ``[B, S, heads * head_dim]``. Default: ``True``.
+            outputs are ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
           route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
             ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
@@ -146,8 +152,9 @@ NB_MODULE(_ext, m) {
             default stream of the default device.
 
         Returns:
-          tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
-          shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype
+          tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` of shape
+          ``[B, num_kv_heads, S, head_dim]`` and ``v`` of shape
+          ``[B, num_kv_heads, S, v_head_dim]``, or as ``split_heads`` says, of the dtype
           that MLX promotes the arguments to.
 
         Raises:
@@ -213,14 +220,15 @@ NB_MODULE(_ext, m) {
       "num_kv_heads"_a,
       "head_dim"_a,
       nb::kw_only(),
+      "v_head_dim"_a = nb::none(),
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
       nb::sig(
           "def fused_qkv_projection_bwd(dq: array, dk: array, dv: array, input: array, weight: array | "
           "tuple[array, array, array], has_bias: bool, num_heads: int, num_kv_heads: int, head_dim: "
-          "int, *, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) "
-          "-> tuple[array, array | tuple[array, array, array], array | tuple[array, array, array] | "
-          "None]"),
+          "int, *, v_head_dim: int | None = None, route: Literal['composed', 'fused'] | None = None, "
+          "stream: StreamOrDevice = None) -> tuple[array, array | tuple[array, array, array], array | "
+          "tuple[array, array, array] | None]"),
       R"pbdoc(
         All gradients of :func:`fused_qkv_projection`.
 
@@ -230,13 +238,14 @@ NB_MODULE(_ext, m) {
         Args:
           dq (array): Gradient of ``q``, ``[B, num_heads, S, head_dim]``.
           dk (array): Gradient of ``k``, ``[B, num_kv_heads, S, head_dim]``.
-          dv (array): Gradient of ``v``, ``[B, num_kv_heads, S, head_dim]``.
+          dv (array): Gradient of ``v``, ``[B, num_kv_heads, S, v_head_dim]``.
           input (array): The forward's input, ``[B, S, H]``.
           weight (array or tuple): The forward's weight, packed or a tuple.
           has_bias (bool): Whether the forward had a bias.
           num_heads (int): Query heads.
           num_kv_heads (int): Key and value heads.
           head_dim (int): Features per head.
+          v_head_dim (int, optional): Those of a value head. Default: ``None``, ``head_dim``.
           route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
             ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
@@ -264,8 +273,8 @@ NB_MODULE(_ext, m) {
       "stream"_a = nb::none(),
       nb::sig(
           "def fused_output_projection_residual_bwd(d_output: array, attn_out: array, weight: array, "
-          "has_bias: bool, *, route: Literal['composed', 'fused'] | None = None, stream: "
-          "StreamOrDevice = None) -> tuple[array, array, array | None, array]"),
+          "has_bias: bool, *, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice "
+          "= None) -> tuple[array, array, array | None, array]"),
       R"pbdoc(
         All gradients of :func:`fused_output_projection_residual`.
 
@@ -299,13 +308,14 @@ NB_MODULE(_ext, m) {
       "num_kv_heads"_a,
       "head_dim"_a,
       nb::kw_only(),
+      "v_head_dim"_a = nb::none(),
       "split_heads"_a = true,
       "stream"_a = nb::none(),
       nb::sig(
           "def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: "
-          "array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: "
-          "int, *, split_heads: bool = True, stream: StreamOrDevice = None) -> tuple[array, array, "
-          "array]"),
+          "array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, "
+          "*, v_head_dim: int | None = None, split_heads: bool = True, stream: StreamOrDevice = None) "
+          "-> tuple[array, array, array]"),
       "``fused_qkv_projection`` written in MLX's own operations.");
 
   m.def(

@@ -59,6 +59,7 @@ void bind_lora(nb::module_& m) {
          int num_heads,
          int num_kv_heads,
          int head_dim,
+         std::optional<int> v_head_dim,
          const std::optional<mlx_fused::Parts>& scales,
          const std::optional<mlx_fused::Parts>& biases,
          std::optional<int> group_size,
@@ -75,10 +76,7 @@ void bind_lora(nb::module_& m) {
                 quantized("fused_lora_qkv_projection", scales, biases, group_size, bits, mode),
                 bias,
                 {lora_a, lora_b, list_of(scale)},
-                num_heads,
-                num_kv_heads,
-                head_dim,
-                split_heads,
+                {num_heads, num_kv_heads, head_dim, v_head_dim, split_heads},
                 exact,
                 route,
                 s));
@@ -93,6 +91,7 @@ void bind_lora(nb::module_& m) {
       "num_kv_heads"_a,
       "head_dim"_a,
       nb::kw_only(),
+      "v_head_dim"_a = nb::none(),
       "scales"_a = nb::none(),
       "biases"_a = nb::none(),
       "group_size"_a = nb::none(),
@@ -106,11 +105,12 @@ void bind_lora(nb::module_& m) {
           "def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, array], "
           "bias: array | tuple[array, array, array] | None, lora_a: tuple[array | None, array | None, "
           "array | None], lora_b: tuple[array | None, array | None, array | None], scale: float | "
-          "tuple[float, float, float], num_heads: int, num_kv_heads: int, head_dim: int, *, scales: "
-          "array | tuple[array, array, array] | None = None, biases: array | tuple[array, array, "
-          "array] | None = None, group_size: int | None = None, bits: int | None = None, mode: str = "
-          "'affine', split_heads: bool = True, exact: bool = False, route: Literal['composed', "
-          "'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]"),
+          "tuple[float, float, float], num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: "
+          "int | None = None, scales: array | tuple[array, array, array] | None = None, biases: array | "
+          "tuple[array, array, array] | None = None, group_size: int | None = None, bits: int | None = "
+          "None, mode: str = 'affine', split_heads: bool = True, exact: bool = False, route: "
+          "Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, "
+          "array, array]"),
       R"pbdoc(
         Project hidden states to queries, keys and values with low-rank adapters (LoRA).
 
@@ -121,7 +121,8 @@ void bind_lora(nb::module_& m) {
         the adapters. After Hu et al., "LoRA: Low-Rank Adaptation of Large Language
         Models", 2021 (arXiv:2106.09685).
 
-        With ``Hq = num_heads * head_dim`` and ``Hkv = num_kv_heads * head_dim``:
+        With ``Hq = num_heads * head_dim``, ``Hk = num_kv_heads * head_dim`` and
+        ``Hv = num_kv_heads * v_head_dim``:
 
         Args:
           input (array): Hidden states of shape ``[B, S, H]``, float32, float16 or
@@ -130,12 +131,13 @@ void bind_lora(nb::module_& m) {
           bias (array or tuple, optional): Of the projection, packed or a tuple, or ``None``.
           lora_a (tuple): For q, k and v an array ``[H, rank]`` or ``None``; ranks may differ.
             Computed with in float32.
-          lora_b (tuple): For q, k and v an array ``[rank, Hq or Hkv]``, ``None`` where
-            ``lora_a`` is.
+          lora_b (tuple): For q, k and v an array ``[rank, Hq]``, ``[rank, Hk]`` and ``[rank, Hv]``, ``None``
+            where ``lora_a`` is.
           scale (float or tuple): Of the low-rank products, one for all or three.
           num_heads (int): Query heads, a multiple of ``num_kv_heads``.
           num_kv_heads (int): Key and value heads.
           head_dim (int): Features per head, at least 1.
+          v_head_dim (int, optional): Those of a value head. Default: ``None``, ``head_dim``.
           scales (array or tuple, optional): Of a quantized ``weight``, see
             :func:`fused_quantized_qkv_projection`. Default: ``None``, a dense weight.
           biases (array or tuple, optional): Of the groups of a quantized ``weight``.
@@ -146,7 +148,7 @@ void bind_lora(nb::module_& m) {
           mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
             ``mx.quantize``. Default: ``"affine"``.
           split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
-            outputs are ``[B, S, heads * head_dim]``. Default: ``True``.
+            outputs are ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
           exact (bool): Round where mlx-lm's modules do: after the base product (and its bias),
             after the scaled low-rank product, and after their sum. Default: ``False``.
           route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
@@ -156,8 +158,9 @@ void bind_lora(nb::module_& m) {
             default stream of the default device.
 
         Returns:
-          tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
-          shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype that
+          tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` of shape
+          ``[B, num_kv_heads, S, head_dim]`` and ``v`` of shape
+          ``[B, num_kv_heads, S, v_head_dim]``, or as ``split_heads`` says, of the dtype that
           MLX promotes ``input``, ``weight`` and ``bias`` to.
 
         Raises:
@@ -214,10 +217,10 @@ void bind_lora(nb::module_& m) {
       "stream"_a = nb::none(),
       nb::sig(
           "def fused_lora_output_projection_residual(attn_out: array, weight: array, bias: array | "
-          "None, residual: array, lora_a: array, lora_b: array, scale: float, *, scales: array | None "
-          "= None, biases: array | None = None, group_size: int | None = None, bits: int | None = "
-          "None, mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: "
-          "Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array"),
+          "None, residual: array, lora_a: array, lora_b: array, scale: float, *, scales: array | None = "
+          "None, biases: array | None = None, group_size: int | None = None, bits: int | None = None, "
+          "mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: Literal['composed', "
+          "'fused'] | None = None, stream: StreamOrDevice = None) -> array"),
       R"pbdoc(
         Project attention's output with a low-rank adapter (LoRA) and add the residual.
 

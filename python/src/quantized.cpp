@@ -24,6 +24,7 @@ void bind_quantized(nb::module_& m) {
          int num_heads,
          int num_kv_heads,
          int head_dim,
+         std::optional<int> v_head_dim,
          std::optional<int> group_size,
          std::optional<int> bits,
          const std::string& mode,
@@ -36,10 +37,7 @@ void bind_quantized(nb::module_& m) {
                 weight,
                 {scales, biases, group_size, bits, mode},
                 bias,
-                num_heads,
-                num_kv_heads,
-                head_dim,
-                split_heads,
+                {num_heads, num_kv_heads, head_dim, v_head_dim, split_heads},
                 route,
                 s));
       },
@@ -52,6 +50,7 @@ void bind_quantized(nb::module_& m) {
       "num_kv_heads"_a,
       "head_dim"_a,
       nb::kw_only(),
+      "v_head_dim"_a = nb::none(),
       "group_size"_a = nb::none(),
       "bits"_a = nb::none(),
       "mode"_a = "affine",
@@ -59,12 +58,12 @@ void bind_quantized(nb::module_& m) {
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
       nb::sig(
-          "def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, array, "
-          "array], scales: array | tuple[array, array, array], biases: array | tuple[array, array, "
-          "array] | None, bias: array | tuple[array, array, array] | None, num_heads: int, "
-          "num_kv_heads: int, head_dim: int, *, group_size: int | None = None, bits: int | None = "
-          "None, mode: str = 'affine', split_heads: bool = True, route: Literal['composed', 'fused'] | "
-          "None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]"),
+          "def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, array, array], "
+          "scales: array | tuple[array, array, array], biases: array | tuple[array, array, array] | "
+          "None, bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, "
+          "head_dim: int, *, v_head_dim: int | None = None, group_size: int | None = None, bits: int | "
+          "None = None, mode: str = 'affine', split_heads: bool = True, route: Literal['composed', "
+          "'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]"),
       R"pbdoc(
         Project hidden states to queries, keys and values with a quantized weight.
 
@@ -73,22 +72,24 @@ void bind_quantized(nb::module_& m) {
         no gradient; those of the scales and biases of mode ``"affine"`` are as
         ``mx.quantized_matmul`` gives them.
 
-        With ``Hq = num_heads * head_dim`` and ``Hkv = num_kv_heads * head_dim``:
+        With ``Hq = num_heads * head_dim``, ``Hk = num_kv_heads * head_dim`` and
+        ``Hv = num_kv_heads * v_head_dim``:
 
         Args:
           input (array): Hidden states of shape ``[B, S, H]``, float32, float16 or
             bfloat16. Any strides.
-          weight (array or tuple): Codes, uint32, of shape ``[Hq + 2 * Hkv, H * bits / 32]``, or
+          weight (array or tuple): Codes, uint32, of shape ``[Hq + Hk + Hv, H * bits / 32]``, or
             a tuple for q, k and v, which are neither copied nor concatenated.
-          scales (array or tuple): Of the groups, ``[Hq + 2 * Hkv, H / group_size]``, packed
+          scales (array or tuple): Of the groups, ``[Hq + Hk + Hv, H / group_size]``, packed
             or a tuple as ``weight`` is; uint8 unless ``mode`` is ``"affine"``.
           biases (array or tuple, optional): Of the groups, as ``scales``; ``None`` unless
             ``mode`` is ``"affine"``.
-          bias (array or tuple, optional): Of the projection, ``[Hq + 2 * Hkv]`` or a tuple, or
+          bias (array or tuple, optional): Of the projection, ``[Hq + Hk + Hv]`` or a tuple, or
             ``None``.
           num_heads (int): Query heads, a multiple of ``num_kv_heads``.
           num_kv_heads (int): Key and value heads.
           head_dim (int): Features per head, at least 1.
+          v_head_dim (int, optional): Those of a value head. Default: ``None``, ``head_dim``.
           group_size (int, optional): Of the quantization: 32, 64 or 128 for ``"affine"``. Default:
             ``None``, the mode's own (affine 64, mxfp4 and mxfp8 32, nvfp4 16).
           bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
@@ -96,7 +97,7 @@ void bind_quantized(nb::module_& m) {
           mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
             ``mx.quantize``. Default: ``"affine"``.
           split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
-            outputs are ``[B, S, heads * head_dim]``. Default: ``True``.
+            outputs are ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
           route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
             ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
@@ -104,8 +105,9 @@ void bind_quantized(nb::module_& m) {
             default stream of the default device.
 
         Returns:
-          tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` and ``v`` of
-          shape ``[B, num_kv_heads, S, head_dim]``, or as ``split_heads`` says, of the dtype
+          tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` of shape
+          ``[B, num_kv_heads, S, head_dim]`` and ``v`` of shape
+          ``[B, num_kv_heads, S, v_head_dim]``, or as ``split_heads`` says, of the dtype
           that MLX promotes the arguments to.
 
         Raises:

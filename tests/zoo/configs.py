@@ -163,6 +163,7 @@ OVERRIDES = {
         "moe_layer_freq": [0, 1, 1, 1],
         "add_swa_attention_sink_bias": True,
         "add_full_attention_sink_bias": False,
+        "swa_v_head_dim": 8,
     },
     "minicpm3": {
         "rope_scaling": {"original_max_position_embeddings": 4, "short_factor": 1.0, "long_factor": 1.0}

@@ -107,22 +107,15 @@ def read_qkv(names: tuple[str, ...], attention: nn.Module, lora: bool, exact: bo
         return f"parameter types differ: {', '.join(str(p.dtype) for p in three)}"
     if not q.group is k.group is v.group:
         return "they are sharded over different groups"
-    # The operation wants keys and values of one size, which divides that of the queries. It makes no
-    # difference to it which of the three is which.
-    for i, j, m in ((0, 1, 2), (2, 0, 1), (1, 0, 2)):
-        many, few, as_few = three[i], three[j], three[m]
-        size = few.weight.shape[0]
-        if as_few.weight.shape[0] == size and many.weight.shape[0] % size == 0:
-            break
-    else:
-        return f"output sizes do not form heads: {tuple(p.weight.shape[0] for p in three)}"
-    weight, bias, scales, biases, *_ = zip(many, few, as_few, strict=True)
+    sizes = tuple(p.weight.shape[0] for p in three)
+    if 0 in sizes or sizes[0] % sizes[1]:
+        return f"output sizes do not form heads: {sizes}"
+    weight, bias, scales, biases, *_ = zip(*three, strict=True)
     adapters = None
     if q.lora or k.lora or v.lora:
         adapters = _adapters(names, three, lora, exact)
-        adapters = adapters if isinstance(adapters, str) else [adapters[i], adapters[j], adapters[m]]
     return QKV(
-        (names[i], names[j], names[m]),
+        names,
         weight,
         None if bias[0] is None else bias,
         None if scales[0] is None else scales,
@@ -139,8 +132,14 @@ def project(qkv: QKV, x: mx.array, exact: bool) -> dict[str, mx.array]:
     tokens = x if x.ndim == 3 else x.reshape(1, prod(x.shape[:-1]), x.shape[-1])
     if qkv.group is not None:
         tokens = sum_gradients(qkv.group)(tokens)
-    many, few, _ = (w.shape[0] for w in qkv.weight)
-    options = {"num_heads": many // few, "num_kv_heads": 1, "head_dim": few, "split_heads": False}
+    q_size, k_size, v_size = (w.shape[0] for w in qkv.weight)
+    options = {
+        "num_heads": q_size // k_size,
+        "num_kv_heads": 1,
+        "head_dim": k_size,
+        "v_head_dim": v_size,
+        "split_heads": False,
+    }
     if qkv.format:
         options |= _quantization(qkv)
     bias, added = qkv.bias, None
