@@ -79,7 +79,7 @@ Arrays FusedPrimitive::jvp(const Arrays& primals, const Arrays& tangents, const 
 
 std::pair<Arrays, std::vector<int>> FusedPrimitive::vmap(const Arrays& inputs, const std::vector<int>& axes) {
   if (is_quantized()) {
-    auto outputs = map_one_by_one(composed(), inputs, axes, stream());
+    auto outputs = map_one_by_one([this](const auto& one) { return apply(one); }, inputs, axes, stream());
     return {outputs, std::vector<int>(outputs.size(), 0)};
   }
   auto mapped_inputs = inputs;

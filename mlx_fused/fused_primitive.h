@@ -33,6 +33,9 @@ class FusedPrimitive : public mx::Primitive {
   // The same function of the same inputs in MLX's own ops.
   virtual Function composed() = 0;
 
+  // The same function of other inputs, by a primitive or by MLX's own ops as `routing` says.
+  virtual Arrays apply(const Arrays& inputs) = 0;
+
   // Whether that has quantized products, which MLX cannot map.
   virtual bool is_quantized() const = 0;
 };

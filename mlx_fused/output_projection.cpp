@@ -72,6 +72,18 @@ Call grad_call(const Arrays& inputs, const OutputGradLayout& layout) {
       wants_bias && !wants_weight};
 }
 
+Arrays routed_forward(const Arrays& inputs, const OutputLayout& layout, mx::Stream s) {
+  return route(forward_call(inputs, layout), describe(s.device)) == Route::composed
+             ? composed::output_projection(inputs, layout, s)
+             : Arrays{make_forward(inputs, layout, s)};
+}
+
+Arrays routed_grad(const Arrays& inputs, const OutputGradLayout& layout, mx::Stream s) {
+  return route(grad_call(inputs, layout), describe(s.device)) == Route::composed
+             ? composed::output_projection_grad(inputs, layout, s)
+             : make_grad(inputs, layout, s);
+}
+
 // As a number is rounded that multiplies an array of this dtype.
 float round_to(mx::Dtype dtype, float value) {
   return dtype == mx::float16    ? static_cast<float>(mx::float16_t(value))
@@ -201,6 +213,10 @@ Function FusedOutputProjection::composed() {
   };
 }
 
+Arrays FusedOutputProjection::apply(const Arrays& inputs) {
+  return routed_forward(inputs, layout_, stream());
+}
+
 Arrays FusedOutputProjection::vjp(
     const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
   if (wants_quantization_grad(
@@ -220,10 +236,7 @@ Arrays FusedOutputProjection::vjp(
   auto d_residual = mx::astype(cotangents[0], primals[Operands::input].dtype(), stream());
   Arrays grads;
   if (!layout.argnums.empty()) {
-    auto inputs = grad_inputs({d_residual}, primals, layout);
-    grads = route(grad_call(inputs, layout), describe(stream().device)) == Route::composed
-                ? composed::output_projection_grad(inputs, layout, stream())
-                : make_grad(inputs, layout, stream());
+    grads = routed_grad(grad_inputs({d_residual}, primals, layout), layout, stream());
   }
   if (wants_residual) {
     grads.push_back(d_residual);
@@ -249,10 +262,7 @@ std::pair<Arrays, std::vector<int>> FusedOutputProjection::vmap(
     batch = {x.shape(0), x.shape(1)};
     folded[i] = mx::flatten(x, 0, 1, stream());
   }
-  auto out = route(forward_call(folded, layout_), describe(stream().device)) == Route::composed
-                 ? composed::output_projection(folded, layout_, stream())[0]
-                 : make_forward(folded, layout_, stream());
-  return {{mx::unflatten(out, 0, batch, stream())}, {0}};
+  return {{mx::unflatten(apply(folded)[0], 0, batch, stream())}, {0}};
 }
 
 bool FusedOutputProjection::is_equivalent(const mx::Primitive& other) const {
@@ -267,6 +277,10 @@ Function FusedOutputProjectionGrad::composed() {
   return [layout = layout_, s = stream()](const auto& inputs) {
     return composed::output_projection_grad(inputs, layout, s);
   };
+}
+
+Arrays FusedOutputProjectionGrad::apply(const Arrays& inputs) {
+  return routed_grad(inputs, layout_, stream());
 }
 
 bool FusedOutputProjectionGrad::is_equivalent(const mx::Primitive& other) const {

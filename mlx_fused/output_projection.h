@@ -87,6 +87,7 @@ class FusedOutputProjection : public FusedPrimitive {
 
  protected:
   Function composed() override;
+  Arrays apply(const Arrays& inputs) override;
   bool is_quantized() const override {
     return layout_.quantization.has_value();
   }
@@ -108,6 +109,7 @@ class FusedOutputProjectionGrad : public FusedPrimitive {
 
  protected:
   Function composed() override;
+  Arrays apply(const Arrays& inputs) override;
   bool is_quantized() const override {
     return layout_.forward.quantization.has_value();
   }

@@ -86,6 +86,18 @@ Call grad_call(const Arrays& inputs, const QKVGradLayout& layout) {
   return call;
 }
 
+Arrays routed_forward(const Arrays& inputs, const QKVLayout& layout, mx::Stream s) {
+  return route(forward_call(inputs, layout), describe(s.device)) == Route::composed
+             ? composed::qkv_projection(inputs, layout, s)
+             : make_forward(inputs, layout, s);
+}
+
+Arrays routed_grad(const Arrays& inputs, const QKVGradLayout& layout, mx::Stream s) {
+  return route(grad_call(inputs, layout), describe(s.device)) == Route::composed
+             ? composed::qkv_projection_grad(inputs, layout, s)
+             : make_grad(inputs, layout, s);
+}
+
 Arrays project(
     const Check& check,
     const mx::array& input,
@@ -204,6 +216,10 @@ Function FusedQKVProjection::composed() {
   };
 }
 
+Arrays FusedQKVProjection::apply(const Arrays& inputs) {
+  return routed_forward(inputs, layout_, stream());
+}
+
 Arrays FusedQKVProjection::vjp(
     const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
   if (wants_quantization_grad(
@@ -218,10 +234,7 @@ Arrays FusedQKVProjection::vjp(
     // A custom function after this one may have given its gradient in another dtype.
     grad = mx::astype(grad, primals[Operands::input].dtype(), stream());
   }
-  auto inputs = grad_inputs(grads, primals, layout);
-  return route(grad_call(inputs, layout), describe(stream().device)) == Route::composed
-             ? composed::qkv_projection_grad(inputs, layout, stream())
-             : make_grad(inputs, layout, stream());
+  return routed_grad(grad_inputs(grads, primals, layout), layout, stream());
 }
 
 std::pair<Arrays, std::vector<int>> FusedQKVProjection::vmap(
@@ -235,9 +248,7 @@ std::pair<Arrays, std::vector<int>> FusedQKVProjection::vmap(
   auto input = mx::moveaxis(inputs[0], axes[0], 0, stream());
   auto folded = inputs;
   folded[0] = mx::flatten(input, 0, 1, stream());
-  auto outputs = route(forward_call(folded, layout_), describe(stream().device)) == Route::composed
-                     ? composed::qkv_projection(folded, layout_, stream())
-                     : make_forward(folded, layout_, stream());
+  auto outputs = apply(folded);
   for (auto& out : outputs) {
     out = mx::unflatten(out, 0, {input.shape(0), input.shape(1)}, stream());
   }
@@ -264,6 +275,10 @@ Function FusedQKVProjectionGrad::composed() {
   return [layout = layout_, s = stream()](const auto& inputs) {
     return composed::qkv_projection_grad(inputs, layout, s);
   };
+}
+
+Arrays FusedQKVProjectionGrad::apply(const Arrays& inputs) {
+  return routed_grad(inputs, layout_, stream());
 }
 
 bool FusedQKVProjectionGrad::is_equivalent(const mx::Primitive& other) const {

@@ -94,6 +94,7 @@ class FusedQKVProjection : public FusedPrimitive {
 
  protected:
   Function composed() override;
+  Arrays apply(const Arrays& inputs) override;
   bool is_quantized() const override {
     return layout_.quantization.has_value();
   }
@@ -115,6 +116,7 @@ class FusedQKVProjectionGrad : public FusedPrimitive {
 
  protected:
   Function composed() override;
+  Arrays apply(const Arrays& inputs) override;
   bool is_quantized() const override {
     return layout_.forward.quantization.has_value();
   }

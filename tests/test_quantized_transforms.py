@@ -208,6 +208,26 @@ def test_vmap_of_gradients(rng, operation, form, adapted):
 
 @everything
 @kinds
+def test_vmap_of_vmap_runs_our_kernels(rng, operation, form, adapted):
+    call = make(rng, operation, form, adapted)
+    keys = call.trainable
+    xs = operands.integers(rng, (EXAMPLES, 2, *call.x.shape))
+    rest = [mx.stack([a, 2 * a]) for a in (call.leaves[key] for key in keys[1:])]
+
+    def gradient(*values):
+        loss = square_sum(call.function(keys))
+        return mx.grad(loss, argnums=tuple(range(len(keys))))(*values)
+
+    for function in (call.function(keys), gradient):
+        mapped = mx.vmap(mx.vmap(function), in_axes=(0, *[None] * len(rest)))(xs, *rest)
+        if form:
+            assert not {"Matmul", "AddMM", "QuantizedMatmul"} & set(primitives(*mapped))
+        for i, j in ((0, 0), (EXAMPLES - 1, 1)):
+            oracle.assert_equal([y[i, j] for y in mapped], function(xs[i, j], *(a[j] for a in rest)))
+
+
+@everything
+@kinds
 @pytest.mark.parametrize("shapeless", [False, True], ids=["shaped", "shapeless"])
 def test_compile_and_checkpoint(rng, operation, form, adapted, shapeless):
     call = make(rng, operation, form, adapted)

@@ -31,12 +31,15 @@ bool allowed(Isa isa) {
 
 const Kernels& kernels() {
 #ifdef __x86_64__
-  static const bool has_avx512 = allowed(Isa::avx512) && __builtin_cpu_supports("avx512f") &&
-                                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                                 __builtin_cpu_supports("avx512vl");
-  static const bool has_avx2 =
-      allowed(Isa::avx2) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return has_avx512 ? avx512::table : has_avx2 ? avx2::table : baseline::table;
+  // What x86-64-v3 and v4 assume, as far as all compilers know it by name.
+  static const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  static const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                         __builtin_cpu_supports("avx512vl");
+  return v4 && allowed(Isa::avx512) ? avx512::table
+         : v3 && allowed(Isa::avx2) ? avx2::table
+                                    : baseline::table;
 #else
   return baseline::table;
 #endif

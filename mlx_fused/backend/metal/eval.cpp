@@ -235,8 +235,10 @@ void eval_grad(
     }
     if (layout.reads_adapters() && forward.adapters[i]) {
       segment.adapter = adapter_of(launcher, inputs, forward, layout.adapter(forward.lora_a(i)), i);
-      segment.da = output(forward.lora_a(i));
-      segment.db = output(forward.lora_b(i));
+      if (segment.adapter) {
+        segment.da = output(forward.lora_a(i));
+        segment.db = output(forward.lora_b(i));
+      }
     }
     segments.push_back(segment);
     int part = forward.part_of(i);
