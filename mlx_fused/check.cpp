@@ -4,6 +4,8 @@
 #include <stdexcept>
 
 #include "mlx/utils.h"
+#include "mlx_fused/backend/cpu/kernels.h"
+#include "mlx_fused/backend/cpu/parallel.h"
 
 namespace mlx_fused {
 
@@ -60,6 +62,11 @@ void Check::positive(const char* name, int value) const {
 
 Route Check::route(const Call& call, mx::Stream stream, const std::optional<std::string>& wish) const {
   auto device = describe(stream.device);
+  if (device.kind == DeviceInfo::cpu) {
+    // Throw here, and not on MLX's own thread, if they are set to nonsense.
+    cpu::num_threads();
+    cpu::allowed(cpu::Isa::baseline);
+  }
   if (wish && *wish != "composed" && *wish != "fused") {
     fail("route must be 'composed', 'fused' or None but got '" + *wish + "'.");
   }

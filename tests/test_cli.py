@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -47,11 +48,21 @@ def test_info():
     assert "4-bit + LoRA: QKV, gradient" in table
 
 
-def test_an_unknown_route_is_an_error_of_usage(monkeypatch):
-    monkeypatch.setenv("MLX_FUSED_ROUTE", "fast")
-    result = CliRunner().invoke(main, ["info"])
-    assert result.exit_code == 2
-    assert "MLX_FUSED_ROUTE must be 'composed' or 'fused' but is 'fast'" in result.output
+@pytest.mark.parametrize("command", ["info", "generate"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ROUTE", "fast"), ("MAX_ISA", "AVX2"), ("NUM_THREADS", "4abc"), ("NUM_THREADS", "0")],
+)
+def test_settings_that_are_none_are_errors_of_usage(command, name, value):
+    result = subprocess.run(
+        [sys.executable, "-c", f"from mlx_fused.cli import main; main(['{command}'])"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {f"MLX_FUSED_{name}": value},
+    )
+    assert result.returncode == 2
+    assert f"MLX_FUSED_{name} must be " in result.stderr and f"is '{value}'" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_the_demo_does_not_start_in_vain(monkeypatch, tmp_path):
@@ -71,6 +82,9 @@ def test_the_demo_does_not_start_in_vain(monkeypatch, tmp_path):
         '{"text_config": null}',
         '{"hidden_size": "x", "num_attention_heads": 2, "head_dim": 64}',
         '{"hidden_size": 64, "num_attention_heads": 0}',
+        '{"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 3}',
+        '{"hidden_size": 64, "num_attention_heads": 4, "head_dim": 5}',
+        '{"hidden_size": 64, "num_attention_heads": 4, "head_dim": true}',
     ],
 )
 def test_bench_of_a_model_without_sizes(tmp_path, config):

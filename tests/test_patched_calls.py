@@ -103,6 +103,20 @@ def test_outside_its_call_a_projection_is_itself():
     assert calls([attention.q_proj(x)]) == (0, 1)
 
 
+class InPlace(Attention):
+    def __call__(self, x):
+        queries = self.q_proj(x)
+        x += 1
+        return queries, self.k_proj(x), self.v_proj(x)
+
+
+def test_an_input_that_is_changed_in_place_is_another():
+    attention = InPlace()
+    expected = attention(sample(2, 3, 64))
+    mlx_fused.patch(attention)
+    assert_same(attention(sample(2, 3, 64)), expected)
+
+
 class Nested(Attention):
     """Calls another attention module, and itself, between its own projections."""
 

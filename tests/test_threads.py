@@ -111,7 +111,7 @@ for rows in (1, 50):
 """
 
 
-@pytest.mark.parametrize("threads", ["1", "2", "9", "0", "many"])
+@pytest.mark.parametrize("threads", ["1", "2", "9", ""])
 def test_any_number_of_threads(threads):
     environment = os.environ | {"MLX_FUSED_NUM_THREADS": threads}
     subprocess.run([sys.executable, "-c", COMPARE], env=environment, check=True)

@@ -20,6 +20,7 @@ import tiny_models
 from mlx_fused import validate
 from mlx_fused.cli import main
 from mlx_fused.patching import projections
+from zoo import configs as zoo
 
 PROMPT = list(range(5, 45))
 
@@ -114,7 +115,20 @@ def test_checkpoints_of_the_demo_pass(checkpoints, arguments):
     for of in (*results["tokens_per_second"].values(), *results["peak_memory"].values()):
         assert of["stock"] > 0 and of["patched"] > 0
     assert "Validating" not in result.stdout
-    assert "PASSED" in result.stderr
+    assert "PASSED" in result.stderr and "…" not in result.stderr  # nothing is cut at 80 columns
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "afm7"])
+def test_models_that_take_no_adapters_of_the_usual_kind(name):
+    model = zoo.make(name)
+    results = validate.validate(model, [7, 8, 9, 10, 11], 2)
+    assert results["passed"] and any(check["patched_error"] > 0 for check in results["gradients"].values())
+
+
+@pytest.mark.parametrize("name", ["bitnet", "deepseek_v41", "recurrent_gemma"])
+def test_what_fails_unpatched_is_not_validated(name):
+    with pytest.raises(validate.CannotValidate, match="The model fails unpatched: "):
+        validate.validate(zoo.make(name), [7, 8, 9, 10, 11], 2)
 
 
 def test_sixteen_bits_are_held_to_the_stock_models_own_error(checkpoints):

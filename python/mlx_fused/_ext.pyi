@@ -143,6 +143,14 @@ def composed_qkv_projection(input: array, weight: array | tuple[array, array, ar
 def composed_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, alpha: float = 1.0, stream: StreamOrDevice = None) -> array:
     """``fused_output_projection_residual`` written in MLX's own operations."""
 
+def is_same(a: array, b: array) -> bool:
+    """Whether two arrays are one value."""
+
+def alias(a: array) -> array:
+    """
+    The same value as another object, which keeps it when ``a`` is changed in place.
+    """
+
 def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, array, array], scales: array | tuple[array, array, array], biases: array | tuple[array, array, array] | None, bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """
     Project hidden states to queries, keys and values with a quantized weight.

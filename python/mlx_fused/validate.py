@@ -9,8 +9,8 @@ between them when the stock model computes in float32 itself.
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from math import inf, sqrt
 from pathlib import Path
@@ -20,14 +20,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import generate_step
 from mlx_lm.lora import CONFIG_DEFAULTS
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.tuner.utils import linear_to_lora_layers, remove_lora_layers
 
 import mlx_fused
-from mlx_fused.patching import PatchReport
+from mlx_fused.patching import LayerReport, PatchReport
 
 PROMPT = (
     "A plugin adds one line to a program and is to change nothing that it prints. Whether that is so, "
@@ -41,7 +41,7 @@ _LORA_B_SPREAD = 1e-3  # mlx-lm starts B at zero, for which A has no gradient
 
 
 class CannotValidate(Exception):
-    """The model is not there, not one of mlx-lm's, not fused, or never in float32; the message says which."""
+    """The model cannot be had, fails unpatched, is not fused, or never in float32; the message says which."""
 
 
 def load(model: str, adapter_path: Path | None) -> tuple[nn.Module, TokenizerWrapper]:
@@ -61,7 +61,7 @@ def load(model: str, adapter_path: Path | None) -> tuple[nn.Module, TokenizerWra
         ) from error
     except Exception as error:  # whatever mlx-lm and a model's code say to a checkpoint that is not theirs
         adapters = f" with the adapters of {adapter_path}" if adapter_path else ""
-        raise CannotValidate(f"{model}{adapters} cannot be loaded: {str(error) or repr(error)}") from error
+        raise CannotValidate(f"{model}{adapters} cannot be loaded: {_one_line(error)}") from error
 
 
 def validate(
@@ -79,8 +79,8 @@ def validate(
         dict: What was measured; ``passed`` is the verdict.
 
     Raises:
-        CannotValidate: If nothing of the model runs fused, or it does not compute in float32 when its
-            embeddings are float32.
+        CannotValidate: If the model fails unpatched, nothing of it runs fused, or it does not compute in
+            float32 when its embeddings are float32.
     """
     tokens = mx.array(prompt)
     with mlx_fused.patched(model) as report:
@@ -100,7 +100,8 @@ def validate(
     greedy, speed = _generate(runner, model, tokens, num_tokens, largest_gap)
     memory = {"generation": dict(runner.memory)}
 
-    _attach_adapters(model)
+    with _unpatched():
+        _attach_adapters(model, tokens, report)
     runner.memory.clear()
     # Each product of the forward has two in the backward.
     gradients = _hold(runner.run_all(lambda: _adapter_gradients(model, tokens)), sum_error(3 * terms))
@@ -125,12 +126,15 @@ def validate(
 
 def sum_terms(model: nn.Module, report: PatchReport) -> int:
     """The terms of one number of each product in the fused layers: the additions patching reorders."""
+    fused = [layer for layer in report.layers if layer.qkv.fused or layer.residual.fused]
+    linears = _linears(model, fused)
+    return sum(m["weight"].shape[-1] * (32 // m.bits if "scales" in m else 1) for m in linears)
+
+
+def _linears(model: nn.Module, layers: Iterable[LayerReport]) -> list[nn.Module]:
     modules = dict(model.named_modules())
-    fused = [layer.name for layer in report.layers if layer.qkv.fused or layer.residual.fused]
-    weights = [
-        m for name in fused for m in modules[name].modules() if isinstance(m, nn.Linear | nn.QuantizedLinear)
-    ]
-    return sum(m["weight"].shape[-1] * (32 // m.bits if "scales" in m else 1) for m in weights)
+    inside = (module for layer in layers for module in modules[layer.name].modules())
+    return [module for module in inside if isinstance(module, nn.Linear | nn.QuantizedLinear)]
 
 
 def sum_error(terms: int) -> float:
@@ -152,7 +156,7 @@ class _Runner:
         self.on_step = on_step
         self.variants = {
             "float32": lambda: _in_float32(model),
-            "stock": nullcontext,
+            "stock": _unpatched,
             "patched": lambda: mlx_fused.patched(model),
         }
         self.memory: dict[str, int] = {}
@@ -177,6 +181,15 @@ class _Runner:
 
 
 @contextmanager
+def _unpatched() -> Iterator[None]:
+    """What fails here says nothing of patching."""
+    try:
+        yield
+    except Exception as error:
+        raise CannotValidate(f"The model fails unpatched: {_one_line(error)}") from error
+
+
+@contextmanager
 def _in_float32(model: nn.Module) -> Iterator[None]:
     """Let the embeddings be float32: by promotion all that follows is, and no weight is copied."""
     kinds = (nn.Embedding, nn.QuantizedEmbedding)
@@ -184,7 +197,8 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
     for module, cls in embeddings:
         module.__class__ = _float32_class(cls)
     try:
-        yield
+        with _unpatched():
+            yield
     finally:
         for module, cls in embeddings:
             module.__class__ = cls
@@ -260,18 +274,35 @@ def _continue(model: nn.Module, tokens: mx.array, num_tokens: int) -> dict:
     return {"tokens": chosen, "prefill_s": times[0] - start, "decode_s": times[-1] - times[0]}
 
 
-def _attach_adapters(model: nn.Module) -> None:
+def _attach_adapters(model: nn.Module, tokens: mx.array, report: PatchReport) -> None:
     """Make the adapters trainable; a model without any gets those that mlx-lm makes by default."""
     model.freeze()
-    if not any(name.endswith("lora_a") for name, _ in tree_flatten(model.parameters())):
-        mx.random.seed(0)
+    if not any("lora_a" in module for module in model.modules()):
+        of_attention = {id(m) for m in _linears(model, report.layers)}
         num_layers = min(CONFIG_DEFAULTS["num_layers"], len(model.layers))
-        linear_to_lora_layers(model, num_layers, CONFIG_DEFAULTS["lora_parameters"])
+        config = CONFIG_DEFAULTS["lora_parameters"]
+        linear_to_lora_layers(model, num_layers, config)
+        try:
+            model(tokens[None])
+        except AttributeError:  # of code that reads a layer's weight, which an adapter hides
+            remove_lora_layers(model)
+            named = (pair for layer in model.layers for pair in layer.named_modules())
+            keys = {name for name, module in named if id(module) in of_attention}
+            linear_to_lora_layers(model, num_layers, {**config, "keys": keys})
+        mx.random.seed(0)
         for module in model.modules():
             if "lora_b" in module:
-                module.lora_b = _LORA_B_SPREAD * mx.random.normal(module.lora_b.shape)
+                module.lora_b = tree_map(_spread, module.lora_b)
     model.unfreeze(keys=["lora_a", "lora_b"])
     mx.eval(model.parameters())
+
+
+def _spread(lora_b: mx.array) -> mx.array:
+    return _LORA_B_SPREAD * mx.random.normal(lora_b.shape)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join((str(error) or repr(error)).split())
 
 
 def _adapter_gradients(model: nn.Module, tokens: mx.array) -> dict[str, mx.array]:

@@ -333,6 +333,21 @@ NB_MODULE(_ext, m) {
           "residual: array, *, alpha: float = 1.0, stream: StreamOrDevice = None) -> array"),
       "``fused_output_projection_residual`` written in MLX's own operations.");
 
+  m.def(
+      "is_same",
+      [](const mx::array& a, const mx::array& b) { return a.id() == b.id(); },
+      "a"_a,
+      "b"_a,
+      nb::sig("def is_same(a: array, b: array) -> bool"),
+      "Whether two arrays are one value.");
+
+  m.def(
+      "alias",
+      [](const mx::array& a) { return a; },
+      "a"_a,
+      nb::sig("def alias(a: array) -> array"),
+      "The same value as another object, which keeps it when ``a`` is changed in place.");
+
   bind_quantized(m);
   bind_lora(m);
   bind_internals(m);

@@ -1,7 +1,8 @@
 #include "mlx_fused/backend/cpu/kernels.h"
 
 #include <cstdlib>
-#include <string_view>
+#include <stdexcept>
+#include <string>
 
 namespace mlx_fused::cpu {
 
@@ -20,11 +21,15 @@ extern const Kernels table;
 bool allowed(Isa isa) {
   static const Isa best = [] {
     const char* text = std::getenv("MLX_FUSED_MAX_ISA");
-    std::string_view name = text ? text : "amx";
-    return name == "baseline" ? Isa::baseline
-           : name == "avx2"   ? Isa::avx2
-           : name == "avx512" ? Isa::avx512
-                              : Isa::amx;
+    std::string name = text ? text : "";
+    if (name.empty() || name == "amx") {
+      return Isa::amx;
+    }
+    if (name != "baseline" && name != "avx2" && name != "avx512") {
+      throw std::invalid_argument(
+          "MLX_FUSED_MAX_ISA must be 'baseline', 'avx2', 'avx512' or 'amx' but is '" + name + "'.");
+    }
+    return name == "baseline" ? Isa::baseline : name == "avx2" ? Isa::avx2 : Isa::avx512;
   }();
   return isa <= best;
 }

@@ -51,7 +51,8 @@ const Kernels& kernels();
 // The instruction sets of x86 that there is code for, each of which includes those before it.
 enum class Isa { baseline, avx2, avx512, amx };
 
-// Whether MLX_FUSED_MAX_ISA, the name of one of them, leaves this one in use. Unset, it leaves all.
+// Whether MLX_FUSED_MAX_ISA, the name of one of them, leaves this one in use. Unset, it leaves all; throws if
+// it is anything else.
 bool allowed(Isa isa);
 
 }  // namespace mlx_fused::cpu

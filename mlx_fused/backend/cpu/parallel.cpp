@@ -2,11 +2,15 @@
 
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
 #include <mutex>
+#include <stdexcept>
+#include <string>
+#include <string_view>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -146,10 +150,16 @@ Pool& pool() {
 }
 
 int count_cpus() {
-  if (const char* text = std::getenv("MLX_FUSED_NUM_THREADS")) {
-    if (int n = std::atoi(text); n > 0) {
-      return n;
+  const char* text = std::getenv("MLX_FUSED_NUM_THREADS");
+  if (std::string_view wanted = text ? text : ""; !wanted.empty()) {
+    int n = 0;
+    const char* last = wanted.data() + wanted.size();
+    auto [end, error] = std::from_chars(wanted.data(), last, n);
+    if (error != std::errc() || end != last || n < 1) {
+      throw std::invalid_argument(
+          "MLX_FUSED_NUM_THREADS must be a positive number but is '" + std::string(wanted) + "'.");
     }
+    return n;
   }
 #ifdef __linux__
   cpu_set_t set;

@@ -5,7 +5,7 @@
 
 namespace mlx_fused::cpu {
 
-// The CPUs this process may run on, or MLX_FUSED_NUM_THREADS.
+// The CPUs this process may run on, or MLX_FUSED_NUM_THREADS; throws if that is no number of threads.
 int num_threads();
 
 // Calls task(0) ... task(count - 1), each once, on the calling thread and the pool's, and returns when all

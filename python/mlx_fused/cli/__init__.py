@@ -1,7 +1,8 @@
 """The ``mlx-fused`` command."""
 
-import os
 import sys
+
+import mlx.core as mx
 
 import mlx_fused
 
@@ -19,6 +20,15 @@ from mlx_fused.cli.info import info  # noqa: E402
 from mlx_fused.cli.validate import validate  # noqa: E402
 
 
+def _check_settings() -> None:
+    """Let a call, which is not evaluated, say what is wrong with the environment variables."""
+    one = mx.ones((1, 1, 1))
+    try:
+        mlx_fused.fused_output_projection_residual(one, one[0], None, one, stream=mx.cpu)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
 class _Group(click.Group):
     """Knows what to install, and leaves mlx-lm's commands alone with their arguments."""
 
@@ -27,15 +37,18 @@ class _Group(click.Group):
         if args and args[0] in passthrough.COMMANDS:
             # Outside click, which has its own ways with "--", an interrupt and the end of the input.
             try:
+                _check_settings()
                 command = passthrough.load(args[0])
+            except click.UsageError as error:
+                error.show()
+                sys.exit(error.exit_code)
             except ModuleNotFoundError as error:
                 sys.exit(f"Error: {error}. {_INSTALL}")
             return command(args[1:])
         return super().main(args, *rest, **extra)
 
     def invoke(self, ctx: click.Context):
-        if (route := os.environ.get("MLX_FUSED_ROUTE", "")) not in ("", "composed", "fused"):
-            raise click.UsageError(f"MLX_FUSED_ROUTE must be 'composed' or 'fused' but is '{route}'.")
+        _check_settings()
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:

@@ -108,7 +108,7 @@ def _sizes_of(model: Path) -> Sizes:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         kv_heads = config.get("num_key_value_heads") or heads
         sizes = hidden, heads, kv_heads, config.get("head_dim") or hidden // heads
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
+        if not all(type(size) is int and size > 0 for size in sizes) or heads % kv_heads or sizes[-1] % 2:
             raise ValueError(sizes)
         return Sizes(*sizes)
     except (ArithmeticError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:

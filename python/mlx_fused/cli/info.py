@@ -55,8 +55,7 @@ def _kernels() -> str:
     if mx.default_device() == mx.cpu:
         affinity = getattr(os, "sched_getaffinity", None)
         cpus = len(affinity(0)) if affinity else os.cpu_count()
-        wanted = os.environ.get("MLX_FUSED_NUM_THREADS", "")
-        return f"C++, on {wanted if wanted.isdecimal() and int(wanted) else cpus} threads"
+        return f"C++, on {os.environ.get('MLX_FUSED_NUM_THREADS') or cpus} threads"
     if (metallib := folder / "mlx_fused.metallib").exists():
         return str(metallib)
     if sources := sorted(file.name for file in folder.glob("*kernels.metal")):

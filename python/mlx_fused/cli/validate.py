@@ -63,13 +63,14 @@ def _show(out: Console, results: dict) -> None:
     adapters = f" with {results['adapters']}" if results["adapters"] else ""
     table = Table(title=escape(f"{results['model']}{adapters}"))
     for title in (results["dtype"], "stock", "patched", ""):
-        table.add_column(title, justify="right" if table.columns else "left", no_wrap=True)
+        number = title in ("stock", "patched")  # what must not be cut where a terminal is narrow
+        table.add_column(title, justify="right" if table.columns else "left", no_wrap=number)
 
     gradients = results["gradients"]
     worst = max(gradients, key=lambda kind: _badness(gradients[kind]))
     for title, check in (
         ("logits", results["logits"]),
-        (f"gradient of {worst.split('*.')[-1]}", gradients[worst]),
+        (f"gradient of {'.'.join(worst.split('.')[-2:])}", gradients[worst]),
     ):
         errors = (f"{check[name]:.1e}" for name in ("stock_error", "patched_error"))
         table.add_row(f"error of {title}", *errors, f"at most {check['tolerance']:.1e}", style=_style(check))

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_fused._ext import alias, is_same
 from mlx_fused.patching import projections
 from mlx_fused.patching.report import Calls, LayerReport, Part, switched_off
 from mlx_fused.patching.residual import Projected
@@ -148,7 +149,7 @@ class _Call:
 
     def project(self, name: str, module: nn.Module, x: mx.array) -> mx.array:
         """The stand-in for one of queries, keys and values."""
-        if x is not self.input:
+        if self.input is None or not is_same(x, self.input):
             self._project(x)
         y = self.outputs.pop(name, None)
         if y is None:
@@ -160,7 +161,7 @@ class _Call:
         return type(module).__call__(layer, x)
 
     def _project(self, x: mx.array) -> None:
-        self.input, self.outputs = x, {}
+        self.input, self.outputs = alias(x), {}  # `x += 1` changes x
         patch = self.attention._patch
         patch.qkv_calls.total += 1
         if x.dtype not in projections.DTYPES or isinstance(qkv := _qkv(self.attention), str):
@@ -177,7 +178,7 @@ class _Call:
         if x.ndim != 3 or x.dtype not in projections.DTYPES:
             return y
         add = _output(self.attention)
-        return y if isinstance(add, str) else Projected.of(y, partial(add, x), calls)
+        return y if isinstance(add, str) else Projected.of(y, partial(add, alias(x)), calls)
 
 
 # Per thread; a call inside a call puts the outer one back when it ends.
