@@ -7,7 +7,13 @@ import pytest
 from hypothesis import settings
 
 # The simulator runs on x86-64 Linux alone; elsewhere `make test-metal` has the real GPU.
-SIMULATED = ["test_ledger", "test_metal_kernels", "test_metal_lora", "test_metal_quantized"]
+SIMULATED = [
+    "test_ledger",
+    "test_metal_host",
+    "test_metal_kernels",
+    "test_metal_lora",
+    "test_metal_quantized",
+]
 SIMULATED += ["test_metal_source", "test_msl_sim", "test_mutation"]
 if sys.platform != "linux" or platform.machine() != "x86_64":
     collect_ignore = [f"{name}.py" for name in SIMULATED]
