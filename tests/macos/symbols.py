@@ -13,6 +13,7 @@ LIBSYSTEM = "/usr/lib/libSystem.B.dylib"
 PYTHON = "Python"
 LINKER = "the linker"
 lief.logging.disable()  # it reports zig's empty export tables
+lief.disable_leak_warning()  # of its own enumerations, at the end of a process
 Category = lief.MachO.Symbol.CATEGORY
 
 # libc++'s names that MLX happens not to use; templates over the types of others are the caller's to define.

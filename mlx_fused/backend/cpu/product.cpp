@@ -1,6 +1,7 @@
 #include "mlx_fused/backend/cpu/product.h"
 
 #include <algorithm>
+#include <functional>
 
 #include "mlx_fused/backend/cpu/amx.h"
 #include "mlx_fused/backend/cpu/epilogue.h"
@@ -75,15 +76,29 @@ BlasMatrix whole_left(const View& left) {
   return {to, static_cast<int>(left.cols()), false};
 }
 
+// A decoding step's tasks. A small one is over before another thread is awake, and a thread that is kept
+// awake takes a CPU from the one that prepares the next step.
+void run(const std::vector<Task>& tasks, int64_t depth, const std::function<void(const Task&)>& task) {
+  constexpr int64_t small = 1 << 18;  // products
+  int64_t work = 0;
+  for (const Task& t : tasks) {
+    work += t.tile.rows * t.tile.cols * depth;
+  }
+  if (work <= small) {
+    std::ranges::for_each(tasks, task);
+  } else {
+    parallel_for(tasks.size(), [&](int64_t i) { task(tasks[i]); });
+  }
+}
+
 // For few rows, where reading the right operand is the work: it is read once and in place, or converted a few
 // rows at a time.
 void dots_product(const View& left, const std::vector<Output>& outputs) {
   constexpr int64_t block = 6;
   int64_t rows = left.rows(), depth = left.cols();
   BlasMatrix x = whole_left(left);
-  auto tasks = split(outputs, rows, 48, 96);
-  parallel_for(tasks.size(), [&](int64_t i) {
-    const auto& [output, t] = tasks[i];
+  run(split(outputs, rows, 48, 96), depth, [&](const Task& task) {
+    const auto& [output, t] = task;
     float* acc = scratch(Holder::task, rows * t.cols + block * depth);
     if (auto w = std::get_if<View>(&output->right[0])) {
       kernels().dots(
@@ -110,9 +125,8 @@ void packed_product(const View& left, const std::vector<Output>& outputs) {
     load(left, {i, 1, 0, depth}, row, depth);
     kernels().pack(format, row, packed + i * length);
   }
-  auto tasks = split(outputs, rows, 48, 96);
-  parallel_for(tasks.size(), [&](int64_t i) {
-    const auto& [output, t] = tasks[i];
+  run(split(outputs, rows, 48, 96), depth, [&](const Task& task) {
+    const auto& [output, t] = task;
     float* acc = scratch(Holder::task, rows * t.cols);
     const auto& w = std::get<Quantized>(output->right[0]);
     kernels().packed_dots(packed, rows, w, t.col, t.cols, acc, t.cols);
