@@ -127,6 +127,7 @@ class AmxProduct {
       : left_(left),
         steps_(split_depth(left)),
         right_form_(form_of(outputs[0].right[0])),
+        dense_(std::holds_alternative<View>(outputs[0].right[0])),
         parts_(std::ranges::any_of(outputs, has_affine) ? max_parts : 1),
         rows_(left[0].rows()),
         panel_bytes_(steps_.size() * tile_bytes),
@@ -138,14 +139,20 @@ class AmxProduct {
     packed_ = reinterpret_cast<char*>(scratch(Holder::product, std::min(chunk, all) * panel_bytes_ / 4));
     for (first_panel_ = 0; first_panel_ < all; first_panel_ += chunk) {
       panels_ = std::min(chunk, all - first_panel_);
+      in_place_ = dense_ && right_form_ == Form::rows && panels_ <= few_panels;
+      block_steps_ = dense_ && !in_place_ ? dense_steps : max_steps / parts_;
       parallel_for(panels_, [&](int64_t p) { pack_left(p); });
       parallel_for(tasks_.size(), [&](int64_t i) { multiply_task(*tasks_[i].output, tasks_[i].tile); });
     }
   }
 
  private:
-  // A block of the left operand, one of the right and their result fit in 2 MB of second-level cache.
-  static constexpr int64_t max_parts = 3, max_rows = 512, max_cols = max_panels * side;
+  // A block of the left operand, one of the right and their result fit in 2 MB of second-level cache. Blocks
+  // of a dense one are small, so that a pair of its panels stays in the first-level cache from row to row.
+  static constexpr int64_t max_parts = 3, max_rows = 512, max_cols = max_panels * side, dense_steps = 8;
+  // The rows of a panel in place may compete for few lines of the first-level cache; for more panels of the
+  // left operand than this it is faster to pack them.
+  static constexpr int64_t few_panels = 4;
   static constexpr int64_t left_bytes = 4 << 20, tile_floats = side * side;
 
   void pack_left(int64_t p) {
@@ -160,7 +167,7 @@ class AmxProduct {
   // A panel's steps from the given one on where they lie, if the unit can load form rows from there.
   std::optional<Panel> in_place(const std::vector<Operand>& pieces, int64_t row, int64_t step) const {
     const View& v = std::get<View>(pieces[0]);
-    if (right_form_ == Form::rows && pieces.size() == 1 && v.cols() % depth == 0 && row + side <= v.rows()) {
+    if (pieces.size() == 1 && v.cols() % depth == 0 && row + side <= v.rows()) {
       if (auto s = strided(v, {row, side, 0, v.cols()}); s && s->col_stride == 1) {
         return Panel{s->data + step * row_bytes, s->row_stride * 2, row_bytes};
       }
@@ -178,7 +185,7 @@ class AmxProduct {
       int64_t n,
       char* to,
       Panel* panels) {
-    if (std::holds_alternative<View>(pieces[0])) {
+    if (in_place_) {
       bool packs = false;
       for (int64_t r = 0; r < count; ++r) {
         auto panel = in_place(pieces, row + r * side, step);
@@ -256,11 +263,14 @@ class AmxProduct {
   const std::vector<View>& left_;
   std::vector<Step> steps_;
   Form right_form_;
-  int64_t parts_, block_steps_ = max_steps / parts_;
+  bool dense_;
+  int64_t parts_;
   int64_t rows_, panel_bytes_;
   std::vector<Task> tasks_;
   char* packed_ = nullptr;
-  int64_t first_panel_ = 0, panels_ = 0;  // the chunk at work
+  // The chunk at work: its panels, whether it meets the right operand in place, the steps of a block.
+  int64_t first_panel_ = 0, panels_ = 0, block_steps_ = 0;
+  bool in_place_ = false;
 };
 
 }  // namespace
