@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -123,6 +124,13 @@ def test_models_that_take_no_adapters_of_the_usual_kind(name):
     model = zoo.make(name)
     results = validate.validate(model, [7, 8, 9, 10, 11], 2)
     assert results["passed"] and any(check["patched_error"] > 0 for check in results["gradients"].values())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3n"])
+def test_the_same_model_gives_the_same_numbers(name):
+    model = zoo.make(name)
+    first, second = (validate.validate(m, [7, 8, 9, 10, 11], 2) for m in (deepcopy(model), model))
+    assert first["logits"] == second["logits"] and first["gradients"] == second["gradients"]
 
 
 @pytest.mark.parametrize("name", ["bitnet", "deepseek_v41", "recurrent_gemma"])

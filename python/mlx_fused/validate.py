@@ -281,6 +281,7 @@ def _attach_adapters(model: nn.Module, tokens: mx.array, report: PatchReport) ->
         of_attention = {id(m) for m in _linears(model, report.layers)}
         num_layers = min(CONFIG_DEFAULTS["num_layers"], len(model.layers))
         config = CONFIG_DEFAULTS["lora_parameters"]
+        mx.random.seed(0)
         linear_to_lora_layers(model, num_layers, config)
         try:
             model(tokens[None])
@@ -289,7 +290,6 @@ def _attach_adapters(model: nn.Module, tokens: mx.array, report: PatchReport) ->
             named = (pair for layer in model.layers for pair in layer.named_modules())
             keys = {name for name, module in named if id(module) in of_attention}
             linear_to_lora_layers(model, num_layers, {**config, "keys": keys})
-        mx.random.seed(0)
         for module in model.modules():
             if "lora_b" in module:
                 module.lora_b = tree_map(_spread, module.lora_b)
