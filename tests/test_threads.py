@@ -36,16 +36,16 @@ def test_forward_and_backward_in_threads(dtype):
     heads = (4, 2, 16)
 
     def work(rng):
-        # Sizes both below and above what one call shares out among cores.
-        for seq in (1, 3, 40, 200):
-            x, weight, bias = operands.qkv(rng, 1, seq, 70, heads, dtype)
+        # Sizes both below and above what one call shares out among cores, of few rows and of many.
+        for seq, hidden in ((1, 70), (1, 2100), (3, 70), (3, 700), (40, 70), (200, 70)):
+            x, weight, bias = operands.qkv(rng, 1, seq, hidden, heads, dtype)
             outputs = mlx_fused.fused_qkv_projection(x, weight, bias, *heads)
             oracle.assert_close(outputs, oracle.fused_qkv_projection, x, weight, bias, *heads)
             cotangents = operands.qkv_cotangents(rng, 1, seq, heads, dtype)
             args = (*cotangents, x, weight, True, *heads)
             grads = mlx_fused.fused_qkv_projection_bwd(*args)
             oracle.assert_close(grads, oracle.fused_qkv_projection_bwd, *args)
-            args = operands.output(rng, 1, seq, 70, 90, dtype)
+            args = operands.output(rng, 1, seq, hidden, 130, dtype)
             out = mlx_fused.fused_output_projection_residual(*args)
             oracle.assert_close(out, oracle.fused_output_projection_residual, *args)
 
@@ -101,13 +101,23 @@ def test_beside_numpy_threads(rng):
 
 COMPARE = """
 import mlx.core as mx, mlx_fused
-from mlx_fused import composed
 
-x, w, b = (mx.random.randint(-2, 3, shape).astype(mx.float32) for shape in ((3, 50, 300), (192, 300), (192,)))
-for rows in (1, 50):
-    args = (x[:, :rows], w, b, 4, 2, 24)
-    pairs = zip(mlx_fused.fused_qkv_projection(*args), composed.fused_qkv_projection(*args))
-    assert all(mx.array_equal(*pair) for pair in pairs)
+def integers(low, high, *shape):
+    return mx.random.randint(low, high, shape).astype(mx.float32)
+
+x, w, b = integers(-2, 3, 3, 50, 320), integers(-2, 3, 192, 320), integers(-2, 3, 192)
+codes = mx.random.randint(0, 2**32, (192, 40), mx.uint32)
+scales, biases = mx.ones((192, 10)), mx.full((192, 10), -8.0)
+operations = {
+    mlx_fused.fused_qkv_projection: (w, b),
+    mlx_fused.fused_quantized_qkv_projection: (codes, scales, biases, b),
+}
+options = {"group_size": 32, "bits": 4}
+for rows in (1, 2, 50):  # on the caller's thread, of few rows, of many
+    for (operation, weights), quantization in zip(operations.items(), ({}, options)):
+        args = (x[:, :rows], *weights, 4, 2, 24)
+        pairs = zip(*(operation(*args, route=route, **quantization) for route in ("fused", "composed")))
+        assert all(mx.array_equal(*pair) for pair in pairs)
 """
 
 

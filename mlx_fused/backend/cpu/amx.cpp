@@ -127,20 +127,20 @@ class AmxProduct {
       : left_(left),
         steps_(split_depth(left)),
         right_form_(form_of(outputs[0].right[0])),
-        dense_(std::holds_alternative<View>(outputs[0].right[0])),
         parts_(std::ranges::any_of(outputs, has_affine) ? max_parts : 1),
         rows_(left[0].rows()),
         panel_bytes_(steps_.size() * tile_bytes),
         tasks_(split(outputs, rows_, 2 * side, max_cols)) {}
 
   void run() {
+    bool dense = std::holds_alternative<View>(tasks_[0].output->right[0]);
     int64_t all = (rows_ + side - 1) / side;
     int64_t chunk = std::clamp<int64_t>(left_bytes / panel_bytes_ / 2 * 2, 2, max_rows / side);
     packed_ = reinterpret_cast<char*>(scratch(Holder::product, std::min(chunk, all) * panel_bytes_ / 4));
     for (first_panel_ = 0; first_panel_ < all; first_panel_ += chunk) {
       panels_ = std::min(chunk, all - first_panel_);
-      in_place_ = dense_ && right_form_ == Form::rows && panels_ <= few_panels;
-      block_steps_ = dense_ && !in_place_ ? dense_steps : max_steps / parts_;
+      in_place_ = dense && right_form_ == Form::rows && panels_ <= few_panels;
+      block_steps_ = dense && !in_place_ ? dense_steps : max_steps / parts_;
       parallel_for(panels_, [&](int64_t p) { pack_left(p); });
       parallel_for(tasks_.size(), [&](int64_t i) { multiply_task(*tasks_[i].output, tasks_[i].tile); });
     }
@@ -263,9 +263,7 @@ class AmxProduct {
   const std::vector<View>& left_;
   std::vector<Step> steps_;
   Form right_form_;
-  bool dense_;
-  int64_t parts_;
-  int64_t rows_, panel_bytes_;
+  int64_t parts_, rows_, panel_bytes_;
   std::vector<Task> tasks_;
   char* packed_ = nullptr;
   // The chunk at work: its panels, whether it meets the right operand in place, the steps of a block.
