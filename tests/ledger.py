@@ -249,7 +249,7 @@ def adapted_linear(op):
         if lora_a is not None:
             y = y + (a["scale"] * ((op.x @ lora_a) @ lora_b)).astype(op.x.dtype)
         outputs.append(y)
-    if not op.heads:
+    if not op.segments:
         return (a["residual"] + outputs[0],)
     shape = (*op.x.shape[:2], -1, a["head_dim"])
     return tuple(y.reshape(shape).transpose(0, 2, 1, 3) for y in outputs)

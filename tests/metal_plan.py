@@ -226,9 +226,8 @@ def forward(op, kind=Call, **options):
     x, residual = call.input(op.x), call.input(arguments.get("residual"))
     weights, quantized = weights_of(call, op)
     biases, adapters = parts_of(call, arguments.get("bias"), op.features), adapters_of(call, op)
-    if op.heads:
-        by_head = zip(op.heads, op.head_dims, strict=True)
-        outputs = tensors = [call.output((batch, n, seq, dims)) for n, dims in by_head]
+    if op.segments:
+        outputs = tensors = [call.output((batch, n, seq, dims)) for n, dims in op.segments]
     else:
         outputs = [call.output(arguments["residual"].shape)]
         tensors = [one_head(outputs[0])]
@@ -253,10 +252,10 @@ def backward(op, cotangents, keys, kind=Call, **options):
     weights, quantized = weights_of(call, op)
     adapters = adapters_of(call, op)
     found = {key: call.output(op.leaves[key].shape, dtype=op.leaves[key].dtype) for key in keys}
-    places = range(len(adapters)) if op.heads else [None]
+    places = range(len(adapters)) if op.segments else [None]
     plan = _internals.plan_gradients(
         NAMES[op.x.dtype],
-        list(zip(grads if op.heads else map(one_head, grads), weights, strict=True)),
+        list(zip(grads if op.segments else map(one_head, grads), weights, strict=True)),
         next((t for (name, _), t in found.items() if name in ("input", "attn_out")), None),
         call.input(op.x),
         adapters,

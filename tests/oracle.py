@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 
 import quantized
+from operands import segments
 
 UNIT_ROUNDOFF = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8, mx.float32: 2.0**-24, mx.float64: 2.0**-53}
 SMALLEST_NORMAL = {
@@ -14,27 +15,21 @@ SMALLEST_NORMAL = {
 }
 
 
-def fused_qkv_projection(x, weight, bias, num_heads, num_kv_heads, head_dim, v_head_dim=None):
+def fused_qkv_projection(x, weight, bias, *heads):
     batch, seq, _ = x.shape
-    heads = (num_heads, num_kv_heads, num_kv_heads)
-    dims = (head_dim, head_dim, v_head_dim or head_dim)
-    weights, biases = _segments(weight, heads, dims), _segments(bias, heads, dims)
+    weights, biases = _parts(weight, heads), _parts(bias, heads)
     outputs = []
-    for n, d, w, b in zip(heads, dims, weights, biases, strict=True):
+    for (n, d), w, b in zip(segments(heads), weights, biases, strict=True):
         y = np.einsum("bsi,oi->bso", x, w) + (0 if b is None else b)
         outputs.append(y.reshape(batch, seq, n, d).transpose(0, 2, 1, 3))
     return tuple(outputs)
 
 
-def fused_qkv_projection_bwd(
-    dq, dk, dv, x, weight, has_bias, num_heads, num_kv_heads, head_dim, v_head_dim=None
-):
+def fused_qkv_projection_bwd(dq, dk, dv, x, weight, has_bias, *heads):
     batch, seq, _ = x.shape
-    heads = (num_heads, num_kv_heads, num_kv_heads)
-    dims = (head_dim, head_dim, v_head_dim or head_dim)
-    cotangents = zip((dq, dk, dv), heads, dims, strict=True)
-    grads = [g.transpose(0, 2, 1, 3).reshape(batch, seq, n * d) for g, n, d in cotangents]
-    weights = _segments(weight, heads, dims)
+    cotangents = zip((dq, dk, dv), segments(heads), strict=True)
+    grads = [g.transpose(0, 2, 1, 3).reshape(batch, seq, n * d) for g, (n, d) in cotangents]
+    weights = _parts(weight, heads)
     d_input = sum(np.einsum("bso,oi->bsi", g, w) for g, w in zip(grads, weights, strict=True))
     d_weight = tuple(np.einsum("bso,bsi->oi", g, x) for g in grads)
     d_bias = tuple(g.sum((0, 1)) for g in grads)
@@ -110,12 +105,12 @@ def quantized_terms(weight, scales, biases, *quantization):
     return np.stack([scaled, shift])
 
 
-def _segments(packed, heads, dims):
+def _parts(packed, heads):
     if packed is None:
         return (None, None, None)
     if isinstance(packed, tuple):
         return packed
-    return np.split(packed, np.cumsum(np.multiply(heads, dims))[:2])
+    return np.split(packed, np.cumsum([n * dims for n, dims in segments(heads)])[:2])
 
 
 def exact(tree):

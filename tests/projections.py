@@ -11,6 +11,7 @@ import oracle
 import quantized
 from operands import normal, segments
 
+HEADS = ("num_heads", "num_kv_heads", "head_dim", "v_head_dim")
 # The arguments that are arrays, in the order of the primitives' inputs.
 NAMES = ("input", "attn_out", "weight", "scales", "biases", "bias", "lora_a", "lora_b", "residual")
 
@@ -71,21 +72,17 @@ class Call:
         return self.arguments["input" if "qkv" in self.operation else "attn_out"]
 
     @property
-    def heads(self):
-        names = ("num_heads", "num_kv_heads", "num_kv_heads")
-        return tuple(self.arguments[n] for n in names) if "qkv" in self.operation else None
-
-    @property
-    def head_dims(self):
-        head_dim = self.arguments["head_dim"]
-        return head_dim, head_dim, self.arguments.get("v_head_dim", head_dim)
+    def segments(self):
+        """As operands.segments has them, or None if there are no heads."""
+        if "qkv" in self.operation:
+            return segments([self.arguments[name] for name in HEADS if name in self.arguments])
 
     @property
     def features(self):
         """Of each segment."""
-        if self.heads is None:
+        if self.segments is None:
             return (self.arguments["residual"].shape[-1],)
-        return tuple(n * d for n, d in zip(self.heads, self.head_dims, strict=True))
+        return tuple(n * dims for n, dims in self.segments)
 
     # The formula takes NumPy's arrays in this order: x, weights, biases, A, B, scale, residual, alpha.
 
@@ -103,7 +100,7 @@ class Call:
             oracle.exact(tuple(_listed(a.get(n)) or (None,) * segments)) for n in ("lora_a", "lora_b")
         ]
         scale = np.broadcast_to(np.array(a.get("scale", 1.0), np.float64), segments).copy()
-        residual = None if self.heads else oracle.exact(a["residual"])
+        residual = None if self.segments else oracle.exact(a["residual"])
         bias = tuple(oracle.exact(b) for b in _listed(a.get("bias")) or (None,) * segments)
         if len(terms) < segments:
             cuts = np.cumsum(self.features)[:-1]
@@ -120,8 +117,8 @@ class Call:
     def _laid_out(self, outputs, residual, alpha):
         if residual is not None:
             return (residual + alpha * outputs[0],)
-        by_head = zip(outputs, self.heads, self.head_dims, strict=True)
-        return tuple(y.reshape(*y.shape[:2], n, d).transpose(0, 2, 1, 3) for y, n, d in by_head)
+        by_head = zip(outputs, self.segments, strict=True)
+        return tuple(y.reshape(*y.shape[:2], *heads).transpose(0, 2, 1, 3) for y, heads in by_head)
 
     def rounded_formula(self, dtype):
         """What `exact` promises."""
@@ -138,7 +135,7 @@ class Call:
         packed = len(self.features) > 1 and not isinstance(self.arguments["weight"], tuple)
 
         def formula(cotangents, x, weights, biases, lora_a, lora_b, scale, residual, alpha):
-            if self.heads:
+            if self.segments:
                 by_token = (g.transpose(0, 2, 1, 3) for g in cotangents)
                 shapes = ((*x.shape[:2], n) for n in self.features)
                 grads = [g.reshape(shape) for g, shape in zip(by_token, shapes, strict=True)]
@@ -179,10 +176,9 @@ def check_forward(call, roundings=1, **options):
 
 def cotangents(rng, call, draw=normal):
     batch, seq, _ = call.x.shape
-    if call.heads is None:
+    if call.segments is None:
         return (draw(rng, call.arguments["residual"].shape, call.x.dtype),)
-    sizes = zip(call.heads, call.head_dims, strict=True)
-    return tuple(draw(rng, (batch, n, seq, d), call.x.dtype) for n, d in sizes)
+    return tuple(draw(rng, (batch, n, seq, dims), call.x.dtype) for n, dims in call.segments)
 
 
 def gradients(call, keys, given, **options):
@@ -244,7 +240,7 @@ def qkv(
         arguments[name] = None if missing else values[0] if packed else values
     biases = tuple(draw(rng, (n,), dtype) for n in parts) if bias else None
     arguments["bias"] = biases[0] if bias and packed else biases
-    arguments |= zip(("num_heads", "num_kv_heads", "head_dim", "v_head_dim"), heads, strict=False)
+    arguments |= zip(HEADS, heads, strict=False)
     if ranks:
         arguments |= adapters(rng, hidden, features, ranks, scale, adapter_dtype, draw)
     return _call("qkv_projection", arguments, form, ranks)

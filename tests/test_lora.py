@@ -178,7 +178,7 @@ def test_exact_mode_is_another_result(rng, dtype):
     """The operands of the test above do tell the modes apart."""
     for call in calls(rng, None, dtype, 1, 20, wide_integers, scale=1 / 64):
         differ = [(a != b).any().item() for a, b in zip(call(), call(exact=True), strict=True)]
-        assert all(differ) if call.heads is None else differ == [True, False, True]
+        assert all(differ) if call.segments is None else differ == [True, False, True]
 
 
 @dtypes
@@ -212,7 +212,7 @@ def moved(exact, key, step):
 def test_the_gradients_are_the_slopes_of_the_formula(rng, form):
     """The oracle's own backward against central differences, exact for what is linear in each operand."""
     for call in calls(rng, form):
-        call = call.replace(alpha=-0.5) if call.heads is None else call
+        call = call.replace(alpha=-0.5) if call.segments is None else call
         given, exact = oracle.exact(cotangents(rng, call)), call.exact_operands
         grads = call.gradient_formula(call.trainable)(given, *exact)
         for key, grad in zip(call.trainable, grads, strict=True):
@@ -262,7 +262,7 @@ def test_nan_and_infinity_in_the_input_stay_in_their_row(rng, form, dtype):
     for value, call in product((np.nan, np.inf), calls(rng, form, dtype, 1, 5)):
         x = mx.array(call.x)
         x[0, 2, 33] = value
-        name = "input" if call.heads else "attn_out"
+        name = "input" if call.segments else "attn_out"
         for y, clean in zip(call(**{name: x}), call(), strict=True):
             rows = -2
             y, clean = (np.moveaxis(oracle.exact(a), rows, 0) for a in (y, clean))

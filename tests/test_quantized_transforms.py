@@ -70,9 +70,9 @@ def stock(call):
         columns = [listed(name, leaves) for name in names]
         modules = [module(dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
         ys = [m(x) for m in modules]
-        if call.heads is None:
+        if call.segments is None:
             return (leaves["residual", None] + a["alpha"] * ys[0],)
-        split = (y.reshape(2, 3, n, 3) for y, n in zip(ys, call.heads, strict=True))
+        split = (y.reshape(2, 3, *heads) for y, heads in zip(ys, call.segments, strict=True))
         return tuple(y.swapaxes(1, 2) for y in split)
 
     return function
@@ -128,7 +128,7 @@ def test_scales_and_biases_have_the_gradients_of_mlx_and_quantized_weights_have_
 
 def quantization_gradients(call, keys, given):
     """By mx.quantized_matmul's own vjp of each part."""
-    grads = [g.swapaxes(1, 2).flatten(2) for g in given] if call.heads else [0.5 * given[0]]
+    grads = [g.swapaxes(1, 2).flatten(2) for g in given] if call.segments else [0.5 * given[0]]
     packed = keys[0][1] is None
     if packed:
         grads = [mx.concatenate(grads, -1)]
