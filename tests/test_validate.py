@@ -41,8 +41,8 @@ def wrong_values(monkeypatch):
     def install(function):
         correct = projections.project
 
-        def project(qkv, *args):
-            outputs = correct(qkv, *args)
+        def project(attention, qkv, *args):
+            outputs = correct(attention, qkv, *args)
             return {**outputs, qkv.names[2]: function(outputs[qkv.names[2]])}
 
         monkeypatch.setattr(projections, "project", project)

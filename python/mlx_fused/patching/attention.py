@@ -132,7 +132,7 @@ def _output(attention: nn.Module) -> Callable | str:
         return "o_residual=False"
     if patch.obstacles.residual:
         return patch.obstacles.residual
-    operation = projections.read_output(name, attention.get(name), patch.options.lora, patch.options.exact)
+    operation = projections.read_output(name, attention, patch.options.lora, patch.options.exact)
     if patch.options.o_residual is True and not isinstance(operation, str):
         operation = partial(operation, route="fused")
     return operation
@@ -168,7 +168,7 @@ class _Call:
             return
         patch.qkv_calls.fused += 1
         self.adapters_apart = isinstance(qkv.adapters, str)
-        self.outputs = projections.project(qkv, x, patch.options.exact)
+        self.outputs = projections.project(self.attention, qkv, x, patch.options.exact)
 
     def add(self, name: str, module: nn.Module, x: mx.array) -> mx.array:
         """The stand-in for the output projection."""
@@ -178,7 +178,7 @@ class _Call:
         if x.ndim != 3 or x.dtype not in projections.DTYPES:
             return y
         add = _output(self.attention)
-        return y if isinstance(add, str) else Projected.of(y, partial(add, alias(x)), calls)
+        return y if isinstance(add, str) else Projected.of(y, partial(add, attn_out=alias(x)), calls)
 
 
 # Per thread; a call inside a call puts the outer one back when it ends.

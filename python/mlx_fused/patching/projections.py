@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, partial
 from math import prod
 from typing import NamedTuple
@@ -126,7 +128,29 @@ def read_qkv(names: tuple[str, ...], attention: nn.Module, lora: bool, exact: bo
     )
 
 
-def project(qkv: QKV, x: mx.array, exact: bool) -> dict[str, mx.array]:
+# (attention module, operation, its arguments by name, what it gave)
+Watcher = Callable[[nn.Module, Callable, dict, object], None]
+_watcher: ContextVar[Watcher | None] = ContextVar("mlx_fused_watcher", default=None)
+
+
+@contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Show ``watcher`` every fused operation that patched models run in the block, on this thread."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def _run(attention: nn.Module, operation: Callable, **arguments):
+    outputs = operation(**arguments)
+    if (watcher := _watcher.get()) is not None:
+        watcher(attention, operation, arguments, outputs)
+    return outputs
+
+
+def project(attention: nn.Module, qkv: QKV, x: mx.array, exact: bool) -> dict[str, mx.array]:
     """What the three projections make of ``x``, without adapters if mlx-lm's own code runs them."""
     # Token by token, as the model's code goes on with it; heads it splits off itself.
     tokens = x if x.ndim == 3 else x.reshape(1, prod(x.shape[:-1]), x.shape[-1])
@@ -134,6 +158,8 @@ def project(qkv: QKV, x: mx.array, exact: bool) -> dict[str, mx.array]:
         tokens = sum_gradients(qkv.group)(tokens)
     q_size, k_size, v_size = (w.shape[0] for w in qkv.weight)
     options = {
+        "input": tokens,
+        "weight": qkv.weight,
         "num_heads": q_size // k_size,
         "num_kv_heads": 1,
         "head_dim": k_size,
@@ -145,13 +171,14 @@ def project(qkv: QKV, x: mx.array, exact: bool) -> dict[str, mx.array]:
     bias, added = qkv.bias, None
     if isinstance(qkv.adapters, list):
         options["lora_a"], options["lora_b"], options["scale"] = zip(*qkv.adapters, strict=True)
-        outputs = fused_lora_qkv_projection(tokens, qkv.weight, bias, exact=exact, **options)
+        operation, options["exact"] = fused_lora_qkv_projection, exact
     elif qkv.format:
         if exact:  # mlx-lm rounds before it adds the bias
             bias, added = None, bias
-        outputs = fused_quantized_qkv_projection(tokens, qkv.weight, bias=bias, **options)
+        operation = fused_quantized_qkv_projection
     else:
-        outputs = fused_qkv_projection(tokens, qkv.weight, bias, **options)
+        operation = fused_qkv_projection
+    outputs = _run(attention, operation, bias=bias, **options)
     if x.ndim != 3:
         outputs = [y.reshape((*x.shape[:-1], y.shape[-1])) for y in outputs]
     if added is not None:
@@ -159,8 +186,9 @@ def project(qkv: QKV, x: mx.array, exact: bool) -> dict[str, mx.array]:
     return dict(zip(qkv.names, outputs, strict=True))
 
 
-def read_output(name: str, module: nn.Module | None, lora: bool, exact: bool) -> Callable | str:
-    """The operation ``(x, residual=, alpha=) -> residual + alpha * module(x)``; text if there is none."""
+def read_output(name: str, attention: nn.Module, lora: bool, exact: bool) -> Callable | str:
+    """The operation ``(attn_out=, residual=, alpha=)`` of the output projection; text if there is none."""
+    module = attention.get(name)
     if isinstance(p := read(name, module), str):
         return p
     if p.group is not None:
@@ -174,7 +202,7 @@ def read_output(name: str, module: nn.Module | None, lora: bool, exact: bool) ->
             return one
         operation = fused_lora_output_projection_residual
         options |= {"lora_a": one.a, "lora_b": one.b, "scale": one.scale}
-    return partial(operation, weight=p.weight, bias=p.bias, exact=exact, **options)
+    return partial(_run, attention, operation, weight=p.weight, bias=p.bias, exact=exact, **options)
 
 
 def _adapters(
