@@ -57,12 +57,13 @@ def test_summary_of_one_layer():
     )
 
 
-def test_summary_and_table(capfd):
+def test_nothing_is_printed_unless_asked_for(capfd, monkeypatch):
+    monkeypatch.setattr(mx.distributed, "init", None)  # nor waits for other ranks
     model = make("llama")
     report = mlx_fused.patch(model)
-    assert capfd.readouterr() == ("", report.summary + "\n")
     with mlx_fused.patched(model):
-        assert capfd.readouterr() == ("", "")
+        mlx_fused.unpatch(model)
+    assert capfd.readouterr() == ("", "")
     report = mlx_fused.patch(model, verbose=True)
     assert capfd.readouterr() == ("", f"{report}\n")
 
@@ -70,7 +71,7 @@ def test_summary_and_table(capfd):
 @pytest.mark.parametrize("thing", [None, "model", {"q_proj": 1}, nn.Linear])
 def test_only_a_module_can_be_patched(thing):
     name = type(thing).__name__
-    with pytest.raises(TypeError, match=f"expected an mlx.nn.Module, got {name}"):
+    with pytest.raises(TypeError, match=f"model must be an mlx.nn.Module but got {name}"):
         mlx_fused.patch(thing)
     with pytest.raises(TypeError, match=f"got {name}"):
         mlx_fused.unpatch(thing)
@@ -92,7 +93,7 @@ def snapshot(model):
     modules = [(name, type(m).__name__, m.training) for name, m in model.named_modules()]
     arrays = [(name, id(array)) for name, array in tree_flatten(model.parameters())]
     trainable = [name for name, _ in tree_flatten(model.trainable_parameters())]
-    attributes = [vars(m).keys() - {"_patch"} for m in model.modules()]
+    attributes = [vars(m).keys() - {"_mlx_fused_state"} for m in model.modules()]
     return modules, arrays, trainable, repr(model), attributes
 
 
@@ -109,7 +110,7 @@ def test_only_the_class_changes():
     mlx_fused.unpatch(model)
     assert snapshot(model) == before
     assert [type(m) for m in model.modules()] == classes
-    assert not any("_patch" in vars(m) for m in model.modules())
+    assert not any("_mlx_fused_state" in vars(m) for m in model.modules())
 
 
 def test_patching_twice_is_patching_once():
@@ -181,7 +182,57 @@ def test_unpatching_within_the_block_ends_with_it():
         assert fused(model(tokens(1, 3))) == (0, 0)
     assert fused(model(tokens(1, 3))) == (1, 0)
     mlx_fused.unpatch(model)
-    assert not any("_patch" in vars(m) for m in model.modules())
+    assert not any("_mlx_fused_state" in vars(m) for m in model.modules())
+
+
+class Registered(Attention):
+    """Counts its subclasses, which must have a name."""
+
+    names = ()
+
+    def __init_subclass__(cls, /, name, **kwargs):
+        super().__init_subclass__(**kwargs)
+        Registered.names += (name,)
+
+
+class Named(Registered, name="named"):
+    pass
+
+
+def test_a_class_that_knows_its_subclasses():
+    attention, x = Named(), sample(1, 3, 64)
+    expected = attention(x)
+    mlx_fused.patch(attention)
+    assert calls(attention(x)) == (1, 0)
+    assert_same(attention(x), expected)
+    assert Registered.names == ("named",)
+    mlx_fused.unpatch(attention)
+
+    class Next(Named, name="next"):  # of the class itself, which is as before
+        pass
+
+    assert Registered.names == ("named", "next")
+
+
+class Final(type(Attention)):
+    def __new__(mcs, name, bases, members):
+        if any(isinstance(base, Final) for base in bases):
+            raise TypeError("final")
+        return super().__new__(mcs, name, bases, members)
+
+
+class Sealed(Attention, metaclass=Final):
+    pass
+
+
+def test_a_class_that_cannot_have_subclasses():
+    model, x = nn.Sequential(Attention(), Sealed()), sample(1, 3, 64)
+    expected = model.layers[1](x)
+    first, second = mlx_fused.patch(model).layers
+    assert first.qkv.fused
+    assert second.qkv.obstacle == second.residual.obstacle == "Sealed cannot be subclassed: final"
+    assert type(model.layers[1]) is Sealed
+    assert_same(model.layers[1](x), expected)
 
 
 # The rest of the model's life
@@ -272,8 +323,8 @@ def test_copies_keep_the_options_and_count_for_themselves(copy_of):
     other = copy_of(model)
     other(tokens(1, 3))
     assert report.layers[0].residual.calls.total == 0
-    own = other.layers[0].self_attn._patch
-    assert own.options == model.layers[0].self_attn._patch.options
+    own = other.layers[0].self_attn._mlx_fused_state.patch
+    assert own.options == model.layers[0].self_attn._mlx_fused_state.patch.options
     assert own.residual_calls.fused == own.qkv_calls.fallen_back == 1
 
 

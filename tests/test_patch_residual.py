@@ -426,6 +426,7 @@ def test_every_kind_of_projection(make, exact):
 OBSTACLES = [
     (lambda: DoRALinear.from_base(nn.Linear(64, 64)), "o_proj is DoRALinear"),
     (lambda: lora(nn.Linear(64, 64), dropout=0.5), "o_proj has dropout"),
+    (lambda: with_dropout(abs), "o_proj has a dropout of type builtin_function_or_method"),
     (
         lambda: lora(nn.Linear(64, 64), scale=mx.array(2.0)),
         "o_proj has a scale of type array",
@@ -455,8 +456,15 @@ def test_projections_that_stay_as_they_are(make, obstacle):
     assert part.calls.fused == 0 and part.calls.total == 1
 
 
-def test_dropout_that_is_not_active():
-    model, x = with_o(lora(nn.Linear(64, 64), dropout=0.5)), sample(2, 3, 64)
+def with_dropout(dropout):
+    layer = lora(nn.Linear(64, 64))
+    layer.dropout = dropout
+    return layer
+
+
+@pytest.mark.parametrize("make", [lambda: lora(nn.Linear(64, 64), dropout=0.5), lambda: with_dropout(nn.Identity())])
+def test_dropout_that_is_not_active(make):
+    model, x = with_o(make()), sample(2, 3, 64)
     part = residual(model)
     model.eval()
     model(x)
@@ -483,5 +491,5 @@ def test_options():
         assert residual(model, **options).obstacle == obstacle
         assert_same([model(x)], [expected])
     for wrong in ("always", 0, 1, None):
-        with pytest.raises(ValueError, match=f"o_residual must be 'auto', True or False, got {wrong!r}"):
+        with pytest.raises(ValueError, match=f"o_residual must be 'auto', True or False but got {wrong!r}"):
             mlx_fused.patch(model, o_residual=wrong)

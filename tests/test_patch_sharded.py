@@ -83,12 +83,12 @@ def test_two_processes(tmp_path):
     assert [process.returncode for process in processes] == [0] * RANKS, outputs
     # As in test_models, the sums there and back, and two models that may be off as much.
     tolerance = 2 * 2 * LAYERS * 8 * WIDEST**0.5 * UNIT_ROUNDOFF[mx.float32]
-    for rank, (out, err) in enumerate(outputs):
+    for out, err in outputs:
         for results, obstacles in zip(json.loads(out), OBSTACLES.values(), strict=True):
             assert max(results["differences"]) <= tolerance
             assert results["calls"] == [[2, 0]] * LAYERS
             assert results["obstacles"] == obstacles
-        assert err.count("mlx-fused: of 2 attention layers") == (len(OBSTACLES) if rank == 0 else 0)
+        assert "mlx-fused" not in err  # a library prints nothing unless asked
 
 
 if __name__ == "__main__":

@@ -97,6 +97,27 @@ def test_adapters_that_run_their_own_code(kind, lora, options, note):
     assert_alike(attention(x), (mlx_fused.unpatch(attention), attention(x))[1])
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "dropout, note",
+    [
+        (nn.Identity(), None),
+        (nn.Dropout2d(0.5), "q_proj has a dropout of type Dropout2d"),
+        (abs, "q_proj has a dropout of type builtin_function_or_method"),
+    ],
+)
+def test_whatever_stands_for_dropout(dropout, note, training):
+    attention, x = projected("dense", False, ("q_proj", "v_proj")), sample(2, 3, 64)
+    for name in ("q_proj", "v_proj"):
+        attention[name].dropout = dropout
+    attention.train(training)
+    expected = results(attention, x)
+    (layer,) = mlx_fused.patch(attention).layers
+    assert str(layer.qkv) == (f"fused, adapters apart: {note}" if note else "fused")
+    assert_alike(results(attention, x), expected)
+    assert layer.qkv.calls.fused == 2
+
+
 def test_adapters_that_cannot_be_rounded_exactly():
     attention, x = projected("dense", False, ("q_proj",)), sample(2, 3, 64).astype(mx.bfloat16)
     attention.apply(lambda p: (0.3 * p).astype(mx.bfloat16))

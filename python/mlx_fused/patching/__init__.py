@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fused.patching import attention, residual
@@ -54,7 +53,8 @@ def patch(
     the second time. The environment variable ``MLX_FUSED=0`` turns every call into one of the model's own
     code.
 
-    Prints a line to stderr, on rank 0 of a distributed group alone.
+    Other threads may be calling the model meanwhile: a running call of an attention module ends as it
+    began.
 
     Args:
         model (mlx.nn.Module): A model of mlx-lm, or any part of one.
@@ -66,7 +66,7 @@ def patch(
             mlx-lm's own code adds them to the QKV projection. Default: ``True``.
         exact (bool): Round the results where mlx-lm rounds them, and not once at the end. Default:
             ``False``.
-        verbose (bool): Print the report in full. Default: ``False``.
+        verbose (bool): Print the report to stderr. Default: ``False``.
 
     Returns:
         PatchReport: Which layers are fused as the model is now, why the others are not, and counters of
@@ -77,13 +77,15 @@ def patch(
         ValueError: If ``o_residual`` is none of its values.
     """
     report = _patch(model, qkv, o_residual, lora, exact)
-    if mx.distributed.init().rank() == 0:
-        print(report if verbose else report.summary, file=sys.stderr)
+    if verbose:
+        print(report, file=sys.stderr)
     return report
 
 
 def unpatch(model: nn.Module) -> None:
     """Give every patched module of ``model`` its own class back.
+
+    A module that another thread is calling gets it back when that call ends.
 
     Args:
         model (mlx.nn.Module): A model, patched or not.
@@ -103,7 +105,7 @@ def patched(
     lora: bool = True,
     exact: bool = False,
 ) -> Iterator[PatchReport]:
-    """Patch ``model`` for a ``with`` block, which receives the report of :func:`patch`. Prints nothing.
+    """Patch ``model`` for a ``with`` block, which receives the report of :func:`patch`.
 
     Modules that were patched before the block are after it as they were. The arguments, and the errors
     they raise, are those of :func:`patch`.
@@ -121,23 +123,21 @@ def patched(
 
 def _patch(model: nn.Module, qkv: bool, o_residual: str | bool, lora: bool, exact: bool) -> PatchReport:
     if o_residual != "auto" and not isinstance(o_residual, bool):
-        raise ValueError(f"o_residual must be 'auto', True or False, got {o_residual!r}")
+        raise ValueError(f"o_residual must be 'auto', True or False but got {o_residual!r}.")
     options = Options(qkv, o_residual, lora, exact)
     layers = []
     for name, module, names, obstacles in _attentions(model):
-        if names.entry:
-            attention.fuse(module, names, options, obstacles)
-        layers.append(attention.report(name, module))
+        layers.append(attention.report(name, module, attention.fuse(module, names, options, obstacles)))
     return PatchReport(tuple(layers))
 
 
 def _attentions(model: nn.Module) -> list[tuple[str, nn.Module, Names, Obstacles]]:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"expected an mlx.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model must be an mlx.nn.Module but got {type(model).__name__}.")
     modules = dict(model.named_modules())
     found = []
     for name, module in modules.items():
-        names = module._names if isinstance(module, FusedAttention) else _names(module)
+        names = attention.names_of(module) if isinstance(module, FusedAttention) else _names(module)
         instead = next((text.format(key) for key, text in _INSTEAD.items() if key in module), None)
         if names.inputs or (names.output and instead):
             obstacles = Obstacles(None if names.inputs else instead, _residual_obstacle(name, names, modules))

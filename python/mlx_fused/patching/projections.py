@@ -18,12 +18,14 @@ from mlx.nn.layers.distributed import (
 )
 
 from mlx_fused._ext import (
+    alias,
     fused_lora_output_projection_residual,
     fused_lora_qkv_projection,
     fused_output_projection_residual,
     fused_qkv_projection,
     fused_quantized_output_projection_residual,
     fused_quantized_qkv_projection,
+    is_same,
 )
 
 DTYPES = frozenset({mx.float32, mx.float16, mx.bfloat16})
@@ -66,8 +68,42 @@ class QKV(NamedTuple):
     adapters: list[Adapter] | str | None  # text: why mlx-lm's own code runs them
 
 
+def is_known(module: nn.Module) -> bool:
+    """Whether ``module`` is of one of the types whose code the operations stand for, to the last line."""
+    cls = type(module)
+    return cls in _DENSE or cls in _QUANTIZED or _is_lora(cls)
+
+
+class Operands(NamedTuple):
+    """What a layer of a known type computes with."""
+
+    arrays: list[mx.array]
+    scale: float | None  # of its adapter
+
+
+def operands(module: nn.Module) -> Operands:
+    """Those of now, which are others once they are changed in place."""
+    parts = (module, module["linear"]) if _is_lora(type(module)) else (module,)
+    arrays = [a for part in parts for a in part.values() if isinstance(a, mx.array)]
+    return Operands(arrays, vars(module).get("scale"))
+
+
+def kept(module: nn.Module) -> Operands:
+    """Those of now, for good."""
+    arrays, scale = operands(module)
+    return Operands(list(map(alias, arrays)), scale)
+
+
+def is_unchanged(module: nn.Module, before: Operands) -> bool:
+    """Whether ``module`` still has the operands that :func:`kept` gave."""
+    arrays, scale = operands(module)
+    if len(arrays) != len(before.arrays) or scale != before.scale:
+        return False
+    return all(map(is_same, arrays, before.arrays))
+
+
 def read(name: str, module: nn.Module | None) -> Projection | str:
-    """The operands of ``module`` as they are now; text if it is no layer that is known to the last line."""
+    """The operands of ``module`` as they are now; text if the operations do not know its type."""
     cls, lora = type(module), None
     if _is_lora(cls):
         lora, module = module, module["linear"]
@@ -91,7 +127,7 @@ def read(name: str, module: nn.Module | None) -> Projection | str:
     return Projection(weight, bias, scales, biases, form, group, lora, dtype)
 
 
-def read_qkv(names: tuple[str, ...], attention: nn.Module, lora: bool, exact: bool) -> QKV | str:
+def read_qkv(attention: nn.Module, names: tuple[str, ...], lora: bool, exact: bool) -> QKV | str:
     """The three projections as they are now; text if they cannot be one operation."""
     three = []
     for name in names:
@@ -186,23 +222,25 @@ def project(attention: nn.Module, qkv: QKV, x: mx.array, exact: bool) -> dict[st
     return dict(zip(qkv.names, outputs, strict=True))
 
 
-def read_output(name: str, attention: nn.Module, lora: bool, exact: bool) -> Callable | str:
+def read_output(attention: nn.Module, name: str, lora: bool, exact: bool) -> Callable | str:
     """The operation ``(attn_out=, residual=, alpha=)`` of the output projection; text if there is none."""
     module = attention.get(name)
     if isinstance(p := read(name, module), str):
         return p
     if p.group is not None:
         return f"{name} is {type(module).__name__}"
-    operation, options = fused_output_projection_residual, {}
+    operation, options = fused_output_projection_residual, {"weight": p.weight, "bias": p.bias}
     if p.format:
-        operation, options = fused_quantized_output_projection_residual, _quantization(p)
+        operation, options = fused_quantized_output_projection_residual, options | _quantization(p)
     if p.lora is not None:
         one = _adapter(name, p.lora, exact) if lora else "lora=False"
         if isinstance(one, str):
             return one
         operation = fused_lora_output_projection_residual
         options |= {"lora_a": one.a, "lora_b": one.b, "scale": one.scale}
-    return partial(_run, attention, operation, weight=p.weight, bias=p.bias, exact=exact, **options)
+    # The residual is added later: what the model's code changes until then, in place, it changes too late.
+    options = {key: alias(a) if isinstance(a, mx.array) else a for key, a in options.items()}
+    return partial(_run, attention, operation, exact=exact, **options)
 
 
 def _adapters(
@@ -221,8 +259,10 @@ def _adapters(
 
 def _adapter(name: str, module: nn.Module, exact: bool) -> Adapter | str:
     """The adapter of a LoRALinear; text if only mlx-lm's own code can run it."""
-    dropout = module["dropout"]
-    if dropout.training and dropout._p_1 != 1:
+    dropout = getattr(module, "dropout", None)
+    if type(dropout) not in (nn.Dropout, nn.Identity):
+        return f"{name} has a dropout of type {type(dropout).__name__}"
+    if type(dropout) is nn.Dropout and dropout.training and dropout._p_1 != 1:
         return f"{name} has dropout"
     a, b, scale = module["lora_a"], module["lora_b"], module.scale
     if not isinstance(scale, (int, float)):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from threading import Lock
+
+_lock = Lock()
 
 
 def switched_off() -> bool:
@@ -20,6 +23,11 @@ class Calls:
 
     total: int = 0
     fused: int = 0
+
+    def add(self, total: int = 0, fused: int = 0) -> None:
+        with _lock:  # all threads that call the model count here
+            self.total += total
+            self.fused += fused
 
     @property
     def fallen_back(self) -> int:

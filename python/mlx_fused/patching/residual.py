@@ -38,7 +38,7 @@ class Projected(mx.array):
         alike = isinstance(other, mx.array) and other.shape == self.shape and other.dtype == self.dtype
         if not alike or self._add is None:
             return super().__add__(other)
-        self._calls.fused += 1
+        self._calls.add(fused=1)
         return self._add(residual=other, alpha=self._alpha)
 
     __radd__ = __add__
