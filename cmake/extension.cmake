@@ -34,13 +34,17 @@ nanobind_add_module(
   python/src/internals.cpp
   python/src/lora.cpp
   python/src/quantized.cpp
+  mlx_fused/arguments.cpp
+  mlx_fused/call.cpp
   mlx_fused/check.cpp
   mlx_fused/composed.cpp
   mlx_fused/fused_primitive.cpp
-  mlx_fused/operands.cpp
   mlx_fused/output_projection.cpp
+  mlx_fused/products.cpp
+  mlx_fused/projection.cpp
   mlx_fused/qkv_projection.cpp
   mlx_fused/routing.cpp
+  mlx_fused/unpack.cpp
   mlx_fused/backend/cpu/eval.cpp
   mlx_fused/backend/metal/plan.cpp
   mlx_fused/backend/metal/plan_low_rank.cpp

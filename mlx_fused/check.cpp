@@ -4,8 +4,6 @@
 #include <stdexcept>
 
 #include "mlx/utils.h"
-#include "mlx_fused/backend/cpu/kernels.h"
-#include "mlx_fused/backend/cpu/parallel.h"
 
 namespace mlx_fused {
 
@@ -60,24 +58,8 @@ void Check::positive(const char* name, int value) const {
   }
 }
 
-Route Check::route(const Call& call, mx::Stream stream, const std::optional<std::string>& wish) const {
-  auto device = describe(stream.device);
-  if (device.kind == DeviceInfo::cpu) {
-    // Throw here, and not on MLX's own thread, if they are set to nonsense.
-    cpu::num_threads();
-    cpu::allowed(cpu::Isa::baseline);
-  }
-  if (wish && *wish != "composed" && *wish != "fused") {
-    fail("route must be 'composed', 'fused' or None but got '" + *wish + "'.");
-  }
-  if (wish == "fused" && !has_kernels(call, device)) {
-    fail("route must be 'composed' or None for this call on this device but got 'fused'.");
-  }
-  return mlx_fused::route(call, device, wish);
-}
-
 void Check::fail(const std::string& message) const {
-  throw std::invalid_argument("[" + std::string(op_) + "] " + message);
+  throw std::invalid_argument("[" + operation_ + "] " + message);
 }
 
 }  // namespace mlx_fused

@@ -3,7 +3,6 @@
 #include <string>
 
 #include "mlx/array.h"
-#include "mlx_fused/routing.h"
 
 // Argument checks that raise ValueError with the operation, the argument, what was expected and what came.
 namespace mlx_fused {
@@ -12,7 +11,7 @@ namespace mx = mlx::core;
 
 class Check {
  public:
-  explicit Check(const char* op) : op_(op) {}
+  explicit Check(std::string operation) : operation_(std::move(operation)) {}
 
   void ndim(const std::string& name, const mx::array& a, int expected) const;
   void shape(const std::string& name, const mx::array& a, const mx::Shape& expected) const;
@@ -20,13 +19,10 @@ class Check {
   void dtype(const std::string& name, const mx::array& a, mx::Dtype expected) const;
   void positive(const char* name, int value) const;
 
-  // Routes a call, once the caller's wish, if there is one, is known and can be met.
-  Route route(const Call& call, mx::Stream stream, const std::optional<std::string>& wish) const;
-
   [[noreturn]] void fail(const std::string& message) const;
 
  private:
-  const char* op_;
+  std::string operation_;
 };
 
 }  // namespace mlx_fused

@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "mlx_fused/backend/cpu/kernels.h"
+#include "mlx_fused/backend/cpu/parallel.h"
 #include "mlx_fused/backend/metal/plan.h"
 
 namespace mlx_fused {
@@ -12,16 +14,16 @@ namespace {
 // From here on a tile kernel is bound by arithmetic, in which MLX's matrix units are ahead.
 constexpr int64_t matmul_unit_rows = 32;
 
-Route best(const Call& call, const DeviceInfo& device) {
+Route best(const Workload& work, const DeviceInfo& device) {
   if (device.kind == DeviceInfo::cpu) {
     return Route::primitive;  // any of our loops is ahead of MLX's CPU matmul
   }
-  if (call.rows >= matmul_unit_rows && device.matmul_units) {
+  if (work.rows >= matmul_unit_rows && device.matmul_units) {
     return Route::composed;
   }
-  bool few_rows = call.rows > 1 && call.rows <= metal::few_rows;
-  bool plain = !call.quantization && !call.has_adapters;
-  if (call.operation == Operation::output && plain && !call.has_bias && !few_rows) {
+  bool few_rows = work.rows > 1 && work.rows <= metal::few_rows;
+  bool plain = !work.quantization && !work.has_adapters && !work.has_bias;
+  if (!work.is_grad && work.has_residual && plain && !few_rows) {
     return Route::composed;  // mx.addmm adds the residual in its epilogue already
   }
   return Route::primitive;  // saves launches: two projections of three, bias and residual, the sums of dx
@@ -29,29 +31,29 @@ Route best(const Call& call, const DeviceInfo& device) {
 
 }  // namespace
 
-bool has_kernels(const Call& call, const DeviceInfo& device) {
+bool has_kernels(const Workload& work, const DeviceInfo& device) {
   if (device.kind == DeviceInfo::other_gpu) {
     return false;
   }
   if (device.kind == DeviceInfo::metal) {
-    bool plain_matmuls = call.operation == Operation::output_grad && !call.has_adapters;
-    bool readable = call.in_features > 0 && call.in_features < metal::max_row_stride;
-    bool decodable = !call.quantization || metal::is_supported(*call.quantization);
-    if (plain_matmuls || !readable || !decodable || call.no_metal_kernel) {
+    bool plain_matmuls = work.is_grad && work.segments == 1 && !work.has_adapters;
+    bool readable = work.in_features > 0 && work.in_features < metal::max_row_stride;
+    bool decodable = !work.quantization || metal::is_supported(*work.quantization);
+    if (plain_matmuls || !readable || !decodable || work.no_metal_kernel) {
       return false;
     }
   }
-  for (auto dtype : call.promoted) {
+  for (auto dtype : work.promoted) {
     bool known = dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
-    if (!known || dtype != call.promoted[0]) {
+    if (!known || dtype != work.promoted[0]) {
       return false;  // several dtypes would each need a rounding of their own
     }
   }
   return true;
 }
 
-Route route(const Call& call, const DeviceInfo& device, const std::optional<std::string>& wish) {
-  if (!has_kernels(call, device)) {
+Route route(const Workload& work, const DeviceInfo& device, const std::optional<std::string>& wish) {
+  if (!has_kernels(work, device)) {
     return Route::composed;
   }
   const char* variable = std::getenv("MLX_FUSED_ROUTE");
@@ -62,7 +64,24 @@ Route route(const Call& call, const DeviceInfo& device, const std::optional<std:
   if (!wanted.empty()) {
     throw std::invalid_argument("MLX_FUSED_ROUTE must be 'composed' or 'fused' but is '" + wanted + "'.");
   }
-  return best(call, device);
+  return best(work, device);
+}
+
+Route route(
+    const Check& check, const Workload& work, mx::Stream stream, const std::optional<std::string>& wish) {
+  auto device = describe(stream.device);
+  if (device.kind == DeviceInfo::cpu) {
+    // Throw here, and not on MLX's own thread, if they are set to nonsense.
+    cpu::num_threads();
+    cpu::allowed(cpu::Isa::baseline);
+  }
+  if (wish && *wish != "composed" && *wish != "fused") {
+    check.fail("route must be 'composed', 'fused' or None but got '" + *wish + "'.");
+  }
+  if (wish == "fused" && !has_kernels(work, device)) {
+    check.fail("route must be 'composed' or None for this call on this device but got 'fused'.");
+  }
+  return route(work, device, wish);
 }
 
 }  // namespace mlx_fused

@@ -7,7 +7,8 @@
 
 #include "mlx/array.h"
 #include "mlx/stream.h"
-#include "mlx_fused/layout.h"
+#include "mlx_fused/check.h"
+#include "mlx_fused/quantization.h"
 
 namespace mlx_fused {
 
@@ -22,25 +23,30 @@ struct DeviceInfo {
   bool matmul_units;  // MLX's matmul reaches matrix units that simdgroup code does not (M5, A19 and later)
 };
 
-enum class Operation { qkv, qkv_grad, output, output_grad };
-
-struct Call {
-  Operation operation;
+// What routing needs to know of a call, or of its gradient.
+struct Workload {
+  bool is_grad = false;
+  int segments;
+  bool has_residual;
   std::vector<mx::Dtype> promoted;  // what MLX promotes each product of the call to, and its residual
   int64_t rows;                     // batch times sequence
   int64_t in_features;
-  bool has_bias;
+  bool has_bias = false;
   std::optional<Quantization> quantization = std::nullopt;
   bool has_adapters = false;
   bool no_metal_kernel = false;  // for a gradient that is asked for
 };
 
 // Whether there are kernels of ours for the call at all.
-bool has_kernels(const Call& call, const DeviceInfo& device);
+bool has_kernels(const Workload& work, const DeviceInfo& device);
 
 // `wish`, "composed" or "fused", overrules the table wherever there is a choice; so does MLX_FUSED_ROUTE.
 Route route(
-    const Call& call, const DeviceInfo& device, const std::optional<std::string>& wish = std::nullopt);
+    const Workload& work, const DeviceInfo& device, const std::optional<std::string>& wish = std::nullopt);
+
+// The same for a stream of this machine, once the wish is known and can be met.
+Route route(
+    const Check& check, const Workload& work, mx::Stream stream, const std::optional<std::string>& wish);
 
 // Defined by the backends.
 DeviceInfo describe(mx::Device device);

@@ -39,8 +39,14 @@ Triple qkv_projection(
     const Route& route,
     mx::StreamOrDevice s) {
   return triple(
-      mlx_fused::fused_qkv_projection(
-          input, weight, bias, {num_heads, num_kv_heads, head_dim, v_head_dim, split_heads}, route, s));
+      mlx_fused::qkv_projection(
+          "fused_qkv_projection",
+          input,
+          {weight, {}, bias, {}},
+          {num_heads, num_kv_heads, head_dim, v_head_dim, split_heads},
+          false,
+          route,
+          s));
 }
 
 Triple composed_qkv_projection(
@@ -54,8 +60,14 @@ Triple composed_qkv_projection(
     bool split_heads,
     mx::StreamOrDevice s) {
   return triple(
-      mlx_fused::composed_qkv_projection(
-          input, weight, bias, {num_heads, num_kv_heads, head_dim, v_head_dim, split_heads}, s));
+      mlx_fused::qkv_projection(
+          "composed.fused_qkv_projection",
+          input,
+          {weight, {}, bias, {}},
+          {num_heads, num_kv_heads, head_dim, v_head_dim, split_heads},
+          false,
+          "composed",
+          s));
 }
 
 std::tuple<mx::array, GradParts, std::optional<GradParts>> qkv_projection_bwd(
@@ -71,7 +83,7 @@ std::tuple<mx::array, GradParts, std::optional<GradParts>> qkv_projection_bwd(
     std::optional<int> v_head_dim,
     const Route& route,
     mx::StreamOrDevice s) {
-  auto grads = mlx_fused::fused_qkv_projection_bwd(
+  auto grads = mlx_fused::qkv_projection_bwd(
       dq, dk, dv, input, weight, has_bias, {num_heads, num_kv_heads, head_dim, v_head_dim}, route, s);
   bool packed = std::holds_alternative<mx::array>(weight);
   std::optional<GradParts> d_bias;
@@ -89,7 +101,7 @@ std::tuple<mx::array, mx::array, std::optional<mx::array>, mx::array> output_pro
     const Route& route,
     mx::StreamOrDevice s) {
   auto grads =
-      mlx_fused::fused_output_projection_residual_bwd(d_output, attn_out, weight, has_bias, route, s);
+      mlx_fused::output_projection_bwd(d_output, attn_out, weight, has_bias, route, s);
   std::optional<mx::array> d_bias;
   if (has_bias) {
     d_bias = grads[2];
@@ -164,7 +176,24 @@ NB_MODULE(_ext, m) {
 
   m.def(
       "fused_output_projection_residual",
-      &mlx_fused::fused_output_projection_residual,
+      [](const mx::array& attn_out,
+         const mx::array& weight,
+         const std::optional<mx::array>& bias,
+         const mx::array& residual,
+         float alpha,
+         bool exact,
+         const Route& route,
+         mx::StreamOrDevice s) {
+        return mlx_fused::output_projection(
+            "fused_output_projection_residual",
+            attn_out,
+            {weight, {}, bias, {}},
+            residual,
+            alpha,
+            exact,
+            route,
+            s);
+      },
       "attn_out"_a,
       "weight"_a,
       "bias"_a.none(),
@@ -320,7 +349,22 @@ NB_MODULE(_ext, m) {
 
   m.def(
       "composed_output_projection_residual",
-      &mlx_fused::composed_output_projection_residual,
+      [](const mx::array& attn_out,
+         const mx::array& weight,
+         const std::optional<mx::array>& bias,
+         const mx::array& residual,
+         float alpha,
+         mx::StreamOrDevice s) {
+        return mlx_fused::output_projection(
+            "composed.fused_output_projection_residual",
+            attn_out,
+            {weight, {}, bias, {}},
+            residual,
+            alpha,
+            false,
+            "composed",
+            s);
+      },
       "attn_out"_a,
       "weight"_a,
       "bias"_a.none(),

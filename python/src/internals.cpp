@@ -100,16 +100,22 @@ void bind_internals(nb::module_& m) {
          const std::string& device,
          bool matmul_units,
          const std::optional<std::string>& wish) {
-        auto op = operation == "qkv"        ? mlx_fused::Operation::qkv
-                  : operation == "qkv_grad" ? mlx_fused::Operation::qkv_grad
-                  : operation == "output"   ? mlx_fused::Operation::output
-                                            : mlx_fused::Operation::output_grad;
         auto kind = device == "cpu"     ? mlx_fused::DeviceInfo::cpu
                     : device == "metal" ? mlx_fused::DeviceInfo::metal
                                         : mlx_fused::DeviceInfo::other_gpu;
-        mlx_fused::Call call{
-            op, promoted, rows, in_features, has_bias, quantization(q), has_adapters, no_metal_kernel};
-        auto route = mlx_fused::route(call, {kind, matmul_units}, wish);
+        bool is_output = operation.starts_with("output");
+        mlx_fused::Workload work{
+            operation.ends_with("_grad"),
+            is_output ? 1 : 3,
+            is_output,
+            promoted,
+            rows,
+            in_features,
+            has_bias,
+            quantization(q),
+            has_adapters,
+            no_metal_kernel};
+        auto route = mlx_fused::route(work, {kind, matmul_units}, wish);
         return route == mlx_fused::Route::composed ? "composed" : "fused";
       },
       "operation"_a,

@@ -69,13 +69,15 @@ void bind_lora(nb::module_& m) {
          bool exact,
          const std::optional<std::string>& route,
          mx::StreamOrDevice s) {
+        const char* operation = "fused_lora_qkv_projection";
         return triple(
-            mlx_fused::fused_lora_qkv_projection(
+            mlx_fused::qkv_projection(
+                operation,
                 input,
-                weight,
-                quantized("fused_lora_qkv_projection", scales, biases, group_size, bits, mode),
-                bias,
-                {lora_a, lora_b, list_of(scale)},
+                {weight,
+                 quantized(operation, scales, biases, group_size, bits, mode),
+                 bias,
+                 mlx_fused::Adapters{lora_a, lora_b, list_of(scale)}},
                 {num_heads, num_kv_heads, head_dim, v_head_dim, split_heads},
                 exact,
                 route,
@@ -186,12 +188,14 @@ void bind_lora(nb::module_& m) {
          bool exact,
          const std::optional<std::string>& route,
          mx::StreamOrDevice s) {
-        return mlx_fused::fused_lora_output_projection_residual(
+        const char* operation = "fused_lora_output_projection_residual";
+        return mlx_fused::output_projection(
+            operation,
             attn_out,
-            weight,
-            quantized("fused_lora_output_projection_residual", scales, biases, group_size, bits, mode),
-            bias,
-            {{lora_a}, {lora_b}, {scale}},
+            {weight,
+             quantized(operation, scales, biases, group_size, bits, mode),
+             bias,
+             mlx_fused::Adapters{{lora_a}, {lora_b}, {scale}}},
             residual,
             alpha,
             exact,

@@ -32,12 +32,12 @@ void bind_quantized(nb::module_& m) {
          const std::optional<std::string>& route,
          mx::StreamOrDevice s) {
         return triple(
-            mlx_fused::fused_quantized_qkv_projection(
+            mlx_fused::qkv_projection(
+                "fused_quantized_qkv_projection",
                 input,
-                weight,
-                {scales, biases, group_size, bits, mode},
-                bias,
+                {weight, mlx_fused::QuantizedParts{scales, biases, group_size, bits, mode}, bias, {}},
                 {num_heads, num_kv_heads, head_dim, v_head_dim, split_heads},
+                false,
                 route,
                 s));
       },
@@ -130,11 +130,10 @@ void bind_quantized(nb::module_& m) {
          bool exact,
          const std::optional<std::string>& route,
          mx::StreamOrDevice s) {
-        return mlx_fused::fused_quantized_output_projection_residual(
+        return mlx_fused::output_projection(
+            "fused_quantized_output_projection_residual",
             attn_out,
-            weight,
-            {scales, biases, group_size, bits, mode},
-            bias,
+            {weight, mlx_fused::QuantizedParts{scales, biases, group_size, bits, mode}, bias, {}},
             residual,
             alpha,
             exact,

@@ -19,8 +19,8 @@ enum class Type : uint8_t { float32, float16, bfloat16 };
 struct View {
   void* data;
   Type type;
-  int64_t batch, seq, heads, dim;
-  int64_t batch_stride, seq_stride, head_stride, dim_stride;
+  int64_t batch = 1, seq = 1, heads = 1, dim = 1;
+  int64_t batch_stride = 0, seq_stride = 0, head_stride = 0, dim_stride = 0;
 
   int64_t rows() const {
     return batch * seq;
@@ -37,9 +37,9 @@ enum class Mode : uint8_t { affine, mxfp4, mxfp8, nvfp4 };
 struct Quantized {
   const void* codes;   // 32-bit words, the first code in the lowest bits
   const void* scales;  // [rows, cols / group_size]: of `type` for affine, else a byte, e8m0 or (nvfp4) e4m3
-  const void* biases;  // as the scales; affine only
-  int64_t codes_row_stride, scales_row_stride, biases_row_stride;  // in words and elements
-  Type type;                                                       // of affine's scales and biases
+  const void* biases = nullptr;  // as the scales; affine only
+  int64_t codes_row_stride, scales_row_stride, biases_row_stride = 0;  // in words and elements
+  Type type;                                                           // of affine's scales and biases
   Mode mode;
   int bits, group_size;
   int64_t rows, cols;

@@ -14,8 +14,7 @@
 #include "mlx/ops.h"
 #include "mlx_fused/backend/metal/library.h"
 #include "mlx_fused/backend/metal/plan.h"
-#include "mlx_fused/output_projection.h"
-#include "mlx_fused/qkv_projection.h"
+#include "mlx_fused/projection.h"
 #include "mlx_fused/routing.h"
 
 namespace mlx_fused {
@@ -39,6 +38,10 @@ class Launcher {
     }
     arrays_.push_back(readable ? a : copy(a));
     return tensor(arrays_.back());
+  }
+
+  std::optional<Tensor> input(const mx::array* a) {
+    return a ? std::optional(input(*a)) : std::nullopt;
   }
 
   Tensor output(mx::array& a) {
@@ -105,18 +108,6 @@ std::string name_of(const mx::array& a) {
   return a.dtype() == mx::float32 ? "float32" : a.dtype() == mx::float16 ? "float16" : "bfloat16";
 }
 
-// Those rows of a matrix, or entries of a vector, that one segment has.
-template <typename Forward>
-Tensor segment_of(Tensor t, const Forward& forward, int segment) {
-  if constexpr (Forward::segments > 1) {
-    if (forward.packed()) {
-      t.offset += forward.row(segment) * t.strides[0];
-      t.shape[0] = forward.features(segment);
-    }
-  }
-  return t;
-}
-
 // [B, heads, S, head_dim] as it is, [B, S, features] as one head.
 Tensor by_heads(Tensor t) {
   if (t.shape.size() == 3) {
@@ -126,153 +117,79 @@ Tensor by_heads(Tensor t) {
   return t;
 }
 
-// One call's operands, each array of it numbered once. `Layout` says where the arrays are: the call's, or
-// that of its gradient.
-template <typename Layout, typename Forward>
-std::vector<metal::Weight> segment_weights(
-    Launcher& launcher, const Arrays& inputs, const Layout& layout, const Forward& forward) {
-  std::vector<metal::Weight> parts, segments;
-  for (int i = 0; i < forward.parts; ++i) {
-    metal::Weight w{launcher.input(inputs[layout.weight(i)]), std::nullopt, std::nullopt};
-    if (forward.quantization) {
-      w.scales = launcher.input(inputs[layout.scales(i)]);
-      if (forward.quantization->is_affine()) {
-        w.biases = launcher.input(inputs[layout.group_biases(i)]);
-      }
-    }
-    parts.push_back(w);
-  }
-  for (int i = 0; i < Forward::segments; ++i) {
-    auto w = parts[forward.part_of(i)];
-    w.values = segment_of(w.values, forward, i);
-    for (auto* t : {&w.scales, &w.biases}) {
-      if (*t) {
-        *t = segment_of(**t, forward, i);
-      }
-    }
-    segments.push_back(w);
-  }
-  return segments;
+metal::Weight weight_of(Launcher& launcher, const Operands& operands, int segment) {
+  return {
+      launcher.input(operands.get(Role::weight, segment)),
+      launcher.input(operands.find(Role::group_scales, segment)),
+      launcher.input(operands.find(Role::group_biases, segment))};
 }
 
 std::optional<metal::Adapter> adapter_of(
-    Launcher& launcher, const Arrays& inputs, const Operands& operands, int lora_a, int segment) {
-  auto& scale = operands.adapters[segment];
-  if (!scale || inputs[lora_a].shape(1) == 0) {
+    Launcher& launcher, const Operands& operands, int segment, const Call& call) {
+  auto* a = operands.find(Role::lora_a, segment);
+  if (!a || a->shape(1) == 0) {
     return std::nullopt;  // products of rank 0 add nothing
   }
-  auto a = launcher.input(inputs[lora_a]), b = launcher.input(inputs[lora_a + 1]);
-  return metal::Adapter{a, b, *scale};
-}
-
-template <typename Forward>
-void eval_forward(
-    const Arrays& inputs,
-    Arrays& outputs,
-    const Forward& layout,
-    const mx::array* residual,
-    float alpha,
-    mx::Stream stream) {
-  allocate(outputs);
-  Launcher launcher(stream);
-  auto x = launcher.input(inputs[Operands::input]);
-  auto weights = segment_weights(launcher, inputs, layout, layout);
-  std::vector<Tensor> biases;
-  for (int i = 0; layout.has_bias && i < layout.parts; ++i) {
-    biases.push_back(launcher.input(inputs[layout.bias(i)]));
-  }
-  std::vector<metal::Segment> segments;
-  for (int i = 0; i < Forward::segments; ++i) {
-    std::optional<Tensor> bias;
-    if (layout.has_bias) {
-      bias = segment_of(biases[layout.part_of(i)], layout, i);
-    }
-    auto adapter = adapter_of(launcher, inputs, layout, layout.lora_a(i), i);
-    segments.push_back({weights[i], bias, adapter, by_heads(launcher.output(outputs[i]))});
-  }
-  metal::Epilogue epilogue{std::nullopt, alpha, layout.exact};
-  if (residual) {
-    epilogue.residual = launcher.input(*residual);
-  }
-  launcher.encode(metal::plan_projection(name_of(outputs[0]), layout.quantization, x, segments, epilogue));
-}
-
-template <typename Forward>
-void eval_grad(
-    const Arrays& inputs,
-    Arrays& outputs,
-    const GradLayout<Forward>& layout,
-    float alpha,
-    mx::Stream stream) {
-  allocate(outputs);
-  auto& forward = layout.forward;
-  Launcher launcher(stream);
-  auto dtype = name_of(inputs[layout.cotangent]);
-  auto output = [&](int argnum) -> std::optional<Tensor> {
-    int i = layout.output(argnum);
-    return i < 0 ? std::nullopt : std::optional(launcher.output(outputs[i]));
-  };
-
-  std::optional<Tensor> x;
-  if (layout.reads_input()) {
-    x = launcher.input(inputs[layout.input]);
-  }
-  std::vector<metal::Weight> weights;
-  if (layout.reads_weight()) {
-    weights = segment_weights(launcher, inputs, layout, forward);
-  }
-  std::vector<std::optional<Tensor>> dw, dbias;
-  for (int i = 0; i < forward.parts; ++i) {
-    dw.push_back(output(forward.weight(i)));
-    dbias.push_back(forward.has_bias ? output(forward.bias(i)) : std::nullopt);
-  }
-  std::vector<metal::GradSegment> segments;
-  std::vector<metal::WeightGradSegment> weight_grads;
-  for (int i = 0; i < Forward::segments; ++i) {
-    metal::GradSegment segment{by_heads(launcher.input(inputs[layout.cotangent + i])), {}, {}, {}, {}};
-    if (layout.reads_weight()) {
-      segment.weight = weights[i];
-    }
-    if (layout.reads_adapters() && forward.adapters[i]) {
-      segment.adapter = adapter_of(launcher, inputs, forward, layout.adapter(forward.lora_a(i)), i);
-      if (segment.adapter) {
-        segment.da = output(forward.lora_a(i));
-        segment.db = output(forward.lora_b(i));
-      }
-    }
-    segments.push_back(segment);
-    int part = forward.part_of(i);
-    if (dw[part]) {
-      std::optional<Tensor> bias;
-      if (dbias[part]) {
-        bias = segment_of(*dbias[part], forward, i);
-      }
-      weight_grads.push_back({segment.grad, segment_of(*dw[part], forward, i), bias});
-    }
-  }
-  launcher.encode(
-      metal::plan_gradients(dtype, forward.quantization, x, segments, output(Operands::input), alpha));
-  if (!weight_grads.empty()) {
-    launcher.encode(metal::plan_weight_grad(dtype, *x, weight_grads, alpha));
-  }
+  auto b = launcher.input(operands.get(Role::lora_b, segment));
+  return metal::Adapter{launcher.input(*a), b, *call.segments[segment].adapter_scale};
 }
 
 }  // namespace
 
-void FusedQKVProjection::eval_gpu(const Arrays& inputs, Arrays& outputs) {
-  eval_forward(inputs, outputs, layout_, nullptr, 1.0f, stream());
+void Projection::eval_gpu(const Arrays& inputs, Arrays& outputs) {
+  allocate(outputs);
+  Operands operands(inputs, input_slots(call_));
+  Launcher launcher(stream());
+  std::vector<metal::Segment> segments;
+  for (int i = 0; i < int(call_.segments.size()); ++i) {
+    segments.push_back(
+        {weight_of(launcher, operands, i),
+         launcher.input(operands.find(Role::bias, i)),
+         adapter_of(launcher, operands, i, call_),
+         by_heads(launcher.output(outputs[i]))});
+  }
+  auto x = launcher.input(operands.get(Role::input));
+  metal::Epilogue epilogue{
+      launcher.input(operands.find(Role::residual)), call_.epilogue.alpha, call_.epilogue.exact};
+  launcher.encode(metal::plan_projection(name_of(outputs[0]), call_.quantization, x, segments, epilogue));
 }
 
-void FusedQKVProjectionGrad::eval_gpu(const Arrays& inputs, Arrays& outputs) {
-  eval_grad(inputs, outputs, layout_, 1.0f, stream());
-}
+void ProjectionGrad::eval_gpu(const Arrays& inputs, Arrays& outputs) {
+  allocate(outputs);
+  auto& forward = call_.forward;
+  Operands operands(inputs, input_slots(call_));
+  Launcher launcher(stream());
+  auto output = [&](Role role, int segment = 0) -> std::optional<Tensor> {
+    auto it = std::find(call_.wanted.begin(), call_.wanted.end(), Slot{role, segment});
+    return it == call_.wanted.end() ? std::nullopt
+                                    : std::optional(launcher.output(outputs[it - call_.wanted.begin()]));
+  };
 
-void FusedOutputProjection::eval_gpu(const Arrays& inputs, Arrays& outputs) {
-  eval_forward(inputs, outputs, layout_, &inputs[layout_.residual()], layout_.alpha, stream());
-}
-
-void FusedOutputProjectionGrad::eval_gpu(const Arrays& inputs, Arrays& outputs) {
-  eval_grad(inputs, outputs, layout_, layout_.forward.alpha, stream());
+  auto dtype = name_of(operands.get(Role::cotangent));
+  auto x = launcher.input(operands.find(Role::input));
+  std::vector<metal::GradSegment> segments;
+  std::vector<metal::WeightGradSegment> weight_grads;
+  for (int i = 0; i < int(forward.segments.size()); ++i) {
+    metal::GradSegment segment{.grad = by_heads(launcher.input(operands.get(Role::cotangent, i)))};
+    if (call_.wants(Role::input)) {
+      segment.weight = weight_of(launcher, operands, i);
+    }
+    segment.adapter = adapter_of(launcher, operands, i, forward);
+    if (segment.adapter) {
+      segment.da = output(Role::lora_a, i);
+      segment.db = output(Role::lora_b, i);
+    }
+    segments.push_back(segment);
+    if (auto dw = output(Role::weight, i)) {
+      weight_grads.push_back({segment.grad, *dw, output(Role::bias, i)});
+    }
+  }
+  float alpha = forward.epilogue.alpha;
+  launcher.encode(
+      metal::plan_gradients(dtype, forward.quantization, x, segments, output(Role::input), alpha));
+  if (!weight_grads.empty()) {
+    launcher.encode(metal::plan_weight_grad(dtype, *x, weight_grads, alpha));
+  }
 }
 
 DeviceInfo describe(mx::Device device) {

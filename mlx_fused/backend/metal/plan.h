@@ -88,9 +88,9 @@ Plan plan_projection(
 
 struct GradSegment {
   Tensor grad;                   // [B, heads, S, head_dim]
-  std::optional<Weight> weight;  // for dx
-  std::optional<Adapter> adapter;
-  std::optional<Tensor> da, db;  // where wanted
+  std::optional<Weight> weight = {};  // for dx
+  std::optional<Adapter> adapter = {};
+  std::optional<Tensor> da = {}, db = {};  // where wanted
 };
 
 // dx = alpha * the sum over the segments of grad weight + scale (grad b^T) a^T, da = alpha * scale x^T (grad

@@ -1,0 +1,215 @@
+#include "mlx_fused/arguments.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "mlx_fused/unpack.h"
+
+namespace mlx_fused {
+
+namespace {
+
+bool contains(const std::vector<int>& values, int value) {
+  return std::find(values.begin(), values.end(), value) != values.end();
+}
+
+Quantization check_quantization(const Check& check, const QuantizedParts& parts) {
+  Quantization q{parts.mode, 0, 0};
+  std::vector<int> group_sizes, bits;
+  if (q.mode == "affine") {
+    group_sizes = {64, 32, 128};
+    bits = {4, 2, 3, 5, 6, 8};
+  } else if (q.mode == "mxfp4") {
+    group_sizes = {32};
+    bits = {4};
+  } else if (q.mode == "mxfp8") {
+    group_sizes = {32};
+    bits = {8};
+  } else if (q.mode == "nvfp4") {
+    group_sizes = {16};
+    bits = {4};
+  } else {
+    check.fail("mode must be 'affine', 'mxfp4', 'mxfp8' or 'nvfp4' but got '" + q.mode + "'.");
+  }
+  q.group_size = parts.group_size.value_or(group_sizes[0]);
+  q.bits = parts.bits.value_or(bits[0]);
+  if (!contains(group_sizes, q.group_size)) {
+    check.fail(
+        "group_size must be " +
+        std::string(group_sizes.size() > 1 ? "32, 64 or 128" : std::to_string(group_sizes[0])) +
+        " for mode '" + q.mode + "' but got " + std::to_string(q.group_size) + ".");
+  }
+  if (!contains(bits, q.bits)) {
+    check.fail(
+        "bits must be " + std::string(bits.size() > 1 ? "2, 3, 4, 5, 6 or 8" : std::to_string(bits[0])) +
+        " for mode '" + q.mode + "' but got " + std::to_string(q.bits) + ".");
+  }
+  return q;
+}
+
+// Looks at one call's arguments and collects its arrays.
+class Arguments {
+ public:
+  Arguments(const Check& check, bool packed, Call& call, mx::Stream stream)
+      : check_(check), call_(call), packed_(packed), stream_(stream) {
+    for (auto& segment : call.segments) {
+      features_.push_back(segment.features);
+    }
+  }
+
+  // One array for each segment, [features] or [features, cols], of one dtype or (if that is empty) of
+  // any floating one.
+  void add(
+      Role role,
+      const std::string& name,
+      const Parts& parts,
+      std::optional<int> cols,
+      std::optional<mx::Dtype> dtype = std::nullopt) {
+    auto* array = std::get_if<mx::array>(&parts);
+    auto given = array ? Arrays{*array} : std::get<Arrays>(parts);
+    size_t expected = packed_ ? 1 : features_.size();
+    if (bool(array) != packed_ || given.size() != expected) {
+      check_.fail(
+          name +
+          (packed_ ? " must be one packed array as weight is" : " must be a tuple of three arrays (q, k, v)") +
+          " but got " + (array ? "one array." : "a tuple of " + std::to_string(given.size()) + "."));
+    }
+    for (size_t i = 0; i < given.size(); ++i) {
+      auto full_name = packed_ ? name : name + "[" + std::to_string(i) + "]";
+      mx::Shape shape = {packed_ ? std::accumulate(features_.begin(), features_.end(), 0) : features_[i]};
+      if (cols) {
+        shape.push_back(*cols);
+      }
+      if (dtype) {
+        check_.dtype(full_name, given[i], *dtype);
+      } else {
+        check_.floating(full_name, given[i]);
+      }
+      check_.shape(full_name, given[i], shape);
+    }
+    if (packed_ && features_.size() > 1) {
+      given = unpack(given[0], features_, stream_);
+    }
+    for (size_t i = 0; i < given.size(); ++i) {
+      add(role, int(i), given[i]);
+    }
+  }
+
+  void add_quantized(const Parts& weight, const QuantizedParts& quantized, int in_features) {
+    auto q = check_quantization(check_, quantized);
+    if (in_features % q.group_size != 0) {
+      check_.fail(
+          "the input's features must be a multiple of group_size but got " + std::to_string(in_features) +
+          " and " + std::to_string(q.group_size) + ".");
+    }
+    if (quantized.biases.has_value() != q.is_affine()) {
+      check_.fail(
+          q.is_affine() ? "biases must be given for mode 'affine' but got None."
+                        : "biases must be None for mode '" + q.mode + "'.");
+    }
+    add(Role::weight, "weight", weight, int(int64_t(in_features) * q.bits / 32), mx::uint32);
+    auto dtype = q.is_affine() ? std::nullopt : std::optional(mx::uint8);
+    int groups = in_features / q.group_size;
+    add(Role::group_scales, "scales", quantized.scales, groups, dtype);
+    if (quantized.biases) {
+      add(Role::group_biases, "biases", *quantized.biases, groups, dtype);
+    }
+    call_.quantization = q;
+  }
+
+  void add_adapters(const Adapters& adapters, int in_features) {
+    size_t segments = features_.size();
+    for (auto [name, count] :
+         {std::pair("lora_a", adapters.a.size()), std::pair("lora_b", adapters.b.size())}) {
+      if (count != segments) {
+        check_.fail(
+            std::string(name) +
+            " must be a tuple of three, an array or None for each of q, k and v, but got a tuple of " +
+            std::to_string(count) + ".");
+      }
+    }
+    if (adapters.scale.size() != 1 && adapters.scale.size() != segments) {
+      check_.fail(
+          "scale must be a number or a tuple of three but got a tuple of " +
+          std::to_string(adapters.scale.size()) + ".");
+    }
+    for (size_t i = 0; i < segments; ++i) {
+      auto suffix = segments == 1 ? "" : "[" + std::to_string(i) + "]";
+      auto &a = adapters.a[i], &b = adapters.b[i];
+      if (a.has_value() != b.has_value()) {
+        check_.fail(
+            "lora_a" + suffix + " and lora_b" + suffix + " must both be arrays or both None but only lora_" +
+            (a ? "a" : "b") + suffix + " is an array.");
+      }
+      if (a) {
+        check_.ndim("lora_a" + suffix, *a, 2);
+        check_.shape("lora_a" + suffix, *a, {in_features, a->shape(1)});
+        check_.floating("lora_a" + suffix, *a);
+        check_.shape("lora_b" + suffix, *b, {a->shape(1), features_[i]});
+        check_.floating("lora_b" + suffix, *b);
+        call_.segments[i].adapter_scale = adapters.scale[adapters.scale.size() == 1 ? 0 : i];
+        add(Role::lora_a, int(i), *a);
+        add(Role::lora_b, int(i), *b);
+      }
+    }
+    if (!call_.has_adapters()) {
+      check_.fail("lora_a must hold at least one array but got None for every segment.");
+    }
+  }
+
+  void add(Role role, int segment, const mx::array& array) {
+    slots_.push_back({role, segment});
+    arrays_.push_back(array);
+  }
+
+  Arrays in_order() const {
+    Operands operands(arrays_, slots_);
+    Arrays inputs;
+    for (auto [role, segment] : input_slots(call_)) {
+      inputs.push_back(operands.get(role, segment));
+    }
+    return inputs;
+  }
+
+ private:
+  const Check& check_;
+  Call& call_;
+  bool packed_;
+  mx::Stream stream_;
+  std::vector<int> features_;
+  Arrays arrays_;
+  Slots slots_;
+};
+
+}  // namespace
+
+Arrays check_arguments(
+    const Check& check,
+    const mx::array& input,
+    const Weights& weights,
+    const mx::array* residual,
+    Call& call,
+    mx::Stream stream) {
+  int in_features = input.shape(-1);
+  Arguments arguments(check, std::holds_alternative<mx::array>(weights.weight), call, stream);
+  arguments.add(Role::input, 0, input);
+  if (weights.quantized) {
+    arguments.add_quantized(weights.weight, *weights.quantized, in_features);
+  } else {
+    arguments.add(Role::weight, "weight", weights.weight, in_features);
+  }
+  if (weights.bias) {
+    arguments.add(Role::bias, "bias", *weights.bias, std::nullopt);
+  }
+  call.has_bias = weights.bias.has_value();
+  if (weights.adapters) {
+    arguments.add_adapters(*weights.adapters, in_features);
+  }
+  if (residual) {
+    arguments.add(Role::residual, 0, *residual);
+  }
+  call.epilogue.has_residual = residual != nullptr;
+  return arguments.in_order();
+}
+
+}  // namespace mlx_fused

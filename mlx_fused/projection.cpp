@@ -1,0 +1,271 @@
+#include "mlx_fused/projection.h"
+
+#include <algorithm>
+
+#include "mlx/ops.h"
+#include "mlx_fused/check.h"
+#include "mlx_fused/composed.h"
+#include "mlx_fused/routing.h"
+
+namespace mlx_fused {
+
+namespace {
+
+// What MLX promotes each segment's product to, and the sum with the residual.
+std::vector<mx::Dtype> promoted_types(const Arrays& inputs, const Call& call) {
+  auto slots = input_slots(call);
+  std::vector<mx::Dtype> types(call.segments.size(), inputs[0].dtype());
+  for (size_t i = 0; i < slots.size(); ++i) {
+    auto [role, segment] = slots[i];
+    bool of_product = role == Role::weight || role == Role::group_scales || role == Role::group_biases;
+    if ((of_product && mx::issubdtype(inputs[i].dtype(), mx::floating)) || role == Role::bias) {
+      types[segment] = mx::promote_types(types[segment], inputs[i].dtype());
+    } else if (role == Role::residual) {
+      types.push_back(mx::promote_types(types[0], inputs[i].dtype()));
+    }
+  }
+  return types;
+}
+
+Workload workload(const Arrays& inputs, const Call& call) {
+  auto& x = inputs[0];
+  return {
+      .segments = int(call.segments.size()),
+      .has_residual = call.epilogue.has_residual,
+      .promoted = promoted_types(inputs, call),
+      .rows = int64_t(x.shape(0)) * x.shape(1),
+      .in_features = x.shape(2),
+      .has_bias = call.has_bias,
+      .quantization = call.quantization,
+      .has_adapters = call.has_adapters()};
+}
+
+// The input's features, as far as what a gradient reads can tell.
+std::optional<int> in_features(const Operands& operands, const Call& forward) {
+  if (auto* x = operands.find(Role::input)) {
+    return x->shape(2);
+  }
+  if (auto* scales = operands.find(Role::group_scales)) {
+    return scales->shape(1) * forward.quantization->group_size;
+  }
+  auto* weight = operands.find(Role::weight);
+  return weight ? std::optional(weight->shape(1)) : std::nullopt;
+}
+
+Workload workload(const Arrays& inputs, const GradCall& call) {
+  auto& forward = call.forward;
+  Operands operands(inputs, input_slots(call));
+  auto& cotangent = operands.get(Role::cotangent);
+  Workload work{
+      .is_grad = true,
+      .segments = int(forward.segments.size()),
+      .has_residual = forward.epilogue.has_residual,
+      .promoted = {cotangent.dtype()},
+      .rows = int64_t(cotangent.shape(0)) * cotangent.shape(-2),
+      .in_features = in_features(operands, forward).value_or(0),
+      .has_bias = forward.has_bias,
+      .quantization = forward.quantization,
+      .has_adapters = forward.has_adapters()};
+  for (int i = 0; i < work.segments; ++i) {
+    // On Metal a bias's gradient is a by-product of its weight's.
+    work.no_metal_kernel |= call.wants(Role::bias, i) && !call.wants(Role::weight, i);
+  }
+  return work;
+}
+
+// As a number is rounded that multiplies an array of this dtype.
+float round_to(mx::Dtype dtype, float value) {
+  return dtype == mx::float16    ? static_cast<float>(mx::float16_t(value))
+         : dtype == mx::bfloat16 ? static_cast<float>(mx::bfloat16_t(value))
+                                 : value;
+}
+
+// What a gradient reads; `primals` are the arrays of `slots`.
+Arrays grad_inputs(
+    const Arrays& cotangents, const Arrays& primals, const Slots& slots, const GradCall& call) {
+  Operands operands(primals, slots);
+  Arrays inputs;
+  for (auto [role, segment] : input_slots(call)) {
+    inputs.push_back(role == Role::cotangent ? cotangents[segment] : operands.get(role, segment));
+  }
+  return inputs;
+}
+
+}  // namespace
+
+Arrays project(Arrays inputs, Call call, const std::optional<std::string>& wish, mx::Stream stream) {
+  auto work = workload(inputs, call);
+  auto dtype = work.promoted[0];
+  if (call.epilogue.exact) {
+    call.epilogue.alpha = round_to(dtype, call.epilogue.alpha);
+  }
+  if (route(Check(call.operation), work, stream, wish) == Route::composed) {
+    return composed::project(inputs, call, Products(stream, wish));
+  }
+  auto slots = input_slots(call);
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    bool adapter = slots[i].role == Role::lora_a || slots[i].role == Role::lora_b;
+    if (adapter || mx::issubdtype(inputs[i].dtype(), mx::floating)) {
+      inputs[i] = mx::astype(inputs[i], adapter ? mx::float32 : dtype, stream);
+    }
+  }
+  std::vector<mx::Dtype> dtypes(call.segments.size(), dtype);
+  auto primitive = std::make_shared<Projection>(stream, std::move(call));
+  return mx::array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, inputs);
+}
+
+Arrays project_grad(
+    const Arrays& inputs, const GradCall& call, const std::optional<std::string>& wish, mx::Stream stream) {
+  auto work = workload(inputs, call);
+  if (route(Check(call.forward.operation), work, stream, wish) == Route::composed) {
+    return composed::project_grad(inputs, call, Products(stream, wish));
+  }
+  std::vector<mx::Dtype> dtypes;
+  for (auto& slot : call.wanted) {
+    bool adapter = slot.role == Role::lora_a || slot.role == Role::lora_b;
+    dtypes.push_back(adapter ? mx::float32 : work.promoted[0]);
+  }
+  auto primitive = std::make_shared<ProjectionGrad>(stream, call);
+  return mx::array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, inputs);
+}
+
+Arrays all_gradients(
+    const Arrays& cotangents,
+    const Arrays& primals,
+    Call call,
+    bool has_bias,
+    const std::optional<std::string>& wish,
+    mx::Stream stream) {
+  auto slots = input_slots(call);
+  call.has_bias = has_bias;
+  GradCall grad{call, {{Role::input}}};
+  Arrays of = {primals[0]};
+  Operands operands(primals, slots);
+  for (auto role : {Role::weight, Role::bias}) {
+    for (int i = 0; i < int(call.segments.size()) && (role == Role::weight || has_bias); ++i) {
+      grad.wanted.push_back({role, i});
+      of.push_back(operands.get(Role::weight, i));
+    }
+  }
+  auto inputs = grad_inputs(cotangents, primals, slots, grad);
+  auto dtype = mx::result_type(inputs);
+  for (auto& x : inputs) {
+    x = mx::astype(x, dtype, stream);
+  }
+  auto grads = project_grad(inputs, grad, wish, stream);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    grads[i] = mx::astype(grads[i], of[i].dtype(), stream);
+  }
+  return grads;
+}
+
+Function Projection::composed() {
+  return [call = call_, s = stream()](const auto& inputs) {
+    return composed::project(inputs, call, Products(s));
+  };
+}
+
+Arrays Projection::vjp(
+    const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
+  auto slots = input_slots(call_);
+  GradCall grad{call_, {}};
+  bool of_groups = false;
+  for (int argnum : argnums) {
+    auto role = slots[argnum].role;
+    bool of_group = role == Role::group_scales || role == Role::group_biases;
+    if (call_.quantization && role == Role::weight) {
+      Check(call_.operation)
+          .fail(
+              "quantized weights have no gradient; freeze them, and train adapters, biases, or scales of mode "
+              "'affine'.");
+    }
+    if (of_group && !call_.quantization->is_affine()) {
+      Check(call_.operation).fail("scales of mode '" + call_.quantization->mode + "' have no gradient.");
+    }
+    of_groups |= of_group;
+    if (role != Role::residual) {
+      grad.wanted.push_back(slots[argnum]);
+    }
+  }
+  if (of_groups) {
+    return FusedPrimitive::vjp(primals, cotangents, argnums, outputs);
+  }
+
+  // A custom function after this call may have given cotangents of another dtype.
+  auto given = cotangents;
+  for (auto& cotangent : given) {
+    cotangent = mx::astype(cotangent, primals[0].dtype(), stream());
+  }
+  Arrays wanted, grads;
+  if (!grad.wanted.empty()) {
+    wanted = project_grad(grad_inputs(given, primals, slots, grad), grad, std::nullopt, stream());
+  }
+  auto next = wanted.begin();
+  for (int argnum : argnums) {
+    grads.push_back(slots[argnum].role == Role::residual ? given[0] : *next++);
+  }
+  return grads;
+}
+
+std::pair<Arrays, std::vector<int>> Projection::vmap(const Arrays& inputs, const std::vector<int>& axes) {
+  auto slots = input_slots(call_);
+  auto is_activation = [&](size_t i) {
+    return slots[i].role == Role::input || slots[i].role == Role::residual;
+  };
+  for (size_t i = 0; i < slots.size(); ++i) {
+    if ((axes[i] != -1) != is_activation(i)) {
+      return FusedPrimitive::vmap(inputs, axes);
+    }
+  }
+
+  // Shared weights: the mapped axis is more batch.
+  auto folded = inputs;
+  mx::Shape batch;
+  for (size_t i = 0; i < slots.size(); ++i) {
+    if (is_activation(i)) {
+      auto x = mx::moveaxis(inputs[i], axes[i], 0, stream());
+      batch = {x.shape(0), x.shape(1)};
+      folded[i] = mx::flatten(x, 0, 1, stream());
+    }
+  }
+  auto outputs = apply(folded);
+  for (auto& out : outputs) {
+    out = mx::unflatten(out, 0, batch, stream());
+  }
+  return {outputs, std::vector<int>(outputs.size(), 0)};
+}
+
+std::vector<mx::Shape> Projection::output_shapes(const Arrays& inputs) {
+  int batch = inputs[0].shape(0), seq = inputs[0].shape(1);
+  std::vector<mx::Shape> shapes;
+  for (auto& [features, heads, adapter_scale] : call_.segments) {
+    shapes.push_back(
+        heads ? mx::Shape{batch, heads, seq, features / heads} : mx::Shape{batch, seq, features});
+  }
+  return shapes;
+}
+
+Function ProjectionGrad::composed() {
+  return [call = call_, s = stream()](const auto& inputs) {
+    return composed::project_grad(inputs, call, Products(s));
+  };
+}
+
+std::vector<mx::Shape> ProjectionGrad::output_shapes(const Arrays& inputs) {
+  auto& forward = call_.forward;
+  Operands operands(inputs, input_slots(call_));
+  auto& cotangent = operands.get(Role::cotangent);
+  auto in = in_features(operands, forward);
+  std::vector<mx::Shape> shapes;
+  for (auto [role, segment] : call_.wanted) {
+    int features = forward.segments[segment].features;
+    shapes.push_back(
+        role == Role::input    ? mx::Shape{cotangent.shape(0), cotangent.shape(-2), *in}
+        : role == Role::weight ? mx::Shape{features, *in}
+        : role == Role::bias   ? mx::Shape{features}
+                               : operands.get(role, segment).shape());
+  }
+  return shapes;
+}
+
+}  // namespace mlx_fused

@@ -1,0 +1,93 @@
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "mlx_fused/call.h"
+#include "mlx_fused/fused_primitive.h"
+
+namespace mlx_fused {
+
+// The outputs of a call, by a primitive or by MLX's own operations. `inputs` are in the call's order and of
+// any dtypes; `wish` is routing's.
+Arrays project(
+    Arrays inputs, Call call, const std::optional<std::string>& wish, mx::Stream stream);
+
+// Its gradients, in the order wanted and of the cotangents' dtype, adapters' in float32.
+Arrays project_grad(
+    const Arrays& inputs, const GradCall& call, const std::optional<std::string>& wish, mx::Stream stream);
+
+// Those of the input, of every weight and, if has_bias, of every bias, in this order. `primals` are those of
+// a call with dense weights and nothing else, whose dtypes the gradients have; a bias has its weight's.
+Arrays all_gradients(
+    const Arrays& cotangents,
+    const Arrays& primals,
+    Call call,
+    bool has_bias,
+    const std::optional<std::string>& wish,
+    mx::Stream stream);
+
+class Projection : public FusedPrimitive {
+ public:
+  Projection(mx::Stream stream, Call call) : FusedPrimitive(stream), call_(std::move(call)) {}
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
+  Arrays vjp(
+      const Arrays& primals,
+      const Arrays& cotangents,
+      const std::vector<int>& argnums,
+      const Arrays& outputs) override;
+  std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes) override;
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return call_ == static_cast<const Projection&>(other).call_;
+  }
+  const char* name() const override {
+    return call_.node.c_str();
+  }
+
+ protected:
+  Function composed() override;
+  Arrays apply(const Arrays& inputs) override {
+    return project(inputs, call_, std::nullopt, stream());
+  }
+  bool is_quantized() const override {
+    return call_.quantization.has_value();
+  }
+
+ private:
+  const Call call_;
+};
+
+class ProjectionGrad : public FusedPrimitive {
+ public:
+  ProjectionGrad(mx::Stream stream, GradCall call)
+      : FusedPrimitive(stream), call_(std::move(call)), name_(call_.forward.node + "Grad") {}
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return call_ == static_cast<const ProjectionGrad&>(other).call_;
+  }
+  const char* name() const override {
+    return name_.c_str();
+  }
+
+ protected:
+  Function composed() override;
+  Arrays apply(const Arrays& inputs) override {
+    return project_grad(inputs, call_, std::nullopt, stream());
+  }
+  bool is_quantized() const override {
+    return call_.forward.quantization.has_value();
+  }
+
+ private:
+  const GradCall call_;
+  const std::string name_;
+};
+
+}  // namespace mlx_fused

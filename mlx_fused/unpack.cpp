@@ -1,0 +1,75 @@
+#include "mlx_fused/unpack.h"
+
+#include "mlx/ops.h"
+#include "mlx_fused/fused_primitive.h"
+
+namespace mlx_fused {
+
+namespace {
+
+// mx::split, which shapeless compilation does not know.
+class Unpack : public FusedPrimitive {
+ public:
+  Unpack(mx::Stream stream, std::vector<int> features)
+      : FusedPrimitive(stream), features_(std::move(features)) {}
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    share(inputs[0], outputs);
+  }
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override {
+    share(inputs[0], outputs);
+  }
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    std::vector<mx::Shape> shapes;
+    for (int n : features_) {
+      shapes.push_back(inputs[0].shape());
+      shapes.back()[0] = n;
+    }
+    return shapes;
+  }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return features_ == static_cast<const Unpack&>(other).features_;
+  }
+  DEFINE_NAME(Unpack)
+
+ protected:
+  Function composed() override {
+    return [features = features_, s = stream()](const Arrays& inputs) {
+      mx::Shape ends = {features[0]};
+      for (size_t i = 1; i + 1 < features.size(); ++i) {
+        ends.push_back(ends.back() + features[i]);
+      }
+      return mx::split(inputs[0], ends, 0, s);
+    };
+  }
+  Arrays apply(const Arrays& inputs) override {
+    return composed()(inputs);
+  }
+  bool is_quantized() const override {
+    return false;
+  }
+
+ private:
+  static void share(const mx::array& packed, Arrays& outputs) {
+    int64_t offset = 0;
+    for (auto& out : outputs) {
+      auto flags = packed.flags();
+      flags.contiguous = flags.row_contiguous;  // rows side by side
+      flags.col_contiguous &= packed.ndim() == 1;
+      out.copy_shared_buffer(packed, packed.strides(), flags, out.size(), offset);
+      offset += out.shape(0) * packed.strides(0);
+    }
+  }
+
+  const std::vector<int> features_;
+};
+
+}  // namespace
+
+Arrays unpack(const mx::array& packed, const std::vector<int>& features, mx::Stream stream) {
+  auto primitive = std::make_shared<Unpack>(stream, features);
+  std::vector<mx::Dtype> dtypes(features.size(), packed.dtype());
+  return mx::array::make_arrays(primitive->output_shapes({packed}), dtypes, primitive, {packed});
+}
+
+}  // namespace mlx_fused
