@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <numeric>
 
-#include "mlx_fused/unpack.h"
-
 namespace mlx_fused {
 
 namespace {
@@ -50,8 +48,8 @@ Quantization check_quantization(const Check& check, const QuantizedParts& parts)
 // Looks at one call's arguments and collects its arrays.
 class Arguments {
  public:
-  Arguments(const Check& check, bool packed, Call& call, mx::Stream stream)
-      : check_(check), call_(call), packed_(packed), stream_(stream) {
+  Arguments(const Check& check, bool packed, Call& call, const Products& products)
+      : check_(check), call_(call), packed_(packed), products_(products) {
     for (auto& segment : call.segments) {
       features_.push_back(segment.features);
     }
@@ -88,7 +86,7 @@ class Arguments {
       check_.shape(full_name, given[i], shape);
     }
     if (packed_ && features_.size() > 1) {
-      given = unpack(given[0], features_, stream_);
+      given = products_.split(given[0], features_);
     }
     for (size_t i = 0; i < given.size(); ++i) {
       add(role, int(i), given[i]);
@@ -175,7 +173,7 @@ class Arguments {
   const Check& check_;
   Call& call_;
   bool packed_;
-  mx::Stream stream_;
+  const Products& products_;
   std::vector<int> features_;
   Arrays arrays_;
   Slots slots_;
@@ -189,9 +187,9 @@ Arrays check_arguments(
     const Weights& weights,
     const mx::array* residual,
     Call& call,
-    mx::Stream stream) {
+    const Products& products) {
   int in_features = input.shape(-1);
-  Arguments arguments(check, std::holds_alternative<mx::array>(weights.weight), call, stream);
+  Arguments arguments(check, std::holds_alternative<mx::array>(weights.weight), call, products);
   arguments.add(Role::input, 0, input);
   if (weights.quantized) {
     arguments.add_quantized(weights.weight, *weights.quantized, in_features);

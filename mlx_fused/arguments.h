@@ -7,6 +7,7 @@
 
 #include "mlx_fused/call.h"
 #include "mlx_fused/check.h"
+#include "mlx_fused/products.h"
 
 // What callers give a projection, and its validation.
 namespace mlx_fused {
@@ -45,6 +46,6 @@ Arrays check_arguments(
     const Weights& weights,
     const mx::array* residual,
     Call& call,
-    mx::Stream stream);
+    const Products& products);
 
 }  // namespace mlx_fused

@@ -31,7 +31,7 @@ mx::array output_projection(
   auto call = make_call(check, operation, x, weights.weight);
   call.epilogue.alpha = alpha;
   call.epilogue.exact = exact;
-  auto inputs = check_arguments(check, x, weights, &residual, call, stream);
+  auto inputs = check_arguments(check, x, weights, &residual, call, Products(stream, wish));
   check.shape("residual", residual, {x.shape(0), x.shape(1), call.segments[0].features});
   check.floating("residual", residual);
   return project(std::move(inputs), std::move(call), wish, stream)[0];
@@ -48,7 +48,7 @@ Arrays output_projection_bwd(
   Check check(operation);
   auto stream = mx::to_stream(s);
   auto call = make_call(check, operation, x, weight);
-  auto primals = check_arguments(check, x, {weight, {}, {}, {}}, nullptr, call, stream);
+  auto primals = check_arguments(check, x, {weight, {}, {}, {}}, nullptr, call, Products(stream, wish));
   check.shape("d_output", d_output, {x.shape(0), x.shape(1), weight.shape(0)});
   check.floating("d_output", d_output);
   auto grads = all_gradients({d_output}, primals, call, has_bias, wish, stream);

@@ -5,6 +5,7 @@
 #include <typeinfo>
 
 #include "mlx/ops.h"
+#include "mlx_fused/unpack.h"
 
 namespace mlx_fused {
 
@@ -229,6 +230,10 @@ mx::array Products::quantized_matmul(
     return mx::zeros(y.shape(), y.dtype(), stream);  // on the CPU MLX divides by the size of what is empty
   }
   return are_exportable() ? y : with_transforms<QuantizedProduct>(y, q, transpose);
+}
+
+Arrays Products::split(const mx::array& packed, const std::vector<int>& rows) const {
+  return are_exportable() ? mx::split(packed, ends(rows), 0, stream) : unpack(packed, rows, stream);
 }
 
 }  // namespace mlx_fused

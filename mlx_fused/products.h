@@ -39,6 +39,9 @@ class Products {
       const Quantization& q,
       bool transpose) const;
 
+  // The segments' rows of a packed array, as views; their gradients are packed by a copy.
+  Arrays split(const mx::array& packed, const std::vector<int>& rows) const;
+
   bool are_exportable() const {
     return nodes_ == exportable;
   }

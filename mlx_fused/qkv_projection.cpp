@@ -56,7 +56,7 @@ Arrays qkv_projection(
   auto call = make_call(check, operation, input, heads);
   call.epilogue.exact = exact;
   auto stream = mx::to_stream(s);
-  auto inputs = check_arguments(check, input, weights, nullptr, call, stream);
+  auto inputs = check_arguments(check, input, weights, nullptr, call, Products(stream, wish));
   return project(std::move(inputs), std::move(call), wish, stream);
 }
 
@@ -74,7 +74,7 @@ Arrays qkv_projection_bwd(
   Check check(operation);
   auto stream = mx::to_stream(s);
   auto call = make_call(check, operation, input, heads);
-  auto primals = check_arguments(check, input, {weight, {}, {}, {}}, nullptr, call, stream);
+  auto primals = check_arguments(check, input, {weight, {}, {}, {}}, nullptr, call, Products(stream, wish));
   const char* names[] = {"dq", "dk", "dv"};
   Arrays cotangents = {dq, dk, dv};
   for (int i = 0; i < 3; ++i) {

@@ -7,11 +7,10 @@ namespace mlx_fused {
 
 namespace {
 
-// mx::split, which shapeless compilation does not know.
 class Unpack : public FusedPrimitive {
  public:
-  Unpack(mx::Stream stream, std::vector<int> features)
-      : FusedPrimitive(stream), features_(std::move(features)) {}
+  Unpack(mx::Stream stream, std::vector<int> rows)
+      : FusedPrimitive(stream), rows_(std::move(rows)) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     share(inputs[0], outputs);
@@ -21,25 +20,21 @@ class Unpack : public FusedPrimitive {
   }
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
     std::vector<mx::Shape> shapes;
-    for (int n : features_) {
+    for (int n : rows_) {
       shapes.push_back(inputs[0].shape());
       shapes.back()[0] = n;
     }
     return shapes;
   }
   bool is_equivalent(const mx::Primitive& other) const override {
-    return features_ == static_cast<const Unpack&>(other).features_;
+    return rows_ == static_cast<const Unpack&>(other).rows_;
   }
   DEFINE_NAME(Unpack)
 
  protected:
   Function composed() override {
-    return [features = features_, s = stream()](const Arrays& inputs) {
-      mx::Shape ends = {features[0]};
-      for (size_t i = 1; i + 1 < features.size(); ++i) {
-        ends.push_back(ends.back() + features[i]);
-      }
-      return mx::split(inputs[0], ends, 0, s);
+    return [rows = rows_, s = stream()](const Arrays& inputs) {
+      return mx::split(inputs[0], ends(rows), 0, s);
     };
   }
   Arrays apply(const Arrays& inputs) override {
@@ -61,15 +56,23 @@ class Unpack : public FusedPrimitive {
     }
   }
 
-  const std::vector<int> features_;
+  const std::vector<int> rows_;
 };
 
 }  // namespace
 
-Arrays unpack(const mx::array& packed, const std::vector<int>& features, mx::Stream stream) {
-  auto primitive = std::make_shared<Unpack>(stream, features);
-  std::vector<mx::Dtype> dtypes(features.size(), packed.dtype());
+Arrays unpack(const mx::array& packed, const std::vector<int>& rows, mx::Stream stream) {
+  auto primitive = std::make_shared<Unpack>(stream, rows);
+  std::vector<mx::Dtype> dtypes(rows.size(), packed.dtype());
   return mx::array::make_arrays(primitive->output_shapes({packed}), dtypes, primitive, {packed});
+}
+
+mx::Shape ends(const std::vector<int>& rows) {
+  mx::Shape ends = {rows[0]};
+  for (size_t i = 1; i + 1 < rows.size(); ++i) {
+    ends.push_back(ends.back() + rows[i]);
+  }
+  return ends;
 }
 
 }  // namespace mlx_fused

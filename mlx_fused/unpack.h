@@ -6,7 +6,10 @@
 
 namespace mlx_fused {
 
-// The segments' rows of a packed array, `features` of each, as views. Their gradients are packed again by a copy.
-Arrays unpack(const mx::array& packed, const std::vector<int>& features, mx::Stream stream);
+// mx::split along the rows, which shapeless compilation does not know.
+Arrays unpack(const mx::array& packed, const std::vector<int>& rows, mx::Stream stream);
+
+// Where all parts but the last end, as mx::split wants it.
+mx::Shape ends(const std::vector<int>& rows);
 
 }  // namespace mlx_fused

@@ -62,6 +62,13 @@ class Call:
         return [key for key in self.leaves if key[0] not in frozen]
 
     @property
+    def packed(self):
+        """The keys of the arrays that hold the rows of all segments."""
+        if self.segments is None or isinstance(self.arguments["weight"], tuple):
+            return []
+        return [key for key in self.leaves if key[0] in ("weight", "scales", "biases", "bias")]
+
+    @property
     def quantization(self):
         """(group_size, bits, mode), empty for a dense weight."""
         names = ("group_size", "bits", "mode")
