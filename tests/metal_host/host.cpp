@@ -10,8 +10,7 @@
 #include "mlx/transforms.h"
 #include "mlx_fused/backend/cpu/kernels.h"
 #include "mlx_fused/backend/cpu/parallel.h"
-#include "mlx_fused/output_projection.h"
-#include "mlx_fused/qkv_projection.h"
+#include "mlx_fused/projection.h"
 
 namespace mx = mlx::core;
 namespace nb = nanobind;
@@ -33,15 +32,13 @@ CommandEncoder& get_command_encoder(Stream) {
 namespace mlx_fused {
 
 // The CPU takes no part.
-#define NO_CPU(Primitive)                                                   \
-  void Primitive::eval_cpu(const Arrays&, Arrays&) {                        \
-    throw std::runtime_error("[" #Primitive "] was evaluated on the CPU."); \
-  }
+void Projection::eval_cpu(const Arrays&, Arrays&) {
+  throw std::runtime_error("[Projection] was evaluated on the CPU.");
+}
 
-NO_CPU(FusedQKVProjection)
-NO_CPU(FusedQKVProjectionGrad)
-NO_CPU(FusedOutputProjection)
-NO_CPU(FusedOutputProjectionGrad)
+void ProjectionGrad::eval_cpu(const Arrays&, Arrays&) {
+  throw std::runtime_error("[ProjectionGrad] was evaluated on the CPU.");
+}
 
 namespace cpu {
 
