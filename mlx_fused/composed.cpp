@@ -17,7 +17,7 @@ mx::array quantized_product(
     bool transpose,
     const Products& products) {
   std::optional<mx::array> biases;
-  if (q.is_affine()) {
+  if (q.has_biases) {
     biases = inputs[layout.group_biases(part)];
   }
   auto &codes = inputs[layout.weight(part)], &scales = inputs[layout.scales(part)];
