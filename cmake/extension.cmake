@@ -43,6 +43,7 @@ nanobind_add_module(
   mlx_fused/products.cpp
   mlx_fused/projection.cpp
   mlx_fused/qkv_projection.cpp
+  mlx_fused/quantization.cpp
   mlx_fused/routing.cpp
   mlx_fused/unpack.cpp
   mlx_fused/backend/cpu/eval.cpp

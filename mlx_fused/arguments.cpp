@@ -1,46 +1,32 @@
 #include "mlx_fused/arguments.h"
 
-#include <algorithm>
 #include <numeric>
 
 namespace mlx_fused {
 
 namespace {
 
-bool contains(const std::vector<int>& values, int value) {
-  return std::find(values.begin(), values.end(), value) != values.end();
-}
-
+// A format is known, or else MLX's to judge; but what MLX makes of another under a format's name is none.
 Quantization check_quantization(const Check& check, const QuantizedParts& parts) {
-  Quantization q{parts.mode, 0, 0};
-  std::vector<int> group_sizes, bits;
-  if (q.mode == "affine") {
-    group_sizes = {64, 32, 128};
-    bits = {4, 2, 3, 5, 6, 8};
-  } else if (q.mode == "mxfp4") {
-    group_sizes = {32};
-    bits = {4};
-  } else if (q.mode == "mxfp8") {
-    group_sizes = {32};
-    bits = {8};
-  } else if (q.mode == "nvfp4") {
-    group_sizes = {16};
-    bits = {4};
-  } else {
-    check.fail("mode must be 'affine', 'mxfp4', 'mxfp8' or 'nvfp4' but got '" + q.mode + "'.");
-  }
-  q.group_size = parts.group_size.value_or(group_sizes[0]);
-  q.bits = parts.bits.value_or(bits[0]);
-  if (!contains(group_sizes, q.group_size)) {
+  Quantization q{parts.mode, 0, 0, parts.biases.has_value()};
+  auto set = [&](const char* name, int& value, std::optional<int> given, int affine, int Quantization::* only) {
+    auto* format = only_format(q.mode);
+    value = given.value_or(q.is_affine() ? affine : format ? format->*only : 0);
+    if (given) {
+      check.positive(name, value);
+    }
+    if (format && value != format->*only) {
+      check.fail(
+          std::string(name) + " must be " + std::to_string(format->*only) + " for mode '" + q.mode +
+          "' but got " + std::to_string(value) + ".");
+    }
+  };
+  set("group_size", q.group_size, parts.group_size, 64, &Quantization::group_size);
+  set("bits", q.bits, parts.bits, 4, &Quantization::bits);
+  if (is_known(q) && q.has_biases != q.is_affine()) {
     check.fail(
-        "group_size must be " +
-        std::string(group_sizes.size() > 1 ? "32, 64 or 128" : std::to_string(group_sizes[0])) +
-        " for mode '" + q.mode + "' but got " + std::to_string(q.group_size) + ".");
-  }
-  if (!contains(bits, q.bits)) {
-    check.fail(
-        "bits must be " + std::string(bits.size() > 1 ? "2, 3, 4, 5, 6 or 8" : std::to_string(bits[0])) +
-        " for mode '" + q.mode + "' but got " + std::to_string(q.bits) + ".");
+        q.is_affine() ? "biases must be given for mode 'affine' but got None."
+                      : "biases must be None for mode '" + q.mode + "' but got an array.");
   }
   return q;
 }
@@ -55,14 +41,9 @@ class Arguments {
     }
   }
 
-  // One array for each segment, [features] or [features, cols], of one dtype or (if that is empty) of
-  // any floating one.
-  void add(
-      Role role,
-      const std::string& name,
-      const Parts& parts,
-      std::optional<int> cols,
-      std::optional<mx::Dtype> dtype = std::nullopt) {
+  // One array for each segment, or one that packs their rows; `check` looks at an array of so many rows.
+  template <typename CheckArray>
+  void add(Role role, const std::string& name, const Parts& parts, CheckArray&& check) {
     auto* array = std::get_if<mx::array>(&parts);
     auto given = array ? Arrays{*array} : std::get<Arrays>(parts);
     size_t expected = packed_ ? 1 : features_.size();
@@ -73,17 +54,8 @@ class Arguments {
           " but got " + (array ? "one array." : "a tuple of " + std::to_string(given.size()) + "."));
     }
     for (size_t i = 0; i < given.size(); ++i) {
-      auto full_name = packed_ ? name : name + "[" + std::to_string(i) + "]";
-      mx::Shape shape = {packed_ ? std::accumulate(features_.begin(), features_.end(), 0) : features_[i]};
-      if (cols) {
-        shape.push_back(*cols);
-      }
-      if (dtype) {
-        check_.dtype(full_name, given[i], *dtype);
-      } else {
-        check_.floating(full_name, given[i]);
-      }
-      check_.shape(full_name, given[i], shape);
+      int rows = packed_ ? std::accumulate(features_.begin(), features_.end(), 0) : features_[i];
+      check(packed_ ? name : name + "[" + std::to_string(i) + "]", given[i], rows);
     }
     if (packed_ && features_.size() > 1) {
       given = products_.split(given[0], features_);
@@ -93,24 +65,37 @@ class Arguments {
     }
   }
 
+  void add_dense(Role role, const std::string& name, const Parts& parts, std::optional<int> columns) {
+    add(role, name, parts, [&](const std::string& full_name, const mx::array& a, int rows) {
+      check_.floating(full_name, a);
+      check_.shape(full_name, a, columns ? mx::Shape{rows, *columns} : mx::Shape{rows});
+    });
+  }
+
   void add_quantized(const Parts& weight, const QuantizedParts& quantized, int in_features) {
     auto q = check_quantization(check_, quantized);
-    if (in_features % q.group_size != 0) {
+    bool known = is_known(q);
+    if (known && in_features % q.group_size != 0) {
       check_.fail(
           "the input's features must be a multiple of group_size but got " + std::to_string(in_features) +
           " and " + std::to_string(q.group_size) + ".");
     }
-    if (quantized.biases.has_value() != q.is_affine()) {
-      check_.fail(
-          q.is_affine() ? "biases must be given for mode 'affine' but got None."
-                        : "biases must be None for mode '" + q.mode + "'.");
-    }
-    add(Role::weight, "weight", weight, int(int64_t(in_features) * q.bits / 32), mx::uint32);
-    auto dtype = q.is_affine() ? std::nullopt : std::optional(mx::uint8);
-    int groups = in_features / q.group_size;
-    add(Role::group_scales, "scales", quantized.scales, groups, dtype);
+    auto check_array = [&](int columns, std::optional<mx::Dtype> dtype) {
+      return [=, this](const std::string& name, const mx::array& a, int rows) {
+        if (!known) {
+          check_.rows(name, a, rows);  // alone certain, and unchecked by MLX
+          return;
+        }
+        check_.shape(name, a, {rows, columns});
+        dtype ? check_.dtype(name, a, *dtype) : check_.floating(name, a);
+      };
+    };
+    int codes = int(int64_t(in_features) * q.bits / 32), groups = known ? in_features / q.group_size : 0;
+    auto check_groups = check_array(groups, q.is_affine() ? std::nullopt : std::optional(mx::uint8));
+    add(Role::weight, "weight", weight, check_array(codes, mx::uint32));
+    add(Role::group_scales, "scales", quantized.scales, check_groups);
     if (quantized.biases) {
-      add(Role::group_biases, "biases", *quantized.biases, groups, dtype);
+      add(Role::group_biases, "biases", *quantized.biases, check_groups);
     }
     call_.quantization = q;
   }
@@ -136,8 +121,8 @@ class Arguments {
       auto &a = adapters.a[i], &b = adapters.b[i];
       if (a.has_value() != b.has_value()) {
         check_.fail(
-            "lora_a" + suffix + " and lora_b" + suffix + " must both be arrays or both None but only lora_" +
-            (a ? "a" : "b") + suffix + " is an array.");
+            "lora_a" + suffix + " and lora_b" + suffix + " must both be arrays or both None but got lora_" +
+            (a ? "a" : "b") + suffix + " alone.");
       }
       if (a) {
         check_.ndim("lora_a" + suffix, *a, 2);
@@ -194,10 +179,10 @@ Arrays check_arguments(
   if (weights.quantized) {
     arguments.add_quantized(weights.weight, *weights.quantized, in_features);
   } else {
-    arguments.add(Role::weight, "weight", weights.weight, in_features);
+    arguments.add_dense(Role::weight, "weight", weights.weight, in_features);
   }
   if (weights.bias) {
-    arguments.add(Role::bias, "bias", *weights.bias, std::nullopt);
+    arguments.add_dense(Role::bias, "bias", *weights.bias, std::nullopt);
   }
   call.has_bias = weights.bias.has_value();
   if (weights.adapters) {

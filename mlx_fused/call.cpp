@@ -10,7 +10,7 @@ void add_weight(Slots& slots, const Call& call, int segment) {
   slots.push_back({Role::weight, segment});
   if (call.quantization) {
     slots.push_back({Role::group_scales, segment});
-    if (call.quantization->is_affine()) {
+    if (call.quantization->has_biases) {
       slots.push_back({Role::group_biases, segment});
     }
   }

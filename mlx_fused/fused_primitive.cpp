@@ -52,7 +52,7 @@ Arrays map_one_by_one(
     results.push_back(fun(one));
   }
   if (results.empty()) {
-    throw std::invalid_argument("[vmap] Cannot map quantized projections over an axis of size 0.");
+    throw std::invalid_argument("[vmap] the mapped axis of a quantized projection must be at least 1 long but got 0.");
   }
   Arrays stacked;
   for (size_t k = 0; k < results[0].size(); ++k) {

@@ -159,7 +159,7 @@ class QuantizedProduct : public Product {
   }
 
   std::optional<mx::array> biases(const Arrays& inputs) const {
-    return q_.is_affine() ? std::optional(inputs[3]) : std::nullopt;
+    return q_.has_biases ? std::optional(inputs[3]) : std::nullopt;
   }
 
   mx::array product(const mx::array& x, const Arrays& inputs, bool transpose) {
@@ -224,8 +224,9 @@ mx::array Products::quantized_matmul(
     const std::optional<mx::array>& biases,
     const Quantization& q,
     bool transpose) const {
-  auto y =
-      mx::quantized_matmul(x, codes, scales, biases, transpose, q.group_size, q.bits, q.mode, stream);
+  auto given = [](int n) { return n == 0 ? std::nullopt : std::optional(n); };
+  auto group_size = given(q.group_size), bits = given(q.bits);
+  auto y = mx::quantized_matmul(x, codes, scales, biases, transpose, group_size, bits, q.mode, stream);
   if (y.size() == 0 || x.size() == 0) {
     return mx::zeros(y.shape(), y.dtype(), stream);  // on the CPU MLX divides by the size of what is empty
   }

@@ -32,14 +32,13 @@ Route best(const Workload& work, const DeviceInfo& device) {
 }  // namespace
 
 bool has_kernels(const Workload& work, const DeviceInfo& device) {
-  if (device.kind == DeviceInfo::other_gpu) {
+  if (device.kind == DeviceInfo::other_gpu || (work.quantization && !is_known(*work.quantization))) {
     return false;
   }
   if (device.kind == DeviceInfo::metal) {
     bool plain_matmuls = work.is_grad && work.segments == 1 && !work.has_adapters;
     bool readable = work.in_features > 0 && work.in_features < metal::max_row_stride;
-    bool decodable = !work.quantization || metal::is_supported(*work.quantization);
-    if (plain_matmuls || !readable || !decodable || work.no_metal_kernel) {
+    if (plain_matmuls || !readable || work.no_metal_kernel) {
       return false;
     }
   }
@@ -62,7 +61,7 @@ Route route(const Workload& work, const DeviceInfo& device, const std::optional<
     return wanted == "composed" ? Route::composed : Route::primitive;
   }
   if (!wanted.empty()) {
-    throw std::invalid_argument("MLX_FUSED_ROUTE must be 'composed' or 'fused' but is '" + wanted + "'.");
+    throw std::invalid_argument("MLX_FUSED_ROUTE must be 'composed' or 'fused' but got '" + wanted + "'.");
   }
   return best(work, device);
 }

@@ -2,13 +2,17 @@
 
 
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, overload
 
 from mlx.core import Device, DeviceType, Stream, array
 
 StreamOrDevice: TypeAlias = Stream | Device | DeviceType | None
 
-def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
+@overload
+def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]: ...
+
+@overload
+def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None = None, *, num_heads: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None, split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """
     Project hidden states to queries, keys and values in one operation.
 
@@ -50,7 +54,11 @@ def fused_qkv_projection(input: array, weight: array | tuple[array, array, array
         names the argument, what was expected and what came.
     """
 
-def fused_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array:
+@overload
+def fused_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array: ...
+
+@overload
+def fused_output_projection_residual(attn_out: array, weight: array, bias: array | None = None, *, residual: array, alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array:
     """
     Project attention's output and add the residual in one operation.
 
@@ -137,11 +145,24 @@ def fused_output_projection_residual_bwd(d_output: array, attn_out: array, weigh
       ValueError: If a rank, shape or dtype is wrong.
     """
 
-def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, split_heads: bool = True, stream: StreamOrDevice = None) -> tuple[array, array, array]:
+@overload
+def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, split_heads: bool = True, stream: StreamOrDevice = None) -> tuple[array, array, array]: ...
+
+@overload
+def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None = None, *, num_heads: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None, split_heads: bool = True, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """``fused_qkv_projection`` written in MLX's own operations."""
 
-def composed_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, alpha: float = 1.0, stream: StreamOrDevice = None) -> array:
+@overload
+def composed_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, alpha: float = 1.0, stream: StreamOrDevice = None) -> array: ...
+
+@overload
+def composed_output_projection_residual(attn_out: array, weight: array, bias: array | None = None, *, residual: array, alpha: float = 1.0, stream: StreamOrDevice = None) -> array:
     """``fused_output_projection_residual`` written in MLX's own operations."""
+
+def has_quantized_kernels(group_size: int, bits: int, mode: str) -> bool:
+    """
+    Whether weights of this format have kernels of ours; all others run on MLX's own operation.
+    """
 
 def is_same(a: array, b: array) -> bool:
     """Whether two arrays are one value."""
@@ -151,7 +172,11 @@ def alias(a: array) -> array:
     The same value as another object, which keeps it when ``a`` is changed in place.
     """
 
-def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, array, array], scales: array | tuple[array, array, array], biases: array | tuple[array, array, array] | None, bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
+@overload
+def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, array, array], scales: array | tuple[array, array, array], biases: array | tuple[array, array, array] | None, bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]: ...
+
+@overload
+def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, array, array], scales: array | tuple[array, array, array], biases: array | tuple[array, array, array] | None = None, bias: array | tuple[array, array, array] | None = None, *, num_heads: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """
     Project hidden states to queries, keys and values with a quantized weight.
 
@@ -203,7 +228,11 @@ def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, ar
         gradient of ``weight`` is asked for.
     """
 
-def fused_quantized_output_projection_residual(attn_out: array, weight: array, scales: array, biases: array | None, bias: array | None, residual: array, *, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array:
+@overload
+def fused_quantized_output_projection_residual(attn_out: array, weight: array, scales: array, biases: array | None, bias: array | None, residual: array, *, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array: ...
+
+@overload
+def fused_quantized_output_projection_residual(attn_out: array, weight: array, scales: array, biases: array | None = None, bias: array | None = None, *, residual: array, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array:
     """
     Project attention's output with a quantized weight and add the residual.
 
@@ -242,7 +271,11 @@ def fused_quantized_output_projection_residual(attn_out: array, weight: array, s
         ``weight`` is asked for.
     """
 
-def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, lora_a: tuple[array | None, array | None, array | None], lora_b: tuple[array | None, array | None, array | None], scale: float | tuple[float, float, float], num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, scales: array | tuple[array, array, array] | None = None, biases: array | tuple[array, array, array] | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', split_heads: bool = True, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
+@overload
+def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, lora_a: tuple[array | None, array | None, array | None], lora_b: tuple[array | None, array | None, array | None], scale: float | tuple[float, float, float], num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, scales: array | tuple[array, array, array] | None = None, biases: array | tuple[array, array, array] | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', split_heads: bool = True, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]: ...
+
+@overload
+def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None = None, *, lora_a: tuple[array | None, array | None, array | None], lora_b: tuple[array | None, array | None, array | None], scale: float | tuple[float, float, float], num_heads: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None, scales: array | tuple[array, array, array] | None = None, biases: array | tuple[array, array, array] | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', split_heads: bool = True, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """
     Project hidden states to queries, keys and values with low-rank adapters (LoRA).
 
@@ -300,7 +333,11 @@ def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, 
         gradient of a quantized ``weight`` is asked for.
     """
 
-def fused_lora_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, lora_a: array, lora_b: array, scale: float, *, scales: array | None = None, biases: array | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array:
+@overload
+def fused_lora_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, lora_a: array, lora_b: array, scale: float, *, scales: array | None = None, biases: array | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array: ...
+
+@overload
+def fused_lora_output_projection_residual(attn_out: array, weight: array, bias: array | None = None, *, residual: array, lora_a: array, lora_b: array, scale: float, scales: array | None = None, biases: array | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array:
     """
     Project attention's output with a low-rank adapter (LoRA) and add the residual.
 

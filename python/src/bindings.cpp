@@ -119,7 +119,7 @@ NB_MODULE(_ext, m) {
       &qkv_projection,
       "input"_a,
       "weight"_a,
-      "bias"_a.none(),
+      "bias"_a = nb::none(),
       "num_heads"_a,
       "num_kv_heads"_a,
       "head_dim"_a,
@@ -128,11 +128,13 @@ NB_MODULE(_ext, m) {
       "split_heads"_a = true,
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
-      nb::sig(
-          "def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: "
-          "array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, "
-          "*, v_head_dim: int | None = None, split_heads: bool = True, route: Literal['composed', "
-          "'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]"),
+      nb::sig(MLX_FUSED_SIGNATURES(
+          "fused_qkv_projection",
+          "input: array, weight: " ARRAYS,
+          BIAS_PARTS,
+          QKV_HEADS,
+          "v_head_dim: int | None = None, split_heads: bool = True, " ROUTE,
+          "tuple[array, array, array]")),
       R"pbdoc(
         Project hidden states to queries, keys and values in one operation.
 
@@ -196,17 +198,20 @@ NB_MODULE(_ext, m) {
       },
       "attn_out"_a,
       "weight"_a,
-      "bias"_a.none(),
+      "bias"_a = nb::none(),
       "residual"_a,
       nb::kw_only(),
       "alpha"_a = 1.0f,
       "exact"_a = false,
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
-      nb::sig(
-          "def fused_output_projection_residual(attn_out: array, weight: array, bias: array | None, "
-          "residual: array, *, alpha: float = 1.0, exact: bool = False, route: Literal['composed', "
-          "'fused'] | None = None, stream: StreamOrDevice = None) -> array"),
+      nb::sig(MLX_FUSED_SIGNATURES(
+          "fused_output_projection_residual",
+          "attn_out: array, weight: array",
+          BIAS,
+          "residual: array",
+          "alpha: float = 1.0, exact: bool = False, " ROUTE,
+          "array")),
       R"pbdoc(
         Project attention's output and add the residual in one operation.
 
@@ -332,7 +337,7 @@ NB_MODULE(_ext, m) {
       &composed_qkv_projection,
       "input"_a,
       "weight"_a,
-      "bias"_a.none(),
+      "bias"_a = nb::none(),
       "num_heads"_a,
       "num_kv_heads"_a,
       "head_dim"_a,
@@ -340,11 +345,13 @@ NB_MODULE(_ext, m) {
       "v_head_dim"_a = nb::none(),
       "split_heads"_a = true,
       "stream"_a = nb::none(),
-      nb::sig(
-          "def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: "
-          "array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, "
-          "*, v_head_dim: int | None = None, split_heads: bool = True, stream: StreamOrDevice = None) "
-          "-> tuple[array, array, array]"),
+      nb::sig(MLX_FUSED_SIGNATURES(
+          "composed_qkv_projection",
+          "input: array, weight: " ARRAYS,
+          BIAS_PARTS,
+          QKV_HEADS,
+          "v_head_dim: int | None = None, split_heads: bool = True, stream: StreamOrDevice = None",
+          "tuple[array, array, array]")),
       "``fused_qkv_projection`` written in MLX's own operations.");
 
   m.def(
@@ -367,15 +374,30 @@ NB_MODULE(_ext, m) {
       },
       "attn_out"_a,
       "weight"_a,
-      "bias"_a.none(),
+      "bias"_a = nb::none(),
       "residual"_a,
       nb::kw_only(),
       "alpha"_a = 1.0f,
       "stream"_a = nb::none(),
-      nb::sig(
-          "def composed_output_projection_residual(attn_out: array, weight: array, bias: array | None, "
-          "residual: array, *, alpha: float = 1.0, stream: StreamOrDevice = None) -> array"),
+      nb::sig(MLX_FUSED_SIGNATURES(
+          "composed_output_projection_residual",
+          "attn_out: array, weight: array",
+          BIAS,
+          "residual: array",
+          "alpha: float = 1.0, stream: StreamOrDevice = None",
+          "array")),
       "``fused_output_projection_residual`` written in MLX's own operations.");
+
+  m.def(
+      "has_quantized_kernels",
+      [](int group_size, int bits, const std::string& mode) {
+        return mlx_fused::is_known({mode, bits, group_size});
+      },
+      "group_size"_a,
+      "bits"_a,
+      "mode"_a,
+      nb::sig("def has_quantized_kernels(group_size: int, bits: int, mode: str) -> bool"),
+      "Whether weights of this format have kernels of ours; all others run on MLX's own operation.");
 
   m.def(
       "is_same",

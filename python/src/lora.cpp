@@ -33,8 +33,9 @@ std::optional<mlx_fused::QuantizedParts> quantized(
     std::optional<int> bits,
     const std::string& mode) {
   if (!scales) {
+    const char* given = biases ? "biases" : group_size ? "group_size" : bits ? "bits" : "mode";
     if (biases || group_size || bits || mode != "affine") {
-      mlx_fused::Check(op).fail("biases, group_size, bits and mode must be left out if scales are None.");
+      mlx_fused::Check(op).fail(std::string(given) + " must be left out if scales are None but got a value.");
     }
     return std::nullopt;
   }
@@ -85,7 +86,7 @@ void bind_lora(nb::module_& m) {
       },
       "input"_a,
       "weight"_a,
-      "bias"_a.none(),
+      "bias"_a = nb::none(),
       "lora_a"_a,
       "lora_b"_a,
       "scale"_a,
@@ -103,16 +104,15 @@ void bind_lora(nb::module_& m) {
       "exact"_a = false,
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
-      nb::sig(
-          "def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, array], "
-          "bias: array | tuple[array, array, array] | None, lora_a: tuple[array | None, array | None, "
-          "array | None], lora_b: tuple[array | None, array | None, array | None], scale: float | "
-          "tuple[float, float, float], num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: "
-          "int | None = None, scales: array | tuple[array, array, array] | None = None, biases: array | "
-          "tuple[array, array, array] | None = None, group_size: int | None = None, bits: int | None = "
-          "None, mode: str = 'affine', split_heads: bool = True, exact: bool = False, route: "
-          "Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, "
-          "array, array]"),
+      nb::sig(MLX_FUSED_SIGNATURES(
+          "fused_lora_qkv_projection",
+          "input: array, weight: " ARRAYS,
+          BIAS_PARTS,
+          "lora_a: tuple[array | None, array | None, array | None], lora_b: tuple[array | None, array | None, "
+          "array | None], scale: float | tuple[float, float, float], " QKV_HEADS,
+          "v_head_dim: int | None = None, scales: " ARRAYS " | None = None, biases: " ARRAYS
+          " | None = None, " QUANTIZATION ", split_heads: bool = True, exact: bool = False, " ROUTE,
+          "tuple[array, array, array]")),
       R"pbdoc(
         Project hidden states to queries, keys and values with low-rank adapters (LoRA).
 
@@ -204,7 +204,7 @@ void bind_lora(nb::module_& m) {
       },
       "attn_out"_a,
       "weight"_a,
-      "bias"_a.none(),
+      "bias"_a = nb::none(),
       "residual"_a,
       "lora_a"_a,
       "lora_b"_a,
@@ -219,12 +219,14 @@ void bind_lora(nb::module_& m) {
       "exact"_a = false,
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
-      nb::sig(
-          "def fused_lora_output_projection_residual(attn_out: array, weight: array, bias: array | "
-          "None, residual: array, lora_a: array, lora_b: array, scale: float, *, scales: array | None = "
-          "None, biases: array | None = None, group_size: int | None = None, bits: int | None = None, "
-          "mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: Literal['composed', "
-          "'fused'] | None = None, stream: StreamOrDevice = None) -> array"),
+      nb::sig(MLX_FUSED_SIGNATURES(
+          "fused_lora_output_projection_residual",
+          "attn_out: array, weight: array",
+          BIAS,
+          "residual: array, lora_a: array, lora_b: array, scale: float",
+          "scales: array | None = None, biases: array | None = None, " QUANTIZATION
+          ", alpha: float = 1.0, exact: bool = False, " ROUTE,
+          "array")),
       R"pbdoc(
         Project attention's output with a low-rank adapter (LoRA) and add the residual.
 

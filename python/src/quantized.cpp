@@ -44,8 +44,8 @@ void bind_quantized(nb::module_& m) {
       "input"_a,
       "weight"_a,
       "scales"_a,
-      "biases"_a.none(),
-      "bias"_a.none(),
+      "biases"_a = nb::none(),
+      "bias"_a = nb::none(),
       "num_heads"_a,
       "num_kv_heads"_a,
       "head_dim"_a,
@@ -57,13 +57,13 @@ void bind_quantized(nb::module_& m) {
       "split_heads"_a = true,
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
-      nb::sig(
-          "def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, array, array], "
-          "scales: array | tuple[array, array, array], biases: array | tuple[array, array, array] | "
-          "None, bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, "
-          "head_dim: int, *, v_head_dim: int | None = None, group_size: int | None = None, bits: int | "
-          "None = None, mode: str = 'affine', split_heads: bool = True, route: Literal['composed', "
-          "'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]"),
+      nb::sig(MLX_FUSED_SIGNATURES(
+          "fused_quantized_qkv_projection",
+          "input: array, weight: " ARRAYS ", scales: " ARRAYS,
+          BIASES_PARTS,
+          QKV_HEADS,
+          "v_head_dim: int | None = None, " QUANTIZATION ", split_heads: bool = True, " ROUTE,
+          "tuple[array, array, array]")),
       R"pbdoc(
         Project hidden states to queries, keys and values with a quantized weight.
 
@@ -143,8 +143,8 @@ void bind_quantized(nb::module_& m) {
       "attn_out"_a,
       "weight"_a,
       "scales"_a,
-      "biases"_a.none(),
-      "bias"_a.none(),
+      "biases"_a = nb::none(),
+      "bias"_a = nb::none(),
       "residual"_a,
       nb::kw_only(),
       "group_size"_a = nb::none(),
@@ -154,12 +154,13 @@ void bind_quantized(nb::module_& m) {
       "exact"_a = false,
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
-      nb::sig(
-          "def fused_quantized_output_projection_residual(attn_out: array, weight: array, scales: "
-          "array, biases: array | None, bias: array | None, residual: array, *, group_size: int | None "
-          "= None, bits: int | None = None, mode: str = 'affine', alpha: float = 1.0, exact: bool = "
-          "False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> "
-          "array"),
+      nb::sig(MLX_FUSED_SIGNATURES(
+          "fused_quantized_output_projection_residual",
+          "attn_out: array, weight: array, scales: array",
+          BIASES,
+          "residual: array",
+          QUANTIZATION ", alpha: float = 1.0, exact: bool = False, " ROUTE,
+          "array")),
       R"pbdoc(
         Project attention's output with a quantized weight and add the residual.
 
