@@ -197,7 +197,11 @@ def test_one_projection_is_one_object():
 
 
 def test_after_its_call_it_is_the_module():
-    attention, x, kept = Does(lambda self, x: (kept.append(self.q_proj), project(self, x))[1]), sample(1, 3, 64), []
+    attention, x, kept = (
+        Does(lambda self, x: (kept.append(self.q_proj), project(self, x))[1]),
+        sample(1, 3, 64),
+        [],
+    )
     mlx_fused.patch(attention)
     attention(x)
     assert calls([kept[0](x)]) == (0, 1)
