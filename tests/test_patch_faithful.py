@@ -259,7 +259,7 @@ class OutputOnly(Attention):
 
 
 def in_place(projection, x):
-    base = projection["linear"] if "linear" in projection else projection
+    base = projection.get("linear", projection)
     for module in {id(m): m for m in (projection, base)}.values():
         for name, a in module.items():
             if isinstance(a, mx.array):

@@ -25,7 +25,7 @@ def switch_interval(request):
 
 @contextmanager
 def in_background(work, count):
-    """Runs ``work(thread's number)`` again and again in threads until the block ends; raises what they raise."""
+    """Runs ``work(number)`` again and again in threads until the block ends; raises what they raise."""
     stop, errors, started = threading.Event(), [], threading.Barrier(count + 1)
 
     def loop(number):
