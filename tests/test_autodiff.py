@@ -408,7 +408,7 @@ AFFINE = ("affine", 32, 4)
 @pytest.mark.parametrize("route", ["fused", "composed"])
 def test_derivatives_with_every_option(rng, names, route, monkeypatch):
     monkeypatch.setenv("MLX_FUSED_ROUTE", route)
-    forms = [None, AFFINE, ("mxfp4", 32, 4)]
+    forms = [None, AFFINE, ("mxfp4", 32, 4), ("affine", 32, 1)]
     for call in (
         *calls_with_every_option(rng, mx.float32, forms),
         *calls_with_every_option(rng, mx.float64, [None]),

@@ -100,7 +100,7 @@ def calls(draw):
     """Any operation, with any options, of a few rows."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     dtype = draw(st.sampled_from([mx.float32, mx.float64]))
-    forms = [None] if dtype == mx.float64 else [None, None, ("affine", 32, 4), ("affine", 32, 3), *quantized.FLOATS]
+    forms = [None] if dtype == mx.float64 else [None, None, ("affine", 32, 4), ("affine", 32, 3), ("affine", 32, 1), *quantized.FLOATS]
     form, batch, seq = draw(st.sampled_from(forms)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
     hidden = 32 if form else draw(st.integers(1, 6))
     bias, adapted, exact = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
