@@ -75,7 +75,9 @@ def compare(model: Model, operation: str, dtype: str, rows: int, effort: Effort)
     """Times both routes of one call; returns its record."""
     function, operands = call(model, operation, rows, getattr(mx, dtype))
     length = chain_length(rows)
-    calls = {r: partial(chain, partial(by_route, r, function), operands, length) for r in ("fused", "composed")}
+    calls = {
+        r: partial(chain, partial(by_route, r, function), operands, length) for r in ("fused", "composed")
+    }
     for warm in calls.values():
         warm()
     seconds = {r: float(np.median(s)) / length for r, s in measure(calls, effort).items()}

@@ -262,7 +262,7 @@ def output(
 
 
 def every_byte(mode, of_scales, rows, dtype, as_columns=False):
-    """A call whose outputs, or with ``as_columns`` gradients of attn_out, are half of what each byte means."""
+    """A call whose outputs, or with ``as_columns`` gradients by attn_out, are half of each byte's value."""
     weight, scales, group_size, bits = quantized.every_byte(mode, of_scales)
     if as_columns:
         weight, scales = weight.reshape(1, -1), scales.reshape(1, -1)

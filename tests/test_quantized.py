@@ -108,7 +108,11 @@ def test_every_byte_of_every_format(isa):
 def test_formats_that_only_mlx_knows(rng, form, adapted):
     for packed, bias in product((False, True), repeat=2):
         ranks, rank = ((8, None, 3), 8) if adapted else (None, None)
-        check(rng, projections.qkv(rng, 2, 5, 256, HEADS, form, bias=bias, packed=packed, ranks=ranks), roundings=6)
+        check(
+            rng,
+            projections.qkv(rng, 2, 5, 256, HEADS, form, bias=bias, packed=packed, ranks=ranks),
+            roundings=6,
+        )
         check(rng, projections.output(rng, 2, 5, 256, 40, form, bias=bias, rank=rank, alpha=0.5), roundings=6)
     with pytest.raises(ValueError, match=r"route must be 'composed' or None .* but got 'fused'\."):
         projections.qkv(rng, 2, 5, 256, HEADS, form)(route="fused")

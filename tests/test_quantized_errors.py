@@ -231,10 +231,15 @@ def test_the_exact_messages():
     assert str(error.value) == "[fused_quantized_qkv_projection] bits must be 4 for mode 'mxfp4' but got 8."
     with pytest.raises(ValueError) as error:
         call("fused_quantized_qkv_projection", bits=1, weight=words(63, 4))
-    assert str(error.value) == "[fused_quantized_qkv_projection] weight must have 64 rows but got shape (63, 4)."
+    assert (
+        str(error.value) == "[fused_quantized_qkv_projection] weight must have 64 rows but got shape (63, 4)."
+    )
     with pytest.raises(ValueError) as error:
         call("fused_lora_qkv_projection", **DENSE, bits=4)
-    assert str(error.value) == "[fused_lora_qkv_projection] bits must be left out if scales are None but got a value."
+    assert (
+        str(error.value)
+        == "[fused_lora_qkv_projection] bits must be left out if scales are None but got a value."
+    )
     with pytest.raises(ValueError) as error:
         call("fused_lora_qkv_projection", lora_b=(zeros(4, 32), None, None))
     assert str(error.value) == (
