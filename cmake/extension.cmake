@@ -39,7 +39,9 @@ nanobind_add_module(
   mlx_fused/fused_primitive.cpp
   mlx_fused/operands.cpp
   mlx_fused/output_projection.cpp
+  mlx_fused/products.cpp
   mlx_fused/qkv_projection.cpp
+  mlx_fused/quantization.cpp
   mlx_fused/routing.cpp
   mlx_fused/backend/cpu/eval.cpp
   mlx_fused/backend/metal/plan.cpp

@@ -38,6 +38,15 @@ void Check::shape(const std::string& name, const mx::array& a, const mx::Shape& 
   }
 }
 
+void Check::rows(const std::string& name, const mx::array& a, int expected) const {
+  ndim(name, a, 2);
+  if (a.shape(0) != expected) {
+    fail(
+        name + " must have " + std::to_string(expected) + " rows but got shape " + to_string(a.shape()) +
+        ".");
+  }
+}
+
 void Check::floating(const std::string& name, const mx::array& a) const {
   if (!mx::issubdtype(a.dtype(), mx::floating)) {
     std::ostringstream msg;

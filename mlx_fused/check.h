@@ -16,6 +16,8 @@ class Check {
 
   void ndim(const std::string& name, const mx::array& a, int expected) const;
   void shape(const std::string& name, const mx::array& a, const mx::Shape& expected) const;
+  // A matrix of so many rows.
+  void rows(const std::string& name, const mx::array& a, int expected) const;
   void floating(const std::string& name, const mx::array& a) const;
   void dtype(const std::string& name, const mx::array& a, mx::Dtype expected) const;
   void positive(const char* name, int value) const;

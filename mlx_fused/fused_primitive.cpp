@@ -30,9 +30,15 @@ Function restrict_to(const Function& fun, const Arrays& primals, const std::vect
   };
 }
 
-// fun of every index along the mapped axes, stacked.
-Arrays map_one_by_one(
-    const Function& fun, const Arrays& inputs, const std::vector<int>& axes, mx::StreamOrDevice s) {
+}  // namespace
+
+void allocate(Arrays& outputs) {
+  for (auto& out : outputs) {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+  }
+}
+
+Arrays map_one_by_one(const Function& fun, const Arrays& inputs, const std::vector<int>& axes, mx::Stream s) {
   auto mapped = std::find_if(axes.begin(), axes.end(), [](int axis) { return axis != -1; }) - axes.begin();
   std::vector<Arrays> results;
   for (int i = 0; i < inputs[mapped].shape(axes[mapped]); ++i) {
@@ -45,7 +51,8 @@ Arrays map_one_by_one(
     results.push_back(fun(one));
   }
   if (results.empty()) {
-    throw std::invalid_argument("[vmap] Cannot map quantized projections over an axis of size 0.");
+    throw std::invalid_argument(
+        "[vmap] the mapped axis of a quantized projection must be at least 1 long but got 0.");
   }
   Arrays stacked;
   for (size_t k = 0; k < results[0].size(); ++k) {
@@ -56,14 +63,6 @@ Arrays map_one_by_one(
     stacked.push_back(mx::stack(parts, 0, s));
   }
   return stacked;
-}
-
-}  // namespace
-
-void allocate(Arrays& outputs) {
-  for (auto& out : outputs) {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-  }
 }
 
 Arrays FusedPrimitive::vjp(
@@ -82,20 +81,7 @@ std::pair<Arrays, std::vector<int>> FusedPrimitive::vmap(const Arrays& inputs, c
     auto outputs = map_one_by_one([this](const auto& one) { return apply(one); }, inputs, axes, stream());
     return {outputs, std::vector<int>(outputs.size(), 0)};
   }
-  auto mapped_inputs = inputs;
-  auto mapped_axes = axes;
-  if (axes[0] == -1) {
-    // MLX's addmm maps a bias only together with the product that it is added to.
-    int i = 0;
-    while (axes[i] == -1) {
-      ++i;
-    }
-    auto shape = inputs[0].shape();
-    shape.insert(shape.begin(), inputs[i].shape(axes[i]));
-    mapped_inputs[0] = mx::broadcast_to(inputs[0], shape, stream());
-    mapped_axes[0] = 0;
-  }
-  auto outputs = mx::vmap(composed(), mapped_axes)(mapped_inputs);
+  auto outputs = mx::vmap(composed(), axes)(inputs);
   return {outputs, std::vector<int>(outputs.size(), 0)};
 }
 

@@ -30,7 +30,7 @@ struct Operands {
   }
   // The arrays that hold one part of the weight.
   int arrays_per_weight() const {
-    return !quantization ? 1 : quantization->is_affine() ? 3 : 2;
+    return !quantization ? 1 : quantization->has_biases ? 3 : 2;
   }
   int weight(int part) const {
     return 1 + part;

@@ -1,6 +1,5 @@
 #include "mlx_fused/operands.h"
 
-#include <algorithm>
 #include <numeric>
 
 #include "mlx/ops.h"
@@ -34,40 +33,28 @@ Arrays check_parts(const Check& check, const char* name, const Parts& parts, con
   return arrays;
 }
 
-bool contains(const std::vector<int>& values, int value) {
-  return std::find(values.begin(), values.end(), value) != values.end();
-}
-
+// A format is known, or else MLX's to judge; but what MLX makes of another under a format's name is none.
 Quantization check_quantization(const Check& check, const QuantizedParts& parts) {
-  Quantization q{parts.mode, 0, 0};
-  std::vector<int> group_sizes, bits;
-  if (q.mode == "affine") {
-    group_sizes = {64, 32, 128};
-    bits = {4, 2, 3, 5, 6, 8};
-  } else if (q.mode == "mxfp4") {
-    group_sizes = {32};
-    bits = {4};
-  } else if (q.mode == "mxfp8") {
-    group_sizes = {32};
-    bits = {8};
-  } else if (q.mode == "nvfp4") {
-    group_sizes = {16};
-    bits = {4};
-  } else {
-    check.fail("mode must be 'affine', 'mxfp4', 'mxfp8' or 'nvfp4' but got '" + q.mode + "'.");
-  }
-  q.group_size = parts.group_size.value_or(group_sizes[0]);
-  q.bits = parts.bits.value_or(bits[0]);
-  if (!contains(group_sizes, q.group_size)) {
+  Quantization q{parts.mode, 0, 0, parts.biases.has_value()};
+  auto set =
+      [&](const char* name, int& value, std::optional<int> given, int affine, int Quantization::* only) {
+        auto* format = only_format(q.mode);
+        value = given.value_or(q.is_affine() ? affine : format ? format->*only : 0);
+        if (given) {
+          check.positive(name, value);
+        }
+        if (format && value != format->*only) {
+          check.fail(
+              std::string(name) + " must be " + std::to_string(format->*only) + " for mode '" + q.mode +
+              "' but got " + std::to_string(value) + ".");
+        }
+      };
+  set("group_size", q.group_size, parts.group_size, 64, &Quantization::group_size);
+  set("bits", q.bits, parts.bits, 4, &Quantization::bits);
+  if (is_known(q) && q.has_biases != q.is_affine()) {
     check.fail(
-        "group_size must be " +
-        std::string(group_sizes.size() > 1 ? "32, 64 or 128" : std::to_string(group_sizes[0])) +
-        " for mode '" + q.mode + "' but got " + std::to_string(q.group_size) + ".");
-  }
-  if (!contains(bits, q.bits)) {
-    check.fail(
-        "bits must be " + std::string(bits.size() > 1 ? "2, 3, 4, 5, 6 or 8" : std::to_string(bits[0])) +
-        " for mode '" + q.mode + "' but got " + std::to_string(q.bits) + ".");
+        q.is_affine() ? "biases must be given for mode 'affine' but got None."
+                      : "biases must be None for mode '" + q.mode + "' but got an array.");
   }
   return q;
 }
@@ -81,38 +68,37 @@ Arrays check_quantized(
     int in_features,
     const Operands& operands) {
   auto& q = *operands.quantization;
-  if (in_features % q.group_size != 0) {
+  bool known = is_known(q);
+  if (known && in_features % q.group_size != 0) {
     check.fail(
         "the input's features must be a multiple of group_size but got " + std::to_string(in_features) +
         " and " + std::to_string(q.group_size) + ".");
   }
-  if (quantized.biases.has_value() != q.is_affine()) {
-    check.fail(
-        q.is_affine() ? "biases must be given for mode 'affine' but got None."
-                      : "biases must be None for mode '" + q.mode + "'.");
-  }
-  auto all = check_parts(check, "weight", weight, operands);
-  for (int part = 0; part < operands.parts; ++part) {
-    auto name = part_name("weight", operands, part);
-    check.dtype(name, all[part], mx::uint32);
-    check.shape(name, all[part], {features[part], int(int64_t(in_features) * q.bits / 32)});
-  }
-  auto add = [&](const char* name, const Parts& parts) {
+  Arrays all;
+  // Of other formats the rows alone are certain, which MLX leaves unchecked.
+  auto add = [&](const char* name, const Parts& parts, int columns) {
     auto arrays = check_parts(check, name, parts, operands);
+    bool codes = all.empty();
     for (int part = 0; part < operands.parts; ++part) {
       auto full_name = part_name(name, operands, part);
-      check.shape(full_name, arrays[part], {features[part], in_features / q.group_size});
-      if (q.is_affine()) {
+      if (!known) {
+        check.rows(full_name, arrays[part], features[part]);
+        continue;
+      }
+      check.shape(full_name, arrays[part], {features[part], columns});
+      if (!codes && q.is_affine()) {
         check.floating(full_name, arrays[part]);
       } else {
-        check.dtype(full_name, arrays[part], mx::uint8);
+        check.dtype(full_name, arrays[part], codes ? mx::uint32 : mx::uint8);
       }
     }
     all.insert(all.end(), arrays.begin(), arrays.end());
   };
-  add("scales", quantized.scales);
+  int groups = known ? in_features / q.group_size : 0;
+  add("weight", weight, int(int64_t(in_features) * q.bits / 32));
+  add("scales", quantized.scales, groups);
   if (quantized.biases) {
-    add("biases", *quantized.biases);
+    add("biases", *quantized.biases, groups);
   }
   return all;
 }
@@ -164,8 +150,8 @@ Arrays check_adapters(
     auto &a = adapters.a[i], &b = adapters.b[i];
     if (a.has_value() != b.has_value()) {
       check.fail(
-          "lora_a" + suffix + " and lora_b" + suffix + " must both be arrays or both None but only lora_" +
-          (a ? "a" : "b") + suffix + " is an array.");
+          "lora_a" + suffix + " and lora_b" + suffix + " must both be arrays or both None but got lora_" +
+          (a ? "a" : "b") + suffix + " alone.");
     }
     if (a) {
       check.ndim("lora_a" + suffix, *a, 2);
@@ -225,7 +211,7 @@ std::vector<mx::Dtype> promoted_types(const Arrays& inputs, const Operands& oper
     auto promote = [&](int i) { dtype = mx::promote_types(dtype, inputs[i].dtype()); };
     if (!operands.quantization) {
       promote(operands.weight(part));
-    } else if (operands.quantization->is_affine()) {
+    } else if (operands.quantization->has_biases) {
       promote(operands.scales(part));
       promote(operands.group_biases(part));
     }

@@ -74,13 +74,13 @@ Call grad_call(const Arrays& inputs, const OutputGradLayout& layout) {
 
 Arrays routed_forward(const Arrays& inputs, const OutputLayout& layout, mx::Stream s) {
   return route(forward_call(inputs, layout), describe(s.device)) == Route::composed
-             ? composed::output_projection(inputs, layout, s)
+             ? composed::output_projection(inputs, layout, Products(s))
              : Arrays{make_forward(inputs, layout, s)};
 }
 
 Arrays routed_grad(const Arrays& inputs, const OutputGradLayout& layout, mx::Stream s) {
   return route(grad_call(inputs, layout), describe(s.device)) == Route::composed
-             ? composed::output_projection_grad(inputs, layout, s)
+             ? composed::output_projection_grad(inputs, layout, Products(s))
              : make_grad(inputs, layout, s);
 }
 
@@ -106,7 +106,7 @@ mx::array project(
   }
   auto stream = mx::to_stream(s);
   if (check.route(call, stream, wish) == Route::composed) {
-    return composed::output_projection(inputs, layout, stream)[0];
+    return composed::output_projection(inputs, layout, Products(stream, wish))[0];
   }
   return make_forward(cast_operands(std::move(inputs), layout, call.promoted[0], stream), layout, stream);
 }
@@ -167,7 +167,7 @@ mx::array composed_output_projection_residual(
   Check check("composed.fused_output_projection_residual");
   OutputLayout layout{{}, alpha, false};
   auto inputs = check_inputs(check, attn_out, {weight, std::nullopt, bias, std::nullopt}, &residual, layout);
-  return composed::output_projection(inputs, layout, mx::to_stream(s))[0];
+  return composed::output_projection(inputs, layout, Products(mx::to_stream(s), Products::exportable))[0];
 }
 
 Arrays fused_output_projection_residual_bwd(
@@ -196,7 +196,7 @@ Arrays fused_output_projection_residual_bwd(
     x = mx::astype(x, dtype, stream);
   }
   auto grads = check.route(grad_call(inputs, layout), stream, wish) == Route::composed
-                   ? composed::output_projection_grad(inputs, layout, stream)
+                   ? composed::output_projection_grad(inputs, layout, Products(stream, wish))
                    : make_grad(inputs, layout, stream);
   // A bias has its weight's dtype here, for the bias itself is not an argument.
   for (size_t i = 0; i < grads.size(); ++i) {
@@ -209,7 +209,7 @@ Arrays fused_output_projection_residual_bwd(
 
 Function FusedOutputProjection::composed() {
   return [layout = layout_, s = stream()](const auto& inputs) {
-    return composed::output_projection(inputs, layout, s);
+    return composed::output_projection(inputs, layout, Products(s));
   };
 }
 
@@ -275,7 +275,7 @@ std::vector<mx::Shape> FusedOutputProjection::output_shapes(const Arrays& inputs
 
 Function FusedOutputProjectionGrad::composed() {
   return [layout = layout_, s = stream()](const auto& inputs) {
-    return composed::output_projection_grad(inputs, layout, s);
+    return composed::output_projection_grad(inputs, layout, Products(s));
   };
 }
 

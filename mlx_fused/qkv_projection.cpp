@@ -88,13 +88,13 @@ Call grad_call(const Arrays& inputs, const QKVGradLayout& layout) {
 
 Arrays routed_forward(const Arrays& inputs, const QKVLayout& layout, mx::Stream s) {
   return route(forward_call(inputs, layout), describe(s.device)) == Route::composed
-             ? composed::qkv_projection(inputs, layout, s)
+             ? composed::qkv_projection(inputs, layout, Products(s))
              : make_forward(inputs, layout, s);
 }
 
 Arrays routed_grad(const Arrays& inputs, const QKVGradLayout& layout, mx::Stream s) {
   return route(grad_call(inputs, layout), describe(s.device)) == Route::composed
-             ? composed::qkv_projection_grad(inputs, layout, s)
+             ? composed::qkv_projection_grad(inputs, layout, Products(s))
              : make_grad(inputs, layout, s);
 }
 
@@ -109,7 +109,7 @@ Arrays project(
   auto call = forward_call(inputs, layout);
   auto stream = mx::to_stream(s);
   if (check.route(call, stream, wish) == Route::composed) {
-    return composed::qkv_projection(inputs, layout, stream);
+    return composed::qkv_projection(inputs, layout, Products(stream, wish));
   }
   return make_forward(cast_operands(std::move(inputs), layout, call.promoted[0], stream), layout, stream);
 }
@@ -165,7 +165,7 @@ Arrays composed_qkv_projection(
   Check check("composed.fused_qkv_projection");
   auto layout = check_heads(check, input, heads);
   auto inputs = check_inputs(check, input, {weight, std::nullopt, bias, std::nullopt}, layout);
-  return composed::qkv_projection(inputs, layout, mx::to_stream(s));
+  return composed::qkv_projection(inputs, layout, Products(mx::to_stream(s), Products::exportable));
 }
 
 Arrays fused_qkv_projection_bwd(
@@ -200,7 +200,7 @@ Arrays fused_qkv_projection_bwd(
     x = mx::astype(x, dtype, stream);
   }
   auto grads = check.route(grad_call(inputs, layout), stream, wish) == Route::composed
-                   ? composed::qkv_projection_grad(inputs, layout, stream)
+                   ? composed::qkv_projection_grad(inputs, layout, Products(stream, wish))
                    : make_grad(inputs, layout, stream);
   // A bias gets its weight's dtype, for the bias itself is not an argument.
   for (int i = 0; i < int(grads.size()); ++i) {
@@ -212,7 +212,7 @@ Arrays fused_qkv_projection_bwd(
 
 Function FusedQKVProjection::composed() {
   return [layout = layout_, s = stream()](const auto& inputs) {
-    return composed::qkv_projection(inputs, layout, s);
+    return composed::qkv_projection(inputs, layout, Products(s));
   };
 }
 
@@ -273,7 +273,7 @@ std::vector<mx::Shape> FusedQKVProjection::output_shapes(const Arrays& inputs) {
 
 Function FusedQKVProjectionGrad::composed() {
   return [layout = layout_, s = stream()](const auto& inputs) {
-    return composed::qkv_projection_grad(inputs, layout, s);
+    return composed::qkv_projection_grad(inputs, layout, Products(s));
   };
 }
 

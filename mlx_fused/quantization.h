@@ -6,8 +6,9 @@ namespace mlx_fused {
 
 // How mx.quantize stored a weight.
 struct Quantization {
-  std::string mode;  // affine, mxfp4, mxfp8 or nvfp4
-  int bits, group_size;
+  std::string mode;
+  int bits, group_size;  // 0 where they are the mode's own, of a mode that only MLX knows
+  bool has_biases = mode == "affine";
 
   bool operator==(const Quantization&) const = default;
 
@@ -15,5 +16,11 @@ struct Quantization {
     return mode == "affine";
   }
 };
+
+// Of a mode that is one format by definition, that, or else null.
+const Quantization* only_format(const std::string& mode);
+
+// Whether our kernels decode the format. All others are left to MLX's own operation.
+bool is_known(const Quantization& q);
 
 }  // namespace mlx_fused

@@ -30,14 +30,13 @@ Route best(const Call& call, const DeviceInfo& device) {
 }  // namespace
 
 bool has_kernels(const Call& call, const DeviceInfo& device) {
-  if (device.kind == DeviceInfo::other_gpu) {
+  if (device.kind == DeviceInfo::other_gpu || (call.quantization && !is_known(*call.quantization))) {
     return false;
   }
   if (device.kind == DeviceInfo::metal) {
     bool plain_matmuls = call.operation == Operation::output_grad && !call.has_adapters;
     bool readable = call.in_features > 0 && call.in_features < metal::max_row_stride;
-    bool decodable = !call.quantization || metal::is_supported(*call.quantization);
-    if (plain_matmuls || !readable || !decodable || call.no_metal_kernel) {
+    if (plain_matmuls || !readable || call.no_metal_kernel) {
       return false;
     }
   }
@@ -60,7 +59,7 @@ Route route(const Call& call, const DeviceInfo& device, const std::optional<std:
     return wanted == "composed" ? Route::composed : Route::primitive;
   }
   if (!wanted.empty()) {
-    throw std::invalid_argument("MLX_FUSED_ROUTE must be 'composed' or 'fused' but is '" + wanted + "'.");
+    throw std::invalid_argument("MLX_FUSED_ROUTE must be 'composed' or 'fused' but got '" + wanted + "'.");
   }
   return best(call, device);
 }

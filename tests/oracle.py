@@ -137,14 +137,24 @@ def assert_close(actual, formula, *args, roundings=1, terms=None):
     expected = _leaves(formula(*args))
     magnitudes = _leaves(formula(*_map(np.abs, args, np.ndarray)))
     counts = _leaves(formula(*_map(np.ones_like, args, np.ndarray)))
-    for a, e, magnitude, count in zip(_leaves(actual), expected, magnitudes, counts, strict=True):
-        n = count if terms is None else terms
-        unit, normal = UNIT_ROUNDOFF[a.dtype], SMALLEST_NORMAL[a.dtype]
-        sum_unit = min(UNIT_ROUNDOFF[mx.float32], unit) + UNIT_ROUNDOFF[mx.float64]
-        with np.errstate(invalid="ignore"):
-            sum_error = np.minimum(n, 8 * np.sqrt(n)) * sum_unit * magnitude
-            bound = sum_error + roundings * unit * (np.maximum(np.abs(e), normal) + sum_error)
-            _assert_within(exact(a), e, bound)
+    terms = counts if terms is None else [terms] * len(counts)
+    for leaves in zip(_leaves(actual), expected, magnitudes, terms, strict=True):
+        _assert_near(*leaves, roundings)
+
+
+def assert_near(actual, expected, magnitudes, terms):
+    """The same of results whose sums of |x||y| are known: ``magnitudes``."""
+    for a, e, magnitude in zip(actual, exact(expected), exact(magnitudes), strict=True):
+        _assert_near(a, e, magnitude, terms, 1)
+
+
+def _assert_near(actual, expected, magnitude, terms, roundings):
+    unit, normal = UNIT_ROUNDOFF[actual.dtype], SMALLEST_NORMAL[actual.dtype]
+    sum_unit = min(UNIT_ROUNDOFF[mx.float32], unit) + UNIT_ROUNDOFF[mx.float64]
+    with np.errstate(invalid="ignore"):
+        sum_error = np.minimum(terms, 8 * np.sqrt(terms)) * sum_unit * magnitude
+        bound = sum_error + roundings * unit * (np.maximum(np.abs(expected), normal) + sum_error)
+        _assert_within(exact(actual), expected, bound)
 
 
 def _assert_within(actual, expected, bound):

@@ -3,7 +3,7 @@
 Values are compared with the composed form's on integers, where every sum is exact and the bits must agree.
 """
 
-from itertools import combinations
+from itertools import combinations, product
 
 import mlx.core as mx
 import pytest
@@ -11,8 +11,10 @@ import pytest
 import mlx_fused
 import operands
 import oracle
+import projections
 from graph import output_counts, primitives
 from mlx_fused import composed
+from stacks import Stack
 from test_forward import dtypes
 
 HEADS = (4, 2, 3)
@@ -370,3 +372,85 @@ def test_a_gradient_of_another_dtype_is_cast(rng, gradient):
 
     grads = mx.grad(output_loss, argnums=(0, 1, 2))(a, w, r)
     assert [g.dtype for g in grads] == [mx.bfloat16] * 3
+
+
+def calls_with_every_option(rng, dtype, forms):
+    options = {"dtype": dtype, "adapter_dtype": dtype}
+    for form, bias, adapted, packed in product(forms, *[(False, True)] * 3):
+        hidden = 32 if form else 5
+        for alpha, exact in product((1.0, -1.5), (False, True)):
+            rank = 2 if adapted else None
+            call = projections.output(
+                rng, 2, 3, hidden, 4, form, bias=bias, rank=rank, alpha=alpha, **options
+            )
+            if not packed:  # there is but one weight
+                yield call.replace(exact=exact)
+        heads, ranks = (4, 2, 3, 2), (2, None, 3) if adapted else None
+        scales = {"scale": (0.5, 1.0, -3.0)} if adapted else {}
+        call = projections.qkv(
+            rng, 2, 3, hidden, heads, form, bias=bias, packed=packed, ranks=ranks, **options
+        )
+        for split_heads in (False, True):
+            yield call.replace(split_heads=split_heads, **scales)
+
+
+def stack_of(names, call, rng):
+    """Of derivatives by every array that may have one, tangents too."""
+    keys = [key for key, a in call.leaves.items() if mx.issubdtype(a.dtype, mx.floating)]
+    stack = Stack([call.leaves[key] for key in keys], rng)
+    for name in names:
+        getattr(stack, name)(stack.differentiable())
+    return stack, keys
+
+
+DERIVATIVES = [("jvp",), ("grad",), ("grad", "jvp"), ("jvp", "grad"), ("grad", "grad"), ("jvp", "jvp")]
+derivatives = pytest.mark.parametrize("names", DERIVATIVES, ids="-".join)
+AFFINE = ("affine", 32, 4)
+
+
+@derivatives
+@pytest.mark.parametrize("route", ["fused", "composed"])
+def test_derivatives_with_every_option(rng, names, route, monkeypatch):
+    monkeypatch.setenv("MLX_FUSED_ROUTE", route)
+    forms = [None, AFFINE, ("mxfp4", 32, 4), ("affine", 32, 1)]
+    for call in (
+        *calls_with_every_option(rng, mx.float32, forms),
+        *calls_with_every_option(rng, mx.float64, [None]),
+    ):
+        stack, keys = stack_of(names, call, rng)
+        stack.check(call, keys)
+
+
+@pytest.mark.parametrize("names", [(), ("grad",)], ids=["forward", "grad"])
+def test_tangents_are_central_differences(rng, names):
+    """Along a line all is a polynomial of degree 5 at most, whose slope these six points give exactly."""
+    weights = {-3: -1 / 60, -2: 9 / 60, -1: -45 / 60, 1: 45 / 60, 2: -9 / 60, 3: 1 / 60}
+    for call in calls_with_every_option(rng, mx.float64, [None]):
+        stack, keys = stack_of(names, call, rng)
+        function, args = stack.of(call.function(keys)), stack.args
+        step = [operands.normal(rng, a.shape, mx.float64) for a in args]
+
+        def differences(f, weights, args=args, step=step):
+            points = [
+                [w * y for y in f(*(a + t * d for a, d in zip(args, step, strict=True)))]
+                for t, w in weights.items()
+            ]
+            return [sum(ys) for ys in zip(*points, strict=True)]
+
+        sizes = [mx.abs(a) + 3 * mx.abs(d) for a, d in zip(args, step, strict=True)]
+        magnitudes = stack.magnitudes(call, keys, sizes)
+        tangents = mx.jvp(lambda *a, f=function: f(*a), args, step)[1]
+        oracle.assert_near(tangents, differences(function, weights), magnitudes, 8 * stack.terms(call))
+
+
+def test_the_tangent_of_a_scaled_projection():
+    """jvp of residual + alpha x w^T: alpha multiplies it."""
+    x, w, r = mx.array([[[2.0, 3.0]]]), mx.array([[5.0, 7.0]]), mx.array([[[11.0]]])
+    for dtype in (mx.float32, mx.float64):
+        args = [a.astype(dtype) for a in (x, w, r)]
+
+        def f(x, w, r):
+            return mlx_fused.fused_output_projection_residual(x, w, None, r, alpha=0.5)
+
+        (tangent,) = mx.jvp(f, args, [mx.ones_like(a) for a in args])[1]
+        assert tangent.item() == 0.5 * (12.0 + 5.0) + 1.0

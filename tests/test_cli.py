@@ -61,7 +61,7 @@ def test_settings_that_are_none_are_errors_of_usage(command, name, value):
         env=os.environ | {f"MLX_FUSED_{name}": value},
     )
     assert result.returncode == 2
-    assert f"MLX_FUSED_{name} must be " in result.stderr and f"is '{value}'" in result.stderr
+    assert f"MLX_FUSED_{name} must be " in result.stderr and f"but got '{value}'" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -2,13 +2,17 @@
 
 
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, overload
 
 from mlx.core import Device, DeviceType, Stream, array
 
 StreamOrDevice: TypeAlias = Stream | Device | DeviceType | None
 
-def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
+@overload
+def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]: ...
+
+@overload
+def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None = None, *, num_heads: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None, split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """
     Project hidden states to queries, keys and values in one operation.
 
@@ -26,15 +30,15 @@ def fused_qkv_projection(input: array, weight: array | tuple[array, array, array
         a tuple ``(wq, wk, wv)`` of shapes ``[Hq, H]``, ``[Hk, H]`` and
         ``[Hv, H]``, which are neither copied nor concatenated.
       bias (array or tuple, optional): ``[Hq + Hk + Hv]``, or a tuple of
-        ``[Hq]``, ``[Hk]`` and ``[Hv]`` if ``weight`` is a tuple, or ``None``.
+        ``[Hq]``, ``[Hk]`` and ``[Hv]`` if ``weight`` is a tuple. Default: ``None``.
       num_heads (int): Query heads, a multiple of ``num_kv_heads``.
       num_kv_heads (int): Key and value heads.
       head_dim (int): Features per head, at least 1.
       v_head_dim (int, optional): Those of a value head. Default: ``None``, ``head_dim``.
       split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
         outputs are ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
-      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-        ours, where there are any. Default: ``None``, whichever is expected to be faster
+      route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+        ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
       stream (Stream or Device, optional): Where to run. Default: ``None``, the
         default stream of the default device.
@@ -50,7 +54,11 @@ def fused_qkv_projection(input: array, weight: array | tuple[array, array, array
         names the argument, what was expected and what came.
     """
 
-def fused_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array:
+@overload
+def fused_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array: ...
+
+@overload
+def fused_output_projection_residual(attn_out: array, weight: array, bias: array | None = None, *, residual: array, alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array:
     """
     Project attention's output and add the residual in one operation.
 
@@ -61,13 +69,13 @@ def fused_output_projection_residual(attn_out: array, weight: array, bias: array
       attn_out (array): Attention output of shape ``[B, S, Hq]``, heads side by
         side, float32, float16 or bfloat16. Any strides.
       weight (array): Output projection of shape ``[H, Hq]``.
-      bias (array, optional): ``[H]``, or ``None``.
+      bias (array, optional): ``[H]``. Default: ``None``.
       residual (array): What the attention block was given, ``[B, S, H]``.
       alpha (float): What the projection is multiplied by. Default: ``1.0``.
       exact (bool): Round where separate operations do: after the projection, after
         ``alpha`` and after the sum. Default: ``False``.
-      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-        ours, where there are any. Default: ``None``, whichever is expected to be faster
+      route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+        ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
       stream (Stream or Device, optional): Where to run. Default: ``None``, the
         default stream of the default device.
@@ -98,8 +106,8 @@ def fused_qkv_projection_bwd(dq: array, dk: array, dv: array, input: array, weig
       num_kv_heads (int): Key and value heads.
       head_dim (int): Features per head.
       v_head_dim (int, optional): Those of a value head. Default: ``None``, ``head_dim``.
-      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-        ours, where there are any. Default: ``None``, whichever is expected to be faster
+      route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+        ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
       stream (Stream or Device, optional): Where to run. Default: ``None``, the
         default stream of the default device.
@@ -122,8 +130,8 @@ def fused_output_projection_residual_bwd(d_output: array, attn_out: array, weigh
       attn_out (array): The forward's ``attn_out``, ``[B, S, Hq]``.
       weight (array): The forward's weight, ``[H, Hq]``.
       has_bias (bool): Whether the forward had a bias.
-      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-        ours, where there are any. Default: ``None``, whichever is expected to be faster
+      route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+        ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
       stream (Stream or Device, optional): Where to run. Default: ``None``, the
         default stream of the default device.
@@ -137,11 +145,24 @@ def fused_output_projection_residual_bwd(d_output: array, attn_out: array, weigh
       ValueError: If a rank, shape or dtype is wrong.
     """
 
-def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, split_heads: bool = True, stream: StreamOrDevice = None) -> tuple[array, array, array]:
+@overload
+def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, split_heads: bool = True, stream: StreamOrDevice = None) -> tuple[array, array, array]: ...
+
+@overload
+def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None = None, *, num_heads: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None, split_heads: bool = True, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """``fused_qkv_projection`` written in MLX's own operations."""
 
-def composed_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, alpha: float = 1.0, stream: StreamOrDevice = None) -> array:
+@overload
+def composed_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, *, alpha: float = 1.0, stream: StreamOrDevice = None) -> array: ...
+
+@overload
+def composed_output_projection_residual(attn_out: array, weight: array, bias: array | None = None, *, residual: array, alpha: float = 1.0, stream: StreamOrDevice = None) -> array:
     """``fused_output_projection_residual`` written in MLX's own operations."""
+
+def has_quantized_kernels(group_size: int, bits: int, mode: str) -> bool:
+    """
+    Whether weights of this format have kernels of ours; all others run on MLX's own operation.
+    """
 
 def is_same(a: array, b: array) -> bool:
     """Whether two arrays are one value."""
@@ -151,7 +172,11 @@ def alias(a: array) -> array:
     The same value as another object, which keeps it when ``a`` is changed in place.
     """
 
-def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, array, array], scales: array | tuple[array, array, array], biases: array | tuple[array, array, array] | None, bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
+@overload
+def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, array, array], scales: array | tuple[array, array, array], biases: array | tuple[array, array, array] | None, bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]: ...
+
+@overload
+def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, array, array], scales: array | tuple[array, array, array], biases: array | tuple[array, array, array] | None = None, bias: array | tuple[array, array, array] | None = None, *, num_heads: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', split_heads: bool = True, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """
     Project hidden states to queries, keys and values with a quantized weight.
 
@@ -172,8 +197,8 @@ def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, ar
         or a tuple as ``weight`` is; uint8 unless ``mode`` is ``"affine"``.
       biases (array or tuple, optional): Of the groups, as ``scales``; ``None`` unless
         ``mode`` is ``"affine"``.
-      bias (array or tuple, optional): Of the projection, ``[Hq + Hk + Hv]`` or a tuple, or
-        ``None``.
+      bias (array or tuple, optional): Of the projection, ``[Hq + Hk + Hv]`` or a tuple.
+        Default: ``None``.
       num_heads (int): Query heads, a multiple of ``num_kv_heads``.
       num_kv_heads (int): Key and value heads.
       head_dim (int): Features per head, at least 1.
@@ -183,11 +208,12 @@ def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, ar
       bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
         the mode's own (4; mxfp8 8).
       mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
-        ``mx.quantize``. Default: ``"affine"``.
+        ``mx.quantize``; MLX computes other modes, sizes and bits that it knows. Default:
+        ``"affine"``.
       split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
         outputs are ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
-      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-        ours, where there are any. Default: ``None``, whichever is expected to be faster
+      route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+        ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
       stream (Stream or Device, optional): Where to run. Default: ``None``, the
         default stream of the default device.
@@ -203,7 +229,11 @@ def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, ar
         gradient of ``weight`` is asked for.
     """
 
-def fused_quantized_output_projection_residual(attn_out: array, weight: array, scales: array, biases: array | None, bias: array | None, residual: array, *, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array:
+@overload
+def fused_quantized_output_projection_residual(attn_out: array, weight: array, scales: array, biases: array | None, bias: array | None, residual: array, *, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array: ...
+
+@overload
+def fused_quantized_output_projection_residual(attn_out: array, weight: array, scales: array, biases: array | None = None, bias: array | None = None, *, residual: array, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array:
     """
     Project attention's output with a quantized weight and add the residual.
 
@@ -217,19 +247,20 @@ def fused_quantized_output_projection_residual(attn_out: array, weight: array, s
         ``"affine"``.
       biases (array, optional): Of the groups, as ``scales``; ``None`` unless ``mode`` is
         ``"affine"``.
-      bias (array, optional): Of the projection, ``[H]``, or ``None``.
+      bias (array, optional): Of the projection, ``[H]``. Default: ``None``.
       residual (array): What the attention block was given, ``[B, S, H]``.
       group_size (int, optional): Of the quantization: 32, 64 or 128 for ``"affine"``. Default:
         ``None``, the mode's own (affine 64, mxfp4 and mxfp8 32, nvfp4 16).
       bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
         the mode's own (4; mxfp8 8).
       mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
-        ``mx.quantize``. Default: ``"affine"``.
+        ``mx.quantize``; MLX computes other modes, sizes and bits that it knows. Default:
+        ``"affine"``.
       alpha (float): What the projection is multiplied by. Default: ``1.0``.
       exact (bool): Round where separate operations do: after the projection, after its
         bias, after ``alpha`` and after the sum. Default: ``False``.
-      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-        ours, where there are any. Default: ``None``, whichever is expected to be faster
+      route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+        ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
       stream (Stream or Device, optional): Where to run. Default: ``None``, the
         default stream of the default device.
@@ -242,7 +273,11 @@ def fused_quantized_output_projection_residual(attn_out: array, weight: array, s
         ``weight`` is asked for.
     """
 
-def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, lora_a: tuple[array | None, array | None, array | None], lora_b: tuple[array | None, array | None, array | None], scale: float | tuple[float, float, float], num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, scales: array | tuple[array, array, array] | None = None, biases: array | tuple[array, array, array] | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', split_heads: bool = True, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
+@overload
+def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None, lora_a: tuple[array | None, array | None, array | None], lora_b: tuple[array | None, array | None, array | None], scale: float | tuple[float, float, float], num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: int | None = None, scales: array | tuple[array, array, array] | None = None, biases: array | tuple[array, array, array] | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', split_heads: bool = True, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]: ...
+
+@overload
+def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: array | tuple[array, array, array] | None = None, *, lora_a: tuple[array | None, array | None, array | None], lora_b: tuple[array | None, array | None, array | None], scale: float | tuple[float, float, float], num_heads: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None, scales: array | tuple[array, array, array] | None = None, biases: array | tuple[array, array, array] | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', split_heads: bool = True, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]:
     """
     Project hidden states to queries, keys and values with low-rank adapters (LoRA).
 
@@ -260,7 +295,7 @@ def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, 
       input (array): Hidden states of shape ``[B, S, H]``, float32, float16 or
         bfloat16. Any strides.
       weight (array or tuple): Packed, or a tuple ``(wq, wk, wv)``, dense or codes.
-      bias (array or tuple, optional): Of the projection, packed or a tuple, or ``None``.
+      bias (array or tuple, optional): Of the projection, packed or a tuple. Default: ``None``.
       lora_a (tuple): For q, k and v an array ``[H, rank]`` or ``None``; ranks may differ.
         Computed with in float32.
       lora_b (tuple): For q, k and v an array ``[rank, Hq]``, ``[rank, Hk]`` and ``[rank, Hv]``, ``None``
@@ -278,13 +313,14 @@ def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, 
       bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
         the mode's own (4; mxfp8 8).
       mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
-        ``mx.quantize``. Default: ``"affine"``.
+        ``mx.quantize``; MLX computes other modes, sizes and bits that it knows. Default:
+        ``"affine"``.
       split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
         outputs are ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
       exact (bool): Round where mlx-lm's modules do: after the base product (and its bias),
         after the scaled low-rank product, and after their sum. Default: ``False``.
-      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-        ours, where there are any. Default: ``None``, whichever is expected to be faster
+      route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+        ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
       stream (Stream or Device, optional): Where to run. Default: ``None``, the
         default stream of the default device.
@@ -300,7 +336,11 @@ def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, 
         gradient of a quantized ``weight`` is asked for.
     """
 
-def fused_lora_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, lora_a: array, lora_b: array, scale: float, *, scales: array | None = None, biases: array | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array:
+@overload
+def fused_lora_output_projection_residual(attn_out: array, weight: array, bias: array | None, residual: array, lora_a: array, lora_b: array, scale: float, *, scales: array | None = None, biases: array | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array: ...
+
+@overload
+def fused_lora_output_projection_residual(attn_out: array, weight: array, bias: array | None = None, *, residual: array, lora_a: array, lora_b: array, scale: float, scales: array | None = None, biases: array | None = None, group_size: int | None = None, bits: int | None = None, mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> array:
     """
     Project attention's output with a low-rank adapter (LoRA) and add the residual.
 
@@ -312,7 +352,7 @@ def fused_lora_output_projection_residual(attn_out: array, weight: array, bias: 
       attn_out (array): Attention output of shape ``[B, S, Hq]``, heads side by
         side, float32, float16 or bfloat16. Any strides.
       weight (array): ``[H, Hq]``, or codes.
-      bias (array, optional): Of the projection, ``[H]``, or ``None``.
+      bias (array, optional): Of the projection, ``[H]``. Default: ``None``.
       residual (array): What the attention block was given, ``[B, S, H]``.
       lora_a (array): ``[Hq, rank]``. Computed with in float32.
       lora_b (array): ``[rank, H]``.
@@ -325,13 +365,14 @@ def fused_lora_output_projection_residual(attn_out: array, weight: array, bias: 
       bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
         the mode's own (4; mxfp8 8).
       mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
-        ``mx.quantize``. Default: ``"affine"``.
+        ``mx.quantize``; MLX computes other modes, sizes and bits that it knows. Default:
+        ``"affine"``.
       alpha (float): What the projection is multiplied by. Default: ``1.0``.
       exact (bool): Round where mlx-lm's modules do: after the base product (and its bias),
         after the scaled low-rank product, after their sum, after ``alpha`` and after the
         residual's sum. Default: ``False``.
-      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-        ours, where there are any. Default: ``None``, whichever is expected to be faster
+      route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+        ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
       stream (Stream or Device, optional): Where to run. Default: ``None``, the
         default stream of the default device.

@@ -107,7 +107,7 @@ NB_MODULE(_ext, m) {
       &qkv_projection,
       "input"_a,
       "weight"_a,
-      "bias"_a.none(),
+      "bias"_a = nb::none(),
       "num_heads"_a,
       "num_kv_heads"_a,
       "head_dim"_a,
@@ -116,11 +116,13 @@ NB_MODULE(_ext, m) {
       "split_heads"_a = true,
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
-      nb::sig(
-          "def fused_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: "
-          "array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, "
-          "*, v_head_dim: int | None = None, split_heads: bool = True, route: Literal['composed', "
-          "'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]"),
+      nb::sig(MLX_FUSED_SIGNATURES(
+          "fused_qkv_projection",
+          "input: array, weight: " ARRAYS,
+          BIAS_PARTS,
+          QKV_HEADS,
+          "v_head_dim: int | None = None, split_heads: bool = True, " ROUTE,
+          "tuple[array, array, array]")),
       R"pbdoc(
         Project hidden states to queries, keys and values in one operation.
 
@@ -138,15 +140,15 @@ NB_MODULE(_ext, m) {
             a tuple ``(wq, wk, wv)`` of shapes ``[Hq, H]``, ``[Hk, H]`` and
             ``[Hv, H]``, which are neither copied nor concatenated.
           bias (array or tuple, optional): ``[Hq + Hk + Hv]``, or a tuple of
-            ``[Hq]``, ``[Hk]`` and ``[Hv]`` if ``weight`` is a tuple, or ``None``.
+            ``[Hq]``, ``[Hk]`` and ``[Hv]`` if ``weight`` is a tuple. Default: ``None``.
           num_heads (int): Query heads, a multiple of ``num_kv_heads``.
           num_kv_heads (int): Key and value heads.
           head_dim (int): Features per head, at least 1.
           v_head_dim (int, optional): Those of a value head. Default: ``None``, ``head_dim``.
           split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
             outputs are ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
-          route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-            ours, where there are any. Default: ``None``, whichever is expected to be faster
+          route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+            ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
           stream (Stream or Device, optional): Where to run. Default: ``None``, the
             default stream of the default device.
@@ -167,17 +169,20 @@ NB_MODULE(_ext, m) {
       &mlx_fused::fused_output_projection_residual,
       "attn_out"_a,
       "weight"_a,
-      "bias"_a.none(),
+      "bias"_a = nb::none(),
       "residual"_a,
       nb::kw_only(),
       "alpha"_a = 1.0f,
       "exact"_a = false,
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
-      nb::sig(
-          "def fused_output_projection_residual(attn_out: array, weight: array, bias: array | None, "
-          "residual: array, *, alpha: float = 1.0, exact: bool = False, route: Literal['composed', "
-          "'fused'] | None = None, stream: StreamOrDevice = None) -> array"),
+      nb::sig(MLX_FUSED_SIGNATURES(
+          "fused_output_projection_residual",
+          "attn_out: array, weight: array",
+          BIAS,
+          "residual: array",
+          "alpha: float = 1.0, exact: bool = False, " ROUTE,
+          "array")),
       R"pbdoc(
         Project attention's output and add the residual in one operation.
 
@@ -188,13 +193,13 @@ NB_MODULE(_ext, m) {
           attn_out (array): Attention output of shape ``[B, S, Hq]``, heads side by
             side, float32, float16 or bfloat16. Any strides.
           weight (array): Output projection of shape ``[H, Hq]``.
-          bias (array, optional): ``[H]``, or ``None``.
+          bias (array, optional): ``[H]``. Default: ``None``.
           residual (array): What the attention block was given, ``[B, S, H]``.
           alpha (float): What the projection is multiplied by. Default: ``1.0``.
           exact (bool): Round where separate operations do: after the projection, after
             ``alpha`` and after the sum. Default: ``False``.
-          route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-            ours, where there are any. Default: ``None``, whichever is expected to be faster
+          route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+            ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
           stream (Stream or Device, optional): Where to run. Default: ``None``, the
             default stream of the default device.
@@ -246,8 +251,8 @@ NB_MODULE(_ext, m) {
           num_kv_heads (int): Key and value heads.
           head_dim (int): Features per head.
           v_head_dim (int, optional): Those of a value head. Default: ``None``, ``head_dim``.
-          route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-            ours, where there are any. Default: ``None``, whichever is expected to be faster
+          route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+            ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
           stream (Stream or Device, optional): Where to run. Default: ``None``, the
             default stream of the default device.
@@ -283,8 +288,8 @@ NB_MODULE(_ext, m) {
           attn_out (array): The forward's ``attn_out``, ``[B, S, Hq]``.
           weight (array): The forward's weight, ``[H, Hq]``.
           has_bias (bool): Whether the forward had a bias.
-          route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-            ours, where there are any. Default: ``None``, whichever is expected to be faster
+          route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+            ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
           stream (Stream or Device, optional): Where to run. Default: ``None``, the
             default stream of the default device.
@@ -303,7 +308,7 @@ NB_MODULE(_ext, m) {
       &composed_qkv_projection,
       "input"_a,
       "weight"_a,
-      "bias"_a.none(),
+      "bias"_a = nb::none(),
       "num_heads"_a,
       "num_kv_heads"_a,
       "head_dim"_a,
@@ -311,11 +316,13 @@ NB_MODULE(_ext, m) {
       "v_head_dim"_a = nb::none(),
       "split_heads"_a = true,
       "stream"_a = nb::none(),
-      nb::sig(
-          "def composed_qkv_projection(input: array, weight: array | tuple[array, array, array], bias: "
-          "array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, head_dim: int, "
-          "*, v_head_dim: int | None = None, split_heads: bool = True, stream: StreamOrDevice = None) "
-          "-> tuple[array, array, array]"),
+      nb::sig(MLX_FUSED_SIGNATURES(
+          "composed_qkv_projection",
+          "input: array, weight: " ARRAYS,
+          BIAS_PARTS,
+          QKV_HEADS,
+          "v_head_dim: int | None = None, split_heads: bool = True, stream: StreamOrDevice = None",
+          "tuple[array, array, array]")),
       "``fused_qkv_projection`` written in MLX's own operations.");
 
   m.def(
@@ -323,15 +330,30 @@ NB_MODULE(_ext, m) {
       &mlx_fused::composed_output_projection_residual,
       "attn_out"_a,
       "weight"_a,
-      "bias"_a.none(),
+      "bias"_a = nb::none(),
       "residual"_a,
       nb::kw_only(),
       "alpha"_a = 1.0f,
       "stream"_a = nb::none(),
-      nb::sig(
-          "def composed_output_projection_residual(attn_out: array, weight: array, bias: array | None, "
-          "residual: array, *, alpha: float = 1.0, stream: StreamOrDevice = None) -> array"),
+      nb::sig(MLX_FUSED_SIGNATURES(
+          "composed_output_projection_residual",
+          "attn_out: array, weight: array",
+          BIAS,
+          "residual: array",
+          "alpha: float = 1.0, stream: StreamOrDevice = None",
+          "array")),
       "``fused_output_projection_residual`` written in MLX's own operations.");
+
+  m.def(
+      "has_quantized_kernels",
+      [](int group_size, int bits, const std::string& mode) {
+        return mlx_fused::is_known({mode, bits, group_size});
+      },
+      "group_size"_a,
+      "bits"_a,
+      "mode"_a,
+      nb::sig("def has_quantized_kernels(group_size: int, bits: int, mode: str) -> bool"),
+      "Whether weights of this format have kernels of ours; all others run on MLX's own operation.");
 
   m.def(
       "is_same",

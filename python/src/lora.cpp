@@ -33,8 +33,9 @@ std::optional<mlx_fused::QuantizedParts> quantized(
     std::optional<int> bits,
     const std::string& mode) {
   if (!scales) {
+    const char* given = biases ? "biases" : group_size ? "group_size" : bits ? "bits" : "mode";
     if (biases || group_size || bits || mode != "affine") {
-      mlx_fused::Check(op).fail("biases, group_size, bits and mode must be left out if scales are None.");
+      mlx_fused::Check(op).fail(std::string(given) + " must be left out if scales are None but got a value.");
     }
     return std::nullopt;
   }
@@ -83,7 +84,7 @@ void bind_lora(nb::module_& m) {
       },
       "input"_a,
       "weight"_a,
-      "bias"_a.none(),
+      "bias"_a = nb::none(),
       "lora_a"_a,
       "lora_b"_a,
       "scale"_a,
@@ -101,16 +102,16 @@ void bind_lora(nb::module_& m) {
       "exact"_a = false,
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
-      nb::sig(
-          "def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, array], "
-          "bias: array | tuple[array, array, array] | None, lora_a: tuple[array | None, array | None, "
-          "array | None], lora_b: tuple[array | None, array | None, array | None], scale: float | "
-          "tuple[float, float, float], num_heads: int, num_kv_heads: int, head_dim: int, *, v_head_dim: "
-          "int | None = None, scales: array | tuple[array, array, array] | None = None, biases: array | "
-          "tuple[array, array, array] | None = None, group_size: int | None = None, bits: int | None = "
-          "None, mode: str = 'affine', split_heads: bool = True, exact: bool = False, route: "
-          "Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, "
-          "array, array]"),
+      nb::sig(MLX_FUSED_SIGNATURES(
+          "fused_lora_qkv_projection",
+          "input: array, weight: " ARRAYS,
+          BIAS_PARTS,
+          "lora_a: tuple[array | None, array | None, array | None], lora_b: tuple[array | None, array | "
+          "None, "
+          "array | None], scale: float | tuple[float, float, float], " QKV_HEADS,
+          "v_head_dim: int | None = None, scales: " ARRAYS " | None = None, biases: " ARRAYS
+          " | None = None, " QUANTIZATION ", split_heads: bool = True, exact: bool = False, " ROUTE,
+          "tuple[array, array, array]")),
       R"pbdoc(
         Project hidden states to queries, keys and values with low-rank adapters (LoRA).
 
@@ -128,7 +129,7 @@ void bind_lora(nb::module_& m) {
           input (array): Hidden states of shape ``[B, S, H]``, float32, float16 or
             bfloat16. Any strides.
           weight (array or tuple): Packed, or a tuple ``(wq, wk, wv)``, dense or codes.
-          bias (array or tuple, optional): Of the projection, packed or a tuple, or ``None``.
+          bias (array or tuple, optional): Of the projection, packed or a tuple. Default: ``None``.
           lora_a (tuple): For q, k and v an array ``[H, rank]`` or ``None``; ranks may differ.
             Computed with in float32.
           lora_b (tuple): For q, k and v an array ``[rank, Hq]``, ``[rank, Hk]`` and ``[rank, Hv]``, ``None``
@@ -146,13 +147,14 @@ void bind_lora(nb::module_& m) {
           bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
             the mode's own (4; mxfp8 8).
           mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
-            ``mx.quantize``. Default: ``"affine"``.
+            ``mx.quantize``; MLX computes other modes, sizes and bits that it knows. Default:
+            ``"affine"``.
           split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
             outputs are ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
           exact (bool): Round where mlx-lm's modules do: after the base product (and its bias),
             after the scaled low-rank product, and after their sum. Default: ``False``.
-          route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-            ours, where there are any. Default: ``None``, whichever is expected to be faster
+          route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+            ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
           stream (Stream or Device, optional): Where to run. Default: ``None``, the
             default stream of the default device.
@@ -200,7 +202,7 @@ void bind_lora(nb::module_& m) {
       },
       "attn_out"_a,
       "weight"_a,
-      "bias"_a.none(),
+      "bias"_a = nb::none(),
       "residual"_a,
       "lora_a"_a,
       "lora_b"_a,
@@ -215,12 +217,14 @@ void bind_lora(nb::module_& m) {
       "exact"_a = false,
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
-      nb::sig(
-          "def fused_lora_output_projection_residual(attn_out: array, weight: array, bias: array | "
-          "None, residual: array, lora_a: array, lora_b: array, scale: float, *, scales: array | None = "
-          "None, biases: array | None = None, group_size: int | None = None, bits: int | None = None, "
-          "mode: str = 'affine', alpha: float = 1.0, exact: bool = False, route: Literal['composed', "
-          "'fused'] | None = None, stream: StreamOrDevice = None) -> array"),
+      nb::sig(MLX_FUSED_SIGNATURES(
+          "fused_lora_output_projection_residual",
+          "attn_out: array, weight: array",
+          BIAS,
+          "residual: array, lora_a: array, lora_b: array, scale: float",
+          "scales: array | None = None, biases: array | None = None, " QUANTIZATION
+          ", alpha: float = 1.0, exact: bool = False, " ROUTE,
+          "array")),
       R"pbdoc(
         Project attention's output with a low-rank adapter (LoRA) and add the residual.
 
@@ -232,7 +236,7 @@ void bind_lora(nb::module_& m) {
           attn_out (array): Attention output of shape ``[B, S, Hq]``, heads side by
             side, float32, float16 or bfloat16. Any strides.
           weight (array): ``[H, Hq]``, or codes.
-          bias (array, optional): Of the projection, ``[H]``, or ``None``.
+          bias (array, optional): Of the projection, ``[H]``. Default: ``None``.
           residual (array): What the attention block was given, ``[B, S, H]``.
           lora_a (array): ``[Hq, rank]``. Computed with in float32.
           lora_b (array): ``[rank, H]``.
@@ -245,13 +249,14 @@ void bind_lora(nb::module_& m) {
           bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
             the mode's own (4; mxfp8 8).
           mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
-            ``mx.quantize``. Default: ``"affine"``.
+            ``mx.quantize``; MLX computes other modes, sizes and bits that it knows. Default:
+            ``"affine"``.
           alpha (float): What the projection is multiplied by. Default: ``1.0``.
           exact (bool): Round where mlx-lm's modules do: after the base product (and its bias),
             after the scaled low-rank product, after their sum, after ``alpha`` and after the
             residual's sum. Default: ``False``.
-          route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-            ours, where there are any. Default: ``None``, whichever is expected to be faster
+          route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+            ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
           stream (Stream or Device, optional): Where to run. Default: ``None``, the
             default stream of the default device.

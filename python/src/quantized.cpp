@@ -44,8 +44,8 @@ void bind_quantized(nb::module_& m) {
       "input"_a,
       "weight"_a,
       "scales"_a,
-      "biases"_a.none(),
-      "bias"_a.none(),
+      "biases"_a = nb::none(),
+      "bias"_a = nb::none(),
       "num_heads"_a,
       "num_kv_heads"_a,
       "head_dim"_a,
@@ -57,13 +57,13 @@ void bind_quantized(nb::module_& m) {
       "split_heads"_a = true,
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
-      nb::sig(
-          "def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, array, array], "
-          "scales: array | tuple[array, array, array], biases: array | tuple[array, array, array] | "
-          "None, bias: array | tuple[array, array, array] | None, num_heads: int, num_kv_heads: int, "
-          "head_dim: int, *, v_head_dim: int | None = None, group_size: int | None = None, bits: int | "
-          "None = None, mode: str = 'affine', split_heads: bool = True, route: Literal['composed', "
-          "'fused'] | None = None, stream: StreamOrDevice = None) -> tuple[array, array, array]"),
+      nb::sig(MLX_FUSED_SIGNATURES(
+          "fused_quantized_qkv_projection",
+          "input: array, weight: " ARRAYS ", scales: " ARRAYS,
+          BIASES_PARTS,
+          QKV_HEADS,
+          "v_head_dim: int | None = None, " QUANTIZATION ", split_heads: bool = True, " ROUTE,
+          "tuple[array, array, array]")),
       R"pbdoc(
         Project hidden states to queries, keys and values with a quantized weight.
 
@@ -84,8 +84,8 @@ void bind_quantized(nb::module_& m) {
             or a tuple as ``weight`` is; uint8 unless ``mode`` is ``"affine"``.
           biases (array or tuple, optional): Of the groups, as ``scales``; ``None`` unless
             ``mode`` is ``"affine"``.
-          bias (array or tuple, optional): Of the projection, ``[Hq + Hk + Hv]`` or a tuple, or
-            ``None``.
+          bias (array or tuple, optional): Of the projection, ``[Hq + Hk + Hv]`` or a tuple.
+            Default: ``None``.
           num_heads (int): Query heads, a multiple of ``num_kv_heads``.
           num_kv_heads (int): Key and value heads.
           head_dim (int): Features per head, at least 1.
@@ -95,11 +95,12 @@ void bind_quantized(nb::module_& m) {
           bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
             the mode's own (4; mxfp8 8).
           mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
-            ``mx.quantize``. Default: ``"affine"``.
+            ``mx.quantize``; MLX computes other modes, sizes and bits that it knows. Default:
+            ``"affine"``.
           split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
             outputs are ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
-          route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-            ours, where there are any. Default: ``None``, whichever is expected to be faster
+          route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+            ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
           stream (Stream or Device, optional): Where to run. Default: ``None``, the
             default stream of the default device.
@@ -144,8 +145,8 @@ void bind_quantized(nb::module_& m) {
       "attn_out"_a,
       "weight"_a,
       "scales"_a,
-      "biases"_a.none(),
-      "bias"_a.none(),
+      "biases"_a = nb::none(),
+      "bias"_a = nb::none(),
       "residual"_a,
       nb::kw_only(),
       "group_size"_a = nb::none(),
@@ -155,12 +156,13 @@ void bind_quantized(nb::module_& m) {
       "exact"_a = false,
       "route"_a = nb::none(),
       "stream"_a = nb::none(),
-      nb::sig(
-          "def fused_quantized_output_projection_residual(attn_out: array, weight: array, scales: "
-          "array, biases: array | None, bias: array | None, residual: array, *, group_size: int | None "
-          "= None, bits: int | None = None, mode: str = 'affine', alpha: float = 1.0, exact: bool = "
-          "False, route: Literal['composed', 'fused'] | None = None, stream: StreamOrDevice = None) -> "
-          "array"),
+      nb::sig(MLX_FUSED_SIGNATURES(
+          "fused_quantized_output_projection_residual",
+          "attn_out: array, weight: array, scales: array",
+          BIASES,
+          "residual: array",
+          QUANTIZATION ", alpha: float = 1.0, exact: bool = False, " ROUTE,
+          "array")),
       R"pbdoc(
         Project attention's output with a quantized weight and add the residual.
 
@@ -174,19 +176,20 @@ void bind_quantized(nb::module_& m) {
             ``"affine"``.
           biases (array, optional): Of the groups, as ``scales``; ``None`` unless ``mode`` is
             ``"affine"``.
-          bias (array, optional): Of the projection, ``[H]``, or ``None``.
+          bias (array, optional): Of the projection, ``[H]``. Default: ``None``.
           residual (array): What the attention block was given, ``[B, S, H]``.
           group_size (int, optional): Of the quantization: 32, 64 or 128 for ``"affine"``. Default:
             ``None``, the mode's own (affine 64, mxfp4 and mxfp8 32, nvfp4 16).
           bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
             the mode's own (4; mxfp8 8).
           mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
-            ``mx.quantize``. Default: ``"affine"``.
+            ``mx.quantize``; MLX computes other modes, sizes and bits that it knows. Default:
+            ``"affine"``.
           alpha (float): What the projection is multiplied by. Default: ``1.0``.
           exact (bool): Round where separate operations do: after the projection, after its
             bias, after ``alpha`` and after the sum. Default: ``False``.
-          route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-            ours, where there are any. Default: ``None``, whichever is expected to be faster
+          route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+            ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
           stream (Stream or Device, optional): Where to run. Default: ``None``, the
             default stream of the default device.

@@ -27,7 +27,7 @@ bool allowed(Isa isa) {
     }
     if (name != "baseline" && name != "avx2" && name != "avx512") {
       throw std::invalid_argument(
-          "MLX_FUSED_MAX_ISA must be 'baseline', 'avx2', 'avx512' or 'amx' but is '" + name + "'.");
+          "MLX_FUSED_MAX_ISA must be 'baseline', 'avx2', 'avx512' or 'amx' but got '" + name + "'.");
     }
     return name == "baseline" ? Isa::baseline : name == "avx2" ? Isa::avx2 : Isa::avx512;
   }();

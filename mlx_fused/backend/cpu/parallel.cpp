@@ -28,6 +28,9 @@ namespace {
 // others.
 constexpr auto spin_time = std::chrono::microseconds(200);
 
+// As many CPUs as a cpu_set_t can have.
+constexpr int max_threads = 1024;
+
 template <typename Condition>
 bool spin_until(Condition&& condition) {
   auto end = std::chrono::steady_clock::now() + spin_time;
@@ -155,9 +158,10 @@ int count_cpus() {
     int n = 0;
     const char* last = wanted.data() + wanted.size();
     auto [end, error] = std::from_chars(wanted.data(), last, n);
-    if (error != std::errc() || end != last || n < 1) {
+    if (error != std::errc() || end != last || n < 1 || n > max_threads) {
       throw std::invalid_argument(
-          "MLX_FUSED_NUM_THREADS must be a positive number but is '" + std::string(wanted) + "'.");
+          "MLX_FUSED_NUM_THREADS must be a number from 1 to " + std::to_string(max_threads) + " but got '" +
+          std::string(wanted) + "'.");
     }
     return n;
   }

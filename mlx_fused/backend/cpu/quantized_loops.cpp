@@ -19,6 +19,11 @@ Float minifloat(Word code) {
   return bits<Float>(bits<Word>(value) | ((code << (31 - exponent - mantissa)) & 0x80000000));
 }
 
+// No infinities, and NaN where all other bits are ones.
+Float e4m3(Word code) {
+  return (code & 0x7f) == 0x7f ? Float{} + __builtin_nanf("") : minifloat<4, 3>(code);
+}
+
 // v[index[i]] in lane i
 Float spread(Float v, Word index) {
 #if defined(__AVX512F__)
@@ -87,11 +92,11 @@ struct E4m3 {
   static constexpr int bits = 8;
   static constexpr bool has_biases = false;
   static Float value(Word words, int i) {
-    return minifloat<4, 3>(words >> (8 * i));
+    return e4m3(words >> (8 * i));
   }
   using Element = uint8_t;
   static Float load(const uint8_t* p) {
-    return minifloat<4, 3>(load_bytes(p));
+    return e4m3(load_bytes(p));
   }
 };
 

@@ -51,9 +51,6 @@ constexpr int64_t few_rows = 8;
 // Tiles step through up to 64 rows in 32 bits.
 constexpr int64_t max_row_stride = (int64_t{1} << 31) / 64;
 
-// Whether there are kernels for it: those that metal/quantized.h instantiates.
-bool is_supported(const Quantization& quantization);
-
 struct Weight {
   Tensor values;  // [features, in_features], or the packed codes of a quantized weight
   std::optional<Tensor> scales, biases;

@@ -4,16 +4,6 @@
 
 namespace mlx_fused::metal {
 
-bool is_supported(const Quantization& q) {
-  if (q.mode == "affine") {
-    bool group_size = q.group_size == 32 || q.group_size == 64 || q.group_size == 128;
-    return group_size && q.bits >= 2 && q.bits <= 8 && q.bits != 7;
-  }
-  return (q.mode == "mxfp4" && q.bits == 4 && q.group_size == 32) ||
-         (q.mode == "mxfp8" && q.bits == 8 && q.group_size == 32) ||
-         (q.mode == "nvfp4" && q.bits == 4 && q.group_size == 16);
-}
-
 void set_kernel(
     Launch& launch,
     const std::string& kernel,
@@ -23,8 +13,8 @@ void set_kernel(
     launch.kernel = kernel + "_" + dtype;
     return;
   }
-  auto& [mode, bits, group_size] = *quantization;
-  launch.format = mode == "affine" ? "affine_" + std::to_string(bits) : mode;
+  auto& q = *quantization;
+  launch.format = q.is_affine() ? "affine_" + std::to_string(q.bits) : q.mode;
   launch.kernel = "quantized_" + kernel + "_" + launch.format + "_" + dtype;
 }
 
