@@ -150,7 +150,7 @@ def test_the_environment_turns_it_off(monkeypatch):
         assert report.summary.endswith(f"in 2; MLX_FUSED={off} keeps all of it off")
     for nonsense in ("2", "offf", " ", "none"):
         monkeypatch.setenv("MLX_FUSED", nonsense)
-        with pytest.raises(ValueError, match=f"'0', 'false', .* but is '{nonsense}'"):
+        with pytest.raises(ValueError, match=f"'0', 'false', .* but got '{nonsense}'"):
             model(tokens(1, 3))
     for on in ("1", "", "true", "on", "yes", "Yes"):
         monkeypatch.setenv("MLX_FUSED", on)
