@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake mlx_fused python/src -type f) python/mlx_fused/_build.py.in
+# A worker per CPU; one that has nothing left takes tests from the others.
+WORKERS := --numprocesses auto --dist worksteal
 
 .PHONY: help demo test test-slow test-metal test-mlx-lm models bench crossover sanitize lint stubs dist wheel-macos clean
 .DEFAULT_GOAL := help
@@ -22,10 +24,10 @@ demo: $(VENV)/installed  ## Fine-tune a small model, stock and patched, and comp
 	$(BIN)/mlx-fused demo
 
 test: $(VENV)/installed sanitize  ## Run the tests
-	$(BIN)/python -m pytest --cov=python/mlx_fused --cov-report=term
+	$(BIN)/python -m pytest $(WORKERS) --durations=15 --cov=python/mlx_fused --cov-report=term
 
 test-slow: $(VENV)/installed  ## Run the longer sweeps
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(WORKERS) -m slow
 
 test-metal: $(VENV)/installed  ## Run the tests on this Mac's GPU, with Metal's validation layers on
 	MTL_DEBUG_LAYER=1 MTL_SHADER_VALIDATION=1 MTL_SHADER_VALIDATION_REPORT_TO_STDERR=1 \
@@ -48,7 +50,7 @@ sanitize: $(VENV)/installed  ## Test the C++ CPU path under ASan and UBSan (part
 	  -DMLX_FUSED_BUILD_PYTHON=OFF -DMLX_FUSED_BUILD_TESTS=ON \
 	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS"
 	$(BIN)/cmake --build build/sanitize --parallel
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --parallel
 
 lint: $(VENV)/bin/python  ## Check the formatting and style of all files
 	$(BIN)/python -m pip install --quiet pre-commit==4.7.0

@@ -2,10 +2,12 @@
 
 import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import click
 import mlx.core as mx
@@ -63,11 +65,19 @@ def routed(function: Callable, operands: list[mx.array]) -> str:
     return "fused" if "Fused" in graph.getvalue() else "composed"
 
 
+def by_route(route: str, function: Callable, *operands: mx.array) -> Sequence[mx.array]:
+    """A call as `routing` would have it made, which in the composed form adds biases in its products."""
+    with mock.patch.dict(os.environ, MLX_FUSED_ROUTE=route):
+        return function(*operands, route=None)
+
+
 def compare(model: Model, operation: str, dtype: str, rows: int, effort: Effort) -> dict[str, object]:
     """Times both routes of one call; returns its record."""
     function, operands = call(model, operation, rows, getattr(mx, dtype))
     length = chain_length(rows)
-    calls = {r: partial(chain, partial(function, route=r), operands, length) for r in ("fused", "composed")}
+    calls = {
+        r: partial(chain, partial(by_route, r, function), operands, length) for r in ("fused", "composed")
+    }
     for warm in calls.values():
         warm()
     seconds = {r: float(np.median(s)) / length for r, s in measure(calls, effort).items()}

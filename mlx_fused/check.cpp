@@ -39,7 +39,9 @@ void Check::shape(const std::string& name, const mx::array& a, const mx::Shape& 
 void Check::rows(const std::string& name, const mx::array& a, int expected) const {
   ndim(name, a, 2);
   if (a.shape(0) != expected) {
-    fail(name + " must have " + std::to_string(expected) + " rows but got shape " + to_string(a.shape()) + ".");
+    fail(
+        name + " must have " + std::to_string(expected) + " rows but got shape " + to_string(a.shape()) +
+        ".");
   }
 }
 

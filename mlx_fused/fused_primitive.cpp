@@ -38,8 +38,7 @@ void allocate(Arrays& outputs) {
   }
 }
 
-Arrays map_one_by_one(
-    const Function& fun, const Arrays& inputs, const std::vector<int>& axes, mx::Stream s) {
+Arrays map_one_by_one(const Function& fun, const Arrays& inputs, const std::vector<int>& axes, mx::Stream s) {
   auto mapped = std::find_if(axes.begin(), axes.end(), [](int axis) { return axis != -1; }) - axes.begin();
   std::vector<Arrays> results;
   for (int i = 0; i < inputs[mapped].shape(axes[mapped]); ++i) {
@@ -52,7 +51,8 @@ Arrays map_one_by_one(
     results.push_back(fun(one));
   }
   if (results.empty()) {
-    throw std::invalid_argument("[vmap] the mapped axis of a quantized projection must be at least 1 long but got 0.");
+    throw std::invalid_argument(
+        "[vmap] the mapped axis of a quantized projection must be at least 1 long but got 0.");
   }
   Arrays stacked;
   for (size_t k = 0; k < results[0].size(); ++k) {

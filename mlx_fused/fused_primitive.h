@@ -17,8 +17,7 @@ using Function = std::function<Arrays(const Arrays&)>;
 void allocate(Arrays& outputs);
 
 // fun of every index along the mapped axes, stacked.
-Arrays map_one_by_one(
-    const Function& fun, const Arrays& inputs, const std::vector<int>& axes, mx::Stream s);
+Arrays map_one_by_one(const Function& fun, const Arrays& inputs, const std::vector<int>& axes, mx::Stream s);
 
 // A primitive that has a composed form, and transforms by it where it knows no better way.
 class FusedPrimitive : public mx::Primitive {

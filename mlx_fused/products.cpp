@@ -43,11 +43,8 @@ class DenseProduct : public Product {
  public:
   DenseProduct(std::shared_ptr<mx::Primitive> mlx, float alpha) : Product(std::move(mlx)), alpha_(alpha) {}
 
-  Arrays vjp(
-      const Arrays& primals,
-      const Arrays& cotangents,
-      const std::vector<int>& argnums,
-      const Arrays&) override {
+  Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&)
+      override {
     Products products(stream());
     auto grad = scaled(cotangents[0], alpha_, stream());
     auto transposed = [this](const mx::array& x) { return mx::swapaxes(x, -1, -2, stream()); };
@@ -189,7 +186,8 @@ class QuantizedProduct : public Product {
   bool transpose_;
 };
 
-// MLX's array of a product, its node one of ours. MLX may have made matrices of stacks, by views of one input.
+// MLX's array of a product, its node one of ours. MLX may have made matrices of stacks, by views of one
+// input.
 template <typename Node, typename... Args>
 mx::array with_transforms(const mx::array& y, const Args&... args) {
   Arrays inputs = y.inputs();

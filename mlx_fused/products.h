@@ -12,9 +12,10 @@ namespace mx = mlx::core;
 
 mx::array scaled(const mx::array& x, float scale, mx::Stream s);
 
-// Products by MLX's kernels, for the composed form. Not all of MLX's transforms of them are right: AddMM's jvp
-// drops alpha and its vmap needs more mapped than c, Matmul's jvp makes such an AddMM, and QuantizedMatmul has
-// no vmap. So each is a node of ours that MLX's own evaluates, or, where a graph is to be exported, MLX's own.
+// Products by MLX's kernels, for the composed form. Not all of MLX's transforms of them are right: AddMM's
+// jvp drops alpha and its vmap needs more mapped than c, Matmul's jvp makes such an AddMM, and
+// QuantizedMatmul has no vmap. So each is a node of ours that MLX's own evaluates, or, where a graph is to be
+// exported, MLX's own.
 class Products {
  public:
   enum Nodes { ours, exportable };

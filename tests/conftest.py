@@ -1,5 +1,8 @@
+import fcntl
+import os
 import platform
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -21,6 +24,35 @@ if sys.platform != "linux" or platform.machine() != "x86_64":
 # Derandomised and without a deadline, so that a run depends on neither luck nor the machine's load.
 settings.register_profile("mlx-fused", derandomize=True, deadline=None, max_examples=150, database=None)
 settings.load_profile("mlx-fused")
+
+
+# They build a lot, or run their own processes: the last worker to end must not be waiting for one of them.
+LONGEST = ("test_mutation", "test_macos", "test_metal_device", "test_metal_host")
+
+
+def pytest_xdist_auto_num_workers():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory, worker_id):
+    """Calls a function that makes a file, once for all workers, and gives each its path."""
+
+    def once(make):
+        if worker_id == "master":  # there are no others
+            return make()
+        made = tmp_path_factory.getbasetemp().parent / f"{make.__module__}.{make.__name__}"
+        with open(f"{made}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                made.write_text(str(make()))
+        return Path(made.read_text())
+
+    return once
 
 
 @pytest.fixture(autouse=True)

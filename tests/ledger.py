@@ -18,7 +18,6 @@ import numpy as np
 import metal_plan
 import mlx_fused
 import projections
-from mlx_fused import composed
 from mlx_fused._ext import _internals
 from mlx_kernels import FORM, Cost, Kernels
 
@@ -277,6 +276,13 @@ def linear_output(x, weight, bias, residual):
     return residual + linear(x, weight, bias)
 
 
+def addmm_output(x, weight, bias, residual):
+    """As the composed form adds a residual where there is no bias to add."""
+    if bias is not None:
+        return linear_output(x, weight, bias, residual)
+    return mx.addmm(residual, x, weight.T)
+
+
 def gradients_of_linear(dq, dk, dv, x, weight, has_bias, *heads):
     """What `mx.vjp` makes of `linear_qkv`, returned as `fused_qkv_projection_bwd` does."""
     parts = weight if isinstance(weight, tuple) else (weight,)
@@ -294,8 +300,8 @@ def gradients_of_linear(dq, dk, dv, x, weight, has_bias, *heads):
 
 FORMS = {
     "composed": (
-        composed.fused_qkv_projection,
-        composed.fused_output_projection_residual,
+        linear_qkv,
+        addmm_output,
         lambda *a: mlx_fused.fused_qkv_projection_bwd(*a, route="composed"),
     ),
     "mlx-lm": (linear_qkv, linear_output, gradients_of_linear),

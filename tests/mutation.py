@@ -4,6 +4,7 @@
 """
 
 import re
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -256,19 +257,19 @@ LAUNCHED = re.compile(
 )
 
 
-def judge_some(file, first, count):
-    """The outcomes of some of a file's mutants, in a process of their own."""
+def judge_some(file, first=0, count=sys.maxsize):
+    """The outcomes of some of a file's mutants."""
     mx.set_default_device(mx.cpu)
     return run(KERNELS, generate(KERNELS / file)[first : first + count], TESTS[file], LAUNCHED)
 
 
-def judge_all(files=TESTS, workers=2, count=10):
-    """The outcomes of all mutants of the files, by file."""
+def judge_all(workers=2, count=10):
+    """The outcomes of all mutants, by file."""
     outcomes = {}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         jobs = [
             (file, pool.submit(judge_some, file, first, count))
-            for file in files
+            for file in TESTS
             for first in range(0, len(generate(KERNELS / file)), count)
         ]
         for file, job in jobs:

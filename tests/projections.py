@@ -268,6 +268,18 @@ def output(
     return _call("output_projection_residual", arguments, form, rank)
 
 
+def every_byte(mode, of_scales, rows, dtype, as_columns=False):
+    """A call whose outputs, or with ``as_columns`` gradients by attn_out, are half of each byte's value."""
+    weight, scales, group_size, bits = quantized.every_byte(mode, of_scales)
+    if as_columns:
+        weight, scales = weight.reshape(1, -1), scales.reshape(1, -1)
+    features, hidden = weight.shape[0], scales.shape[1] * group_size
+    arguments = {"attn_out": mx.full((1, rows, hidden), 0.25 / group_size, dtype), "weight": weight}
+    arguments |= {"scales": scales, "biases": None, "bias": None}
+    arguments |= {"residual": mx.zeros((1, rows, features), dtype), "alpha": 1.0}
+    return _call("output_projection_residual", arguments, (mode, group_size, bits), None)
+
+
 def adapters(rng, hidden, features, ranks, scale, dtype, draw):
     sizes = list(zip(features, ranks, strict=True))
     return {

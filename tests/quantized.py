@@ -7,6 +7,8 @@ import numpy as np
 AFFINE = [("affine", group_size, bits) for bits in (2, 3, 4, 5, 6, 8) for group_size in (32, 64, 128)]
 FLOATS = [("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)]
 FORMATS = AFFINE + FLOATS
+# That MLX knows and our kernels do not.
+FOREIGN = [("affine", group_size, 1) for group_size in (32, 64, 128)]
 
 
 def dequantize(weight, scales, biases, group_size, bits, mode):
@@ -54,7 +56,8 @@ def e4m3(codes):
 
 
 def e8m0(codes):
-    return np.ldexp(1.0, codes.astype(int) - 127)
+    """With an infinity, as MLX has it, where the definition has NaN."""
+    return np.where(codes == 0xFF, np.inf, np.ldexp(1.0, codes.astype(int) - 127))
 
 
 def small_float(codes, exponent_bits, mantissa_bits, bias):
@@ -66,6 +69,21 @@ def small_float(codes, exponent_bits, mantissa_bits, bias):
     normal = exponent > 0
     mantissa = mantissa + (normal << mantissa_bits)
     return np.ldexp(sign * mantissa.astype(np.float64), np.maximum(exponent, 1) - bias - mantissa_bits)
+
+
+# (mode, whether of its scales or of its codes)
+TABLES = [(mode, of_scales) for mode, _, _ in FLOATS for of_scales in (False, True)]
+
+
+def every_byte(mode, of_scales):
+    """(weight, scales, group_size, bits): a row of two groups for every byte, the rest of what it takes 1."""
+    group_size, bits = next(form[1:] for form in FLOATS if form[0] == mode)
+    one, scale_of_one = (0x22 if bits == 4 else 0x38), (0x38 if mode == "nvfp4" else 127)
+    rows = np.arange(256 if of_scales or bits == 8 else 16, dtype=np.uint8)[:, None]
+    codes = np.full_like(rows, one) if of_scales else rows * (17 if bits == 4 else 1)
+    scales = rows if of_scales else np.full_like(rows, scale_of_one)
+    weight = np.repeat(codes, 2 * group_size * bits // 8, -1).view(np.uint32)
+    return mx.array(weight), mx.array(np.repeat(scales, 2, -1)), group_size, bits
 
 
 def exact(array):

@@ -382,12 +382,16 @@ def calls_with_every_option(rng, dtype, forms):
         hidden = 32 if form else 5
         for alpha, exact in product((1.0, -1.5), (False, True)):
             rank = 2 if adapted else None
-            call = projections.output(rng, 2, 3, hidden, 4, form, bias=bias, rank=rank, alpha=alpha, **options)
+            call = projections.output(
+                rng, 2, 3, hidden, 4, form, bias=bias, rank=rank, alpha=alpha, **options
+            )
             if not packed:  # there is but one weight
                 yield call.replace(exact=exact)
         heads, ranks = (4, 2, 3, 2), (2, None, 3) if adapted else None
         scales = {"scale": (0.5, 1.0, -3.0)} if adapted else {}
-        call = projections.qkv(rng, 2, 3, hidden, heads, form, bias=bias, packed=packed, ranks=ranks, **options)
+        call = projections.qkv(
+            rng, 2, 3, hidden, heads, form, bias=bias, packed=packed, ranks=ranks, **options
+        )
         for split_heads in (False, True):
             yield call.replace(split_heads=split_heads, **scales)
 
@@ -410,7 +414,7 @@ AFFINE = ("affine", 32, 4)
 @pytest.mark.parametrize("route", ["fused", "composed"])
 def test_derivatives_with_every_option(rng, names, route, monkeypatch):
     monkeypatch.setenv("MLX_FUSED_ROUTE", route)
-    forms = [None, AFFINE, ("mxfp4", 32, 4)]
+    forms = [None, AFFINE, ("mxfp4", 32, 4), ("affine", 32, 1)]
     for call in (
         *calls_with_every_option(rng, mx.float32, forms),
         *calls_with_every_option(rng, mx.float64, [None]),
@@ -429,8 +433,10 @@ def test_tangents_are_central_differences(rng, names):
         step = [operands.normal(rng, a.shape, mx.float64) for a in args]
 
         def differences(f, weights, args=args, step=step):
-            points = [[w * y for y in f(*(a + t * d for a, d in zip(args, step, strict=True)))]
-                      for t, w in weights.items()]
+            points = [
+                [w * y for y in f(*(a + t * d for a, d in zip(args, step, strict=True)))]
+                for t, w in weights.items()
+            ]
             return [sum(ys) for ys in zip(*points, strict=True)]
 
         sizes = [mx.abs(a) + 3 * mx.abs(d) for a, d in zip(args, step, strict=True)]

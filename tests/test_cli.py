@@ -16,9 +16,14 @@ import tiny_demo
 from mlx_fused.cli import calls, main, passthrough
 from mlx_fused.cli.info import routes
 from mlx_fused.cli.output import to_json
+from mlx_fused.patching import _patch
+from mlx_fused.patching.attention import FusedAttention
 from mlx_fused.validate import sum_error
 
 EXTRA = ("mlx_lm", "click", "rich", "tokenizers", "transformers")
+
+
+COMMAND = [sys.executable, "-c", "from mlx_fused.cli import main; main()"]
 
 
 def python(code):
@@ -51,17 +56,23 @@ def test_info():
 @pytest.mark.parametrize("command", ["info", "generate"])
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("ROUTE", "fast"), ("MAX_ISA", "AVX2"), ("NUM_THREADS", "4abc"), ("NUM_THREADS", "0")],
+    [
+        ("MLX_FUSED", "offf"),
+        ("MLX_FUSED_ROUTE", "fast"),
+        ("MLX_FUSED_MAX_ISA", "AVX2"),
+        ("MLX_FUSED_NUM_THREADS", "4abc"),
+        ("MLX_FUSED_NUM_THREADS", "0"),
+    ],
 )
 def test_settings_that_are_none_are_errors_of_usage(command, name, value):
     result = subprocess.run(
         [sys.executable, "-c", f"from mlx_fused.cli import main; main(['{command}'])"],
         capture_output=True,
         text=True,
-        env=os.environ | {f"MLX_FUSED_{name}": value},
+        env=os.environ | {name: value},
     )
     assert result.returncode == 2
-    assert f"MLX_FUSED_{name} must be " in result.stderr and f"is '{value}'" in result.stderr
+    assert f"{name} must be " in result.stderr and f"but got '{value}'" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -69,9 +80,11 @@ def test_the_demo_does_not_start_in_vain(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "file" / "demo")])
     assert result.exit_code == 1 and "file" in result.output and isinstance(result.exception, SystemExit)
-    monkeypatch.setenv("MLX_FUSED", "0")
+    monkeypatch.setenv("MLX_FUSED", "off")
     result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "demo")])
-    assert result.exit_code == 1 and "unset it" in result.output
+    assert (
+        result.exit_code == 2 and "MLX_FUSED must be unset or on for the demo but is 'off'" in result.output
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,18 +98,41 @@ def test_the_demo_does_not_start_in_vain(monkeypatch, tmp_path):
         '{"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 3}',
         '{"hidden_size": 64, "num_attention_heads": 4, "head_dim": 5}',
         '{"hidden_size": 64, "num_attention_heads": 4, "head_dim": true}',
+        '{"hidden_size": 64000000000, "num_attention_heads": 4}',
     ],
 )
 def test_bench_of_a_model_without_sizes(tmp_path, config):
     (tmp_path / "config.json").write_text(config)
     result = CliRunner().invoke(main, ["bench", "--model", str(tmp_path)])
-    assert result.exit_code == 2 and "no sizes of attention" in result.output
+    assert result.exit_code == 2 and "must have the sizes of an attention block" in result.output
 
 
 def test_bench_of_a_model_too_narrow_to_quantize(tmp_path):
     (tmp_path / "config.json").write_text('{"hidden_size": 32, "num_attention_heads": 2}')
     result = CliRunner().invoke(main, ["bench", "--model", str(tmp_path), "--weights", "4-bit"])
     assert result.exit_code == 2 and "divisible by 64" in result.output
+
+
+@pytest.mark.parametrize("rows", [2**31 - 1, 2**31, 10**30])
+def test_bench_of_more_tokens_than_memory_holds(rows):
+    result = CliRunner().invoke(main, ["bench", "--rows", "1", "--rows", str(rows)])
+    assert result.exit_code == 2 and str(rows) in result.output
+
+
+def test_bench_of_a_model_larger_than_memory(tmp_path):
+    (tmp_path / "config.json").write_text('{"hidden_size": 2000000000, "num_attention_heads": 50000000}')
+    result = CliRunner().invoke(main, ["bench", "--model", str(tmp_path), "--weights", "float32"])
+    assert result.exit_code == 2 and "must fit in this machine's" in result.output
+
+
+@pytest.mark.parametrize("weights", calls.WEIGHTS)
+def test_the_memory_of_a_call_is_not_overestimated(weights):
+    for rows in (1, 100, 400):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        gradient = calls.make_block(SMALL, weights, rows).gradient()
+        mx.eval(gradient.stock(*gradient.inputs))
+        assert calls.peak_memory(SMALL, weights, rows) <= mx.get_peak_memory()
 
 
 def test_json_has_no_nan():
@@ -169,10 +205,70 @@ def run(monkeypatch, capfd):
         try:
             code = command(arguments) or 0
         except SystemExit as exit:
-            code = exit.code
+            code = exit.code or 0
         return code, *capfd.readouterr()
 
     return run
+
+
+# Streams that cannot be written.
+
+
+def pipe_without_reader():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+BROKEN = {"pipe": pipe_without_reader, "closed": lambda: None}
+if os.path.exists("/dev/full"):
+    BROKEN["full disk"] = lambda: os.open("/dev/full", os.O_WRONLY)
+
+
+@pytest.fixture(params=BROKEN)
+def broken(request):
+    """Runs a command whose stdout or stderr cannot be written."""
+
+    def run(number, arguments):
+        # The shell alone can close a stream of what it starts.
+        file, closing = BROKEN[request.param](), f"{number}>&-" if request.param == "closed" else ""
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | (
+            {} if file is None else {("stdout", "stderr")[number - 1]: file}
+        )
+        shell = ["sh", "-c", f'"$@" {closing}', "sh"]
+        done = subprocess.run([*shell, *COMMAND, *map(str, arguments)], text=True, **streams)
+        if file is not None:
+            os.close(file)
+        return done
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "command", ["info", "info --json", "--help", "demo --help", "bench", "validate", "demo"]
+)
+def test_every_command_ends_in_one_line_where_stdout_is_broken(broken, checkpoint, tmp_path, command):
+    more = {
+        "bench": ["--rows", "1", "--weights", "float32"],
+        "validate": [checkpoint / "model", "--tokens", "2"],
+        "demo": ["--out", tmp_path],
+    }
+    done = broken(1, command.split() + more.get(command, []))
+    assert done.returncode == 1
+    *others, last = done.stderr.splitlines()
+    assert last.startswith("Error: ") and all(line.startswith("mlx-fused: ") for line in others)
+
+
+@pytest.mark.parametrize("command", ["info --nosuch", "bench --rows 0", "generate --nosuch"])
+def test_errors_of_use_keep_their_status_where_stderr_is_broken(broken, command):
+    done = broken(2, command.split())
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_json_is_alone_on_stdout_where_stderr_is_broken(broken):
+    done = broken(2, ["bench", "--rows", "1", "--weights", "float32", "--json"])
+    assert done.returncode in (0, 1)  # closed on purpose, or not
+    assert done.returncode or "cells" in json.loads(done.stdout)
 
 
 def theirs(arguments):
@@ -197,7 +293,7 @@ def test_generate_prints_what_mlx_lm_prints_and_patches(run, checkpoint, adapter
     code, out, err = run(main.main, arguments)
     assert (code, out) == run(theirs, arguments)[:2]
     assert code == 0
-    (line,) = [line for line in err.splitlines() if line.startswith("mlx-fused:")]
+    (line,) = {line for line in err.splitlines() if line.startswith("mlx-fused:")}
     assert "2 attention layers" in line
 
 
@@ -224,6 +320,50 @@ def test_lora_trains_what_mlx_lm_trains(run, checkpoint, tmp_path):
     assert losses["ours"].keys() == losses["theirs"].keys()
     for key, array in losses["ours"].items():
         assert mx.allclose(array, losses["theirs"][key], rtol=1e-3, atol=1e-6), key
+
+
+@pytest.fixture
+def loads_a_model(checkpoint, monkeypatch):
+    """Makes mlx-lm's chat load a model and end; patching by itself prints nothing."""
+    loaded = []
+    monkeypatch.setattr(mlx_fused, "patch", lambda model: _patch(model, True, "auto", True, False))
+    monkeypatch.setattr(
+        import_module("mlx_lm.chat"),
+        "main",
+        lambda: loaded.append(mlx_lm.utils.load(str(checkpoint / "model"))[0]),
+    )
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("environment", "lines"),
+    [
+        ({}, 1),
+        ({"MLX_RANK": "0"}, 1),
+        ({"MLX_RANK": "1"}, 0),
+        ({"OMPI_COMM_WORLD_RANK": "1"}, 0),
+        ({"PMI_RANK": "3"}, 0),
+    ],
+    ids=str,
+)
+def test_one_rank_says_what_is_fused_and_communication_is_not_started(
+    run, loads_a_model, monkeypatch, environment, lines
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(mx.distributed, "init", lambda *_: pytest.fail("communication was started"))
+    code, _, err = run(main.main, ["chat"])
+    assert code == 0
+    assert err.count("mlx-fused: of 2 attention layers") == lines
+
+
+def test_models_are_patched_where_stderr_is_broken(loads_a_model, monkeypatch):
+    with os.fdopen(pipe_without_reader(), "w") as broken:
+        monkeypatch.setattr(sys, "stderr", broken)
+        with pytest.raises(SystemExit) as end:
+            main.main(["chat"])
+    assert end.value.code is None
+    assert isinstance(loads_a_model[0].layers[0].self_attn, FusedAttention)
 
 
 @pytest.mark.parametrize("name", ["chat", "server"])

@@ -1,5 +1,6 @@
 import json
 import math
+import shlex
 
 import mlx.core as mx
 import mlx_lm
@@ -26,7 +27,7 @@ def few_modules():
 @pytest.fixture(scope="module", params=["4-bit", "dense"])
 def demo(few_modules, tmp_path_factory, request):
     """One run of the demo: its directory, its results and what it printed off a terminal."""
-    out = tmp_path_factory.mktemp("demo")
+    out = tmp_path_factory.mktemp("a demo")
     dense = request.param == "dense"
     with (out.parent / "log.txt").open("w+") as log:
         settings = Settings(iters=3, seed=0, dense=dense, **tiny_demo.SIZES)
@@ -72,6 +73,11 @@ def test_log_off_a_terminal_is_short_and_plain(demo):
     assert "\x1b" not in log
     assert "\r" not in log
     assert len(log.splitlines()) < 60
+
+
+def test_the_command_that_follows_can_be_pasted(demo):
+    _, results, log = demo
+    assert shlex.split(log.splitlines()[-1])[-3:] == ["mlx-fused", "validate", results["model"]]
 
 
 def test_checkpoint_is_in_the_hugging_face_layout(demo):
@@ -149,7 +155,7 @@ def test_foreign_directory_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path)])
     assert result.exit_code == 1
-    assert "not the demo's" in result.output
+    assert "must be new, empty or an earlier demo's" in result.output
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
 

@@ -91,14 +91,18 @@ def test_types_reach_a_caller(tmp_path):
         "import mlx_fused\n"
         "x = mx.ones((1, 2, 8))\n"
         "reveal_type(mlx_fused.fused_qkv_projection(x, (x, x, x), None, 2, 1, 4, stream=mx.cpu))\n"
+        "reveal_type(mlx_fused.fused_qkv_projection(x, x, num_heads=2, num_kv_heads=1, head_dim=4))\n"
+        "mlx_fused.fused_output_projection_residual(x, x, residual=x)\n"
         "mlx_fused.fused_qkv_projection(x, [1], None, 2, 1, 4)\n"
+        "mlx_fused.fused_qkv_projection(x, x, num_heads=2)\n"
+        "mlx_fused.fused_output_projection_residual(x, x)\n"
     )
     mypy = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--cache-dir", str(tmp_path), str(user)]
     env = {"MYPYPATH": str(package.parent)}
     run = subprocess.run(mypy, capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert 'Revealed type is "tuple[mlx.core.array, mlx.core.array, mlx.core.array]"' in run.stdout
-    assert "user.py:5: error: Argument 2" in run.stdout
-    assert "Found 1 error" in run.stdout
+    assert run.stdout.count('Revealed type is "tuple[mlx.core.array, mlx.core.array, mlx.core.array]"') == 2
+    assert all(f"user.py:{line}: error: No overload variant" in run.stdout for line in (7, 8, 9))
+    assert "Found 3 errors" in run.stdout
 
 
 def test_import_is_light():

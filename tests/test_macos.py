@@ -23,9 +23,9 @@ OTHER_PLATFORMS = {BACKEND / "cpu/openblas.cpp", BACKEND / "no_metal/eval.cpp"}
 
 
 @pytest.fixture(scope="module")
-def built_wheel():
+def built_wheel(once):
     try:
-        return wheel.build()
+        return once(wheel.build)
     except wheel.NoNetworkError:
         if "CI" in os.environ:
             raise

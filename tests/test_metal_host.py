@@ -33,8 +33,7 @@ adapters = pytest.mark.parametrize("ranks", [None, (4, None, 3)], ids=["plain", 
 packings = pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
 
 
-@pytest.fixture(scope="session")
-def built():
+def build():
     source, python = ROOT / "tests" / "metal_host", f"-DPython_EXECUTABLE={sys.executable}"
     configure = ["cmake", "-S", source, "-B", BUILD, python]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -42,6 +41,12 @@ def built():
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path})
         assert done.returncode == 0, done.stdout + done.stderr
     (file,) = BUILD.glob("metal_host.*.so")
+    return file
+
+
+@pytest.fixture(scope="session")
+def built(once):
+    file = once(build)
     return load("metal_host", file), load("_ext", file)
 
 

@@ -83,6 +83,19 @@ def test_every_format(rng, form):
     check_backward(rng, op)
 
 
+@dtypes
+@pytest.mark.parametrize("mode,of_scales", quantized.TABLES)
+def test_every_byte_of_every_format(mode, of_scales, dtype):
+    for rows in (2, 9):
+        op = projections.every_byte(mode, of_scales, rows, dtype)
+        (expected,) = op.formula(*op.exact_operands)
+        oracle.assert_equal(forward(op)[1], (mx.array(expected, mx.float64).astype(dtype),))
+    op = projections.every_byte(mode, of_scales, 9, dtype, as_columns=True)
+    key, given = ("attn_out", None), (mx.full((1, 9, 1), 0.5, dtype),)
+    (expected,) = op.gradient_formula([key])(oracle.exact(given), *op.exact_operands)
+    oracle.assert_equal(backward(op, given, [key])[1], (mx.array(expected, mx.float64).astype(dtype),))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", operands.DTYPES, ids=str)
 @pytest.mark.parametrize("form", quantized.FORMATS, ids=str)

@@ -5,25 +5,17 @@ import pytest
 import mutation
 from msl_sim.library import KINDS
 
-QUANTIZED = [file for file in mutation.TESTS if file.startswith("quantized")]
-LOW_RANK = [file for file in mutation.TESTS if file.startswith(("low_rank", "adapter"))]
-OTHERS = [file for file in mutation.TESTS if file not in QUANTIZED + LOW_RANK]
+SLOW = ("quantized", "low_rank", "adapter")
 
 
 @pytest.mark.parametrize(
-    "files",
-    [
-        pytest.param(OTHERS, id="dense"),
-        pytest.param(LOW_RANK, id="low-rank", marks=pytest.mark.slow),
-        pytest.param(QUANTIZED, id="quantized", marks=pytest.mark.slow),
-    ],
+    "file", [pytest.param(f, marks=[pytest.mark.slow] * f.startswith(SLOW)) for f in mutation.TESTS]
 )
-def test_every_mutant_is_killed_or_harmless(files):
-    outcomes = mutation.judge_all(files)
-    everything = [o for found in outcomes.values() for o in found]
-    assert not [o.mutant.name for o in everything if not o.killed and not mutation.excuse(o)]
+def test_every_mutant_is_killed_or_harmless(file):
+    found = mutation.judge_some(file)
+    assert not [o.mutant.name for o in found if not o.killed and not mutation.excuse(o)]
     # None is killed by a mistake of the tests' own, or for not being a program.
-    assert {o.reason for o in everything if o.killed} <= {*KINDS, "numbers"}
-    said = [mutation.table_row(*item) for item in outcomes.items()] + mutation.described(everything)
-    of_files = tuple(begin for file in files for begin in (f"| {file} |", f"- `{file}:"))
-    assert said == [line for line in mutation.DOCUMENT.read_text().splitlines() if line.startswith(of_files)]
+    assert {o.reason for o in found if o.killed} <= {*KINDS, "numbers"}
+    said = [mutation.table_row(file, found), *mutation.described(found)]
+    of_file = (f"| {file} |", f"- `{file}:")
+    assert said == [line for line in mutation.DOCUMENT.read_text().splitlines() if line.startswith(of_file)]

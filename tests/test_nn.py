@@ -159,16 +159,16 @@ def test_quantize(mode, bias):
 
 def test_errors():
     q, k, v = linears(bias=False)
-    with pytest.raises(ValueError, match="num_heads must be a multiple of num_kv_heads, got 4 and 3"):
+    with pytest.raises(ValueError, match=r"num_heads must be a multiple of num_kv_heads but got 4 and 3\."):
         QKVProjection(24, 4, 3)
-    with pytest.raises(TypeError, match=r"expected k to be an mlx\.nn\.Linear, got QuantizedLinear"):
+    with pytest.raises(TypeError, match=r"k must be an mlx\.nn\.Linear but got QuantizedLinear\."):
         QKVProjection.from_linear(q, nn.QuantizedLinear(64, 32), v, 4, 2)
-    with pytest.raises(TypeError, match=r"expected o to be an mlx\.nn\.Linear, got Linear4"):
+    with pytest.raises(TypeError, match=r"o must be an mlx\.nn\.Linear but got Linear4\."):
         OutputProjection.from_linear(type("Linear4", (nn.Linear,), {})(4, 4))
-    with pytest.raises(ValueError, match="q, k and v must all have a bias, or none"):
+    with pytest.raises(ValueError, match=r"q, k and v must all have a bias, or none, but got one for v\."):
         QKVProjection.from_linear(q, k, nn.Linear(24, 16, bias=True), 4, 2)
-    with pytest.raises(ValueError, match=r"weight of v to have shape \(16, 24\), got \(17, 24\)"):
+    with pytest.raises(ValueError, match=r"weight of v must have shape \(16, 24\) but got \(17, 24\)\."):
         QKVProjection.from_linear(q, k, nn.Linear(24, 17, bias=False), 4, 2)
-    with pytest.raises(ValueError, match=r"weight of q to have shape \(30, 24\), got \(32, 24\)"):
+    with pytest.raises(ValueError, match=r"weight of q must have shape \(30, 24\) but got \(32, 24\)\."):
         QKVProjection.from_linear(q, k, v, 3, 3)
     assert mlx_fused.nn.QKVProjection is QKVProjection

@@ -143,11 +143,16 @@ def test_the_environment_turns_it_off(monkeypatch):
     model = make("llama")
     stock = model(tokens(1, 3))
     report = mlx_fused.patch(model)
-    monkeypatch.setenv("MLX_FUSED", "0")
-    assert mx.array_equal(model(tokens(1, 3)), stock)
-    assert report.layers[0].qkv.calls.total == report.layers[0].residual.calls.total == 0
-    assert report.summary.endswith("in 2; MLX_FUSED=0 keeps all of it off")
-    for on in ("1", ""):
+    for off in ("0", "false", "off", "no", "False", "OFF"):
+        monkeypatch.setenv("MLX_FUSED", off)
+        assert mx.array_equal(model(tokens(1, 3)), stock)
+        assert report.layers[0].qkv.calls.total == report.layers[0].residual.calls.total == 0
+        assert report.summary.endswith(f"in 2; MLX_FUSED={off} keeps all of it off")
+    for nonsense in ("2", "offf", " ", "none"):
+        monkeypatch.setenv("MLX_FUSED", nonsense)
+        with pytest.raises(ValueError, match=f"'0', 'false', .* but got '{nonsense}'"):
+            model(tokens(1, 3))
+    for on in ("1", "", "true", "on", "yes", "Yes"):
         monkeypatch.setenv("MLX_FUSED", on)
         assert fused(model(tokens(1, 3))) == (LAYERS, 0)
         assert report.summary.endswith("in 2")

@@ -197,7 +197,11 @@ def test_one_projection_is_one_object():
 
 
 def test_after_its_call_it_is_the_module():
-    attention, x, kept = Does(lambda self, x: (kept.append(self.q_proj), project(self, x))[1]), sample(1, 3, 64), []
+    attention, x, kept = (
+        Does(lambda self, x: (kept.append(self.q_proj), project(self, x))[1]),
+        sample(1, 3, 64),
+        [],
+    )
     mlx_fused.patch(attention)
     attention(x)
     assert calls([kept[0](x)]) == (0, 1)
@@ -255,7 +259,7 @@ class OutputOnly(Attention):
 
 
 def in_place(projection, x):
-    base = projection["linear"] if "linear" in projection else projection
+    base = projection.get("linear", projection)
     for module in {id(m): m for m in (projection, base)}.values():
         for name, a in module.items():
             if isinstance(a, mx.array):

@@ -462,7 +462,9 @@ def with_dropout(dropout):
     return layer
 
 
-@pytest.mark.parametrize("make", [lambda: lora(nn.Linear(64, 64), dropout=0.5), lambda: with_dropout(nn.Identity())])
+@pytest.mark.parametrize(
+    "make", [lambda: lora(nn.Linear(64, 64), dropout=0.5), lambda: with_dropout(nn.Identity())]
+)
 def test_dropout_that_is_not_active(make):
     model, x = with_o(make()), sample(2, 3, 64)
     part = residual(model)

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from contextlib import contextmanager
 
 import mlx.core as mx
@@ -24,7 +25,7 @@ def switch_interval(request):
 
 @contextmanager
 def in_background(work, count):
-    """Runs ``work(thread's number)`` again and again in threads until the block ends; raises what they raise."""
+    """Runs ``work(number)`` again and again in threads until the block ends; raises what they raise."""
     stop, errors, started = threading.Event(), [], threading.Barrier(count + 1)
 
     def loop(number):
@@ -110,6 +111,24 @@ def test_patching_under_load(switch_interval, change):
     assert type(attention) is Whole and "_mlx_fused_state" not in vars(attention)
 
 
+def test_several_threads_patch_and_unpatch(switch_interval):
+    layer, x, rounds = Layer(), sample(1, 3, 64), [0] * 4
+    changes = (toggle, toggle_options)
+
+    def work(number):
+        if number < len(changes):
+            changes[number](layer)
+        else:
+            layer(x)
+        rounds[number] += 1
+
+    with in_background(work, 4):
+        while min(rounds) < 100:
+            time.sleep(0.001)
+    mlx_fused.unpatch(layer)
+    assert type(layer.self_attn) is Whole and "_mlx_fused_state" not in vars(layer.self_attn)
+
+
 class Interrupted(Attention):
     """Does something between two of its projections, once."""
 
@@ -177,7 +196,7 @@ def test_counters_lose_nothing(switch_interval):
 
     with in_background(call, 4):
         while sum(made) < 2000:
-            pass
+            time.sleep(0.001)
     counted = report.layers[0].qkv.calls
     assert counted.total == counted.fused == sum(made)
 
@@ -195,5 +214,5 @@ def test_one_class_for_all_layers_whoever_patches(switch_interval):
 
     with in_background(patch, 4):
         while todo:
-            pass
+            time.sleep(0.001)
     assert len({type(layer) for layer in layers}) == 1

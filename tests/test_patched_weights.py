@@ -172,3 +172,25 @@ def test_sizes_that_form_heads(sizes, adapters):
     (layer,) = mlx_fused.patch(attention).layers
     assert_same(attention(x), expected)
     assert layer.qkv.calls.fused == 1
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("bits, mode", [(1, "affine"), (3, "of the future")])
+def test_a_format_without_kernels_runs_the_layers_own_code(monkeypatch, bits, mode, adapted):
+    attention, x = Attention(bias=True), sample(2, 3, 64)
+    for name in PROJECTIONS:
+        layer = attention[name].to_quantized(32, 1)
+        attention[name] = LoRALinear.from_base(layer) if adapted else layer
+        layer.bits, layer.mode = bits, mode
+    matmul = mx.quantized_matmul
+
+    def matmul_of_the_future(*args, bits, mode, **options):
+        return matmul(*args, bits=1, mode="affine", **options)
+
+    monkeypatch.setattr(mx, "quantized_matmul", matmul_of_the_future)
+    expected = attention(x)
+    (layer,) = mlx_fused.patch(attention).layers
+    reason = f"q_proj is quantized in a format without kernels: {mode} {bits} bits by 32"
+    assert layer.qkv.obstacle == reason
+    assert_same(attention(x), expected)
+    assert (layer.qkv.calls.fused, layer.qkv.calls.fallen_back) == (0, 1)

@@ -100,7 +100,11 @@ def calls(draw):
     """Any operation, with any options, of a few rows."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     dtype = draw(st.sampled_from([mx.float32, mx.float64]))
-    forms = [None] if dtype == mx.float64 else [None, None, ("affine", 32, 4), ("affine", 32, 3), *quantized.FLOATS]
+    forms = (
+        [None]
+        if dtype == mx.float64
+        else [None, None, ("affine", 32, 4), ("affine", 32, 3), ("affine", 32, 1), *quantized.FLOATS]
+    )
     form, batch, seq = draw(st.sampled_from(forms)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
     hidden = 32 if form else draw(st.integers(1, 6))
     bias, adapted, exact = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
@@ -125,7 +129,9 @@ def calls(draw):
 @given(st.data(), calls(), st.sampled_from(["fused", "composed"]))
 def test_any_two_transforms_of_any_call(data, problem, route):
     call, rng = problem
-    steps = data.draw(st.tuples(*[st.sampled_from(["vmap", "vmap", "grad", "jvp", "compile", "checkpoint"])] * 2))
+    steps = data.draw(
+        st.tuples(*[st.sampled_from(["vmap", "vmap", "grad", "jvp", "compile", "checkpoint"])] * 2)
+    )
     # mx.checkpoint differentiates by all arguments, which codes have no derivatives for.
     keys = [key for key, a in call.leaves.items() if a.dtype not in CODES or "checkpoint" not in steps]
     stack = Stack([call.leaves[key] for key in keys], rng)

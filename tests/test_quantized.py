@@ -1,5 +1,11 @@
 """The operations on quantized weights against float64, over every format, shape class and boundary."""
 
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -11,6 +17,7 @@ import operands
 import oracle
 import projections
 import quantized
+from mlx_fused import _ext
 from projections import check_forward, check_gradients, cotangents
 from test_layouts import VIEWS
 
@@ -61,6 +68,65 @@ def test_integers_give_the_same_bits_however_they_are_computed(rng, form):
         oracle.assert_equal(
             grads, call.gradient_formula(call.trainable)(oracle.exact(given), *call.exact_operands)
         )
+
+
+@pytest.mark.parametrize("mode,of_scales", quantized.TABLES)
+def test_the_formats_are_those_of_mlx(mode, of_scales):
+    weight, scales, group_size, bits = quantized.every_byte(mode, of_scales)
+    for dtype in operands.DTYPES:
+        values = mx.dequantize(weight, scales, None, group_size, bits, mode, dtype=dtype)
+        expected = quantized.dequantize(weight, scales, None, group_size, bits, mode)
+        oracle.assert_equal(values, mx.array(expected, mx.float64).astype(dtype))
+
+
+EVERY_BYTE = """
+import mlx.core as mx, operands, oracle, projections, quantized
+mx.set_default_device(mx.cpu)
+for table in quantized.TABLES:
+    for dtype in operands.DTYPES:
+        for rows in (1, 3, 5, 40):
+            call = projections.every_byte(*table, rows, dtype)
+            (expected,) = call.formula(*call.exact_operands)
+            oracle.assert_equal(call(), (mx.array(expected, mx.float64).astype(dtype),))
+            call = projections.every_byte(*table, rows, dtype, as_columns=True)
+            key, given = ("attn_out", None), (mx.full((1, rows, 1), 0.5, dtype),)
+            (expected,) = call.gradient_formula([key])(oracle.exact(given), *call.exact_operands)
+            grads = projections.gradients(call, [key], given)
+            oracle.assert_equal(grads, (mx.array(expected, mx.float64).astype(dtype),))
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "amx"])
+def test_every_byte_of_every_format(isa):
+    """NaN, infinities and the smallest numbers too."""
+    environment = os.environ | {"MLX_FUSED_MAX_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, "-c", EVERY_BYTE], env=environment, check=True)
+
+
+@pytest.mark.parametrize("form", quantized.FOREIGN, ids=str)
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
+def test_formats_that_only_mlx_knows(rng, form, adapted):
+    for packed, bias in product((False, True), repeat=2):
+        ranks, rank = ((8, None, 3), 8) if adapted else (None, None)
+        check(
+            rng,
+            projections.qkv(rng, 2, 5, 256, HEADS, form, bias=bias, packed=packed, ranks=ranks),
+            roundings=6,
+        )
+        check(rng, projections.output(rng, 2, 5, 256, 40, form, bias=bias, rank=rank, alpha=0.5), roundings=6)
+    with pytest.raises(ValueError, match=r"route must be 'composed' or None .* but got 'fused'\."):
+        projections.qkv(rng, 2, 5, 256, HEADS, form)(route="fused")
+
+
+def test_the_formats_that_our_kernels_know():
+    forms = product(("affine", "mxfp4", "mxfp8", "nvfp4", "mxfp3", ""), range(-1, 257), range(-1, 33))
+    known = {(m, g, b) for m, g, b in forms if _ext.has_quantized_kernels(g, b, m)}
+    assert known == set(quantized.FORMATS)
+    for mode, group_size, bits in quantized.FORMATS + quantized.FOREIGN:
+        for device in ("cpu", "metal"):
+            format = (mode, bits, group_size)
+            routed = _ext._internals.route("qkv", [mx.float32], 1, quantization=format, device=device)
+            assert (routed == "fused") == (mode != "affine" or bits > 1)
 
 
 def test_the_defaults_are_those_of_quantized_matmul(rng):

@@ -54,14 +54,14 @@ WEIGHTS = [
     ({"bias": mx.zeros(64, mx.int32)}, ["bias", "float32", "int32"]),
 ]
 FORMATS = [
-    ({"mode": "int4"}, ["mode", "affine", "mxfp4", "mxfp8", "nvfp4", "int4"]),
-    ({"mode": ""}, ["mode", "affine"]),
-    ({"bits": 7}, ["bits", "affine", "7"]),
-    ({"bits": 0}, ["bits", "affine", "0"]),
-    ({"bits": -4}, ["bits", "affine", "-4"]),
-    ({"group_size": 48}, ["group_size", "affine", "48"]),
-    ({"group_size": 16}, ["group_size", "affine", "16"]),
-    ({"group_size": 0}, ["group_size", "affine", "0"]),
+    ({"bits": 0}, ["bits", "1", "0"]),
+    ({"bits": -4}, ["bits", "1", "-4"]),
+    ({"group_size": 0}, ["group_size", "1", "0"]),
+    ({"group_size": -64, "mode": "mxfp3"}, ["group_size", "1", "-64"]),
+    ({"bits": 1, "weight": words(64, 4), "scales": zeros(63, 2)}, ["scales", "64", "(63, 2)"]),
+    ({"bits": 1, "weight": words(1, 64)[0]}, ["weight", "2", "(64,)"]),
+    ({"mode": "mxfp3", "scales": zeros(32, 2)}, ["scales", "64", "(32, 2)"]),
+    ({"bits": 7, "biases": zeros(65, 2)}, ["biases", "64", "(65, 2)"]),
     ({"bits": 8}, ["weight", "(64, 32)", "(64, 16)"]),
     ({"group_size": 32}, ["scales", "(64, 4)", "(64, 2)"]),
     ({"mode": "mxfp4"}, ["biases", "None", "mxfp4"]),
@@ -197,15 +197,52 @@ def test_a_route_that_there_is_not():
             call(operation, route="slow")
 
 
+# Formats that MLX does not know either, or not with these shapes, or refuses when it computes.
+FOREIGN = [
+    {"mode": "mxfp3"},
+    {"mode": "mxfp3", "bits": 3, "group_size": 48, "biases": None},
+    {"mode": ""},
+    {"bits": 7},
+    {"bits": 7, "weight": words(64, 28)},
+    {"bits": 1},
+    {"bits": 1, "weight": words(64, 4), "biases": None},
+    {"bits": 1, "weight": words(64, 4), "scales": mx.zeros((64, 2), mx.uint8), "biases": words(64, 2)},
+    {"group_size": 48},
+    {"group_size": 16, "scales": zeros(64, 8), "biases": zeros(64, 8)},
+    {"group_size": 16, "scales": zeros(64, 8), "biases": zeros(64, 7)},
+]
+
+
+@pytest.mark.parametrize("changes", FOREIGN, ids=str)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_formats_that_only_mlx_may_know_have_its_own_errors(operation, changes):
+    a = QUANTIZED | {"group_size": None, "bits": None, "mode": "affine"} | changes
+    x, weight, scales, biases = zeros(2, 3, 128), a["weight"], a["scales"], a["biases"]
+    with pytest.raises((ValueError, RuntimeError)) as expected:
+        mx.eval(mx.quantized_matmul(x, weight, scales, biases, True, a["group_size"], a["bits"], a["mode"]))
+    with pytest.raises(expected.type) as error:
+        mx.eval(call(operation, **changes))
+    assert str(error.value) == str(expected.value)
+
+
 def test_the_exact_messages():
     with pytest.raises(ValueError) as error:
-        call("fused_quantized_qkv_projection", bits=7)
-    assert str(error.value) == (
-        "[fused_quantized_qkv_projection] bits must be 2, 3, 4, 5, 6 or 8 for mode 'affine' but got 7."
+        call("fused_quantized_qkv_projection", mode="mxfp4", bits=8)
+    assert str(error.value) == "[fused_quantized_qkv_projection] bits must be 4 for mode 'mxfp4' but got 8."
+    with pytest.raises(ValueError) as error:
+        call("fused_quantized_qkv_projection", bits=1, weight=words(63, 4))
+    assert (
+        str(error.value) == "[fused_quantized_qkv_projection] weight must have 64 rows but got shape (63, 4)."
+    )
+    with pytest.raises(ValueError) as error:
+        call("fused_lora_qkv_projection", **DENSE, bits=4)
+    assert (
+        str(error.value)
+        == "[fused_lora_qkv_projection] bits must be left out if scales are None but got a value."
     )
     with pytest.raises(ValueError) as error:
         call("fused_lora_qkv_projection", lora_b=(zeros(4, 32), None, None))
     assert str(error.value) == (
         "[fused_lora_qkv_projection] lora_a[2] and lora_b[2] must both be arrays or both None "
-        "but only lora_a[2] is an array."
+        "but got lora_a[2] alone."
     )

@@ -130,9 +130,25 @@ def test_a_gradient_is_routed_on_its_own(monkeypatch):
     assert mx.array_equal(grads, mx.full((4, 4), 2.0))
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float64], ids=str)
+def test_what_routing_composes_adds_in_its_products(dtype, monkeypatch):
+    """As mlx.nn.Linear does: one launch on GPUs."""
+    monkeypatch.setenv("MLX_FUSED_ROUTE", "composed")
+    x, w, b = (mx.ones(shape).astype(dtype) for shape in ((2, 3, 4), (4, 4), (4,)))
+    mx.eval(x, w, b)
+    plain = mlx_fused.fused_output_projection_residual(x, w, None, x, alpha=0.5)
+    assert primitives(plain)["AddMM"] == 1 and not {"Add", "Matmul", "Multiply"} & set(primitives(plain))
+    biased = primitives(*mlx_fused.fused_qkv_projection(x, (w, w, w), (b, b, b), 2, 2, 2))
+    assert biased["AddMM"] == 3 and not biased["Add"] and not biased["Matmul"]
+    both = primitives(mlx_fused.fused_output_projection_residual(x, w, b, x))
+    assert both["AddMM"] == both["Add"] == 1 and not both["Matmul"]
+    merged = mx.compile(lambda x: tuple(mlx_fused.fused_qkv_projection(x, (w, w, w), (b, b, b), 2, 2, 2)))(x)
+    assert primitives(*merged)["AddMM"] == 1
+
+
 def test_a_misspelt_variable_is_refused(monkeypatch):
     monkeypatch.setenv("MLX_FUSED_ROUTE", "Fused")
-    with pytest.raises(ValueError, match=r"MLX_FUSED_ROUTE must be 'composed' or 'fused' but is 'Fused'\."):
+    with pytest.raises(ValueError, match=r"MLX_FUSED_ROUTE must be 'composed' or 'fused' but got 'Fused'\."):
         calls()[0]()
 
 

@@ -121,7 +121,26 @@ for rows in (1, 2, 50):  # on the caller's thread, of few rows, of many
 """
 
 
-@pytest.mark.parametrize("threads", ["1", "2", "9", ""])
+@pytest.mark.parametrize(
+    "threads", ["0", "-1", "1025", "1073741824", "2147483648", "9" * 30, "two", "2.0", " 2"]
+)
+def test_numbers_of_threads_that_are_none(threads):
+    code = """
+import mlx.core as mx, mlx_fused
+x = mx.ones((1, 2, 4))
+try:
+    mlx_fused.fused_output_projection_residual(x, mx.ones((4, 4)), residual=x, stream=mx.cpu)
+except ValueError as error:
+    print(error)
+"""
+    environment = os.environ | {"MLX_FUSED_NUM_THREADS": threads}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, text=True, capture_output=True
+    )
+    assert run.stdout == f"MLX_FUSED_NUM_THREADS must be a number from 1 to 1024 but got '{threads}'.\n"
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "9", "1024", ""])
 def test_any_number_of_threads(threads):
     environment = os.environ | {"MLX_FUSED_NUM_THREADS": threads}
     subprocess.run([sys.executable, "-c", COMPARE], env=environment, check=True)

@@ -1,6 +1,6 @@
 """vmap, compile, checkpoint, async_eval and export against loops and the composed form, on integers."""
 
-from itertools import product
+from itertools import permutations, product
 
 import mlx.core as mx
 import numpy as np
@@ -9,8 +9,10 @@ import pytest
 import mlx_fused
 import operands
 import oracle
+import projections
 from graph import primitives
 from mlx_fused import composed
+from stacks import Stack
 from test_autodiff import cube_sum, packed_function, qkv_flat, qkv_function, subsets
 
 HEADS = (4, 2, 3)
@@ -122,6 +124,34 @@ def test_vmap_of_vmap(rng):
         return mx.vmap(mx.vmap(f, in_axes=(0, None, None)), in_axes=(1, None, None))(x, weight, bias)
 
     oracle.assert_equal(twice(mlx_fused), twice(composed))
+
+
+@pytest.mark.parametrize("route", ["fused", "composed"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float64], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+def test_vmap_of_vmap_over_every_pair_of_subsets(rng, bias, dtype, route, monkeypatch):
+    monkeypatch.setenv("MLX_FUSED_ROUTE", route)
+    for call in (
+        projections.output(rng, 2, 3, 4, 5, None, dtype, bias, alpha=-0.5),
+        projections.qkv(rng, 2, 3, 4, HEADS, None, dtype, bias, packed=True),
+    ):
+        keys = list(call.leaves)
+        some = [None, *subsets(len(keys))]
+        for pair in product(some, repeat=2):
+            stack = Stack(call.leaves.values(), rng)
+            for mapped in filter(None, pair):
+                axes = [int(rng.integers(a.ndim + 1)) for a in stack.args]
+                stack.vmap([axis if i in mapped else None for i, axis in enumerate(axes)])
+            stack.check(call, keys)
+
+
+def test_three_vmaps(rng):
+    call = projections.output(rng, 2, 3, 4, 5, None, mx.float64, alpha=-0.5)
+    for order in permutations(range(4), 3):
+        stack = Stack(call.leaves.values(), rng)
+        for mapped in order:
+            stack.vmap([0 if i == mapped else None for i in range(4)])
+        stack.check(call, list(call.leaves))
 
 
 @pytest.mark.parametrize("axis", range(4))
@@ -389,6 +419,19 @@ def test_a_chain_over_two_streams(rng):
         return module.fused_output_projection_residual(heads, w, None, x, **where)
 
     oracle.assert_equal(chain(mlx_fused, stream=other), chain(composed))
+
+
+@pytest.mark.parametrize("form", [None, ("affine", 32, 4), ("nvfp4", 16, 4)], ids=str)
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
+def test_what_is_asked_to_be_composed_can_be_exported(rng, tmp_path, form, adapted):
+    ranks, rank = ((2, None, 3), 2) if adapted else (None, None)
+    for call in (
+        projections.qkv(rng, 2, 3, 32, HEADS, form, ranks=ranks),
+        projections.output(rng, 2, 3, 32, 5, form, rank=rank, alpha=0.5),
+    ):
+        keys, path = list(call.leaves), str(tmp_path / "call.mlxfn")
+        mx.export_function(path, call.function(keys, route="composed"), *call.leaves.values())
+        oracle.assert_equal(mx.import_function(path)(*call.leaves.values()), call(route="composed"))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])

@@ -30,15 +30,15 @@ def fused_qkv_projection(input: array, weight: array | tuple[array, array, array
         a tuple ``(wq, wk, wv)`` of shapes ``[Hq, H]``, ``[Hk, H]`` and
         ``[Hv, H]``, which are neither copied nor concatenated.
       bias (array or tuple, optional): ``[Hq + Hk + Hv]``, or a tuple of
-        ``[Hq]``, ``[Hk]`` and ``[Hv]`` if ``weight`` is a tuple, or ``None``.
+        ``[Hq]``, ``[Hk]`` and ``[Hv]`` if ``weight`` is a tuple. Default: ``None``.
       num_heads (int): Query heads, a multiple of ``num_kv_heads``.
       num_kv_heads (int): Key and value heads.
       head_dim (int): Features per head, at least 1.
       v_head_dim (int, optional): Those of a value head. Default: ``None``, ``head_dim``.
       split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
         outputs are ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
-      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-        ours, where there are any. Default: ``None``, whichever is expected to be faster
+      route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+        ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
       stream (Stream or Device, optional): Where to run. Default: ``None``, the
         default stream of the default device.
@@ -69,13 +69,13 @@ def fused_output_projection_residual(attn_out: array, weight: array, bias: array
       attn_out (array): Attention output of shape ``[B, S, Hq]``, heads side by
         side, float32, float16 or bfloat16. Any strides.
       weight (array): Output projection of shape ``[H, Hq]``.
-      bias (array, optional): ``[H]``, or ``None``.
+      bias (array, optional): ``[H]``. Default: ``None``.
       residual (array): What the attention block was given, ``[B, S, H]``.
       alpha (float): What the projection is multiplied by. Default: ``1.0``.
       exact (bool): Round where separate operations do: after the projection, after
         ``alpha`` and after the sum. Default: ``False``.
-      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-        ours, where there are any. Default: ``None``, whichever is expected to be faster
+      route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+        ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
       stream (Stream or Device, optional): Where to run. Default: ``None``, the
         default stream of the default device.
@@ -106,8 +106,8 @@ def fused_qkv_projection_bwd(dq: array, dk: array, dv: array, input: array, weig
       num_kv_heads (int): Key and value heads.
       head_dim (int): Features per head.
       v_head_dim (int, optional): Those of a value head. Default: ``None``, ``head_dim``.
-      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-        ours, where there are any. Default: ``None``, whichever is expected to be faster
+      route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+        ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
       stream (Stream or Device, optional): Where to run. Default: ``None``, the
         default stream of the default device.
@@ -130,8 +130,8 @@ def fused_output_projection_residual_bwd(d_output: array, attn_out: array, weigh
       attn_out (array): The forward's ``attn_out``, ``[B, S, Hq]``.
       weight (array): The forward's weight, ``[H, Hq]``.
       has_bias (bool): Whether the forward had a bias.
-      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-        ours, where there are any. Default: ``None``, whichever is expected to be faster
+      route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+        ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
       stream (Stream or Device, optional): Where to run. Default: ``None``, the
         default stream of the default device.
@@ -197,8 +197,8 @@ def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, ar
         or a tuple as ``weight`` is; uint8 unless ``mode`` is ``"affine"``.
       biases (array or tuple, optional): Of the groups, as ``scales``; ``None`` unless
         ``mode`` is ``"affine"``.
-      bias (array or tuple, optional): Of the projection, ``[Hq + Hk + Hv]`` or a tuple, or
-        ``None``.
+      bias (array or tuple, optional): Of the projection, ``[Hq + Hk + Hv]`` or a tuple.
+        Default: ``None``.
       num_heads (int): Query heads, a multiple of ``num_kv_heads``.
       num_kv_heads (int): Key and value heads.
       head_dim (int): Features per head, at least 1.
@@ -208,11 +208,12 @@ def fused_quantized_qkv_projection(input: array, weight: array | tuple[array, ar
       bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
         the mode's own (4; mxfp8 8).
       mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
-        ``mx.quantize``. Default: ``"affine"``.
+        ``mx.quantize``; MLX computes other modes, sizes and bits that it knows. Default:
+        ``"affine"``.
       split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
         outputs are ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
-      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-        ours, where there are any. Default: ``None``, whichever is expected to be faster
+      route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+        ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
       stream (Stream or Device, optional): Where to run. Default: ``None``, the
         default stream of the default device.
@@ -246,19 +247,20 @@ def fused_quantized_output_projection_residual(attn_out: array, weight: array, s
         ``"affine"``.
       biases (array, optional): Of the groups, as ``scales``; ``None`` unless ``mode`` is
         ``"affine"``.
-      bias (array, optional): Of the projection, ``[H]``, or ``None``.
+      bias (array, optional): Of the projection, ``[H]``. Default: ``None``.
       residual (array): What the attention block was given, ``[B, S, H]``.
       group_size (int, optional): Of the quantization: 32, 64 or 128 for ``"affine"``. Default:
         ``None``, the mode's own (affine 64, mxfp4 and mxfp8 32, nvfp4 16).
       bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
         the mode's own (4; mxfp8 8).
       mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
-        ``mx.quantize``. Default: ``"affine"``.
+        ``mx.quantize``; MLX computes other modes, sizes and bits that it knows. Default:
+        ``"affine"``.
       alpha (float): What the projection is multiplied by. Default: ``1.0``.
       exact (bool): Round where separate operations do: after the projection, after its
         bias, after ``alpha`` and after the sum. Default: ``False``.
-      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-        ours, where there are any. Default: ``None``, whichever is expected to be faster
+      route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+        ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
       stream (Stream or Device, optional): Where to run. Default: ``None``, the
         default stream of the default device.
@@ -293,7 +295,7 @@ def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, 
       input (array): Hidden states of shape ``[B, S, H]``, float32, float16 or
         bfloat16. Any strides.
       weight (array or tuple): Packed, or a tuple ``(wq, wk, wv)``, dense or codes.
-      bias (array or tuple, optional): Of the projection, packed or a tuple, or ``None``.
+      bias (array or tuple, optional): Of the projection, packed or a tuple. Default: ``None``.
       lora_a (tuple): For q, k and v an array ``[H, rank]`` or ``None``; ranks may differ.
         Computed with in float32.
       lora_b (tuple): For q, k and v an array ``[rank, Hq]``, ``[rank, Hk]`` and ``[rank, Hv]``, ``None``
@@ -311,13 +313,14 @@ def fused_lora_qkv_projection(input: array, weight: array | tuple[array, array, 
       bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
         the mode's own (4; mxfp8 8).
       mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
-        ``mx.quantize``. Default: ``"affine"``.
+        ``mx.quantize``; MLX computes other modes, sizes and bits that it knows. Default:
+        ``"affine"``.
       split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
         outputs are ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
       exact (bool): Round where mlx-lm's modules do: after the base product (and its bias),
         after the scaled low-rank product, and after their sum. Default: ``False``.
-      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-        ours, where there are any. Default: ``None``, whichever is expected to be faster
+      route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+        ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
       stream (Stream or Device, optional): Where to run. Default: ``None``, the
         default stream of the default device.
@@ -349,7 +352,7 @@ def fused_lora_output_projection_residual(attn_out: array, weight: array, bias: 
       attn_out (array): Attention output of shape ``[B, S, Hq]``, heads side by
         side, float32, float16 or bfloat16. Any strides.
       weight (array): ``[H, Hq]``, or codes.
-      bias (array, optional): Of the projection, ``[H]``, or ``None``.
+      bias (array, optional): Of the projection, ``[H]``. Default: ``None``.
       residual (array): What the attention block was given, ``[B, S, H]``.
       lora_a (array): ``[Hq, rank]``. Computed with in float32.
       lora_b (array): ``[rank, H]``.
@@ -362,13 +365,14 @@ def fused_lora_output_projection_residual(attn_out: array, weight: array, bias: 
       bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
         the mode's own (4; mxfp8 8).
       mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
-        ``mx.quantize``. Default: ``"affine"``.
+        ``mx.quantize``; MLX computes other modes, sizes and bits that it knows. Default:
+        ``"affine"``.
       alpha (float): What the projection is multiplied by. Default: ``1.0``.
       exact (bool): Round where mlx-lm's modules do: after the base product (and its bias),
         after the scaled low-rank product, after their sum, after ``alpha`` and after the
         residual's sum. Default: ``False``.
-      route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-        ours, where there are any. Default: ``None``, whichever is expected to be faster
+      route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+        ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
         (or what the environment variable ``MLX_FUSED_ROUTE`` says).
       stream (Stream or Device, optional): Where to run. Default: ``None``, the
         default stream of the default device.

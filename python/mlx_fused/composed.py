@@ -5,7 +5,7 @@ them too, as it does for quantized weights and adapters. Call them for `mx.expor
 MLX's own primitives only:
 
     def qkv(x):
-        return mlx_fused.composed.fused_qkv_projection(x, weight, None, 32, 8, 64)
+        return mlx_fused.composed.fused_qkv_projection(x, weight, num_heads=32, num_kv_heads=8, head_dim=64)
 
     mx.export_function("qkv.mlxfn", qkv, x)
 """

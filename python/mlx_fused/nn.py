@@ -51,8 +51,8 @@ class QKVProjection(Module):
         self.v_head_dim = self.head_dim if v_head_dim is None else v_head_dim
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"[QKVProjection] num_heads must be a multiple of num_kv_heads, "
-                f"got {self.num_heads} and {self.num_kv_heads}."
+                f"[QKVProjection] num_heads must be a multiple of num_kv_heads "
+                f"but got {self.num_heads} and {self.num_kv_heads}."
             )
         sizes = {
             "q": self.num_heads * self.head_dim,
@@ -95,13 +95,16 @@ class QKVProjection(Module):
         )
         for name, linear in linears.items():
             if linear.keys() != q.keys():
-                raise ValueError("[QKVProjection] q, k and v must all have a bias, or none.")
+                given = ", ".join(n for n, linear in linears.items() if "bias" in linear)
+                raise ValueError(
+                    f"[QKVProjection] q, k and v must all have a bias, or none, but got one for {given}."
+                )
             for parameter, array in linear.items():
                 expected = layer[f"{name}_{parameter}"].shape
                 if array.shape != expected:
                     raise ValueError(
-                        f"[QKVProjection] expected the {parameter} of {name} to have shape "
-                        f"{expected}, got {array.shape}."
+                        f"[QKVProjection] the {parameter} of {name} must have shape {expected} "
+                        f"but got {array.shape}."
                     )
                 layer[f"{name}_{parameter}"] = array
         return layer
@@ -288,4 +291,4 @@ def _uniform(input_dims: int, shape: tuple[int, ...]) -> mx.array:
 
 def _check_linear(layer: str, name: str, linear: object) -> None:
     if type(linear) is not Linear:
-        raise TypeError(f"[{layer}] expected {name} to be an mlx.nn.Linear, got {type(linear).__name__}.")
+        raise TypeError(f"[{layer}] {name} must be an mlx.nn.Linear but got {type(linear).__name__}.")

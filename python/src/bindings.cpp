@@ -152,15 +152,15 @@ NB_MODULE(_ext, m) {
             a tuple ``(wq, wk, wv)`` of shapes ``[Hq, H]``, ``[Hk, H]`` and
             ``[Hv, H]``, which are neither copied nor concatenated.
           bias (array or tuple, optional): ``[Hq + Hk + Hv]``, or a tuple of
-            ``[Hq]``, ``[Hk]`` and ``[Hv]`` if ``weight`` is a tuple, or ``None``.
+            ``[Hq]``, ``[Hk]`` and ``[Hv]`` if ``weight`` is a tuple. Default: ``None``.
           num_heads (int): Query heads, a multiple of ``num_kv_heads``.
           num_kv_heads (int): Key and value heads.
           head_dim (int): Features per head, at least 1.
           v_head_dim (int, optional): Those of a value head. Default: ``None``, ``head_dim``.
           split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
             outputs are ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
-          route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-            ours, where there are any. Default: ``None``, whichever is expected to be faster
+          route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+            ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
           stream (Stream or Device, optional): Where to run. Default: ``None``, the
             default stream of the default device.
@@ -222,13 +222,13 @@ NB_MODULE(_ext, m) {
           attn_out (array): Attention output of shape ``[B, S, Hq]``, heads side by
             side, float32, float16 or bfloat16. Any strides.
           weight (array): Output projection of shape ``[H, Hq]``.
-          bias (array, optional): ``[H]``, or ``None``.
+          bias (array, optional): ``[H]``. Default: ``None``.
           residual (array): What the attention block was given, ``[B, S, H]``.
           alpha (float): What the projection is multiplied by. Default: ``1.0``.
           exact (bool): Round where separate operations do: after the projection, after
             ``alpha`` and after the sum. Default: ``False``.
-          route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-            ours, where there are any. Default: ``None``, whichever is expected to be faster
+          route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+            ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
           stream (Stream or Device, optional): Where to run. Default: ``None``, the
             default stream of the default device.
@@ -280,8 +280,8 @@ NB_MODULE(_ext, m) {
           num_kv_heads (int): Key and value heads.
           head_dim (int): Features per head.
           v_head_dim (int, optional): Those of a value head. Default: ``None``, ``head_dim``.
-          route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-            ours, where there are any. Default: ``None``, whichever is expected to be faster
+          route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+            ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
           stream (Stream or Device, optional): Where to run. Default: ``None``, the
             default stream of the default device.
@@ -317,8 +317,8 @@ NB_MODULE(_ext, m) {
           attn_out (array): The forward's ``attn_out``, ``[B, S, Hq]``.
           weight (array): The forward's weight, ``[H, Hq]``.
           has_bias (bool): Whether the forward had a bias.
-          route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-            ours, where there are any. Default: ``None``, whichever is expected to be faster
+          route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+            ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
           stream (Stream or Device, optional): Where to run. Default: ``None``, the
             default stream of the default device.

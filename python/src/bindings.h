@@ -15,9 +15,10 @@ inline Triple triple(const std::vector<mlx::core::array>& arrays, size_t first =
 
 // The signatures of a function with arguments that may be left out although others follow that must not: all
 // by position, or the others by name. OPTIONAL(default) are those arguments.
-#define MLX_FUSED_SIGNATURES(name, first, OPTIONAL, rest, options, result)                           \
-  "@overload\ndef " name "(" first ", " OPTIONAL("") ", " rest ", *, " options ") -> " result       \
-  ": ...\n\n@overload\ndef " name "(" first ", " OPTIONAL(" = None") ", *, " rest ", " options ") -> " result
+#define MLX_FUSED_SIGNATURES(name, first, OPTIONAL, rest, options, result)                             \
+  "@overload\ndef " name "(" first                                                                     \
+  ", " OPTIONAL("") ", " rest ", *, " options ") -> " result ": ...\n\n@overload\ndef " name "(" first \
+                    ", " OPTIONAL(" = None") ", *, " rest ", " options ") -> " result
 
 #define ARRAYS "array | tuple[array, array, array]"
 #define BIAS(default) "bias: array | None" default

@@ -108,7 +108,8 @@ void bind_lora(nb::module_& m) {
           "fused_lora_qkv_projection",
           "input: array, weight: " ARRAYS,
           BIAS_PARTS,
-          "lora_a: tuple[array | None, array | None, array | None], lora_b: tuple[array | None, array | None, "
+          "lora_a: tuple[array | None, array | None, array | None], lora_b: tuple[array | None, array | "
+          "None, "
           "array | None], scale: float | tuple[float, float, float], " QKV_HEADS,
           "v_head_dim: int | None = None, scales: " ARRAYS " | None = None, biases: " ARRAYS
           " | None = None, " QUANTIZATION ", split_heads: bool = True, exact: bool = False, " ROUTE,
@@ -130,7 +131,7 @@ void bind_lora(nb::module_& m) {
           input (array): Hidden states of shape ``[B, S, H]``, float32, float16 or
             bfloat16. Any strides.
           weight (array or tuple): Packed, or a tuple ``(wq, wk, wv)``, dense or codes.
-          bias (array or tuple, optional): Of the projection, packed or a tuple, or ``None``.
+          bias (array or tuple, optional): Of the projection, packed or a tuple. Default: ``None``.
           lora_a (tuple): For q, k and v an array ``[H, rank]`` or ``None``; ranks may differ.
             Computed with in float32.
           lora_b (tuple): For q, k and v an array ``[rank, Hq]``, ``[rank, Hk]`` and ``[rank, Hv]``, ``None``
@@ -148,13 +149,14 @@ void bind_lora(nb::module_& m) {
           bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
             the mode's own (4; mxfp8 8).
           mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
-            ``mx.quantize``. Default: ``"affine"``.
+            ``mx.quantize``; MLX computes other modes, sizes and bits that it knows. Default:
+            ``"affine"``.
           split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
             outputs are ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
           exact (bool): Round where mlx-lm's modules do: after the base product (and its bias),
             after the scaled low-rank product, and after their sum. Default: ``False``.
-          route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-            ours, where there are any. Default: ``None``, whichever is expected to be faster
+          route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+            ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
           stream (Stream or Device, optional): Where to run. Default: ``None``, the
             default stream of the default device.
@@ -238,7 +240,7 @@ void bind_lora(nb::module_& m) {
           attn_out (array): Attention output of shape ``[B, S, Hq]``, heads side by
             side, float32, float16 or bfloat16. Any strides.
           weight (array): ``[H, Hq]``, or codes.
-          bias (array, optional): Of the projection, ``[H]``, or ``None``.
+          bias (array, optional): Of the projection, ``[H]``. Default: ``None``.
           residual (array): What the attention block was given, ``[B, S, H]``.
           lora_a (array): ``[Hq, rank]``. Computed with in float32.
           lora_b (array): ``[rank, H]``.
@@ -251,13 +253,14 @@ void bind_lora(nb::module_& m) {
           bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
             the mode's own (4; mxfp8 8).
           mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
-            ``mx.quantize``. Default: ``"affine"``.
+            ``mx.quantize``; MLX computes other modes, sizes and bits that it knows. Default:
+            ``"affine"``.
           alpha (float): What the projection is multiplied by. Default: ``1.0``.
           exact (bool): Round where mlx-lm's modules do: after the base product (and its bias),
             after the scaled low-rank product, after their sum, after ``alpha`` and after the
             residual's sum. Default: ``False``.
-          route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-            ours, where there are any. Default: ``None``, whichever is expected to be faster
+          route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+            ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
           stream (Stream or Device, optional): Where to run. Default: ``None``, the
             default stream of the default device.

@@ -84,8 +84,8 @@ void bind_quantized(nb::module_& m) {
             or a tuple as ``weight`` is; uint8 unless ``mode`` is ``"affine"``.
           biases (array or tuple, optional): Of the groups, as ``scales``; ``None`` unless
             ``mode`` is ``"affine"``.
-          bias (array or tuple, optional): Of the projection, ``[Hq + Hk + Hv]`` or a tuple, or
-            ``None``.
+          bias (array or tuple, optional): Of the projection, ``[Hq + Hk + Hv]`` or a tuple.
+            Default: ``None``.
           num_heads (int): Query heads, a multiple of ``num_kv_heads``.
           num_kv_heads (int): Key and value heads.
           head_dim (int): Features per head, at least 1.
@@ -95,11 +95,12 @@ void bind_quantized(nb::module_& m) {
           bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
             the mode's own (4; mxfp8 8).
           mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
-            ``mx.quantize``. Default: ``"affine"``.
+            ``mx.quantize``; MLX computes other modes, sizes and bits that it knows. Default:
+            ``"affine"``.
           split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the
             outputs are ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
-          route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-            ours, where there are any. Default: ``None``, whichever is expected to be faster
+          route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+            ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
           stream (Stream or Device, optional): Where to run. Default: ``None``, the
             default stream of the default device.
@@ -174,19 +175,20 @@ void bind_quantized(nb::module_& m) {
             ``"affine"``.
           biases (array, optional): Of the groups, as ``scales``; ``None`` unless ``mode`` is
             ``"affine"``.
-          bias (array, optional): Of the projection, ``[H]``, or ``None``.
+          bias (array, optional): Of the projection, ``[H]``. Default: ``None``.
           residual (array): What the attention block was given, ``[B, S, H]``.
           group_size (int, optional): Of the quantization: 32, 64 or 128 for ``"affine"``. Default:
             ``None``, the mode's own (affine 64, mxfp4 and mxfp8 32, nvfp4 16).
           bits (int, optional): Of a code: 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: ``None``,
             the mode's own (4; mxfp8 8).
           mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``, as in
-            ``mx.quantize``. Default: ``"affine"``.
+            ``mx.quantize``; MLX computes other modes, sizes and bits that it knows. Default:
+            ``"affine"``.
           alpha (float): What the projection is multiplied by. Default: ``1.0``.
           exact (bool): Round where separate operations do: after the projection, after its
             bias, after ``alpha`` and after the sum. Default: ``False``.
-          route (str, optional): ``"composed"`` for MLX's own operations, ``"fused"`` for
-            ours, where there are any. Default: ``None``, whichever is expected to be faster
+          route (str, optional): ``"composed"`` for MLX's own operations, which can be exported,
+            ``"fused"`` for ours, where there are any. Default: ``None``, whichever is expected to be faster
             (or what the environment variable ``MLX_FUSED_ROUTE`` says).
           stream (Stream or Device, optional): Where to run. Default: ``None``, the
             default stream of the default device.

@@ -35,6 +35,8 @@ KERNEL_FLAGS = [
     *("-Xclang", "-cl-single-precision-constant"),
     *("-Xclang", "-ffloat16-excess-precision=none"),
     "-ftrivial-auto-var-init=pattern",  # so that an uninitialised local spoils the numbers
+    # A loop unrolled checks what the loop does, and takes three times as long to compile.
+    *("-mllvm", "-unroll-threshold=0", "-mllvm", "-unroll-full-max-count=0"),
     *("-fno-vectorize", "-fno-slp-vectorize", "-ffp-contract=off", "-fno-strict-aliasing"),
     "-fno-optimize-sibling-calls",  # a return address says where a call was
     "-fno-delete-null-pointer-checks",  # nor may it conclude that a pointer is none

@@ -1,6 +1,9 @@
 """The ``mlx-fused`` command."""
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 
@@ -13,46 +16,65 @@ try:
 except ModuleNotFoundError:
     sys.exit(_INSTALL)
 
-from mlx_fused.cli import passthrough  # noqa: E402
+from mlx_fused.cli import output, passthrough  # noqa: E402
 from mlx_fused.cli.bench import bench  # noqa: E402
 from mlx_fused.cli.demo import demo  # noqa: E402
 from mlx_fused.cli.info import info  # noqa: E402
 from mlx_fused.cli.validate import validate  # noqa: E402
+from mlx_fused.patching.report import switched_off  # noqa: E402
 
 
 def _check_settings() -> None:
     """Let a call, which is not evaluated, say what is wrong with the environment variables."""
     one = mx.ones((1, 1, 1))
     try:
+        switched_off()
         mlx_fused.fused_output_projection_residual(one, one[0], None, one, stream=mx.cpu)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 
 
+@contextmanager
+def _click_errors() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error}. {_INSTALL}") from error
+    except OSError as error:  # click would keep quiet about a broken pipe
+        raise click.ClickException(str(error)) from error
+
+
 class _Group(click.Group):
-    """Knows what to install, and leaves mlx-lm's commands alone with their arguments."""
+    """Knows what to install, ends plainly, and leaves mlx-lm's commands alone with their arguments."""
 
     def main(self, args=None, *rest, **extra):
         args = sys.argv[1:] if args is None else list(args)
-        if args and args[0] in passthrough.COMMANDS:
+        if sys.stderr is None:  # it is closed: the next file that is opened would get what is written to it
+            sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        with output.plain_ends():
+            if not args or args[0] not in passthrough.COMMANDS:
+                if sys.stdout is None:
+                    raise click.ClickException("stdout must be open but is closed.")
+                sys.exit(super().main(args, *rest, standalone_mode=False, **extra))
             # Outside click, which has its own ways with "--", an interrupt and the end of the input.
-            try:
-                _check_settings()
+            _check_settings()
+            with _click_errors():
                 command = passthrough.load(args[0])
-            except click.UsageError as error:
-                error.show()
-                sys.exit(error.exit_code)
-            except ModuleNotFoundError as error:
-                sys.exit(f"Error: {error}. {_INSTALL}")
-            return command(args[1:])
-        return super().main(args, *rest, **extra)
+        try:
+            status = command(args[1:])
+        except SystemExit as end:
+            status = end.code
+        with output.plain_ends():
+            sys.exit(status)
+
+    def make_context(self, *args, **extra) -> click.Context:
+        with _click_errors():
+            return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context):
         _check_settings()
-        try:
+        with _click_errors():
             return super().invoke(ctx)
-        except ModuleNotFoundError as error:
-            raise click.ClickException(f"{error}. {_INSTALL}") from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,12 @@ from statistics import median
 import click
 import mlx.core as mx
 
-from mlx_fused.cli.calls import GROUP_SIZE, WEIGHTS, Call, Sizes, make_block, make_calls
+from mlx_fused.cli.calls import GROUP_SIZE, WEIGHTS, Call, Sizes, make_block, make_calls, peak_memory
 from mlx_fused.cli.info import describe
 from mlx_fused.cli.output import console, json_option, print_json
 
 _ROUNDS = 5
+_LARGEST = 2**31 - 1  # size that MLX knows
 _TURN, _LIMIT = 0.02, 2  # seconds for a turn at least, and after which no further round begins
 
 
@@ -34,7 +36,7 @@ _TURN, _LIMIT = 0.02, 2  # seconds for a turn at least, and after which no furth
 )
 @click.option(
     "--rows",
-    type=click.IntRange(1),
+    type=click.IntRange(1, _LARGEST),
     multiple=True,
     default=(1, 32),
     show_default=True,
@@ -53,8 +55,13 @@ def bench(model: Path | None, weights: tuple[str, ...], rows: tuple[int, ...], a
     sizes = _sizes_of(model) if model else Sizes()
     widths = sizes.hidden, sizes.num_heads * sizes.head_dim
     if any(kind.startswith("4-bit") for kind in weights) and any(width % GROUP_SIZE for width in widths):
-        raise click.BadParameter(
-            f"4-bit weights need sizes divisible by {GROUP_SIZE}.", param_hint="--weights"
+        raise click.UsageError(f"Widths of 4-bit weights must be divisible by {GROUP_SIZE} but got {widths}.")
+    needed = max(peak_memory(sizes, kind, m) for kind in weights for m in rows)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:  # MLX would not come back from it
+        raise click.UsageError(
+            f"What is timed must fit in this machine's {memory // 10**9} GB of memory "
+            f"but got {max(rows)} tokens, {sizes}, which take {needed // 10**9} GB or more."
         )
     out = console(as_json)
     cells = []
@@ -108,10 +115,15 @@ def _sizes_of(model: Path) -> Sizes:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         kv_heads = config.get("num_key_value_heads") or heads
         sizes = hidden, heads, kv_heads, config.get("head_dim") or hidden // heads
-        if not all(type(size) is int and size > 0 for size in sizes) or heads % kv_heads or sizes[-1] % 2:
+        if (
+            not all(type(size) is int and 0 < size <= _LARGEST for size in sizes)
+            or heads % kv_heads
+            or sizes[-1] % 2
+        ):
             raise ValueError(sizes)
         return Sizes(*sizes)
     except (ArithmeticError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise click.BadParameter(
-            f"{model}: no sizes of attention: {error!r}", param_hint="--model"
+            f"config.json must have the sizes of an attention block but got {error!r} in {model}.",
+            param_hint="--model",
         ) from error

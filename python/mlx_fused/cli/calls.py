@@ -1,10 +1,8 @@
 """Calls of an attention block's two projections: as mlx-lm's modules make them, and fused."""
 
 from collections.abc import Callable
-from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import partial
-from io import StringIO
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -121,11 +119,19 @@ def make_block(sizes: Sizes, weights: str, rows: int) -> Call:
         return block
 
     stock, patched = make(), make()
-    with redirect_stderr(StringIO()):  # a line that says what is fused
-        mlx_fused.patch(patched)
+    mlx_fused.patch(patched)
     x = mx.random.normal((1, rows, sizes.hidden)).astype(WEIGHTS[weights])
     mx.eval(x, stock.parameters(), patched.parameters())
     return Call("block", [x], *(lambda x, b=block: [b(x, "causal")] for block in (stock, patched)))
+
+
+def peak_memory(sizes: Sizes, weights: str, rows: int) -> int:
+    """The bytes that the calls take at least: a block's gradient has three of its attention's scores."""
+    q_dims, kv_dims = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
+    parameters = 2 * sizes.hidden * (q_dims + kv_dims)
+    tokens = rows * (sizes.hidden + q_dims)
+    scores = sizes.num_heads * rows**2
+    return WEIGHTS[weights].size * (parameters + tokens + 3 * scores)
 
 
 class _Projection:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from mlx_fused.cli.output import console, json_option, print_json
+from mlx_fused.patching.report import switched_off
 
 
 @click.command()
@@ -28,13 +29,12 @@ def demo(out: Path, iters: int, seed: int, dense: bool, as_json: bool) -> None:
     """
     from mlx_fused.demo import Settings, run
 
-    if os.environ.get("MLX_FUSED") == "0":
-        raise click.ClickException("MLX_FUSED=0 is set; unset it for the demo.")
+    if switched_off():
+        raise click.UsageError(
+            f"MLX_FUSED must be unset or on for the demo but is {os.environ['MLX_FUSED']!r}."
+        )
     people = console(as_json)
-    try:
-        results = run(out, Settings(iters=iters, seed=seed, dense=dense), people)
-    except OSError as error:
-        raise click.ClickException(str(error)) from error
+    results = run(out, Settings(iters=iters, seed=seed, dense=dense), people)
     if as_json:
         print_json(results)
     share = max(loss["difference"] / loss["tolerance"] for loss in results["losses"])

@@ -1,8 +1,12 @@
-"""Where results and what accompanies them are printed."""
+"""Where results, what accompanies them and errors are printed."""
 
 import json
 import math
+import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn, TextIO
 
 import click
 
@@ -15,8 +19,50 @@ def console(as_json: bool):
     """A ``rich`` console for people: on stdout, or on stderr if JSON is to have stdout to itself."""
     from rich.console import Console
 
+    class PlainConsole(Console):
+        def on_broken_pipe(self) -> NoReturn:
+            raise  # what it is called for: the base class would end the process without a word
+
     # The file is given so that what redirects stdout later does not redirect the console.
-    return Console(file=sys.stderr if as_json else sys.stdout, highlight=False)
+    return PlainConsole(file=sys.stderr if as_json else sys.stdout, highlight=False)
+
+
+def say(line: str) -> None:
+    """Print to stderr, if that can be written: nobody is left to be told that it cannot."""
+    _print_if_possible(sys.stderr, lambda: print(line, file=sys.stderr))
+
+
+@contextmanager
+def plain_ends() -> Iterator[None]:
+    """Errors of use, and a stdout that cannot be written, end the process with a line and a status."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
+    except click.ClickException as error:
+        _end(error.show, error.exit_code)
+    except click.Abort:
+        _end(lambda: print("Aborted!", file=sys.stderr), 1)
+    except OSError as error:
+        _end(click.ClickException(str(error)).show, 1)
+
+
+def _end(show: Callable[[], None], status: int) -> NoReturn:
+    _print_if_possible(sys.stderr, show)
+    if sys.stdout:
+        _print_if_possible(sys.stdout, lambda: None)
+    sys.exit(status)
+
+
+def _print_if_possible(stream: TextIO, show: Callable[[], None]) -> None:
+    try:
+        show()
+        stream.flush()
+    except OSError:
+        # What is left in the stream's buffer must go somewhere, or the interpreter complains as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def print_json(results: dict) -> None:

@@ -1,5 +1,6 @@
 """mlx-lm's own commands, with every model patched as it loads."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,7 +8,10 @@ from functools import wraps
 from importlib import import_module
 
 import mlx_fused
+from mlx_fused.cli.output import say
 
+# Where launchers say which of several processes this is: mlx.launch, Open MPI, and MPICH and its kin.
+_RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 COMMANDS = {
     "lora": "Fine-tune",
     "generate": "Generate text",
@@ -37,7 +41,10 @@ def _patching_loader() -> Iterator[None]:
     @wraps(load_model)
     def load_and_patch(*args, **kwargs):
         model, config = load_model(*args, **kwargs)
-        mlx_fused.patch(model)
+        report = mlx_fused.patch(model)
+        # Read off the environment, for asking MLX would start communication that mlx-lm may not want.
+        if all(os.environ.get(name, "0") == "0" for name in _RANKS):
+            say(report.summary)
         return model, config
 
     utils.load_model = load_and_patch

@@ -1,5 +1,6 @@
 """The demo from an empty directory to the verdict."""
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,7 +102,7 @@ def run(out: Path, settings: Settings, console: Console) -> dict:
 
 def _claim(out: Path) -> None:
     if out.exists() and any(out.iterdir()) and not (out / _MARKER).exists():
-        raise FileExistsError(f"{out} holds files that are not the demo's. Choose another --out.")
+        raise FileExistsError(f"--out must be new, empty or an earlier demo's but got {out}.")
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARKER).touch()
 
@@ -194,5 +195,5 @@ def _show(console: Console, results: dict) -> None:
         console.print(Panel(Text(results["texts"][name].rstrip()), title=title, title_align="left"))
     phases = ", ".join(f"{name} {value:.0f} s" for name, value in results["seconds"].items())
     console.print(f"{phases}, on {results['device']}", soft_wrap=True)
-    more = f"More of this checkpoint: mlx-fused validate {results['model']}"
+    more = f"More of this checkpoint: mlx-fused validate {shlex.quote(results['model'])}"
     console.print(more, soft_wrap=True, markup=False)

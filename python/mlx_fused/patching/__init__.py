@@ -13,7 +13,7 @@ from typing import Literal
 import mlx.nn as nn
 
 from mlx_fused.patching import attention, residual
-from mlx_fused.patching.attention import FusedAttention, Names, Obstacles, Options
+from mlx_fused.patching.attention import Names, Obstacles, Options
 from mlx_fused.patching.report import Calls, LayerReport, Part, PatchReport
 
 __all__ = ["Calls", "LayerReport", "Part", "PatchReport", "patch", "patched", "unpatch"]
@@ -127,7 +127,9 @@ def _patch(model: nn.Module, qkv: bool, o_residual: str | bool, lora: bool, exac
     options = Options(qkv, o_residual, lora, exact)
     layers = []
     for name, module, names, obstacles in _attentions(model):
-        layers.append(attention.report(name, module, attention.fuse(module, names, options, obstacles)))
+        layers.append(
+            attention.report(name, module, names, attention.fuse(module, names, options, obstacles))
+        )
     return PatchReport(tuple(layers))
 
 
@@ -137,7 +139,7 @@ def _attentions(model: nn.Module) -> list[tuple[str, nn.Module, Names, Obstacles
     modules = dict(model.named_modules())
     found = []
     for name, module in modules.items():
-        names = attention.names_of(module) if isinstance(module, FusedAttention) else _names(module)
+        names = attention.names_of(module) or _names(module)
         instead = next((text.format(key) for key, text in _INSTEAD.items() if key in module), None)
         if names.inputs or (names.output and instead):
             obstacles = Obstacles(None if names.inputs else instead, _residual_obstacle(name, names, modules))

@@ -133,15 +133,16 @@ def patch_of(attention: nn.Module) -> Patch | None:
     return state.patch if state else None
 
 
-def names_of(attention: FusedAttention) -> Names:
-    return type(attention)._mlx_fused_names
+def names_of(attention: nn.Module) -> Names | None:
+    """Those that ``attention`` was patched with, None if it is not patched."""
+    return getattr(type(attention), "_mlx_fused_names", None)
 
 
-def report(name: str, attention: nn.Module, patch: Patch | str) -> LayerReport:
+def report(name: str, attention: nn.Module, names: Names, patch: Patch | str) -> LayerReport:
     """How ``attention`` is fused as it is now; ``patch`` is what :func:`fuse` gave."""
     if isinstance(patch, str):
         return LayerReport(name, Part(patch), Part(patch))
-    qkv, output = _qkv(attention, patch), _output(attention, patch)
+    qkv, output = _qkv(attention, names, patch), _output(attention, names, patch)
     note = None
     if isinstance(qkv, projections.QKV) and isinstance(qkv.adapters, str):
         note = f"adapters apart: {qkv.adapters}"
@@ -152,7 +153,7 @@ def report(name: str, attention: nn.Module, patch: Patch | str) -> LayerReport:
     )
 
 
-def _qkv(attention: nn.Module, patch: Patch) -> projections.QKV | str:
+def _qkv(attention: nn.Module, names: Names, patch: Patch) -> projections.QKV | str:
     """The projections of queries, keys and values; text if they cannot be one operation."""
     if not patch.options.qkv:
         return "qkv=False"
@@ -160,17 +161,17 @@ def _qkv(attention: nn.Module, patch: Patch) -> projections.QKV | str:
         return patch.obstacles.qkv
     if vars(attention).get("is_kv_shared_layer"):
         return "it takes keys and values from another layer"
-    return projections.read_qkv(attention, names_of(attention).inputs, patch.options.lora, patch.options.exact)
+    return projections.read_qkv(attention, names.inputs, patch.options.lora, patch.options.exact)
 
 
-def _output(attention: nn.Module, patch: Patch) -> Callable | str:
+def _output(attention: nn.Module, names: Names, patch: Patch) -> Callable | str:
     """The output projection with residual as a function; text if it cannot be one."""
     options = patch.options
     if options.o_residual is False:
         return "o_residual=False"
     if patch.obstacles.residual:
         return patch.obstacles.residual
-    operation = projections.read_output(attention, names_of(attention).output, options.lora, options.exact)
+    operation = projections.read_output(attention, names.output, options.lora, options.exact)
     if options.o_residual is True and not isinstance(operation, str):
         operation = partial(operation, route="fused")
     return operation
@@ -179,8 +180,8 @@ def _output(attention: nn.Module, patch: Patch) -> Callable | str:
 class _Call:
     """One running call of an attention module, and the projections of its latest input."""
 
-    def __init__(self, attention: nn.Module, patch: Patch):
-        self.attention, self.patch = attention, patch
+    def __init__(self, attention: nn.Module, names: Names, patch: Patch):
+        self.attention, self.names, self.patch = attention, names, patch
         self.stand_ins: dict[str, _StandIn] = {}
         self.counted: set[str] = set()  # "qkv", "residual"
         self.unknown: set[str] = set()  # parts with a projection of a type that the operations do not know
@@ -193,7 +194,7 @@ class _Call:
         """What a stand-in does when it is called."""
         if _running.get() is not self or not isinstance(x, mx.array):
             return module(x)  # kept beyond its call, or given to another thread
-        if name in names_of(self.attention).inputs:
+        if name in self.names.inputs:
             return self._project(name, module, x)
         return self._add(module, x)
 
@@ -213,7 +214,9 @@ class _Call:
     def _project_all(self, x: mx.array, first: str) -> None:
         self.input, self.outputs = alias(x), {}  # `x += 1` changes x
         attention = self.attention
-        if x.dtype not in projections.DTYPES or isinstance(qkv := _qkv(attention, self.patch), str):
+        if x.dtype not in projections.DTYPES or isinstance(
+            qkv := _qkv(attention, self.names, self.patch), str
+        ):
             self._count("qkv")
             return
         self._count("qkv", fused=1)
@@ -228,7 +231,7 @@ class _Call:
         y = module(x)
         if x.ndim != 3 or x.dtype not in projections.DTYPES:
             return y
-        add = _output(self.attention, self.patch)
+        add = _output(self.attention, self.names, self.patch)
         if isinstance(add, str):
             return y
         return Projected.of(y, partial(add, attn_out=alias(x)), self.patch.residual_calls)
@@ -298,7 +301,7 @@ class _Slot:
         if call is None or call.attention is not attention:
             return module  # to code outside the call, or of a module called inside it
         if not projections.is_known(module):
-            call.unknown.add("qkv" if name in names_of(attention).inputs else "residual")
+            call.unknown.add("qkv" if name in call.names.inputs else "residual")
             return module
         stand_in = call.stand_ins.get(name)
         if stand_in is None or _module_of(stand_in) is not module:
@@ -316,12 +319,12 @@ class _Slot:
             raise AttributeError(self._name) from None
 
 
-def _entry(original: type, name: str) -> Callable:
+def _entry(original: type, names: Names) -> Callable:
     def call(self, *args, **kwargs):
-        running = _begin(self)
+        running = _begin(self, names)
         token = _running.set(running)
         try:
-            return getattr(original, name)(self, *args, **kwargs)
+            return getattr(original, names.entry)(self, *args, **kwargs)
         finally:
             _running.reset(token)
             if running is not None:
@@ -330,7 +333,7 @@ def _entry(original: type, name: str) -> Callable:
     return call
 
 
-def _begin(attention: nn.Module) -> _Call | None:
+def _begin(attention: nn.Module, names: Names) -> _Call | None:
     """A call that is to end as it begins, None if it is to run the model's own code."""
     if switched_off():
         return None
@@ -338,7 +341,7 @@ def _begin(attention: nn.Module) -> _Call | None:
         if (patch := patch_of(attention)) is None:
             return None
         vars(attention)[_STATE].running += 1
-    return _Call(attention, patch)
+    return _Call(attention, names, patch)
 
 
 def _end(call: _Call) -> None:
@@ -352,7 +355,8 @@ def _end(call: _Call) -> None:
 def _fused_class(original: type, names: Names) -> type:
     # One class for all layers: mlx-lm's grad_checkpoint edits the class of the first, to reach all.
     members = {name: _Slot(name) for name in (*names.inputs, names.output) if name}
-    members |= {names.entry: _entry(original, names.entry), "_mlx_fused_original": original, "_mlx_fused_names": names}
+    members[names.entry] = _entry(original, names)
+    members |= {"_mlx_fused_original": original, "_mlx_fused_names": names}
     return type(original.__name__, (FusedAttention, original), members)
 
 

@@ -25,6 +25,7 @@ from mlx_fused._ext import (
     fused_qkv_projection,
     fused_quantized_output_projection_residual,
     fused_quantized_qkv_projection,
+    has_quantized_kernels,
     is_same,
 )
 
@@ -117,6 +118,8 @@ def read(name: str, module: nn.Module | None) -> Projection | str:
         weight, bias = module["weight"], module.get("bias")
         scales, biases = module["scales"], module.get("biases")
         form = module.group_size, module.bits, module.mode
+        if not has_quantized_kernels(*form):
+            return f"{name} is quantized in a format without kernels: {_format(form)}"
         # The scales of mxfp4 and its like are no numbers.
         dtype = scales.dtype if biases is not None else bias.dtype if bias is not None else None
     else:
@@ -136,7 +139,7 @@ def read_qkv(attention: nn.Module, names: tuple[str, ...], lora: bool, exact: bo
         three.append(projection)
     q, k, v = three
     if not q.format == k.format == v.format:
-        return f"quantization differs: {', '.join(map(_describe, three))}"
+        return f"quantization differs: {', '.join(_format(p.format) for p in three)}"
     if not q.weight.shape[1] == k.weight.shape[1] == v.weight.shape[1]:
         return f"input sizes differ: {tuple(p.weight.shape[1] for p in three)}"
     if not (q.bias is None) == (k.bias is None) == (v.bias is None):
@@ -283,10 +286,10 @@ def _quantization(operands: Projection | QKV) -> dict:
     }
 
 
-def _describe(projection: Projection) -> str:
-    if projection.format is None:
+def _format(form: tuple[int, int, str] | None) -> str:
+    if form is None:
         return "none"
-    group_size, bits, mode = projection.format
+    group_size, bits, mode = form
     return f"{mode} {bits} bits by {group_size}"
 
 

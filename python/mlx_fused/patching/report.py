@@ -8,10 +8,17 @@ from threading import Lock
 
 _lock = Lock()
 
+_OFF = dict.fromkeys(("0", "false", "off", "no"), True) | dict.fromkeys(("1", "true", "on", "yes", ""), False)
+
 
 def switched_off() -> bool:
     """Whether patched models run their own code."""
-    return os.environ.get("MLX_FUSED") == "0"
+    value = os.environ.get("MLX_FUSED", "")
+    try:
+        return _OFF[value.lower()]
+    except KeyError:
+        allowed = ", ".join(repr(word) for word in _OFF if word)
+        raise ValueError(f"MLX_FUSED must be unset or one of {allowed} but got {value!r}.") from None
 
 
 @dataclass
@@ -80,10 +87,11 @@ class PatchReport:
             kind = "no attention layer of a kind it knows (q_proj, k_proj, v_proj, ...)"
             return f"mlx-fused: nothing to patch, {kind}"
         qkv, residual = (sum(getattr(x, part).fused for x in self.layers) for part in ("qkv", "residual"))
+        off = f"; MLX_FUSED={os.environ['MLX_FUSED']} keeps all of it off" if switched_off() else ""
         return (
             f"mlx-fused: of {len(self.layers)} attention layer{'s' * (len(self.layers) > 1)}, "
             f"the QKV projection is fused in {qkv}, the output projection with its residual in {residual}"
-            f"{'; MLX_FUSED=0 keeps all of it off' * switched_off()}"
+            f"{off}"
         )
 
     def __repr__(self) -> str:
