@@ -9,18 +9,19 @@ namespace {
 // A format is known, or else MLX's to judge; but what MLX makes of another under a format's name is none.
 Quantization check_quantization(const Check& check, const QuantizedParts& parts) {
   Quantization q{parts.mode, 0, 0, parts.biases.has_value()};
-  auto set = [&](const char* name, int& value, std::optional<int> given, int affine, int Quantization::* only) {
-    auto* format = only_format(q.mode);
-    value = given.value_or(q.is_affine() ? affine : format ? format->*only : 0);
-    if (given) {
-      check.positive(name, value);
-    }
-    if (format && value != format->*only) {
-      check.fail(
-          std::string(name) + " must be " + std::to_string(format->*only) + " for mode '" + q.mode +
-          "' but got " + std::to_string(value) + ".");
-    }
-  };
+  auto set =
+      [&](const char* name, int& value, std::optional<int> given, int affine, int Quantization::* only) {
+        auto* format = only_format(q.mode);
+        value = given.value_or(q.is_affine() ? affine : format ? format->*only : 0);
+        if (given) {
+          check.positive(name, value);
+        }
+        if (format && value != format->*only) {
+          check.fail(
+              std::string(name) + " must be " + std::to_string(format->*only) + " for mode '" + q.mode +
+              "' but got " + std::to_string(value) + ".");
+        }
+      };
   set("group_size", q.group_size, parts.group_size, 64, &Quantization::group_size);
   set("bits", q.bits, parts.bits, 4, &Quantization::bits);
   if (is_known(q) && q.has_biases != q.is_affine()) {
@@ -50,7 +51,8 @@ class Arguments {
     if (bool(array) != packed_ || given.size() != expected) {
       check_.fail(
           name +
-          (packed_ ? " must be one packed array as weight is" : " must be a tuple of three arrays (q, k, v)") +
+          (packed_ ? " must be one packed array as weight is"
+                   : " must be a tuple of three arrays (q, k, v)") +
           " but got " + (array ? "one array." : "a tuple of " + std::to_string(given.size()) + "."));
     }
     for (size_t i = 0; i < given.size(); ++i) {

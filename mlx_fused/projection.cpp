@@ -176,7 +176,8 @@ Arrays Projection::vjp(
     if (call_.quantization && role == Role::weight) {
       Check(call_.operation)
           .fail(
-              "quantized weights have no gradient; freeze them, and train adapters, biases, or scales of mode "
+              "quantized weights have no gradient; freeze them, and train adapters, biases, or scales of "
+              "mode "
               "'affine'.");
     }
     if (of_group && !call_.quantization->is_affine()) {

@@ -11,8 +11,7 @@ namespace mlx_fused {
 
 // The outputs of a call, by a primitive or by MLX's own operations. `inputs` are in the call's order and of
 // any dtypes; `wish` is routing's.
-Arrays project(
-    Arrays inputs, Call call, const std::optional<std::string>& wish, mx::Stream stream);
+Arrays project(Arrays inputs, Call call, const std::optional<std::string>& wish, mx::Stream stream);
 
 // Its gradients, in the order wanted and of the cotangents' dtype, adapters' in float32.
 Arrays project_grad(

@@ -32,7 +32,9 @@ Call make_call(const Check& check, const std::string& operation, const mx::array
   }
   check.ndim("input", input, 3);
   check.floating("input", input);
-  auto segment = [&](int num_heads, int dim) { return Segment{num_heads * dim, heads.split ? num_heads : 0}; };
+  auto segment = [&](int num_heads, int dim) {
+    return Segment{num_heads * dim, heads.split ? num_heads : 0};
+  };
   return {
       .operation = operation,
       .node = "FusedQKVProjection",
@@ -79,8 +81,7 @@ Arrays qkv_projection_bwd(
   Arrays cotangents = {dq, dk, dv};
   for (int i = 0; i < 3; ++i) {
     auto& [features, num_heads, adapter_scale] = call.segments[i];
-    check.shape(
-        names[i], cotangents[i], {input.shape(0), num_heads, input.shape(1), features / num_heads});
+    check.shape(names[i], cotangents[i], {input.shape(0), num_heads, input.shape(1), features / num_heads});
     check.floating(names[i], cotangents[i]);
   }
   auto grads = all_gradients(cotangents, primals, call, has_bias, wish, stream);

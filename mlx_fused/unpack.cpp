@@ -9,8 +9,7 @@ namespace {
 
 class Unpack : public FusedPrimitive {
  public:
-  Unpack(mx::Stream stream, std::vector<int> rows)
-      : FusedPrimitive(stream), rows_(std::move(rows)) {}
+  Unpack(mx::Stream stream, std::vector<int> rows) : FusedPrimitive(stream), rows_(std::move(rows)) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     share(inputs[0], outputs);
@@ -33,9 +32,8 @@ class Unpack : public FusedPrimitive {
 
  protected:
   Function composed() override {
-    return [rows = rows_, s = stream()](const Arrays& inputs) {
-      return mx::split(inputs[0], ends(rows), 0, s);
-    };
+    return
+        [rows = rows_, s = stream()](const Arrays& inputs) { return mx::split(inputs[0], ends(rows), 0, s); };
   }
   Arrays apply(const Arrays& inputs) override {
     return composed()(inputs);

@@ -100,8 +100,7 @@ std::tuple<mx::array, mx::array, std::optional<mx::array>, mx::array> output_pro
     bool has_bias,
     const Route& route,
     mx::StreamOrDevice s) {
-  auto grads =
-      mlx_fused::output_projection_bwd(d_output, attn_out, weight, has_bias, route, s);
+  auto grads = mlx_fused::output_projection_bwd(d_output, attn_out, weight, has_bias, route, s);
   std::optional<mx::array> d_bias;
   if (has_bias) {
     d_bias = grads[2];

@@ -83,7 +83,8 @@ nb::tuple describe(const mx::metal::CommandEncoder::Launch& launch) {
   return nb::make_tuple(dict, memory);
 }
 
-// Evaluates the node of ours that `a` comes from by its eval_gpu; `simulate` runs each launch. Returns how many.
+// Evaluates the node of ours that `a` comes from by its eval_gpu; `simulate` runs each launch. Returns how
+// many.
 int eval_gpu(mx::array a, const nb::callable& simulate) {
   while (!std::string_view(a.primitive().name()).starts_with("Fused")) {
     a = mx::array(a.inputs()[0]);  // a packed weight's gradient is concatenated

@@ -127,8 +127,7 @@ void Projection::eval_cpu(const Arrays& inputs, Arrays& outputs) {
          view_of(outputs[i])});
   }
   auto x = view_of(operands.get(Role::input));
-  cpu::Epilogue epilogue{
-      view_of(operands.find(Role::residual)), call_.epilogue.alpha, call_.epilogue.exact};
+  cpu::Epilogue epilogue{view_of(operands.find(Role::residual)), call_.epilogue.alpha, call_.epilogue.exact};
   dispatch(stream(), inputs, outputs, [=] { cpu::project(x, segments, epilogue); });
 }
 

@@ -37,7 +37,7 @@ enum class Mode : uint8_t { affine, mxfp4, mxfp8, nvfp4 };
 struct Quantized {
   const void* codes;   // 32-bit words, the first code in the lowest bits
   const void* scales;  // [rows, cols / group_size]: of `type` for affine, else a byte, e8m0 or (nvfp4) e4m3
-  const void* biases = nullptr;  // as the scales; affine only
+  const void* biases = nullptr;                                        // as the scales; affine only
   int64_t codes_row_stride, scales_row_stride, biases_row_stride = 0;  // in words and elements
   Type type;                                                           // of affine's scales and biases
   Mode mode;

@@ -84,7 +84,7 @@ Plan plan_projection(
     const Epilogue& epilogue);
 
 struct GradSegment {
-  Tensor grad;                   // [B, heads, S, head_dim]
+  Tensor grad;                        // [B, heads, S, head_dim]
   std::optional<Weight> weight = {};  // for dx
   std::optional<Adapter> adapter = {};
   std::optional<Tensor> da = {}, db = {};  // where wanted
