@@ -88,11 +88,11 @@ class OperationChecks:
             compared = compare(_rows(y), y.dtype, expected, arithmetic, distinct)
             self._add("results", "their components", name, layer, compared)
 
-        operands = _differentiable(arguments, call)
+        operands = differentiable(arguments)
         cotangents = [
             mx.random.normal(y.shape, y.dtype, key=mx.random.key(i)) for i, y in enumerate(outputs)
         ]
-        function = _function_of(operation, arguments, list(operands))
+        function = function_of(operation, arguments, list(operands))
         _, grads = mx.vjp(function, list(operands.values()), cotangents)
         arithmetic = _arithmetic(grads, arguments, "Grad")
         expected = formulas.gradients(call, _scaled(cotangents, call.alpha, arithmetic), arithmetic)
@@ -215,7 +215,7 @@ def _scaled(cotangents: list[mx.array], alpha: float, arithmetic: Arithmetic) ->
     return [alpha * _rows(g) for g in cotangents]
 
 
-def _differentiable(arguments: dict, call: Call) -> dict[tuple[str, int | None], mx.array]:
+def differentiable(arguments: dict) -> dict[tuple[str, int | None], mx.array]:
     """The operands that may have a gradient, by the argument and the place in it."""
     names = ["input", "attn_out", "weight", "bias", "lora_a", "lora_b", "residual"]
     if arguments.get("scales") is not None:
@@ -228,7 +228,7 @@ def _differentiable(arguments: dict, call: Call) -> dict[tuple[str, int | None],
     return found
 
 
-def _function_of(operation: Callable, arguments: dict, keys: list[tuple[str, int | None]]) -> Callable:
+def function_of(operation: Callable, arguments: dict, keys: list[tuple[str, int | None]]) -> Callable:
     """``operation`` as a function of some of its operands."""
 
     def function(*values: mx.array):
