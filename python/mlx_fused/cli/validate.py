@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,7 +111,7 @@ def _operations(operations: dict) -> Table:
                 continue
             worst = max(findings, key=lambda kind: _rank(findings[kind], findings[kind]["share"]))
             finding = findings[worst]
-            where = f"{worst}, {finding['layer']}"
+            where = f"{worst}, {_short(finding['layer'])}"
             table.add_row(f"  {part}", f"{finding['share']:.2g}", where, _verdict(findings.values()))
     return table
 
@@ -149,11 +150,17 @@ def _costs(results: dict) -> Table:
 
 
 def _verdict(checks: Iterable[dict]) -> str:
-    """The worst verdict, and of how many checks if not of all."""
+    """The worst verdict, and of how many checks."""
     verdicts = [check["verdict"] for check in checks]
     worst = max(verdicts, key=_BADNESS.index)
-    count = f"{verdicts.count(worst)} of {len(verdicts)} " if len(verdicts) > 1 and worst != "passed" else ""
+    count = f"{verdicts.count(worst)} " if len(verdicts) > 1 and worst != "passed" else ""
     return f"[{_STYLES[worst]}]{count}{worst}[/]"
+
+
+def _short(layer: str) -> str:
+    """A layer's number, or its name if it has none."""
+    number = re.search(r"\.(\d+)\.", layer)
+    return f"layer {number[1]}" if number else layer
 
 
 def _rank(check: dict, share: float) -> tuple[int, float]:

@@ -8,7 +8,7 @@ passed eightfold (Hoeffding; Higham and Mary, 2019, for sums of products).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import NamedTuple
@@ -96,7 +96,7 @@ def outputs(call: Call, arithmetic: Arithmetic) -> dict[str, Expected]:
 
 def gradients(
     call: Call, grads: list[np.ndarray], arithmetic: Arithmetic
-) -> dict[tuple[str, str], Expected]:
+) -> Iterator[tuple[tuple[str, str], Expected]]:
     """The gradients of all that the segments are made of, by the names of the operand and of the segment.
 
     Args:
@@ -106,31 +106,39 @@ def gradients(
     """
     x, x_size, rows = call.x, np.abs(call.x), len(call.x)
     dx = Expected(sum(_terms(s, len(s.weight)) for s in call.segments))
-    found = {("input", ""): dx}
     for s, g in zip(call.segments, grads, strict=True):
         g_size = np.abs(g)
         dx.add(f"projection of {s.name}", g @ s.weight, g_size @ s.magnitude)
         if arithmetic.weight_unit:
             spread = arithmetic.weight_unit * np.abs(s.weight)
             dx.shared.append(Shared(spread, lambda d, g=g: g.T @ d, np.sqrt(g**2 @ spread**2)))
-        found["weight", s.name] = weight = Expected(rows)
-        weight.add(WHOLE, g.T @ x, g_size.T @ x_size)
+        yield ("weight", s.name), _single(rows, g.T @ x, g_size.T @ x_size)
         if s.bias is not None:
-            found["bias", s.name] = bias = Expected(rows)
-            bias.add(WHOLE, g.sum(0), g_size.sum(0))
+            yield ("bias", s.name), _single(rows, g.sum(0), g_size.sum(0))
         if s.a is None:
             continue
         h, z = _low_rank(g, s.scale * s.b.T, arithmetic), _low_rank(x, s.scale * s.a, arithmetic)
         dx.add(f"adapter of {s.name}", h.value @ s.a.T, h.magnitude @ np.abs(s.a).T)
         effect = np.sqrt(h.spread**2 @ (s.a**2).T)
         dx.shared.append(Shared(h.spread, lambda d, a=s.a: d @ a, effect))
-        found["lora_a", s.name] = da = Expected(rows + g.shape[1] + 5)
-        da.add(WHOLE, x.T @ h.value, x_size.T @ h.magnitude)
+        da = _single(rows + g.shape[1] + 5, x.T @ h.value, x_size.T @ h.magnitude)
         da.shared.append(Shared(h.spread, lambda d: x @ d, np.sqrt((x**2).T @ h.spread**2)))
-        found["lora_b", s.name] = db = Expected(rows + x.shape[1] + 5)
-        db.add(WHOLE, z.value.T @ g, z.magnitude.T @ g_size)
+        yield ("lora_a", s.name), da
+        db = _single(rows + x.shape[1] + 5, z.value.T @ g, z.magnitude.T @ g_size)
         db.shared.append(Shared(z.spread, lambda d, g=g: g @ d.T, np.sqrt((z.spread**2).T @ g**2)))
-    return found
+        yield ("lora_b", s.name), db
+    yield ("input", ""), dx
+
+
+def copied(values: np.ndarray) -> Expected:
+    """The gradient of what is only added: that of the sum."""
+    return _single(1, values, np.abs(values))
+
+
+def _single(terms: int, value: np.ndarray, magnitude: np.ndarray) -> Expected:
+    expected = Expected(terms)
+    expected.add(WHOLE, value, magnitude)
+    return expected
 
 
 class _LowRank(NamedTuple):
@@ -149,10 +157,3 @@ def _low_rank(x: np.ndarray, a: np.ndarray, arithmetic: Arithmetic) -> _LowRank:
 def _terms(segment: Segment, length: int) -> int:
     # A quantized weight is decoded, and may be summed as two terms; then bias, scale, alpha, residual.
     return 4 * length + (0 if segment.a is None else segment.a.shape[1]) + 5
-
-
-def copied(values: np.ndarray) -> Expected:
-    """The gradient of what is only added: that of the sum."""
-    expected = Expected(1)
-    expected.add(WHOLE, values, np.abs(values))
-    return expected

@@ -22,7 +22,7 @@ import mlx_fused
 from mlx_fused.patching.projections import watching
 from mlx_fused.validate import formulas
 from mlx_fused.validate.bounds import Comparison, compare, unit_roundoff
-from mlx_fused.validate.formulas import Arithmetic, Call, Segment
+from mlx_fused.validate.formulas import Arithmetic, Call, Expected, Segment
 
 _TF32_UNIT = 2.0**-11  # matrix units of GPUs may round float32 so
 _LABELS = {"weight": "weight", "bias": "bias", "lora_a": "A", "lora_b": "B"}
@@ -95,18 +95,28 @@ class OperationChecks:
         function = function_of(operation, arguments, list(operands))
         _, grads = mx.vjp(function, list(operands.values()), cotangents)
         arithmetic = _arithmetic(grads, arguments, "Grad")
-        expected = formulas.gradients(call, _scaled(cotangents, call.alpha, arithmetic), arithmetic)
-        expected["residual", ""] = formulas.copied(_rows(cotangents[0]))
+        of = {}
         for (argument, place), grad in zip(operands, grads, strict=True):
             if argument in _LABELS:
                 segment = call.segments[place or 0].name
-                key, name = (argument, segment), f"{_LABELS[argument]} of {segment}"
+                of[argument, segment] = f"{_LABELS[argument]} of {segment}", grad
             else:
-                key, name = ("residual" if argument == "residual" else "input", ""), argument
-            compared = compare(_rows(grad), grad.dtype, expected[key], arithmetic)
-            self._add("gradients", "components of gradients", name, layer, compared)
+                of["residual" if argument == "residual" else "input", ""] = argument, grad
+        segment_grads = _scaled(cotangents, call.alpha, arithmetic)
+        for key, expected in formulas.gradients(call, segment_grads, arithmetic):
+            if key in of:  # a quantized weight has none
+                self._hold_gradient(layer, *of[key], expected, arithmetic)
+        if call.residual is not None:
+            copied = formulas.copied(_rows(cotangents[0]))
+            self._hold_gradient(layer, *of["residual", ""], copied, arithmetic)
         self.count += 1
         self.on_call()
+
+    def _hold_gradient(
+        self, layer: str, name: str, grad: mx.array, expected: Expected, arithmetic: Arithmetic
+    ) -> None:
+        compared = compare(_rows(grad), grad.dtype, expected, arithmetic)
+        self._add("gradients", "components of gradients", name, layer, compared)
 
     def _add(self, whole: str, parts: str, name: str, layer: str, compared: Comparison) -> None:
         self.findings[whole].setdefault(name, Finding()).add(compared.share, layer, True)
