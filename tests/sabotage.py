@@ -28,7 +28,7 @@ _SIZES = {
     "intermediate_size": 128,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "vocab_size": 96,
+    "vocab_size": 320,  # more than tiny_demo's tokenizer has
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e4,
     "max_position_embeddings": 128,
@@ -55,6 +55,7 @@ FAMILIES = {
         "residual_multiplier": 0.22,
     },
 }
+QUANTIZATION = {"group_size": 32, "bits": 4}
 WEIGHTS = ("float32", "bfloat16", "4-bit bfloat16")
 _OPERATIONS = [name for name in vars(projections) if name.startswith("fused_")]
 
@@ -76,16 +77,19 @@ class Float32Experts(SwitchLinear):
         return inner(x.astype(mx.float32), indices, sorted_indices).astype(x.dtype)
 
 
+def config(family):
+    return {**_SIZES, "model_type": family, **FAMILIES[family]}
+
+
 def make(family, weights):
     """A tiny model of the family, with random parameters."""
     mx.random.seed(0)
     module = importlib.import_module(f"mlx_lm.models.{family}")
-    config = {**_SIZES, "model_type": family, **FAMILIES[family]}
-    model = module.Model(module.ModelArgs.from_dict(config))
+    model = module.Model(module.ModelArgs.from_dict(config(family)))
     shake(model)
     model.set_dtype(mx.float32 if weights == "float32" else mx.bfloat16)
     if weights.startswith("4-bit"):
-        nn.quantize(model, 32, 4, class_predicate=_can_be_quantized)
+        nn.quantize(model, **QUANTIZATION, class_predicate=_can_be_quantized)
     for experts in model.modules():
         if type(experts) is SwitchLinear:
             experts.__class__ = Float32Experts
@@ -248,7 +252,7 @@ class Outcome(NamedTuple):
     family: str
     weights: str
     adapters: bool
-    honest: bool  # whether the model as it is passes
+    honest: bool  # whether it passes as it is, and with the targets multiplied by 1
     targets: list[Target]
     missed: list[Target]
 
@@ -262,7 +266,8 @@ def judge(family, weights):
             adapt(model)
         aims = targets(model)
         missed = [target for target in aims if not is_noticed(model, target)]
-        outcomes.append(Outcome(family, weights, adapters, passes(model), aims, missed))
+        honest = passes(model) and not any(is_noticed(model, target, 1.0) for target in aims)
+        outcomes.append(Outcome(family, weights, adapters, honest, aims, missed))
     return outcomes
 
 
@@ -285,7 +290,8 @@ def document(outcomes):
         "time is made 1 % wrong: the weights of q, k, v or o, a bias, the A or the B of an adapter, or the",
         "residual, as the forward reads it; the gradient of any of these, or of the activations; and the part of",
         "the activations' gradient that comes through one projection or one adapter. The checks of operations in",
-        "`mlx-fused validate` must fail then, and pass where nothing is wrong.",
+        "`mlx-fused validate` must fail then, and pass where nothing is wrong: on the model as it is, and with all",
+        "the same things multiplied by 1 and not by 1.01.",
         "",
         "| model | weights | honest | sabotage noticed | honest, with adapters | sabotage noticed |",
         "|---|---|---|---|---|---|",

@@ -24,7 +24,8 @@ class _DType(NamedTuple):
 
     def step(self, values: np.ndarray) -> np.ndarray:
         """The distance between neighbours."""
-        return np.ldexp(2 * self.unit, np.maximum(np.frexp(values)[1] - 1, self.smallest_exponent))
+        exponents = np.where(values == 0, self.smallest_exponent, np.frexp(values)[1] - 1)
+        return np.ldexp(2 * self.unit, np.maximum(exponents, self.smallest_exponent))
 
     def round(self, values: np.ndarray) -> np.ndarray:
         step = self.step(values)
@@ -95,23 +96,21 @@ def compare(
         bound = bound + (roundings - 1) * kind.unit * (size + bound)
 
     finite = np.isfinite(actual) & np.isfinite(value)
-    with np.errstate(invalid="ignore"):
-        overflown = np.isinf(actual) & (actual * value > 0)
-        overflown &= largest_part + bound + kind.step(largest_part) / 2 >= kind.largest
+    overflown = np.isinf(actual) & (actual * value > 0)
+    overflown &= largest_part + bound + kind.step(largest_part) / 2 >= kind.largest
     # A NaN or an infinity among the operands may become either in the result.
     explained = finite | overflown | ~(np.isfinite(actual) | np.isfinite(value))
     if not explained.all():
         return Comparison(inf, {})
-    actual, value, bound = (np.where(finite, a, 0.0) for a in (actual, value, bound + 0 * size))
-    bound = np.maximum(bound, _FLOOR)
-    share = np.max(kind.beyond_rounding(actual, value) / bound, initial=0.0)
+    actual, value, spread, bound = (np.where(finite, a, 0.0) for a in (actual, value, spread, bound))
+    share = np.max(kind.beyond_rounding(actual, value) / np.maximum(bound, _FLOOR), initial=0.0)
 
     # How the exact value is rounded is no chance. A number rounded otherwise lies within its bound of where
     # that changes, and few do in 16 bits.
     rounded = kind.round(value)
     noise = np.minimum(
         kind.round(value + bound) - kind.round(value - bound),
-        np.hypot(spread, 2 * sqrt(roundings) * kind.unit * largest_part),
+        np.hypot(spread, 2 * sqrt(roundings) * kind.unit * np.where(finite, largest_part, 0.0)),
     )
     found = {}
     for name, component in expected.components.items():
@@ -120,7 +119,8 @@ def compare(
         if not kept.any():
             continue  # an adapter whose B is zero
         variance = np.sum((kept * noise) ** 2)
-        variance += sum(np.sum((s.adjoint(kept) * s.spread) ** 2) for s in expected.shared)
+        # Rows with a NaN or an infinity among their operands do not count.
+        variance += sum(np.nansum((s.adjoint(kept) * s.spread) ** 2) for s in expected.shared)
         limit = _CERTAIN * sqrt(variance) + _FLOOR * np.sum(np.abs(kept))
 
         def is_noticed(error: np.ndarray, kept=kept, limit=limit) -> bool:
