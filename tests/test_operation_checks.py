@@ -73,12 +73,16 @@ def test_formulas_are_those_of_the_tests(rng, form, dtype):
         if call.segments:
             given = [g.transpose(0, 2, 1, 3).reshape(1, 9, -1) for g in given]
         grads = [read_call.alpha * exact(g)[0] for g in given]
-        by_name = {key: sum(e.components.values()) for key, e in formulas.gradients(read_call, grads, arithmetic)}
+        by_name = {
+            key: sum(e.components.values()) for key, e in formulas.gradients(read_call, grads, arithmetic)
+        }
         for (name, place), e in zip(keys, expected, strict=True):
             if name != "residual":
                 shared = name in ("input", "attn_out")
                 key = ("input", "") if shared else (name, read_call.segments[place or 0].name)
-                np.testing.assert_allclose(by_name[key], e.reshape(by_name[key].shape), rtol=1e-12, atol=1e-12)
+                np.testing.assert_allclose(
+                    by_name[key], e.reshape(by_name[key].shape), rtol=1e-12, atol=1e-12
+                )
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
@@ -125,6 +129,42 @@ def test_float16_overflows_where_the_exact_result_does(rng):
         assert "failed" in verdicts(check(large, outputs))
 
 
+def test_a_small_part_is_found_where_no_number_shows_it(rng):
+    """The error of the sums of a wide layer covers 1 % of a bias in each number, but not in all of them."""
+    hidden, features = 4096, 64
+    x = mx.array(rng.normal(0, 1, (1, 60, hidden))).astype(mx.bfloat16)
+    weight, bias = (
+        mx.array(rng.normal(0, spread, shape)).astype(mx.bfloat16)
+        for spread, shape in ((1 / 64, (features, hidden)), (0.08, (features,)))
+    )
+    operand, exact_bias = oracle.exact(weight), oracle.exact(bias)
+    segment = formulas.Segment("o", operand, np.abs(operand), exact_bias, None, None, 1.0)
+    call = formulas.Call(oracle.exact(x)[0], (segment,))
+    expected = formulas.outputs(call, formulas.Arithmetic())["o"]
+    right = call.x @ operand.T + exact_bias
+    for factor, found in ((0.0, False), (0.01, True)):
+        y = oracle.rounded(right + factor * exact_bias, mx.bfloat16)
+        compared = bounds.compare(y, mx.bfloat16, expected, formulas.Arithmetic())
+        assert compared.share <= 1
+        assert (compared.components["bias"].share > 1) == found
+        assert compared.components["projection"].share <= 1
+
+
+@dtypes
+@bases
+def test_what_is_called_noticeable_is_noticed(rng, form, dtype):
+    for seq in (1, 9):
+        for call in calls(rng, form, dtype, seq):
+            for expected in formulas.outputs(read(call.arguments, False), formulas.Arithmetic()).values():
+                value = sum(expected.components.values())
+                right = bounds.compare(oracle.rounded(value, dtype), dtype, expected, formulas.Arithmetic())
+                for name, component in expected.components.items():
+                    wrong = oracle.rounded(value + 0.01 * component, dtype)
+                    found = bounds.compare(wrong, dtype, expected, formulas.Arithmetic())
+                    worst = max(found.share, *(c.share for c in found.components.values()))
+                    assert worst > 1 or not right.components[name].noticeable
+
+
 def test_an_adapter_that_does_nothing_is_not_judged(rng):
     (call,) = (c for c in calls(rng, None, mx.bfloat16) if c.segments and "lora_a" in c.arguments)
     b = tuple(None if b is None else mx.zeros_like(b) for b in call.arguments["lora_b"])
@@ -151,7 +191,11 @@ def test_equal_rows_count_once(rng):
     for dtype in operands.DTYPES:
         for call in calls(rng, None, dtype, 200):
             name = "input" if call.segments else "attn_out"
-            same = {n: mx.repeat(call.arguments[n][:, :1], 200, 1) for n in (name, "residual") if n in call.arguments}
+            same = {
+                n: mx.repeat(call.arguments[n][:, :1], 200, 1)
+                for n in (name, "residual")
+                if n in call.arguments
+            }
             assert "failed" not in verdicts(check(call.replace(**same)))
 
 

@@ -95,6 +95,7 @@ MISTAKES = {
 )
 def test_the_command_fails_if_something_is_wrong(checkpoint, family, weights, mistake):
     with MISTAKES[mistake]():
-        result = CliRunner().invoke(main, ["validate", str(checkpoint(family, weights)), "--tokens", "4"])
+        arguments = [str(checkpoint(family, weights)), "--tokens", "4", "--prompt", "Nothing but this."]
+        result = CliRunner().invoke(main, ["validate", *arguments])
     assert result.exit_code == (mistake != "none"), result.output
     assert ("PASSED" if mistake == "none" else "FAILED") in result.output

@@ -94,7 +94,7 @@ def _table(*titles: str) -> Table:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, title in enumerate(titles):
+    for title in titles:
         # Numbers and verdicts must not be cut where a terminal is narrow; names may be folded.
         number = title in _NUMBERS
         table.add_column(title, justify="right" if number else "left", no_wrap=number, overflow="fold")

@@ -123,14 +123,11 @@ def compare(
         variance += sum(np.nansum((s.adjoint(kept) * s.spread) ** 2) for s in expected.shared)
         limit = _CERTAIN * sqrt(variance) + _FLOOR * np.sum(np.abs(kept))
 
-        def is_noticed(error: np.ndarray, kept=kept, limit=limit) -> bool:
-            if np.any(np.abs(error) > 2 * bound + 2 * kind.step(value)):
-                return True
-            if np.any(kind.beyond_rounding(kind.round(value + error - np.sign(error) * bound), value) > bound):
-                return True  # even if rounding errors work against it
-            return bool(np.sum((kind.round(value + error) - rounded) * kept) > 2 * limit)
-
-        found[name] = Component(
-            float(abs(np.sum((actual - rounded) * kept)) / limit), is_noticed(NOTICEABLE * kept)
-        )
+        error = NOTICEABLE * kept
+        # Even if rounding errors work against it
+        surely = value + np.sign(error) * np.maximum(np.abs(error) - bound, 0)
+        noticeable = np.any(kind.beyond_rounding(kind.round(surely), value) > bound)
+        noticeable |= np.sum((kind.round(value + error) - rounded) * kept) > 2 * limit
+        share_of_limit = abs(np.sum((actual - rounded) * kept)) / limit
+        found[name] = Component(float(share_of_limit), bool(noticeable))
     return Comparison(float(share), found)

@@ -18,7 +18,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, remove_lora_layers
 
 from mlx_fused.patching import LayerReport
 
-# mlx-lm starts B at zero: there A has no gradient. This makes an adapter's product as large as a projection's.
+# mlx-lm starts B at zero, where A has no gradient; this makes an adapter add about as much as its layer has.
 _LORA_B_SPREAD = 1e-2
 
 

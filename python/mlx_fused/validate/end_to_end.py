@@ -67,8 +67,10 @@ class Runs:
         self.on_step()
         return result
 
-    def compare(self, function: Callable[[], dict[str, mx.array]], bound: float) -> dict[str, dict[str, dict]]:
-        """The errors of the arrays that ``function`` gives, by type and name, and what is to be said of them."""
+    def compare(
+        self, function: Callable[[], dict[str, mx.array]], bound: float
+    ) -> dict[str, dict[str, dict]]:
+        """What is to be said of each array that ``function`` gives, by type and name."""
         # In its own type first: what fails there is not to be validated.
         stock = {dtype: self.run("stock", dtype, function) for dtype in reversed(self.dtypes)}
         lines = {}

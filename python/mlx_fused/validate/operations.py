@@ -95,9 +95,7 @@ class OperationChecks:
             self._add("results", "their components", name, layer, compared)
 
         operands = differentiable(arguments)
-        cotangents = [
-            mx.random.normal(y.shape, y.dtype, key=mx.random.key(i)) for i, y in enumerate(outputs)
-        ]
+        cotangents = [mx.random.normal(y.shape, y.dtype, key=mx.random.key(i)) for i, y in enumerate(outputs)]
         function = function_of(operation, arguments, list(operands))
         _, grads = mx.vjp(function, list(operands.values()), cotangents)
         arithmetic = _arithmetic(grads, arguments, "Grad")
