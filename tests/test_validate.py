@@ -21,6 +21,7 @@ import tiny_models
 from mlx_fused import validate
 from mlx_fused.cli import main
 from mlx_fused.patching import projections
+from mlx_fused.validate import checkpoint, end_to_end
 from zoo import configs as zoo
 
 PROMPT = list(range(5, 45))
@@ -67,8 +68,8 @@ def test_adapters_with_dropout_are_compared_under_the_same(checkpoints, tmp_path
     arguments = [checkpoints / "model-4bit", "--adapter-path", tmp_path / "adapters", "--json"]
     result = run(*arguments)
     assert result.exit_code == 0, result.output
-    gradients = json.loads(result.stdout)["gradients"].values()
-    assert all(check["stock_error"] == 0 and check["patched_error"] < 1e-4 for check in gradients)
+    gradients = json.loads(result.stdout)["end_to_end"]["float32"]["gradients"].values()
+    assert all(line["stock_error"] == 0 and line["patched_error"] < 1e-4 for line in gradients)
     wrong_values(lambda v: 1.01 * v)
     assert run(*arguments).exit_code == 1
 
@@ -98,39 +99,59 @@ def test_a_damaged_checkpoint_is_not_validated(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["model"], ["model-4bit"], ["model-4bit", "--adapter-path", "adapters"]]
+    "arguments", [["model"], ["model-4bit"], ["model-4bit", "--adapter-path", "adapters"], ["model-bf16"]]
 )
 def test_checkpoints_of_the_demo_pass(checkpoints, arguments):
     paths = [a if a.startswith("--") else checkpoints / a for a in arguments]
     result = run(*paths, "--tokens", "8", "--json")
     assert result.exit_code == 0, result.output
     results = json.loads(result.stdout)
-    assert results["passed"]
+    assert results["passed"] and results["verdicts"]["failed"] == 0
     assert results["calls"]["qkv"]["fused"] == results["calls"]["qkv"]["total"] > 0
     assert results["calls"]["residual"]["fused"] == results["calls"]["residual"]["total"] > 0
-    assert len(results["gradients"]) == 7 * 2  # every projection has an A and a B
-    assert all(0 < check["patched_error"] < check["tolerance"] for check in results["gradients"].values())
-    assert results["logits"]["stock_error"] == 0  # float32 is its own reference
-    assert 0 < results["logits"]["patched_error"] < results["logits"]["tolerance"] < 1e-4
-    assert results["greedy"] == {**results["greedy"], "tokens": 8, "diverges_at": None, "passed": True}
+    layers = len(results["layers"])
+    for operations in results["operations"].values():
+        assert operations["count"] == 2 * 2 * layers  # both operations, for the prompt and for one token
+        assert set(operations["results"]) == set("qkvo")
+        findings = [f for part, of in operations.items() if part != "count" for f in of.values()]
+        assert all(f["verdict"] == "passed" and f["share"] < 0.5 and f["noticeable"] == 1 for f in findings)
+    float32 = results["end_to_end"]["float32"]
+    assert len(float32["gradients"]) == 7 * 2  # every projection has an A and a B
+    assert all(0 < line["patched_error"] < line["tolerance"] for line in float32["gradients"].values())
+    assert float32["logits"]["stock_error"] == 0  # float32 is its own reference
+    assert 0 < float32["logits"]["patched_error"] < float32["logits"]["tolerance"] < 1e-4
+    for lines in results["end_to_end"].values():
+        same = {"tokens": 8, "diverges_at": None, "verdict": "passed"}
+        assert lines["greedy"] == {**lines["greedy"], **same}
     for of in (*results["tokens_per_second"].values(), *results["peak_memory"].values()):
         assert of["stock"] > 0 and of["patched"] > 0
     assert "Validating" not in result.stdout
     assert "PASSED" in result.stderr and "…" not in result.stderr  # nothing is cut at 80 columns
+    assert max(map(len, result.stderr.split("calls that ran fused")[0].splitlines()[2:])) <= 80
+
+
+def test_progress_ends_where_it_says(checkpoints):
+    for name in ("model", "model-bf16"):
+        model, _ = validate.load(str(checkpoints / name), None)
+        seen = []
+        validate.validate(model, PROMPT, 2, lambda done, of: seen.append((done, of)))  # noqa: B023
+        assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
+        assert {of for _, of in seen} == {len(seen)}
 
 
 @pytest.mark.parametrize("name", ["gemma3n", "afm7"])
 def test_models_that_take_no_adapters_of_the_usual_kind(name):
     model = zoo.make(name)
     results = validate.validate(model, [7, 8, 9, 10, 11], 2)
-    assert results["passed"] and any(check["patched_error"] > 0 for check in results["gradients"].values())
+    gradients = results["end_to_end"]["float32"]["gradients"].values()
+    assert results["passed"] and any(line["patched_error"] > 0 for line in gradients)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3n"])
 def test_the_same_model_gives_the_same_numbers(name):
     model = zoo.make(name)
     first, second = (validate.validate(m, [7, 8, 9, 10, 11], 2) for m in (deepcopy(model), model))
-    assert first["logits"] == second["logits"] and first["gradients"] == second["gradients"]
+    assert first["end_to_end"] == second["end_to_end"] and first["operations"] == second["operations"]
 
 
 @pytest.mark.parametrize("name", ["bitnet", "deepseek_v41", "recurrent_gemma"])
@@ -142,15 +163,44 @@ def test_what_fails_unpatched_is_not_validated(name):
 def test_sixteen_bits_are_held_to_the_stock_models_own_error(checkpoints):
     model, _ = validate.load(str(checkpoints / "model-bf16"), None)
     results = check(model)
+    logits = results["end_to_end"]["bfloat16"]["logits"]
     assert results["passed"] and results["dtype"] == "bfloat16"
-    assert 1e-4 < results["logits"]["stock_error"] < 1e-1
-    assert results["logits"]["tolerance"] == 2 * results["logits"]["stock_error"]
+    assert 1e-4 < logits["stock_error"] < 1e-1
+    assert logits["tolerance"] == 2 * logits["stock_error"]
 
 
-@pytest.mark.parametrize("checkpoint", ["model", "model-4bit", "model-bf16"])
-def test_wrong_values_fail(checkpoints, wrong_values, checkpoint):
+def off(value):
+    """An array at this distance from ones, as a share of their norm."""
+    return mx.array([1 + value, 1 + value])
+
+
+@pytest.mark.parametrize(
+    ("stock", "patched", "verdict"),
+    [
+        (0.0, 1e-6, "passed"),
+        (0.0, 1e-3, "failed"),
+        (0.004, 0.0075, "passed"),
+        (0.004, 0.0085, "failed"),
+        (0.2, 0.009, "passed"),  # right, whatever the stock model is
+        (0.2, 0.02, "inconclusive"),
+        (0.2, 0.5, "failed"),
+        (2.0, math.nan, "failed"),
+    ],
+)
+def test_a_comparison_that_cannot_tell_says_so(stock, patched, verdict):
+    assert end_to_end.line(off(stock), off(patched), off(0.0), 1e-5)["verdict"] == verdict
+
+
+def test_gradients_of_16_bit_adapters_may_be_rounded_otherwise(checkpoints):
+    ones = mx.ones(2, mx.bfloat16)
+    assert end_to_end.line(ones, ones + 2.0**-7, ones, 1e-5)["verdict"] == "passed"
+    assert end_to_end.line(ones, ones + 2.0**-6, ones, 1e-5)["verdict"] == "failed"
+
+
+@pytest.mark.parametrize("name", ["model", "model-4bit", "model-bf16"])
+def test_wrong_values_fail(checkpoints, wrong_values, name):
     wrong_values(lambda v: v * 1.01)
-    result = run(checkpoints / checkpoint, "--tokens", "2")
+    result = run(checkpoints / name, "--tokens", "2")
     assert result.exit_code == 1
     assert "FAILED" in result.output
 
@@ -159,31 +209,43 @@ def test_nan_fails(checkpoints, wrong_values):
     wrong_values(lambda v: v * math.nan)
     result = run(checkpoints / "model", "--tokens", "2", "--json")
     assert result.exit_code == 1
-    assert not json.loads(result.stdout)["logits"]["passed"]
+    assert json.loads(result.stdout)["end_to_end"]["float32"]["logits"]["verdict"] == "failed"
 
 
 def test_wrong_gradients_fail(checkpoints, wrong_values):
     wrong_values(lambda v: v + 0.01 * (v - mx.stop_gradient(v)))
     model, _ = validate.load(str(checkpoints / "model-4bit"), None)
     results = check(model)
-    assert results["logits"]["passed"] and results["greedy"]["passed"]
-    assert not results["gradients"]["model.layers.*.self_attn.v_proj.lora_a"]["passed"]
+    lines = results["end_to_end"]["float32"]
+    assert lines["logits"]["verdict"] == lines["greedy"]["verdict"] == "passed"
+    assert lines["gradients"]["model.layers.*.self_attn.v_proj.lora_a"]["verdict"] == "failed"
     assert not results["passed"]
 
 
-@pytest.mark.parametrize(("gap", "passed"), [(0.5, True), (2.0, False)])
-def test_other_tokens_pass_if_it_was_a_close_call(monkeypatch, gap, passed):
+@pytest.mark.parametrize(
+    ("gap", "of_logits", "verdict"),
+    [
+        (0.5, "passed", "passed"),
+        (0.5, "inconclusive", "inconclusive"),
+        (2.0, "passed", "failed"),
+        (math.nan, "passed", "failed"),
+    ],
+)
+def test_other_tokens_pass_if_it_was_a_close_call(monkeypatch, gap, of_logits, verdict):
     class Model(nn.Module):
         def __call__(self, tokens):
             assert tokens.tolist() == [[7, 8, 0]]  # the prompt, and the token on which both agree
             return mx.array([[[9.0, 9.0, 9.0], [0.0, 0.0, 0.0], [0.0, 0.0, -gap]]])
 
-    runs = iter([[0, 1, 1], [0, 2, 0]] * 3)
+    made = iter([[0, 1, 1], [0, 2, 0]] * 3)
     result = {"prefill_s": 1.0, "decode_s": 1.0}
-    monkeypatch.setattr(validate, "_continue", lambda *_: {"tokens": next(runs), **result})
-    runner = validate._Runner(Model(), lambda: None)
-    greedy, speed = validate._generate(runner, Model(), mx.array([7, 8]), 3, largest_gap=1.0)
-    assert greedy == {"tokens": 3, "diverges_at": 1, "gap": gap, "tolerance": 1.0, "passed": passed}
+    monkeypatch.setattr(end_to_end, "continue_greedily", lambda *_: {"tokens": next(made), **result})
+    runs = end_to_end.Runs(Model(), lambda: None)
+    logits = {"float32": {"tolerance": 1 / 8, "rms": 1.0, "verdict": of_logits}}
+    lines, speed = end_to_end.generate(runs, mx.array([7, 8]), 3, logits)
+    gap = pytest.approx(gap, nan_ok=True)
+    expected = {"tokens": 3, "diverges_at": 1, "gap": gap, "tolerance": 1.0, "verdict": verdict}
+    assert lines == {"float32": expected}
     assert speed["prefill"]["stock"] == 2 and speed["decode"]["patched"] == 2
 
 
@@ -199,7 +261,8 @@ def test_float32_reference_is_the_model_in_float32(name):
     model, expected = tiny_models.make(name, mx.bfloat16), tiny_models.make(name, mx.bfloat16)
     expected.set_dtype(mx.float32)
     tokens = tiny_models.tokens(1, 6)
-    with validate._in_float32(model):
+    assert checkpoint.dtype_of(model) == mx.bfloat16 and checkpoint.dtype_of(expected) == mx.float32
+    with checkpoint.in_float32(model):
         logits = model(tokens)
     assert logits.dtype == mx.float32
     assert model(tokens).dtype == mx.bfloat16
@@ -232,7 +295,7 @@ def _rounded(cls):
 def test_generated_text_is_that_of_mlx_lm(checkpoints):
     model, tokenizer = mlx_lm.load(str(checkpoints / "model"))
     prompt = tokenizer.encode(validate.PROMPT)
-    tokens = validate._continue(model, mx.array(prompt), 4)["tokens"]
+    tokens = end_to_end.continue_greedily(model, mx.array(prompt), 4)["tokens"]
     text = mlx_lm.generate(model, tokenizer, prompt, max_tokens=4)
     assert tokenizer.decode(list(tokens)).startswith(text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,14 @@ from mlx_fused.cli.info import describe
 from mlx_fused.cli.output import console, json_option, print_json
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.console import Console
+    from rich.table import Table
+
+_BADNESS = ["passed", "inconclusive", "failed"]
+_STYLES = {"passed": "green", "inconclusive": "yellow", "failed": "red"}
+_NUMBERS = ("of its bound", "stock", "patched", "at most", "ratio")
 
 
 @click.command()
@@ -26,10 +34,11 @@ if TYPE_CHECKING:
 )
 @json_option
 def validate(model: str, adapter_path: Path | None, prompt: str | None, tokens: int, as_json: bool) -> None:
-    """Compare MODEL, a directory or a name on the hub, with itself patched.
+    """Check MODEL, a directory or a name on the hub, patched.
 
-    Logits, the gradients of a LoRA step, greedy tokens, speed and memory. Fails if numbers differ by
-    more than rounding explains.
+    Every fused operation and its gradients against float64 where it runs; logits, the gradients of a LoRA
+    step and greedy tokens against the model as it is, with speed and memory. Fails if numbers differ by more
+    than rounding explains.
     """
     from rich.progress import Progress
 
@@ -42,8 +51,10 @@ def validate(model: str, adapter_path: Path | None, prompt: str | None, tokens: 
         if len(ids) < 2:
             raise click.BadParameter("It takes two tokens at least.", param_hint="--prompt")
         with Progress(console=out, transient=True) as progress:
-            task = progress.add_task("Validating", total=checks.STEPS)
-            measured = checks.validate(loaded, ids, tokens, lambda: progress.advance(task))
+            task = progress.add_task("Validating")
+            measured = checks.validate(
+                loaded, ids, tokens, lambda done, of: progress.update(task, completed=done, total=of)
+            )
     except checks.CannotValidate as error:
         raise click.BadParameter(str(error), param_hint="MODEL") from error
     adapters = str(adapter_path) if adapter_path else None
@@ -58,40 +69,12 @@ def validate(model: str, adapter_path: Path | None, prompt: str | None, tokens: 
 
 def _show(out: Console, results: dict) -> None:
     from rich.markup import escape
-    from rich.table import Table
 
     adapters = f" with {results['adapters']}" if results["adapters"] else ""
-    table = Table(title=escape(f"{results['model']}{adapters}"))
-    for title in (results["dtype"], "stock", "patched", ""):
-        number = title in ("stock", "patched")  # what must not be cut where a terminal is narrow
-        table.add_column(title, justify="right" if table.columns else "left", no_wrap=number)
-
-    gradients = results["gradients"]
-    worst = max(gradients, key=lambda kind: _badness(gradients[kind]))
-    for title, check in (
-        ("logits", results["logits"]),
-        (f"gradient of {'.'.join(worst.split('.')[-2:])}", gradients[worst]),
-    ):
-        errors = (f"{check[name]:.1e}" for name in ("stock_error", "patched_error"))
-        table.add_row(f"error of {title}", *errors, f"at most {check['tolerance']:.1e}", style=_style(check))
-    greedy = results["greedy"]
-    at, number = greedy["diverges_at"], str(greedy["tokens"])
-    if at is None:
-        table.add_row("greedy tokens", number, number, "the same")
-    else:
-        gap = f"gap {greedy['gap']:.1e}, at most {greedy['tolerance']:.1e}"
-        table.add_row("greedy tokens", number, f"{at} the same", gap, style=_style(greedy))
-    table.add_section()
-    for phase, of in results["tokens_per_second"].items():
-        stock, patched = of["stock"], of["patched"]
-        table.add_row(f"{phase}, tokens/s", f"{stock:.1f}", f"{patched:.1f}", f"{patched / stock:.2f} x")
-    for phase, of in results["peak_memory"].items():
-        stock, patched = of["stock"] / 1e6, of["patched"] / 1e6
-        table.add_row(
-            f"peak memory, {phase}, MB", f"{stock:.1f}", f"{patched:.1f}", f"{patched / stock:.2f} x"
-        )
-    out.print(table)
-
+    out.print(escape(f"{results['model']}{adapters}"), style="bold", soft_wrap=True)
+    out.print(_operations(results["operations"]))
+    out.print(_end_to_end(results["end_to_end"]))
+    out.print(_costs(results))
     qkv, residual = (f"{calls['fused']} of {calls['total']}" for calls in results["calls"].values())
     out.print(
         f"calls that ran fused: {qkv} of QKV projections, {residual} of output projections + residual; "
@@ -100,12 +83,89 @@ def _show(out: Console, results: dict) -> None:
     )
     if results["obstacles"]:
         out.print(escape(f"not fused: {'; '.join(results['obstacles'])}"), soft_wrap=True)
-    out.print("[bold green]PASSED[/]" if results["passed"] else "[bold red]FAILED[/]")
+    passed, failed, inconclusive = (results["verdicts"][v] for v in ("passed", "failed", "inconclusive"))
+    counts = f"{passed} checks passed, {failed} failed, {inconclusive} were inconclusive"
+    word = "[bold green]PASSED[/]" if results["passed"] else "[bold red]FAILED[/]"
+    out.print(f"{word}: {counts}", soft_wrap=True)
 
 
-def _badness(check: dict) -> tuple[bool, float]:
-    return not check["passed"], check["patched_error"] / (check["tolerance"] or 1)
+def _table(*titles: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in titles:
+        # Numbers and verdicts must not be cut where a terminal is narrow; names may be folded.
+        number = title in _NUMBERS
+        table.add_column(title, justify="right" if number else "left", no_wrap=number, overflow="fold")
+    return table
 
 
-def _style(check: dict) -> str | None:
-    return None if check["passed"] else "red"
+def _operations(operations: dict) -> Table:
+    table = _table("operations against float64", "of its bound", "the worst", "")
+    for step, found in operations.items():
+        table.add_section()
+        table.add_row(f"{step}: {found['count']}")
+        for part, findings in found.items():
+            if part == "count":
+                continue
+            worst = max(findings, key=lambda kind: _rank(findings[kind], findings[kind]["share"]))
+            finding = findings[worst]
+            where = f"{worst}, {_short(finding['layer'])}"
+            table.add_row(f"  {part}", f"{finding['share']:.2g}", where, _verdict(findings.values()))
+    return table
+
+
+def _end_to_end(lines: dict) -> Table:
+    table = _table("end to end, errors", "stock", "patched", "at most", "")
+    for dtype, of in lines.items():
+        gradients, greedy = of["gradients"], of["greedy"]
+        worst = max(gradients, key=lambda kind: _rank(gradients[kind], _share(gradients[kind])))
+        table.add_section()
+        table.add_row(dtype)
+        for title, line, group in (
+            ("logits", of["logits"], [of["logits"]]),
+            (f"gradient of {'.'.join(worst.split('.')[-2:])}", gradients[worst], gradients.values()),
+        ):
+            numbers = (f"{line[name]:.1e}" for name in ("stock_error", "patched_error", "tolerance"))
+            table.add_row(f"  {title}", *numbers, _verdict(group))
+        at, number = greedy["diverges_at"], str(greedy["tokens"])
+        same = number if at is None else f"{at} the same"
+        table.add_row("  greedy tokens", number, same, "", _verdict([greedy]))
+        if at is not None:
+            table.add_row("  gap where they part", "", f"{greedy['gap']:.1e}", f"{greedy['tolerance']:.1e}")
+    return table
+
+
+def _costs(results: dict) -> Table:
+    table = _table("cost", "stock", "patched", "ratio")
+    for phase, of in results["tokens_per_second"].items():
+        stock, patched = of["stock"], of["patched"]
+        table.add_row(f"{phase}, tokens/s", f"{stock:.1f}", f"{patched:.1f}", f"{patched / stock:.2f} x")
+    for phase, of in results["peak_memory"].items():
+        stock, patched = of["stock"] / 1e6, of["patched"] / 1e6
+        ratio = f"{patched / stock:.2f} x"
+        table.add_row(f"peak memory, {phase}, MB", f"{stock:.1f}", f"{patched:.1f}", ratio)
+    return table
+
+
+def _verdict(checks: Iterable[dict]) -> str:
+    """The worst verdict, and of how many checks."""
+    verdicts = [check["verdict"] for check in checks]
+    worst = max(verdicts, key=_BADNESS.index)
+    count = f"{verdicts.count(worst)} " if len(verdicts) > 1 and worst != "passed" else ""
+    return f"[{_STYLES[worst]}]{count}{worst}[/]"
+
+
+def _short(layer: str) -> str:
+    """A layer's number, or its name if it has none."""
+    number = re.search(r"\.(\d+)\.", layer)
+    return f"layer {number[1]}" if number else layer
+
+
+def _rank(check: dict, share: float) -> tuple[int, float]:
+    return _BADNESS.index(check["verdict"]), share
+
+
+def _share(line: dict) -> float:
+    return line["patched_error"] / (line["tolerance"] or 1)

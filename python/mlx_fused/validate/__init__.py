@@ -1,0 +1,143 @@
+"""Holds a patched model against float64, operation by operation, and against the stock model, end to end.
+
+Each fused operation is checked where it runs, with its gradients (``operations``): no later layer dilutes or
+amplifies its errors. What the operations cannot show, whether they are put in the right places, the whole
+model does: logits, gradients of adapters, greedy tokens (``end_to_end``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+
+import mlx_fused
+from mlx_fused.patching import PatchReport
+from mlx_fused.validate import end_to_end
+from mlx_fused.validate.checkpoint import (
+    CannotValidate,
+    attach_adapters,
+    in_float32,
+    linears,
+    load,
+    unpatched,
+)
+from mlx_fused.validate.end_to_end import Runs, sum_error
+from mlx_fused.validate.operations import OperationChecks, check_operations
+
+__all__ = ["PROMPT", "CannotValidate", "load", "sum_error", "sum_terms", "validate"]
+
+PROMPT = (
+    "A plugin adds one line to a program and is to change nothing that it prints. Whether that is so, "
+    "two runs tell, one with it and one without it, on the same input: where numbers differ, the "
+    "difference must be one that rounding explains."
+)
+
+
+def validate(
+    model: nn.Module,
+    prompt: list[int],
+    num_tokens: int,
+    on_progress: Callable[[int, int], None] = lambda done, of: None,
+) -> dict:
+    """Check ``model`` patched, and compare it with ``model`` as it is.
+
+    Args:
+        model (mlx.nn.Module): What :func:`load` gives. It is given adapters if it has none.
+        prompt (list): The tokens to compute logits and gradients for, and to continue, at least 2.
+        num_tokens (int): How many tokens to generate, at least 2.
+        on_progress (callable): Called with how many steps are done, and of how many.
+
+    Returns:
+        dict: What was measured; ``passed`` is the verdict.
+
+    Raises:
+        CannotValidate: If the model fails unpatched, nothing of it runs fused, or it does not compute in
+            float32 when its embeddings are float32.
+    """
+    tokens = mx.array(prompt)
+    with mlx_fused.patched(model) as report:
+        terms = sum_terms(model, report)
+    with unpatched(), in_float32(model):
+        dtype = model(tokens[None]).dtype
+    if dtype != mx.float32:
+        raise CannotValidate("The model does not compute in float32 when its embeddings are float32.")
+    parts = [part for layer in report.layers for part in (layer.qkv, layer.residual)]
+    done = 0
+
+    def on_step() -> None:
+        nonlocal done
+        done += 1
+        on_progress(done, total)
+
+    runs = Runs(model, on_step)
+    total = runs.count + 4 * sum(part.fused for part in parts)  # prompt and token, with and without adapters
+    logits = runs.compare(lambda: {"logits": end_to_end.logits(model, tokens)}, sum_error(terms))
+    operations = {"as loaded": check_operations(model, tokens, on_step)}
+    logits = {dtype: of["logits"] for dtype, of in logits.items()}
+    runs.memory.clear()
+    greedy, speed = end_to_end.generate(runs, tokens, num_tokens, logits)
+    memory = {"generation": dict(runs.memory)}
+
+    with unpatched():
+        attach_adapters(model, tokens, report.layers)
+    operations["LoRA step"] = check_operations(model, tokens, on_step)
+    runs.memory.clear()
+    # Each product of the forward has two in the backward.
+    gradients = runs.compare(lambda: end_to_end.adapter_gradients(model, tokens), sum_error(3 * terms))
+    memory["LoRA step"] = runs.memory
+    if not any(checks.count for checks in operations.values()):
+        raise CannotValidate(
+            f"Nothing of it ran fused, so there is nothing to compare. Is MLX_FUSED=0 set?\n{report}"
+        )
+    results = {
+        "dtype": end_to_end.name_of(runs.dtype),
+        "layers": {x.name: {"qkv": str(x.qkv), "residual": str(x.residual)} for x in report.layers},
+        "obstacles": sorted({part.obstacle for part in parts if part.obstacle}),
+        "calls": runs.calls,
+        "operations": {step: _described(checks) for step, checks in operations.items()},
+        "end_to_end": {
+            dtype: {"logits": logits[dtype], "gradients": gradients[dtype], "greedy": greedy[dtype]}
+            for dtype in logits
+        },
+        "tokens_per_second": speed,
+        "peak_memory": memory,
+    }
+    verdicts = list(_verdicts(results))
+    counts = {verdict: verdicts.count(verdict) for verdict in ("passed", "failed", "inconclusive")}
+    return {**results, "verdicts": counts, "passed": not counts["failed"]}
+
+
+def sum_terms(model: nn.Module, report: PatchReport) -> int:
+    """The terms of one number of each product in the fused layers: the additions patching reorders."""
+    fused = [layer for layer in report.layers if layer.qkv.fused or layer.residual.fused]
+    of = linears(model, fused)
+    return sum(m["weight"].shape[-1] * (32 // m.bits if "scales" in m else 1) for m in of)
+
+
+def _described(checks: OperationChecks) -> dict:
+    return {
+        "count": checks.count,
+        **{
+            part: {
+                kind: {
+                    "share": finding.share,
+                    "layer": finding.layer,
+                    "noticeable": sum(finding.noticeable.values()) / len(finding.noticeable),
+                    "verdict": finding.verdict,
+                }
+                for kind, finding in findings.items()
+            }
+            for part, findings in checks.findings.items()
+        },
+    }
+
+
+def _verdicts(results: dict) -> Iterator[str]:
+    """Every verdict somewhere in ``results``."""
+    for key, value in results.items():
+        if key == "verdict":
+            yield value
+        elif isinstance(value, dict):
+            yield from _verdicts(value)

@@ -1,0 +1,122 @@
+"""The model to validate: loading it, computing in float32 with it, giving it adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from mlx.utils import tree_map
+from mlx_lm.lora import CONFIG_DEFAULTS
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tuner.utils import linear_to_lora_layers, remove_lora_layers
+
+from mlx_fused.patching import LayerReport
+
+# mlx-lm starts B at zero, where A has no gradient; this makes an adapter add about as much as its layer has.
+_LORA_B_SPREAD = 1e-2
+
+
+class CannotValidate(Exception):
+    """The model cannot be had, fails unpatched, is not fused, or never in float32; the message says which."""
+
+
+def load(model: str, adapter_path: Path | None) -> tuple[nn.Module, TokenizerWrapper]:
+    """``mlx_lm.load`` of a directory, or of a name on the hub.
+
+    Raises:
+        CannotValidate: If there is none, or it cannot be had.
+    """
+    try:
+        return mlx_lm.load(model, adapter_path=str(adapter_path) if adapter_path else None)
+    except HFValidationError as error:
+        raise CannotValidate(f"There is no directory {model}.") from error
+    except LocalEntryNotFoundError as error:
+        raise CannotValidate(
+            f"There is no directory {model} here, and the hub cannot be asked for a model of this name. "
+            f"Where it can be, run: hf download {model} --local-dir DIR. Then give the path of DIR."
+        ) from error
+    except Exception as error:  # whatever mlx-lm and a model's code say to a checkpoint that is not theirs
+        adapters = f" with the adapters of {adapter_path}" if adapter_path else ""
+        raise CannotValidate(f"{model}{adapters} cannot be loaded: {_one_line(error)}") from error
+
+
+@contextmanager
+def unpatched() -> Iterator[None]:
+    """What fails here says nothing of patching."""
+    try:
+        yield
+    except Exception as error:
+        raise CannotValidate(f"The model fails unpatched: {_one_line(error)}") from error
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Let the embeddings be float32: by promotion all that follows is, and no weight is copied."""
+    embeddings = [(module, type(module)) for module in _embeddings(model)]
+    for module, cls in embeddings:
+        module.__class__ = _float32_class(cls)
+    try:
+        yield
+    finally:
+        for module, cls in embeddings:
+            module.__class__ = cls
+
+
+def dtype_of(model: nn.Module) -> mx.Dtype:
+    """What ``model`` computes in: by promotion, what its embeddings give."""
+    dtypes = {module(mx.array([0])).dtype for module in _embeddings(model)}
+    return next((dtype for dtype in dtypes if dtype != mx.float32), mx.float32)
+
+
+def _embeddings(model: nn.Module) -> Iterable[nn.Module]:
+    kinds = (nn.Embedding, nn.QuantizedEmbedding)
+    return {id(m): m for m in model.modules() if isinstance(m, kinds)}.values()
+
+
+@cache
+def _float32_class(cls: type) -> type:
+    return type(cls.__name__, (cls,), {"__call__": lambda self, x: cls.__call__(self, x).astype(mx.float32)})
+
+
+def linears(model: nn.Module, layers: Iterable[LayerReport]) -> list[nn.Module]:
+    """The linear layers of these attention layers."""
+    modules = dict(model.named_modules())
+    inside = (module for layer in layers for module in modules[layer.name].modules())
+    return [module for module in inside if isinstance(module, nn.Linear | nn.QuantizedLinear)]
+
+
+def attach_adapters(model: nn.Module, tokens: mx.array, layers: Iterable[LayerReport]) -> None:
+    """Make the adapters trainable; a model without any gets those that mlx-lm makes by default."""
+    model.freeze()
+    if not any("lora_a" in module for module in model.modules()):
+        of_attention = {id(m) for m in linears(model, layers)}
+        num_layers = min(CONFIG_DEFAULTS["num_layers"], len(model.layers))
+        config = CONFIG_DEFAULTS["lora_parameters"]
+        mx.random.seed(0)
+        linear_to_lora_layers(model, num_layers, config)
+        try:
+            model(tokens[None])
+        except AttributeError:  # of code that reads a layer's weight, which an adapter hides
+            remove_lora_layers(model)
+            named = (pair for layer in model.layers for pair in layer.named_modules())
+            keys = {name for name, module in named if id(module) in of_attention}
+            linear_to_lora_layers(model, num_layers, {**config, "keys": keys})
+        for module in model.modules():
+            if "lora_b" in module:
+                module.lora_b = tree_map(_spread, module.lora_b)
+    model.unfreeze(keys=["lora_a", "lora_b"])
+    mx.eval(model.parameters())
+
+
+def _spread(lora_b: mx.array) -> mx.array:
+    return _LORA_B_SPREAD * mx.random.normal(lora_b.shape)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join((str(error) or repr(error)).split())

@@ -1,0 +1,210 @@
+"""A model's numbers, tokens, speed and memory: stock and patched, in float32 and in its own type.
+
+The error of an array is its distance to what the stock model computes in float32, as a share of the norm of
+that. See docs/cli.md for the bounds.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from math import inf, sqrt
+from statistics import median
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
+
+import mlx_fused
+from mlx_fused.patching import PatchReport
+from mlx_fused.validate.bounds import NOTICEABLE, unit_roundoff
+from mlx_fused.validate.checkpoint import dtype_of, in_float32, unpatched
+
+_ROUNDS = 3  # of timing
+
+
+class Runs:
+    """Runs functions of the model: stock or patched, in float32 or in the type it has.
+
+    Keeps the peak memory in its own type, and how many calls of patched layers were fused.
+    """
+
+    def __init__(self, model: nn.Module, on_step: Callable[[], None]):
+        self.model, self.on_step = model, on_step
+        self.dtype = dtype_of(model)
+        self.dtypes = list(dict.fromkeys([mx.float32, self.dtype]))
+        self.memory: dict[str, int] = {}
+        self.calls = {part: {"total": 0, "fused": 0} for part in ("qkv", "residual")}
+
+    @property
+    def count(self) -> int:
+        """How many runs a validation has."""
+        return 2 * len(self.dtypes) * 2 + 2 * (_ROUNDS + len(self.dtypes) - 1)
+
+    @contextmanager
+    def variant(self, name: str, dtype: mx.Dtype) -> Iterator[PatchReport | None]:
+        with ExitStack() as stack:
+            if dtype != self.dtype:
+                stack.enter_context(in_float32(self.model))
+            yield stack.enter_context(unpatched() if name == "stock" else mlx_fused.patched(self.model))
+
+    def run(self, name: str, dtype: mx.Dtype, function: Callable):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        with self.variant(name, dtype) as report:
+            result = function()
+            mx.eval(result)
+        if dtype == self.dtype:
+            self.memory[name] = max(self.memory.get(name, 0), mx.get_peak_memory())
+        for layer in report.layers if report else ():
+            for part, calls in self.calls.items():
+                calls["total"] += getattr(layer, part).calls.total
+                calls["fused"] += getattr(layer, part).calls.fused
+        self.on_step()
+        return result
+
+    def compare(
+        self, function: Callable[[], dict[str, mx.array]], bound: float
+    ) -> dict[str, dict[str, dict]]:
+        """What is to be said of each array that ``function`` gives, by type and name."""
+        # In its own type first: what fails there is not to be validated.
+        stock = {dtype: self.run("stock", dtype, function) for dtype in reversed(self.dtypes)}
+        lines = {}
+        for dtype in self.dtypes:
+            patched = self.run("patched", dtype, function)
+            lines[name_of(dtype)] = {
+                name: line(stock[dtype][name], patched[name], reference, bound)
+                for name, reference in stock[mx.float32].items()
+            }
+        return lines
+
+
+def name_of(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def error(actual: mx.array, reference: mx.array) -> float:
+    distance = mx.linalg.norm((actual.astype(mx.float32) - reference).flatten()).item()
+    norm = mx.linalg.norm(reference.flatten()).item()
+    return distance / norm if norm else inf if distance else 0.0
+
+
+def line(stock: mx.array, patched: mx.array, reference: mx.array, bound: float) -> dict:
+    """What is to be said of two results, where sums in another order explain an error of ``bound``."""
+    stock_error, patched_error = error(stock, reference), error(patched, reference)
+    if reference.dtype != mx.float32:  # a gradient of 16-bit adapters: both round it
+        bound += 2 * unit_roundoff(reference.dtype)
+    tolerance = max(bound, 2 * stock_error)
+    if not patched_error <= tolerance:  # NaN too
+        verdict = "failed"
+    else:
+        verdict = "passed" if patched_error <= max(bound, NOTICEABLE) else "inconclusive"
+    return {
+        "stock_error": stock_error,
+        "patched_error": patched_error,
+        "tolerance": tolerance,
+        "rms": mx.sqrt(mx.mean(mx.square(reference.astype(mx.float32)))).item(),
+        "verdict": verdict,
+    }
+
+
+def logits(model: nn.Module, tokens: mx.array) -> mx.array:
+    return model(tokens[None])[0]
+
+
+def adapter_gradients(model: nn.Module, tokens: mx.array) -> dict[str, mx.array]:
+    """The gradients of a step on ``tokens``, those of one kind of adapter in all layers as one array."""
+
+    def loss(model: nn.Module) -> mx.array:
+        logits = model(tokens[None, :-1]).astype(mx.float32)
+        return nn.losses.cross_entropy(logits, tokens[None, 1:], reduction="mean")
+
+    model.train()
+    mx.random.seed(0)  # the same dropout in every run
+    _, gradients = nn.value_and_grad(model, loss)(model)
+    model.eval()
+    kinds = defaultdict(list)
+    for name, gradient in tree_flatten(gradients):
+        kinds[re.sub(r"\.\d+\.", ".*.", name)].append(gradient.flatten())
+    return {kind: mx.concatenate(arrays) for kind, arrays in kinds.items()}
+
+
+def generate(
+    runs: Runs, tokens: mx.array, num_tokens: int, logits_lines: dict[str, dict]
+) -> tuple[dict[str, dict], dict]:
+    """Continue ``tokens`` greedily, stock and patched in turns: what comes out, and how fast.
+
+    Args:
+        runs (Runs): Of the model.
+        tokens (mlx.core.array): The prompt.
+        num_tokens (int): How many tokens to generate.
+        logits_lines (dict): What was said of the logits, by type.
+    """
+    lines, speed = {}, {}
+    for dtype in runs.dtypes:
+        made = defaultdict(list)
+        for _ in range(_ROUNDS if dtype == runs.dtype else 1):
+            for name in ("stock", "patched"):
+                made[name].append(
+                    runs.run(name, dtype, lambda: continue_greedily(runs.model, tokens, num_tokens))
+                )
+        if dtype == runs.dtype:
+            speed = _speed(made, len(tokens), num_tokens)
+        stock, patched = (made[name][0]["tokens"] for name in ("stock", "patched"))
+        of_logits = logits_lines[name_of(dtype)]
+        # Two logits of two models each have an error of this spread: 8 times that is out of reach.
+        largest_gap = 8 * of_logits["tolerance"] * of_logits["rms"]
+        at, gap = next((i for i in range(num_tokens) if stock[i] != patched[i]), None), 0.0
+        if at is not None:
+            with runs.variant("stock", dtype):
+                gap = _gap(runs.model, mx.array([*tokens.tolist(), *stock[:at]]), stock[at], patched[at])
+        if not gap <= largest_gap:
+            verdict = "failed"
+        else:
+            told = at is None or of_logits["verdict"] == "passed"
+            verdict = "passed" if told else "inconclusive"
+        lines[name_of(dtype)] = {
+            "tokens": num_tokens,
+            "diverges_at": at,
+            "gap": gap,
+            "tolerance": largest_gap,
+            "verdict": verdict,
+        }
+    return lines, speed
+
+
+def _speed(made: dict[str, list[dict]], num_prompt: int, num_tokens: int) -> dict:
+    return {
+        "prefill": {name: num_prompt / median(run["prefill_s"] for run in of) for name, of in made.items()},
+        "decode": {
+            name: (num_tokens - 1) / median(run["decode_s"] for run in of) for name, of in made.items()
+        },
+    }
+
+
+def _gap(model: nn.Module, tokens: mx.array, first: int, second: int) -> float:
+    """How much likelier, in logits, one token is than another after ``tokens``."""
+    last = logits(model, tokens)[-1].astype(mx.float32)
+    return (last[first] - last[second]).item()
+
+
+def continue_greedily(model: nn.Module, tokens: mx.array, num_tokens: int) -> dict:
+    start = time.perf_counter()
+    times, chosen = [], []
+    for token, _ in generate_step(tokens, model, max_tokens=num_tokens):
+        times.append(time.perf_counter())
+        chosen.append(token)
+    return {"tokens": chosen, "prefill_s": times[0] - start, "decode_s": times[-1] - times[0]}
+
+
+def sum_error(terms: int) -> float:
+    """How far two orders of float32 sums with so many terms in all may drive a result apart.
+
+    The rounding errors of n additions being as good as independent, together they pass 8 sqrt(n)
+    roundoffs with a probability below 3e-14 (Higham and Mary, 2019).
+    """
+    return 8 * sqrt(terms) * 2.0**-24

@@ -1,0 +1,255 @@
+"""Every fused operation of a patched model, and its gradients, against float64 where it runs.
+
+Two things are held to bounds. Each number, to what its sums and roundings explain; and the error as a whole,
+in the direction of each component of the result, where rounding errors cancel out. The second finds what the
+first cannot: in 16 bits each number is off by up to 0.4 %, which hides that a small bias is off by 1 %.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from math import inf, isnan
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+
+import mlx_fused
+from mlx_fused.patching.projections import watching
+from mlx_fused.validate import formulas
+from mlx_fused.validate.bounds import Comparison, compare, unit_roundoff
+from mlx_fused.validate.formulas import Arithmetic, Call, Expected, Segment
+
+_TF32_UNIT = 2.0**-11  # matrix units of GPUs may round float32 so
+_LABELS = {"weight": "weight", "bias": "bias", "lora_a": "A", "lora_b": "B"}
+
+
+@dataclass
+class Finding:
+    """The checks of one kind in all calls.
+
+    Attributes:
+        share: The largest error, as a share of its bound; what is above 1 is no rounding error.
+        layer: Whose error that is.
+        noticeable: Whether an error of 1 % would surely be found, layer by layer.
+    """
+
+    share: float = 0.0
+    layer: str = ""
+    noticeable: dict[str, bool] = field(default_factory=dict)
+
+    def add(self, share: float, layer: str, noticeable: bool) -> None:
+        if not self.layer or not share <= self.share:
+            self.share, self.layer = inf if isnan(share) else share, layer
+        self.noticeable[layer] = noticeable or self.noticeable.get(layer, False)
+
+    @property
+    def verdict(self) -> str:
+        if self.share > 1:
+            return "failed"
+        return "passed" if all(self.noticeable.values()) else "inconclusive"
+
+
+@dataclass
+class OperationChecks:
+    """A watcher of fused operations (``patching.projections.watching``) that checks each of them.
+
+    Attributes:
+        layers: The name of each attention module, by its ``id``.
+        on_call: Called after each operation.
+        count: How many were checked.
+        findings: What was found: for results and gradients, and for their components, kind by kind.
+    """
+
+    layers: dict[int, str]
+    on_call: Callable[[], None] = lambda: None
+    count: int = 0
+    findings: dict[str, dict[str, Finding]] = field(
+        default_factory=lambda: {
+            part: {} for part in ("results", "their components", "gradients", "components of gradients")
+        }
+    )
+
+    def __call__(self, attention: nn.Module, operation: Callable, arguments: dict, outputs) -> None:
+        with np.errstate(invalid="ignore"):  # a NaN or an infinity among the operands is no error of ours
+            self._check(self.layers[id(attention)], operation, arguments, outputs)
+        self.count += 1
+        self.on_call()
+
+    def _check(self, layer: str, operation: Callable, arguments: dict, outputs) -> None:
+        # A graph ends at arrays that have their values, so what is left of it is this operation.
+        mx.eval([a for _, a in tree_flatten(arguments) if isinstance(a, mx.array)])
+        outputs = _listed(outputs)
+        arithmetic = _arithmetic(outputs, arguments, "")
+        call = read(arguments, arithmetic.composed)
+        given = call.x if call.residual is None else np.hstack([call.x, call.residual])
+        # Equal rows have equal errors, which do not cancel out.
+        distinct = np.unique(given, axis=0, return_index=True)[1]
+        for y, (name, expected) in zip(outputs, formulas.outputs(call, arithmetic).items(), strict=True):
+            compared = compare(_rows(y), y.dtype, expected, arithmetic, distinct)
+            self._add("results", "their components", name, layer, compared)
+
+        operands = differentiable(arguments)
+        cotangents = [mx.random.normal(y.shape, y.dtype, key=mx.random.key(i)) for i, y in enumerate(outputs)]
+        function = function_of(operation, arguments, list(operands))
+        _, grads = mx.vjp(function, list(operands.values()), cotangents)
+        arithmetic = _arithmetic(grads, arguments, "Grad")
+        of = {}
+        for (argument, place), grad in zip(operands, grads, strict=True):
+            if argument in _LABELS:
+                segment = call.segments[place or 0].name
+                of[argument, segment] = f"{_LABELS[argument]} of {segment}", grad
+            else:
+                of["residual" if argument == "residual" else "input", ""] = argument, grad
+        segment_grads = _scaled(cotangents, call.alpha, arithmetic)
+        for key, expected in formulas.gradients(call, segment_grads, arithmetic):
+            if key in of:  # a quantized weight has none
+                self._hold_gradient(layer, *of[key], expected, arithmetic)
+        if call.residual is not None:
+            copied = formulas.copied(_rows(cotangents[0]))
+            self._hold_gradient(layer, *of["residual", ""], copied, arithmetic)
+
+    def _hold_gradient(
+        self, layer: str, name: str, grad: mx.array, expected: Expected, arithmetic: Arithmetic
+    ) -> None:
+        compared = compare(_rows(grad), grad.dtype, expected, arithmetic)
+        self._add("gradients", "components of gradients", name, layer, compared)
+
+    def _add(self, whole: str, parts: str, name: str, layer: str, compared: Comparison) -> None:
+        self.findings[whole].setdefault(name, Finding()).add(compared.share, layer, True)
+        for component, (share, noticeable) in compared.components.items():
+            kind = name if component == formulas.WHOLE else f"{component} in {name}"
+            self.findings[parts].setdefault(kind, Finding()).add(share, layer, noticeable)
+
+
+def check_operations(
+    model: nn.Module, tokens: mx.array, on_call: Callable[[], None] = lambda: None
+) -> OperationChecks:
+    """Check all operations of ``model``, patched, as it reads a prompt and continues it by a token."""
+    with mlx_fused.patched(model) as report:
+        modules = dict(model.named_modules())
+        checks = OperationChecks({id(modules[layer.name]): layer.name for layer in report.layers}, on_call)
+        cache = make_prompt_cache(model)
+        with watching(checks):
+            for part in (tokens[None, :-1], tokens[None, -1:]):
+                mx.eval(model(part, cache=cache))
+    return checks
+
+
+def read(arguments: dict, composed: bool) -> Call:
+    """The operands of a call, from the arguments by name that an operation takes."""
+    x = arguments.get("input", arguments.get("attn_out"))
+    weights = _listed(arguments["weight"])
+    count = len(weights)
+    scales, biases, bias, lora_a, lora_b = (
+        _listed(arguments.get(name)) or [None] * count
+        for name in ("scales", "biases", "bias", "lora_a", "lora_b")
+    )
+    scale = np.broadcast_to(arguments.get("scale", 1.0), count)
+    segments = []
+    for i, name in enumerate("qkv" if count > 1 else "o"):
+        if scales[i] is None:
+            weight = exact(weights[i])
+            magnitude = np.abs(weight)
+        else:
+            form = (arguments["group_size"], arguments["bits"], arguments["mode"])
+            weight, magnitude = dequantized(weights[i], scales[i], biases[i], *form)
+        # The composed form multiplies by the scale in the type that x A has.
+        dtype = mx.result_type(x, lora_a[i]) if composed and lora_a[i] is not None else mx.float32
+        b, a, low = (None if m is None else exact(m) for m in (bias[i], lora_a[i], lora_b[i]))
+        segments.append(Segment(name, weight, magnitude, b, a, low, mx.array(float(scale[i]), dtype).item()))
+    residual = arguments.get("residual")
+    alpha = float(np.float32(arguments.get("alpha", 1.0)))
+    return Call(_rows(x), tuple(segments), None if residual is None else _rows(residual), alpha)
+
+
+def dequantized(
+    weight: mx.array, scales: mx.array, biases: mx.array | None, group_size: int, bits: int, mode: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """A quantized weight, exactly, and the sum of the sizes of the terms that it may be summed as."""
+    if biases is None:
+        values = exact(mx.dequantize(weight, scales, None, group_size, bits, mode, dtype=mx.float32))
+        return values, np.abs(values)
+    ones = mx.ones(scales.shape, mx.float32)
+    codes = exact(mx.dequantize(weight, ones, mx.zeros_like(ones), group_size, bits, mode))
+    scaled = codes * np.repeat(exact(scales), group_size, -1)
+    shift = np.repeat(exact(biases), group_size, -1)
+    return scaled + shift, np.abs(scaled) + np.abs(shift)
+
+
+def exact(array: mx.array) -> np.ndarray:
+    """The same values in float64."""
+    return np.array(array.astype(mx.float64, stream=mx.cpu))
+
+
+def _rows(array: mx.array) -> np.ndarray:
+    """Activations as rows, and what has no more than two axes as it is."""
+    values = exact(array)
+    return values.reshape(-1, values.shape[-1]) if values.ndim > 2 else values
+
+
+def _listed(value) -> list:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def _arithmetic(results: Iterable[mx.array], arguments: dict, primitive: str) -> Arithmetic:
+    """How ``results`` are computed, by their graph: by a primitive of ours, or by MLX's own operations."""
+    dot = io.StringIO()
+    mx.export_to_dot(dot, *results)
+    composed = re.search(rf'label ="Fused\w+{primitive}"', dot.getvalue()) is None
+    gpu, quantized = mx.default_device() == mx.gpu, arguments.get("scales") is not None
+    x = arguments.get("input", arguments.get("attn_out"))
+    unit = unit_roundoff(x.dtype)
+    sum_unit = unit_roundoff(mx.float32)
+    if composed and quantized and not gpu:
+        sum_unit = unit  # MLX's quantized_matmul on CPUs sums in the activations' type
+    elif composed and gpu:
+        sum_unit = max(sum_unit, _TF32_UNIT if x.dtype == mx.float32 else 0.0)
+    adapters = [a for a in _listed(arguments.get("lora_a")) if a is not None]
+    low_rank = max((unit_roundoff(mx.result_type(x, a)) for a in adapters), default=0.0)
+    return Arithmetic(
+        sum_unit,
+        weight_unit=unit if gpu and quantized and x.dtype != mx.float32 else 0.0,
+        low_rank_unit=low_rank if composed else 0.0,
+        composed=composed,
+    )
+
+
+def _scaled(cotangents: list[mx.array], alpha: float, arithmetic: Arithmetic) -> list[np.ndarray]:
+    """``alpha`` times the cotangents, rounded where the composed form rounds that."""
+    if arithmetic.composed and alpha != 1:
+        return [_rows(mx.array(alpha, g.dtype) * g) for g in cotangents]
+    return [alpha * _rows(g) for g in cotangents]
+
+
+def differentiable(arguments: dict) -> dict[tuple[str, int | None], mx.array]:
+    """The operands that may have a gradient, by the argument and the place in it."""
+    names = ["input", "attn_out", "weight", "bias", "lora_a", "lora_b", "residual"]
+    if arguments.get("scales") is not None:
+        names.remove("weight")
+    found = {}
+    for name in names:
+        value = arguments.get(name)
+        places = enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
+        found |= {(name, place): array for place, array in places if array is not None}
+    return found
+
+
+def function_of(operation: Callable, arguments: dict, keys: list[tuple[str, int | None]]) -> Callable:
+    """``operation`` as a function of some of its operands."""
+
+    def function(*values: mx.array):
+        changed = {name: list(v) if isinstance(v, tuple) else v for name, v in arguments.items()}
+        for (name, place), value in zip(keys, values, strict=True):
+            if place is None:
+                changed[name] = value
+            else:
+                changed[name][place] = value
+        return operation(**{n: tuple(v) if isinstance(v, list) else v for n, v in changed.items()})
+
+    return function

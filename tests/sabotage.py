@@ -1,0 +1,314 @@
+"""Makes one operand or one gradient of the fused operations 1 % wrong; the checks must notice each.
+
+`python tests/sabotage.py` does it to every part of six families of models and writes docs/sabotage.md.
+"""
+
+import importlib
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import SwitchLinear
+
+import mlx_fused
+from mlx_fused.patching import projections
+from mlx_fused.validate.checkpoint import attach_adapters
+from mlx_fused.validate.operations import check_operations, differentiable, function_of
+from tiny_models import shake
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "sabotage.md"
+FACTOR = 1.01
+TOKENS = 24
+
+_SIZES = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,  # more than tiny_demo's tokenizer has
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 128,
+}
+_EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 3}
+# What is no size; biases where there is a choice.
+FAMILIES = {
+    "llama": {"attention_bias": True},
+    "qwen3": {"head_dim": 32, "tie_word_embeddings": False},
+    "gemma3_text": {"head_dim": 32, "sliding_window": 8, "sliding_window_pattern": 2},
+    "gpt_oss": {
+        **_EXPERTS,
+        "head_dim": 32,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "mixtral": _EXPERTS,
+    "granite": {
+        "attention_bias": True,
+        "mlp_bias": False,
+        "logits_scaling": 2.0,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 0.22,
+    },
+}
+QUANTIZATION = {"group_size": 32, "bits": 4}
+WEIGHTS = ("float32", "bfloat16", "4-bit bfloat16")
+_OPERATIONS = [name for name in vars(projections) if name.startswith("fused_")]
+
+
+class Target(NamedTuple):
+    """What is sabotaged: the operand in the forward or, in the gradient of another, in the backward."""
+
+    operand: str
+    segment: str  # q, k, v or o
+    gradient: str | None = None  # of which operand; its own is multiplied itself
+
+
+class Float32Experts(SwitchLinear):
+    """MLX's gather_mm on CPUs knows float32 only."""
+
+    def __call__(self, x, indices, sorted_indices=False):
+        inner = SwitchLinear(1, 1, 1, bias="bias" in self)
+        inner.update({name: parameter.astype(mx.float32) for name, parameter in self.items()})
+        return inner(x.astype(mx.float32), indices, sorted_indices).astype(x.dtype)
+
+
+def config(family):
+    return {**_SIZES, "model_type": family, **FAMILIES[family]}
+
+
+def make(family, weights):
+    """A tiny model of the family, with random parameters."""
+    mx.random.seed(0)
+    module = importlib.import_module(f"mlx_lm.models.{family}")
+    model = module.Model(module.ModelArgs.from_dict(config(family)))
+    shake(model)
+    model.set_dtype(mx.float32 if weights == "float32" else mx.bfloat16)
+    if weights.startswith("4-bit"):
+        nn.quantize(model, **QUANTIZATION, class_predicate=_can_be_quantized)
+    for experts in model.modules():
+        if type(experts) is SwitchLinear:
+            experts.__class__ = Float32Experts
+    mx.eval(model.parameters())
+    return model
+
+
+def _can_be_quantized(_, module):
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+
+
+def prompt():
+    return mx.random.randint(0, _SIZES["vocab_size"], (TOKENS,), key=mx.random.key(1))
+
+
+def adapt(model):
+    with mlx_fused.patched(model) as report:
+        layers = report.layers
+    attach_adapters(model, prompt(), layers)
+
+
+@contextmanager
+def wrapped(wrap):
+    """Let patched models run ``wrap`` of each operation."""
+    correct = {name: getattr(projections, name) for name in _OPERATIONS}
+    for name, operation in correct.items():
+        setattr(projections, name, wrap(operation))
+    try:
+        yield
+    finally:
+        for name, operation in correct.items():
+            setattr(projections, name, operation)
+
+
+def targets(model):
+    """Everything that the fused operations of the model have to be sabotaged."""
+    found = []
+
+    def note(operation):
+        def run(**arguments):
+            for operand, segment in _named(arguments):
+                found.append(Target(operand, segment))
+                if operand != "weight" or arguments.get("scales") is None:
+                    found.append(Target(operand, segment, operand))
+                if operand in ("weight", "lora_a"):  # its part of what all parts add up to
+                    found.append(Target(operand, segment, _activations(arguments)))
+            return operation(**arguments)
+
+        return run
+
+    with wrapped(note), mlx_fused.patched(model):
+        mx.eval(model(prompt()[None]))
+    forward_of_activations = [t for t in found if t.operand in ("input", "attn_out") and not t.gradient]
+    return [t for t in dict.fromkeys(found) if t not in forward_of_activations]
+
+
+def sabotage(target, factor=FACTOR):
+    """Make the target wrong in all operations that have it."""
+
+    def wrap(operation):
+        def run(**arguments):
+            if (target.operand, target.segment) not in _named(arguments):
+                return operation(**arguments)
+            return _sabotaged(operation, arguments, target, factor)
+
+        return run
+
+    return wrapped(wrap)
+
+
+def is_noticed(model, target, factor=FACTOR):
+    with sabotage(target, factor):
+        return not passes(model)
+
+
+def passes(model):
+    findings = check_operations(model, prompt()).findings.values()
+    return all(finding.verdict != "failed" for of in findings for finding in of.values())
+
+
+def _sabotaged(operation, arguments, target, factor):
+    operands = differentiable(arguments)
+    keys = list(operands)
+    honest = function_of(operation, arguments, keys)
+    changed = _in_float32(arguments)
+    for name in _arrays_of(target.operand, arguments):
+        places = dict(enumerate(changed[name])) if isinstance(changed[name], tuple) else {None: changed[name]}
+        place = "qkv".find(target.segment) if None not in places else None
+        places[place] = factor * places[place]
+        changed[name] = places[None] if None in places else tuple(places.values())
+
+    @mx.custom_function
+    def run(*values):
+        if target.gradient:
+            return honest(*values)
+        outputs = operation(**changed)
+        outputs = [y.astype(arguments[_activations(arguments)].dtype) for y in _listed(outputs)]
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    @run.vjp
+    def run_vjp(values, cotangents, _):
+        values, cotangents = _listed(values), _listed(cotangents)
+        _, grads = mx.vjp(honest, values, cotangents)
+        if target.gradient == target.operand:
+            place = keys.index((target.operand, _place(target, arguments)))
+            grads[place] = (factor * grads[place].astype(mx.float32)).astype(grads[place].dtype)
+        elif target.gradient:
+            place = keys.index((target.gradient, None))
+            wrong = function_of(operation, changed, [keys[place]])
+            wide = [g.astype(mx.float32) for g in cotangents]
+            (grad,) = mx.vjp(wrong, [changed[target.gradient]], wide)[1]
+            grads[place] = grad.astype(grads[place].dtype)
+        return grads
+
+    return run(*operands.values())
+
+
+def _listed(values):
+    return list(values) if isinstance(values, tuple | list) else [values]
+
+
+def _in_float32(arguments):
+    """A kernel's own mistake is made before it rounds."""
+
+    def cast(value):
+        if isinstance(value, tuple | list):
+            return tuple(map(cast, value))
+        is_float = isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
+        return value.astype(mx.float32) if is_float else value
+
+    return {name: cast(value) for name, value in arguments.items()}
+
+
+def _arrays_of(operand, arguments):
+    quantized = operand == "weight" and arguments.get("scales") is not None
+    return ("scales", "biases") if quantized else (operand,)
+
+
+def _activations(arguments):
+    return "input" if "input" in arguments else "attn_out"
+
+
+def _place(target, arguments):
+    return "qkv".index(target.segment) if isinstance(arguments[target.operand], tuple | list) else None
+
+
+def _named(arguments):
+    """The operands of a call, and whose they are."""
+    found = []
+    for name in ("input", "attn_out", "weight", "bias", "lora_a", "lora_b", "residual"):
+        value = arguments.get(name)
+        if isinstance(value, tuple | list):
+            found += [(name, segment) for segment, v in zip("qkv", value, strict=True) if v is not None]
+        elif value is not None:
+            found.append((name, "qkv" if name == "input" else "o"))
+    return found
+
+
+class Outcome(NamedTuple):
+    family: str
+    weights: str
+    adapters: bool
+    honest: bool  # whether it passes as it is, and with the targets multiplied by 1
+    targets: list[Target]
+    missed: list[Target]
+
+
+def judge(family, weights):
+    """Sabotage one family with one kind of weights, without adapters and with them."""
+    model = make(family, weights)
+    outcomes = []
+    for adapters in (False, True):
+        if adapters:
+            adapt(model)
+        aims = targets(model)
+        missed = [target for target in aims if not is_noticed(model, target)]
+        honest = passes(model) and not any(is_noticed(model, target, 1.0) for target in aims)
+        outcomes.append(Outcome(family, weights, adapters, honest, aims, missed))
+    return outcomes
+
+
+def table_row(without, with_adapters):
+    cells = [without.family, without.weights]
+    for outcome in (without, with_adapters):
+        noticed = len(outcome.targets) - len(outcome.missed)
+        cells += ["passes" if outcome.honest else "FAILS", f"{noticed} of {len(outcome.targets)}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def document(outcomes):
+    """docs/sabotage.md."""
+    count = sum(len(o.targets) for pair in outcomes for o in pair)
+    missed = sum(len(o.missed) for pair in outcomes for o in pair)
+    lines = [
+        "# Sabotage of the fused operations",
+        "",
+        "Written by `python tests/sabotage.py`. In tiny random models of six families, patched, one thing",
+        "at a time is made 1 % wrong: the weight of q, k, v or o, a bias, the A or the B of an adapter, or",
+        "the residual, as the forward reads it; the gradient of any of these, or of the activations; and",
+        "the part of the activations' gradient that comes through one projection or one adapter. The",
+        "checks of operations in `mlx-fused validate` must fail then, and pass where nothing is wrong: on",
+        "the model as it is, and with all the same things multiplied by 1 and not by 1.01.",
+        "",
+        "| model | weights | honest | sabotage noticed | honest, with adapters | sabotage noticed |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [table_row(*pair) for pair in outcomes]
+    lines += ["", f"{count - missed} of {count} noticed."]
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    outcomes = []
+    for family in FAMILIES:
+        for weights in WEIGHTS:
+            outcomes.append(judge(family, weights))
+            print(table_row(*outcomes[-1]), *(t for o in outcomes[-1] for t in o.missed), flush=True)
+    DOCUMENT.write_text(document(outcomes))
+
+
+if __name__ == "__main__":
+    main()

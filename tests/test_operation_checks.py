@@ -1,0 +1,248 @@
+"""The checks of single operations: what is right passes, whatever its kind, and what is not is found."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_fused
+import operands
+import oracle
+import projections
+import quantized
+from mlx_fused.validate import bounds, formulas, operations
+from mlx_fused.validate.operations import Finding, OperationChecks, exact, read
+
+HEADS = (4, 2, 64)
+BASES = [None, ("affine", 32, 4), ("affine", 64, 8), ("affine", 32, 2), *quantized.FLOATS]
+bases = pytest.mark.parametrize("form", BASES, ids=lambda f: "-".join(map(str, f)) if f else "dense")
+dtypes = pytest.mark.parametrize("dtype", operands.DTYPES, ids=str)
+
+
+def calls(rng, form, dtype, seq=9, **options):
+    """As patched models make them: both operations, without adapters and with them."""
+    for ranks, rank in ((None, None), ((8, None, 3), 8)):
+        qkv = projections.qkv(rng, 1, seq, 128, HEADS, form, dtype, ranks=ranks, **options)
+        yield qkv.replace(split_heads=False)
+        yield projections.output(rng, 1, seq, 128, 160, form, dtype, rank=rank, alpha=0.75, **options)
+
+
+def check(call, outputs=None, **options):
+    """The findings, part by part, with ``outputs`` in place of what the operation gives."""
+    checks = OperationChecks({id(call): "layer"})
+    operation, arguments = getattr(mlx_fused, call.operation), call.arguments | options
+    checks(call, operation, arguments, operation(**arguments) if outputs is None else outputs)
+    assert checks.count == 1
+    return checks.findings
+
+
+def verdicts(findings):
+    return {finding.verdict for of in findings.values() for finding in of.values()}
+
+
+def largest(findings):
+    return max(finding.share for of in findings.values() for finding in of.values())
+
+
+@dtypes
+@bases
+def test_what_is_right_passes(rng, form, dtype):
+    for seq in (1, 9, 40):
+        for call in calls(rng, form, dtype, seq):
+            findings = check(call)
+            assert largest(findings) < 0.5
+            assert "failed" not in verdicts(findings)
+            if seq == 40 and "lora_a" not in call.arguments:  # beside these adapters a bias is little
+                assert verdicts(findings) == {"passed"}
+
+
+@dtypes
+@bases
+def test_formulas_are_those_of_the_tests(rng, form, dtype):
+    arithmetic = formulas.Arithmetic()
+    for call in calls(rng, form, dtype):
+        read_call = read(call.arguments, False)
+        found = formulas.outputs(read_call, arithmetic)
+        plain = call.replace(split_heads=True) if call.segments else call
+        expected = plain.formula(*call.exact_operands)
+        for e, y in zip(expected, found.values(), strict=True):
+            by_row = e.transpose(0, 2, 1, 3).reshape(9, -1) if call.segments else e.reshape(9, -1)
+            np.testing.assert_allclose(sum(y.components.values()), by_row, rtol=1e-12, atol=1e-12)
+        given = projections.cotangents(rng, call)
+        keys = call.trainable
+        expected = call.gradient_formula(keys)(oracle.exact(given), *call.exact_operands)
+        if call.segments:
+            given = [g.transpose(0, 2, 1, 3).reshape(1, 9, -1) for g in given]
+        grads = [read_call.alpha * exact(g)[0] for g in given]
+        by_name = {
+            key: sum(e.components.values()) for key, e in formulas.gradients(read_call, grads, arithmetic)
+        }
+        for (name, place), e in zip(keys, expected, strict=True):
+            if name != "residual":
+                shared = name in ("input", "attn_out")
+                key = ("input", "") if shared else (name, read_call.segments[place or 0].name)
+                np.testing.assert_allclose(
+                    by_name[key], e.reshape(by_name[key].shape), rtol=1e-12, atol=1e-12
+                )
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@bases
+def test_the_composed_form_passes_with_its_own_roundings(rng, form, dtype):
+    for call in calls(rng, form, dtype, 40):
+        assert "failed" not in verdicts(check(call, route="composed"))
+
+
+def test_the_roundings_of_the_composed_form_are_no_excuse_for_a_kernel(rng, monkeypatch):
+    """Nor is what MLX's 16-bit quantized_matmul does."""
+    kernel = formulas.Arithmetic()
+    for call in calls(rng, ("affine", 32, 4), mx.bfloat16, 40):
+        composed = getattr(mlx_fused, call.operation)(**call.arguments, route="composed")
+        mx.eval(composed)
+        with monkeypatch.context() as patch:
+            patch.setattr(operations, "_arithmetic", lambda *_: kernel)
+            assert "failed" in verdicts(check(call, composed))
+
+
+@dtypes
+def test_numbers_that_are_not_finite(rng, dtype):
+    for call in calls(rng, None, dtype):
+        name = "input" if call.segments else "attn_out"
+        x = mx.array(call.x)
+        x[0, 3, 5] = float("nan")
+        x[0, 4, 5] = float("inf")
+        assert "failed" not in verdicts(check(call.replace(**{name: x})))
+        y = getattr(mlx_fused, call.operation)(**call.arguments)
+        y = list(y) if call.segments else [y]
+        y[-1] = mx.where(mx.arange(y[-1].shape[-1]) == 3, float("nan"), y[-1]).astype(dtype)
+        assert "failed" in verdicts(check(call, y))
+
+
+def test_float16_overflows_where_the_exact_result_does(rng):
+    for call in calls(rng, None, mx.float16, 40):
+        name = "input" if call.segments else "attn_out"
+        large = call.replace(**{name: 3000 * call.x})
+        outputs = getattr(mlx_fused, call.operation)(**large.arguments)
+        outputs = list(outputs) if call.segments else [outputs]
+        assert any(mx.isinf(y).any() for y in outputs)
+        assert check(large)["results"]["q" if call.segments else "o"].verdict == "passed"
+        outputs[0] = mx.where(mx.isinf(outputs[0]), 65504.0, outputs[0]).astype(mx.float16)
+        assert "failed" in verdicts(check(large, outputs))
+
+
+def test_a_small_part_is_found_where_no_number_shows_it(rng):
+    """The error of the sums of a wide layer covers 1 % of a bias in each number, but not in all of them."""
+    hidden, features = 4096, 64
+    x = mx.array(rng.normal(0, 1, (1, 60, hidden))).astype(mx.bfloat16)
+    weight, bias = (
+        mx.array(rng.normal(0, spread, shape)).astype(mx.bfloat16)
+        for spread, shape in ((1 / 64, (features, hidden)), (0.08, (features,)))
+    )
+    operand, exact_bias = oracle.exact(weight), oracle.exact(bias)
+    segment = formulas.Segment("o", operand, np.abs(operand), exact_bias, None, None, 1.0)
+    call = formulas.Call(oracle.exact(x)[0], (segment,))
+    expected = formulas.outputs(call, formulas.Arithmetic())["o"]
+    right = call.x @ operand.T + exact_bias
+    for factor, found in ((0.0, False), (0.01, True)):
+        y = oracle.rounded(right + factor * exact_bias, mx.bfloat16)
+        compared = bounds.compare(y, mx.bfloat16, expected, formulas.Arithmetic())
+        assert compared.share <= 1
+        assert (compared.components["bias"].share > 1) == found
+        assert compared.components["projection"].share <= 1
+
+
+@dtypes
+@bases
+def test_what_is_called_noticeable_is_noticed(rng, form, dtype):
+    for seq in (1, 9):
+        for call in calls(rng, form, dtype, seq):
+            for expected in formulas.outputs(read(call.arguments, False), formulas.Arithmetic()).values():
+                value = sum(expected.components.values())
+                right = bounds.compare(oracle.rounded(value, dtype), dtype, expected, formulas.Arithmetic())
+                for name, component in expected.components.items():
+                    wrong = oracle.rounded(value + 0.01 * component, dtype)
+                    found = bounds.compare(wrong, dtype, expected, formulas.Arithmetic())
+                    worst = max(found.share, *(c.share for c in found.components.values()))
+                    assert worst > 1 or not right.components[name].noticeable
+
+
+def test_an_adapter_that_does_nothing_is_not_judged(rng):
+    (call,) = (c for c in calls(rng, None, mx.bfloat16) if c.segments and "lora_a" in c.arguments)
+    b = tuple(None if b is None else mx.zeros_like(b) for b in call.arguments["lora_b"])
+    findings = check(call.replace(lora_b=b))
+    assert not any("adapter" in kind for kind in findings["their components"])
+    assert verdicts(findings) == {"passed"}
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_what_is_swallowed_by_rounding_is_inconclusive_and_no_error(rng, dtype):
+    """A projection below half a step of the residual and in its direction: no error of it cancels out."""
+    residual = (1 + mx.random.uniform(0, 0.9, (1, 40, 64), key=mx.random.key(0))).astype(dtype)
+    weight = (1e-5 * mx.eye(64)).astype(dtype)
+    arguments = {"attn_out": residual, "weight": weight, "bias": None, "residual": residual}
+    call = projections.Call("fused_output_projection_residual", arguments)
+    findings = check(call)
+    assert findings["their components"]["projection in o"].verdict == "inconclusive"
+    assert findings["their components"]["residual in o"].verdict == "passed"
+    assert "failed" not in verdicts(findings)
+
+
+def test_equal_rows_count_once(rng, monkeypatch):
+    """Their errors are equal and do not cancel out, though each number is within its bound."""
+    monkeypatch.setattr(operations, "_arithmetic", lambda *_: formulas.Arithmetic())
+    for call in calls(rng, None, mx.bfloat16, 200):
+        name = "input" if call.segments else "attn_out"
+        names = {name, "residual"} & call.arguments.keys()
+        same = call.replace(**{n: mx.repeat(call.arguments[n][:, :1], 200, 1) for n in names})
+        outputs = []
+        for expected in formulas.outputs(read(same.arguments, False), formulas.Arithmetic()).values():
+            value = sum(expected.components.values())
+            # What decides how a number is rounded is off as far as it may be, always outwards.
+            off = 7 * np.sqrt(expected.terms) * 2.0**-24 * expected.magnitude
+            y = oracle.rounded(value + np.sign(value) * off, mx.bfloat16)
+            outputs.append(mx.array(y[None], dtype=mx.float64).astype(mx.bfloat16, stream=mx.cpu))
+        findings = check(same, outputs)
+        assert "failed" not in verdicts(findings)
+        assert largest(findings) > 0.5
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_weights_rounded_in_tiles_are_allowed_for_where_there_are_tiles(rng, dtype):
+    """What Metal's tiles hold, computed here."""
+    tiles = formulas.Arithmetic(weight_unit=bounds.unit_roundoff(dtype))
+    shares = {tiles: [], formulas.Arithmetic(): []}
+    for call in calls(rng, ("affine", 32, 4), dtype, 40):
+        outputs = call.formula(*quantized.in_tiles(call.exact_operands, dtype))
+        if call.segments:
+            outputs = [y.transpose(0, 2, 1, 3) for y in outputs]
+        outputs = [oracle.rounded(y.reshape(40, -1), dtype) for y in outputs]
+        for arithmetic, found in shares.items():
+            expected = formulas.outputs(read(call.arguments, False), arithmetic).values()
+            for y, e in zip(outputs, expected, strict=True):
+                compared = bounds.compare(y, dtype, e, arithmetic)
+                found += [compared.share, *(c.share for c in compared.components.values())]
+    assert max(shares[tiles]) <= 1 < max(shares[formulas.Arithmetic()])
+
+
+@dtypes
+def test_rounding_is_to_the_nearest(rng, dtype):
+    values = np.concatenate([rng.normal(0, 1, 1000), 2.0 ** np.arange(-20, 10), rng.normal(0, 1e-6, 1000)])
+    values = np.concatenate([values, np.float64([1 + 2.0**-8, 1 + 3 * 2.0**-8, 0.0])])  # ties of bfloat16
+    kind, rounded = bounds._DTYPES[dtype], oracle.rounded(values, dtype)
+    np.testing.assert_array_equal(kind.round(values), rounded)
+    assert (kind.beyond_rounding(rounded, values) == 0).all()
+    assert (kind.beyond_rounding(rounded, rounded + 2 * kind.step(rounded)) > 0).all()
+    # Below a power of two the next number is nearer than above.
+    assert kind.beyond_rounding(np.ones(1), np.array([1 - 0.75 * kind.unit])) == kind.unit / 4
+    assert kind.beyond_rounding(np.ones(1), np.array([1 + 0.75 * kind.unit])) == 0
+
+
+def test_a_finding_keeps_the_worst():
+    finding = Finding()
+    for share, layer in ((0.2, "a"), (0.7, "b"), (0.5, "c")):
+        finding.add(share, layer, layer != "c")
+    assert (finding.share, finding.layer, finding.verdict) == (0.7, "b", "inconclusive")
+    finding.add(0.1, "c", True)  # another call of the layer, which could tell
+    assert finding.verdict == "passed"
+    finding.add(float("nan"), "d", True)
+    finding.add(0.9, "e", True)
+    assert finding.layer == "d" and finding.verdict == "failed"
