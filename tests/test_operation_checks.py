@@ -61,6 +61,8 @@ def test_formulas_are_those_of_the_tests(rng, form, dtype):
     arithmetic = formulas.Arithmetic()
     for call in calls(rng, form, dtype):
         read_call = read(call.arguments, False)
+        for segment, terms in zip(read_call.segments, call.exact_operands[1], strict=True):
+            np.testing.assert_array_equal(segment.magnitude, np.abs(terms).sum(0))
         found = formulas.outputs(read_call, arithmetic)
         plain = call.replace(split_heads=True) if call.segments else call
         expected = plain.formula(*call.exact_operands)
@@ -203,6 +205,32 @@ def test_equal_rows_count_once(rng, monkeypatch):
         findings = check(same, outputs)
         assert "failed" not in verdicts(findings)
         assert largest(findings) > 0.5
+
+
+def test_the_errors_of_a_low_rank_product_are_those_of_many_numbers(rng):
+    """Each number of x A errs by no more than it may, and so do all the numbers made of it, together."""
+    rows, width, wide = 40, 64, 4096
+    x, a, b = rng.normal(0, 1, (rows, width)), rng.normal(0, 1, (width, 1)), rng.normal(0, 1, (1, wide))
+    signs = rng.choice([-1.0, 1.0], (rows, 1))
+
+    def off(left, right):
+        return left @ right + 2 * signs * np.sqrt(width) * 2.0**-24 * (np.abs(left) @ np.abs(right))
+
+    arithmetic = formulas.Arithmetic()
+    segment = formulas.Segment("o", *(np.full((wide, width), 1e-9) for _ in range(2)), None, a, b, 1.0)
+    results = [(off(x, a) @ b, formulas.outputs(formulas.Call(x, (segment,)), arithmetic)["o"])]
+    # The other way round: dy B^T is narrow, and dx as wide as A is tall.
+    segment = formulas.Segment("o", *(np.full((width, wide), 1e-9) for _ in range(2)), None, b.T, a.T, 1.0)
+    call = formulas.Call(np.zeros((rows, wide)), (segment,))
+    dx = dict(formulas.gradients(call, [x], arithmetic))["input", ""]
+    results.append((off(x, a) @ b, dx))
+    for actual, expected in results:
+        actual = actual + next(iter(expected.components.values()))  # the projection, which is next to nothing
+        compared = bounds.compare(actual, mx.float32, expected, arithmetic)
+        assert compared.share <= 1 and max(c.share for c in compared.components.values()) <= 1
+        expected.shared.clear()
+        compared = bounds.compare(actual, mx.float32, expected, arithmetic)
+        assert max(c.share for c in compared.components.values()) > 1
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
