@@ -145,7 +145,7 @@ def test_json_is_alone_on_stdout(tiny, tmp_path):
 
 
 def test_a_layer_that_is_not_fused_fails(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(attention, "_qkv", lambda attention: "a reason")
+    monkeypatch.setattr(attention, "_qkv", lambda *_: "a reason")
     result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "new"), "--iters", "1"])
     assert isinstance(result.exception, RuntimeError)
     assert "not fused: a reason" in str(result.exception)

@@ -1,6 +1,7 @@
 """What patching does to a model and what it leaves alone."""
 
 import copy
+import inspect
 import pickle
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 
 import mlx_fused
 from graph import output_counts
+from mlx_fused.patching import attention
 from tiny_models import LAYERS, Attention, assert_same, calls, fused, loss, make, sample, tokens
 
 # The report
@@ -93,7 +95,7 @@ def snapshot(model):
     modules = [(name, type(m).__name__, m.training) for name, m in model.named_modules()]
     arrays = [(name, id(array)) for name, array in tree_flatten(model.parameters())]
     trainable = [name for name, _ in tree_flatten(model.trainable_parameters())]
-    attributes = [vars(m).keys() - {"_mlx_fused_state"} for m in model.modules()]
+    attributes = [vars(m).keys() for m in model.modules()]
     return modules, arrays, trainable, repr(model), attributes
 
 
@@ -110,7 +112,6 @@ def test_only_the_class_changes():
     mlx_fused.unpatch(model)
     assert snapshot(model) == before
     assert [type(m) for m in model.modules()] == classes
-    assert not any("_mlx_fused_state" in vars(m) for m in model.modules())
 
 
 def test_patching_twice_is_patching_once():
@@ -150,8 +151,9 @@ def test_the_environment_turns_it_off(monkeypatch):
         assert report.summary.endswith(f"in 2; MLX_FUSED={off} keeps all of it off")
     for nonsense in ("2", "offf", " ", "none"):
         monkeypatch.setenv("MLX_FUSED", nonsense)
-        with pytest.raises(ValueError, match=f"'0', 'false', .* but got '{nonsense}'"):
-            model(tokens(1, 3))
+        for use in (lambda: model(tokens(1, 3)), lambda: mlx_fused.patch(model)):
+            with pytest.raises(ValueError, match=f"'0', 'false', .* but got '{nonsense}'"):
+                use()
     for on in ("1", "", "true", "on", "yes", "Yes"):
         monkeypatch.setenv("MLX_FUSED", on)
         assert fused(model(tokens(1, 3))) == (LAYERS, 0)
@@ -187,7 +189,6 @@ def test_unpatching_within_the_block_ends_with_it():
         assert fused(model(tokens(1, 3))) == (0, 0)
     assert fused(model(tokens(1, 3))) == (1, 0)
     mlx_fused.unpatch(model)
-    assert not any("_mlx_fused_state" in vars(m) for m in model.modules())
 
 
 class Registered(Attention):
@@ -240,19 +241,104 @@ def test_a_class_that_cannot_have_subclasses():
     assert_same(model.layers[1](x), expected)
 
 
+class Static(Attention):
+    @staticmethod
+    def __call__(x):
+        return x
+
+
+class Frozen(Attention):
+    def __setattr__(self, name, value):
+        if name == "__class__" or self.__dict__.get("is_frozen"):
+            raise AttributeError("frozen")
+        super().__setattr__(name, value)
+
+
+def test_classes_with_other_ideas():
+    static, frozen, x = Static(), Frozen(), sample(1, 3, 64)
+    mlx_fused.patch(static)
+    assert static(x) is x
+    mlx_fused.patch(frozen)
+    vars(frozen)["is_frozen"] = True
+    assert calls(frozen(x)) == (1, 0)
+    mlx_fused.unpatch(frozen)
+    assert type(frozen) is Frozen
+
+
+def test_a_patched_class_looks_like_its_own():
+    attention = Attention()
+    signature, source = inspect.signature(attention.__call__), inspect.getsource(Attention)
+    mlx_fused.patch(attention)
+    assert inspect.signature(attention.__call__) == signature
+    assert inspect.getsource(type(attention)) == source
+    assert repr(type(attention)) == repr(Attention)
+
+
+def test_more_of_a_patched_class():
+    attention, x = Attention(), sample(1, 3, 64)
+    mlx_fused.patch(attention)
+    twin = type(attention)()
+    assert calls(twin(x)) == (0, 3)  # nobody patched it
+    with mlx_fused.patched(twin):
+        assert calls(twin(x)) == (1, 0)
+    assert calls(twin(x)) == (0, 3)
+    mlx_fused.patch(twin)
+    mlx_fused.unpatch(twin)
+    assert type(twin) is Attention
+
+    class Doubled(type(attention)):
+        def __call__(self, x):
+            return tuple(2 * y for y in super().__call__(x))
+
+    attention.__class__ = Doubled
+    mlx_fused.unpatch(attention)
+    assert type(attention) is Doubled
+    assert_same(attention(x), [2 * y for y in Attention.__call__(attention, x)])
+    assert calls(attention(x)) == (0, 3)
+
+
+class Reduced(Attention):
+    def __init__(self, dims=64):
+        super().__init__(dims)
+        self.dims = dims
+
+    def __reduce__(self):
+        return type(self), (self.dims,)
+
+
 # The rest of the model's life
 
 
-@pytest.mark.parametrize("copy_of", [copy.deepcopy, copy.copy], ids=["deepcopy", "copy"])
-def test_copies_are_patched(copy_of):
-    attention, x = Attention(), sample(1, 3, 64)
+def pickled(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+@pytest.mark.parametrize("cls", [Attention, Reduced])
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, copy.copy, pickled])
+def test_copies_are_patched(cls, copy_of):
+    attention, x = cls(), sample(1, 3, 64)
     mlx_fused.patch(attention)
     other = copy_of(attention)
     assert type(other) is type(attention) and other is not attention
     assert calls(other(x)) == (1, 0)
-    assert_same(other(x), attention(x))
+    if cls is Attention:
+        assert_same(other(x), attention(x))
     mlx_fused.unpatch(other)
-    assert type(other) is Attention and calls(attention(x)) == (1, 0)
+    assert type(other) is cls and calls(attention(x)) == (1, 0)
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, copy.copy, pickled])
+def test_a_copy_made_in_a_call_that_unpatches(copy_of):
+    class Copies(Attention):
+        def __call__(self, x):
+            mlx_fused.unpatch(self)
+            copies.append(copy_of(self.q_proj))
+            return super().__call__(x)
+
+    copies, attention = [], Copies()
+    mlx_fused.patch(attention)
+    attention(sample(1, 3, 64))
+    assert type(copies[0]) is nn.Linear and type(attention) is Copies
 
 
 def test_deepcopy_of_a_model():
@@ -328,8 +414,8 @@ def test_copies_keep_the_options_and_count_for_themselves(copy_of):
     other = copy_of(model)
     other(tokens(1, 3))
     assert report.layers[0].residual.calls.total == 0
-    own = other.layers[0].self_attn._mlx_fused_state.patch
-    assert own.options == model.layers[0].self_attn._mlx_fused_state.patch.options
+    own = attention.patch_of(other.layers[0].self_attn)
+    assert own.options == attention.patch_of(model.layers[0].self_attn).options
     assert own.residual_calls.fused == own.qkv_calls.fallen_back == 1
 
 

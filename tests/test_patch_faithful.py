@@ -1,7 +1,10 @@
 """What stands in for a projection while its attention runs is that projection in everything but the call."""
 
+import contextvars
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,6 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
 
 import mlx_fused
+from mlx_fused.patching.stand_in import StandIn
 from tiny_models import Attention, assert_same, calls, integers, sample
 
 ASKED = {
@@ -170,11 +174,39 @@ def keeps(attention, x):
     return project(attention, x)
 
 
+def becomes_another_class(attention, x):
+    k = attention.k_proj
+    q = attention.q_proj(x)
+    k.__class__ = Negative
+    results = q, k(x), attention.v_proj(x)
+    k.__class__ = nn.Linear
+    return results
+
+
+class Negative(nn.Linear):
+    def __call__(self, x):
+        return -super().__call__(x)
+
+
+def adapts(attention, x):
+    if not isinstance(attention.q_proj, LoRALinear):
+        attention.q_proj = LoRALinear.from_base(attention.q_proj)
+        attention.more = [nn.Sequential(attention.k_proj), (attention.v_proj, {"o": attention.k_proj})]
+        attention.q_proj.lora_b = mx.ones(attention.q_proj.lora_b.shape)
+        attention.q_proj.lora_a = mx.ones(attention.q_proj.lora_a.shape)
+    return project(attention, x)
+
+
+def swaps(attention, x):
+    attention.k_proj, attention.v_proj = attention.v_proj, attention.k_proj
+    return project(attention, x)
+
+
 @pytest.mark.parametrize(
     "do",
     [
         sets_before, sets_between, changes_in_place_between, updates_between, deletes, replaces_between, ties,
-        by_keyword, by_its_method, by_its_class, freezes, keeps,
+        by_keyword, by_its_method, by_its_class, freezes, keeps, becomes_another_class, adapts, swaps,
     ],
 )  # fmt: skip
 def test_whatever_is_done_with_it(do):
@@ -188,6 +220,58 @@ def test_whatever_is_done_with_it(do):
     assert_same([a for _, a in tree_flatten(patched)], [a for _, a in tree_flatten(stock)])
     trainable = [[name for name, _ in tree_flatten(m.trainable_parameters())] for m in (stock, patched)]
     assert trainable[0] == trainable[1]
+    assert not any(type(item) is StandIn for item in everything(patched))
+
+
+def everything(value):
+    """All that is in a tree of modules and containers, as it is stored."""
+    yield value
+    if isinstance(value, (dict, list, tuple)):
+        for item in dict.values(value) if isinstance(value, dict) else value:
+            yield from everything(item)
+
+
+@pytest.mark.parametrize("change", [nn.Module.train, lambda k: setattr(k, "dropout", nn.Identity())])
+def test_an_adapter_whose_dropout_changes_between_two_projections(change):
+    def between(attention, x):
+        q = attention.q_proj(x)
+        change(attention.k_proj)
+        return q, attention.k_proj(x), attention.v_proj(x)
+
+    def run(attention):
+        mx.random.seed(3)
+        return attention(sample(2, 3, 64))
+
+    attention = Does(between)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        attention[name] = LoRALinear.from_base(attention[name], dropout=0.5)
+        for factor in ("lora_a", "lora_b"):
+            attention[name][factor] = integers(attention[name][factor].shape)
+    attention.eval()
+    if change is not nn.Module.train:
+        attention.k_proj.train()
+    stock = copy.deepcopy(attention)
+    mlx_fused.patch(attention)
+    assert_same(run(attention), run(stock))
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_copied_context_has_no_part_in_the_call(in_thread):
+    def copies(attention, x):
+        context = contextvars.copy_context()
+        run = partial(context.run, lambda: project(attention, x))
+        if not in_thread:
+            later.append(run)
+            return project(attention, x)
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(lambda: (mx.set_default_device(mx.cpu), run())[1]).result()
+
+    later, attention, x = [], Does(copies), sample(1, 3, 64)
+    mlx_fused.patch(attention)
+    outputs = attention(x)
+    assert calls(outputs) == ((0, 3) if in_thread else (1, 0))
+    for run in later:
+        assert calls(run()) == (0, 3)
 
 
 def test_one_projection_is_one_object():

@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from mlx_fused.patching import attention, residual
 from mlx_fused.patching.attention import Names, Obstacles, Options
-from mlx_fused.patching.report import Calls, LayerReport, Part, PatchReport
+from mlx_fused.patching.report import Calls, LayerReport, Part, PatchReport, switched_off
 
 __all__ = ["Calls", "LayerReport", "Part", "PatchReport", "patch", "patched", "unpatch"]
 
@@ -74,7 +74,7 @@ def patch(
 
     Raises:
         TypeError: If ``model`` is not an ``mlx.nn.Module``.
-        ValueError: If ``o_residual`` is none of its values.
+        ValueError: If ``o_residual``, or the environment variable ``MLX_FUSED``, is none of its values.
     """
     report = _patch(model, qkv, o_residual, lora, exact)
     if verbose:
@@ -124,6 +124,7 @@ def patched(
 def _patch(model: nn.Module, qkv: bool, o_residual: str | bool, lora: bool, exact: bool) -> PatchReport:
     if o_residual != "auto" and not isinstance(o_residual, bool):
         raise ValueError(f"o_residual must be 'auto', True or False but got {o_residual!r}.")
+    switched_off()  # raises if MLX_FUSED is nonsense
     options = Options(qkv, o_residual, lora, exact)
     layers = []
     for name, module, names, obstacles in _attentions(model):

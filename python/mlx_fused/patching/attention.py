@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache, partial
-from threading import Lock
+from functools import cache, partial, wraps
+from threading import Lock, get_ident
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
+from weakref import ref
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +23,7 @@ from mlx_fused._ext import alias, is_same
 from mlx_fused.patching import projections
 from mlx_fused.patching.report import Calls, LayerReport, Part, switched_off
 from mlx_fused.patching.residual import Projected
+from mlx_fused.patching.stand_in import StandIn, module_of, unwrapped
 
 
 class Names(NamedTuple):
@@ -59,16 +61,19 @@ class Patch:
     residual_calls: Calls = field(default_factory=Calls)
 
 
-@dataclass
-class State:
-    """What a patched module carries. Read and written under the lock: other threads may be calling it."""
+class _State:
+    """How a module is patched now, and how many of its calls are running."""
 
-    patch: Patch | None  # None if it was unpatched during a call; the last running call ends the patching
-    running: int = 0  # calls
+    def __init__(self, attention: nn.Module):
+        key = id(attention)
+        self.patch: Patch | None = None
+        self.running = 0
+        self.owner = ref(attention, lambda _: _states.pop(key, None))
 
 
-_STATE = "_mlx_fused_state"  # the attribute; no model has one of this name
-_lock = Lock()
+# By the id of the module: what is kept in a module, others may be copying while it changes.
+_states: dict[int, _State] = {}
+_lock = Lock()  # of the states, and of the modules' classes
 
 
 class FusedAttention:
@@ -76,12 +81,6 @@ class FusedAttention:
 
     def __init_subclass__(cls) -> None:
         """Keeps that of the attention module's class, which may want keywords or count its subclasses."""
-
-    def __reduce_ex__(self, protocol):
-        # Pickle finds classes by name, and this one, made on demand, has a name but no place.
-        _, (cls, *_), attributes, *rest = super().__reduce_ex__(max(protocol, 2))
-        attributes = {**attributes, _STATE: State(patch_of(self))}  # no call of the copy is running
-        return _new, (cls._mlx_fused_original, cls._mlx_fused_names), attributes, *rest
 
 
 def fuse(attention: nn.Module, names: Names, options: Options, obstacles: Obstacles) -> Patch | str:
@@ -105,37 +104,42 @@ def fuse(attention: nn.Module, names: Names, options: Options, obstacles: Obstac
 def set_patch(attention: nn.Module, names: Names, patch: Patch) -> None:
     """Make ``attention`` one that is patched as ``patch`` says."""
     with _lock:
-        if isinstance(attention, FusedAttention):
-            vars(attention)[_STATE].patch = patch
-        else:
-            attention.__class__ = _fused_class(type(attention), names)
-            vars(attention)[_STATE] = State(patch)
+        if not isinstance(attention, FusedAttention):
+            _set_class(attention, _fused_class(type(attention), names))
+        state = _states.get(id(attention)) or _State(attention)
+        state.patch = patch
+        _states[id(attention)] = state
 
 
 def restore(attention: nn.Module) -> None:
     """Give ``attention`` its own class back, as soon as no call of it is running."""
     with _lock:
-        if isinstance(attention, FusedAttention):
-            vars(attention)[_STATE].patch = None
-            _end_patching(attention)
+        if (state := _states.get(id(attention))) is not None:
+            state.patch = None
+        _end_patching(attention)
 
 
-def _end_patching(attention: FusedAttention) -> None:
-    state = vars(attention)[_STATE]
-    if state.patch is None and state.running == 0:
-        attention.__class__ = type(attention)._mlx_fused_original
-        del vars(attention)[_STATE]
+def _end_patching(attention: nn.Module) -> None:
+    state = _states.get(id(attention))
+    if state is None or (state.patch is None and state.running == 0):
+        _states.pop(id(attention), None)
+        if original := vars(type(attention)).get("_mlx_fused_original"):
+            _set_class(attention, original)
+
+
+def _set_class(attention: nn.Module, cls: type) -> None:
+    object.__setattr__(attention, "__class__", cls)  # whatever the class does when attributes are set
 
 
 def patch_of(attention: nn.Module) -> Patch | None:
-    # The state itself may be taken away by another thread.
-    state = vars(attention).get(_STATE)
+    state = _states.get(id(attention))
     return state.patch if state else None
 
 
 def names_of(attention: nn.Module) -> Names | None:
     """Those that ``attention`` was patched with, None if it is not patched."""
-    return getattr(type(attention), "_mlx_fused_names", None)
+    names = getattr(type(attention), "_mlx_fused_names", None)
+    return names if isinstance(names, Names) else None
 
 
 def report(name: str, attention: nn.Module, names: Names, patch: Patch | str) -> LayerReport:
@@ -182,7 +186,8 @@ class _Call:
 
     def __init__(self, attention: nn.Module, names: Names, patch: Patch):
         self.attention, self.names, self.patch = attention, names, patch
-        self.stand_ins: dict[str, _StandIn] = {}
+        self.thread, self.has_ended = get_ident(), False
+        self.stand_ins: dict[str, StandIn] = {}
         self.counted: set[str] = set()  # "qkv", "residual"
         self.unknown: set[str] = set()  # parts with a projection of a type that the operations do not know
         self.input = None
@@ -192,8 +197,8 @@ class _Call:
 
     def run(self, name: str, module: nn.Module, x: mx.array) -> mx.array:
         """What a stand-in does when it is called."""
-        if _running.get() is not self or not isinstance(x, mx.array):
-            return module(x)  # kept beyond its call, or given to another thread
+        if _running_call() is not self or not isinstance(x, mx.array):
+            return module(x)
         if name in self.names.inputs:
             return self._project(name, module, x)
         return self._add(module, x)
@@ -249,40 +254,10 @@ class _Call:
 _running: ContextVar[_Call | None] = ContextVar("mlx_fused_running_call", default=None)
 
 
-class _StandIn:
-    """A projection of a running attention module: the module itself in everything but its call.
-
-    ``type`` alone can tell them apart. Whatever else is asked of it goes on to the module.
-    """
-
-    __slots__ = ("_call", "_module")
-
-    def __init__(self, module: nn.Module, call: Callable):
-        object.__setattr__(self, "_module", module)
-        object.__setattr__(self, "_call", call)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return _call_of(self)(x)
-
-    def __getattribute__(self, name: str):  # __class__ too, by which isinstance goes
-        return getattr(_module_of(self), name)
-
-
-_call_of, _module_of = _StandIn._call.__get__, _StandIn._module.__get__
-
-
-def _forward(name: str) -> Callable:
-    return lambda self, *args: getattr(_module_of(self), name)(*args)
-
-
-# Those that Python looks up in the type.
-for _name in (
-    *("__contains__", "__delattr__", "__delitem__", "__dir__", "__eq__", "__format__", "__getitem__"),
-    *("__ior__", "__iter__", "__len__", "__ne__", "__or__", "__repr__", "__reversed__", "__ror__"),
-    *("__setattr__", "__setitem__", "__sizeof__", "__str__"),
-):
-    setattr(_StandIn, _name, _forward(_name))
-_StandIn.__hash__ = lambda self: hash(_module_of(self))
+def _running_call() -> _Call | None:
+    call = _running.get()
+    # A context may be copied, and its copy run by another thread or after the call.
+    return call if call and not call.has_ended and call.thread == get_ident() else None
 
 
 class _Slot:
@@ -297,15 +272,15 @@ class _Slot:
             if name in vars(attention):
                 return vars(attention)[name]
             raise AttributeError(f"{type(attention).__name__} has no {name}")
-        call = _running.get()
+        call = _running_call()
         if call is None or call.attention is not attention:
             return module  # to code outside the call, or of a module called inside it
         if not projections.is_known(module):
             call.unknown.add("qkv" if name in call.names.inputs else "residual")
             return module
         stand_in = call.stand_ins.get(name)
-        if stand_in is None or _module_of(stand_in) is not module:
-            stand_in = call.stand_ins[name] = _StandIn(module, partial(call.run, name, module))
+        if stand_in is None or module_of(stand_in) is not module:
+            stand_in = call.stand_ins[name] = StandIn(module, partial(call.run, name, module))
         return stand_in
 
     # What is not a module is kept where it would be without a slot.
@@ -320,11 +295,15 @@ class _Slot:
 
 
 def _entry(original: type, names: Names) -> Callable:
+    name = names.entry
+
+    @wraps(getattr(original, name))
     def call(self, *args, **kwargs):
         running = _begin(self, names)
         token = _running.set(running)
         try:
-            return getattr(original, names.entry)(self, *args, **kwargs)
+            method = next(vars(cls)[name] for cls in original.__mro__ if name in vars(cls))
+            return method.__get__(self, original)(*args, **kwargs)
         finally:
             _running.reset(token)
             if running is not None:
@@ -340,26 +319,57 @@ def _begin(attention: nn.Module, names: Names) -> _Call | None:
     with _lock:
         if (patch := patch_of(attention)) is None:
             return None
-        vars(attention)[_STATE].running += 1
+        _states[id(attention)].running += 1
     return _Call(attention, names, patch)
 
 
 def _end(call: _Call) -> None:
     call.count_unknown()
+    call.has_ended = True
     with _lock:
-        vars(call.attention)[_STATE].running -= 1
+        _states[id(call.attention)].running -= 1
         _end_patching(call.attention)
+
+
+def _storing(original: type) -> Callable:
+    def __setitem__(self, key, value):
+        # A module that was made of stand-ins must outlive them.
+        original.__setitem__(self, key, value if _running_call() is None else unwrapped(value))
+
+    return __setitem__
+
+
+def _reducing(original: type, names: Names) -> Callable:
+    def __reduce_ex__(self, protocol):
+        # Pickle finds classes by name, and this one, made on demand, has a name but no place.
+        cls, patch = type(self), patch_of(self)
+        value = original.__reduce_ex__(self, max(protocol, 2))
+        if isinstance(value, str):
+            return value
+        make, args, *rest = (original if part is cls else part for part in value)
+        args = tuple(original if arg is cls else arg for arg in args)
+        return (make, args, *rest) if patch is None else (_copy, (names, patch, make, args), *rest)
+
+    return __reduce_ex__
+
+
+def _copy(names: Names, patch: Patch, make: Callable, args: tuple) -> nn.Module:
+    attention = make(*args)
+    set_patch(attention, names, patch)
+    return attention
 
 
 @cache
 def _fused_class(original: type, names: Names) -> type:
     # One class for all layers: mlx-lm's grad_checkpoint edits the class of the first, to reach all.
     members = {name: _Slot(name) for name in (*names.inputs, names.output) if name}
-    members[names.entry] = _entry(original, names)
-    members |= {"_mlx_fused_original": original, "_mlx_fused_names": names}
+    members |= {
+        names.entry: _entry(original, names),
+        "__setitem__": _storing(original),
+        "__reduce_ex__": _reducing(original, names),
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "_mlx_fused_original": original,
+        "_mlx_fused_names": names,
+    }
     return type(original.__name__, (FusedAttention, original), members)
-
-
-def _new(original: type, names: Names) -> nn.Module:
-    cls = _fused_class(original, names)
-    return cls.__new__(cls)

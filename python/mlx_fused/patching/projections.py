@@ -79,26 +79,26 @@ class Operands(NamedTuple):
     """What a layer of a known type computes with."""
 
     arrays: list[mx.array]
-    scale: float | None  # of its adapter
+    settings: list  # the types and the other attributes of the layer and its parts
 
 
 def operands(module: nn.Module) -> Operands:
-    """Those of now, which are others once they are changed in place."""
-    parts = (module, module["linear"]) if _is_lora(type(module)) else (module,)
+    """Those of now; its arrays are others once they are changed in place."""
+    parts = [module, *(part for part in module.values() if isinstance(part, nn.Module))]
     arrays = [a for part in parts for a in part.values() if isinstance(a, mx.array)]
-    return Operands(arrays, vars(module).get("scale"))
+    return Operands(arrays, [(type(part), dict(vars(part))) for part in parts])
 
 
 def kept(module: nn.Module) -> Operands:
     """Those of now, for good."""
-    arrays, scale = operands(module)
-    return Operands(list(map(alias, arrays)), scale)
+    arrays, settings = operands(module)
+    return Operands(list(map(alias, arrays)), settings)
 
 
 def is_unchanged(module: nn.Module, before: Operands) -> bool:
     """Whether ``module`` still has the operands that :func:`kept` gave."""
-    arrays, scale = operands(module)
-    if len(arrays) != len(before.arrays) or scale != before.scale:
+    arrays, settings = operands(module)
+    if len(arrays) != len(before.arrays) or settings != before.settings:
         return False
     return all(map(is_same, arrays, before.arrays))
 

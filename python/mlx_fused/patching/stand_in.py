@@ -1,0 +1,59 @@
+"""What stands in for a projection while its attention module runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+class StandIn:
+    """A projection of a running attention module: the module itself in everything but its call.
+
+    ``type`` alone can tell them apart. Whatever else is asked of it goes on to the module.
+    """
+
+    __slots__ = ("_call", "_module")
+
+    def __init__(self, module: nn.Module, call: Callable):
+        object.__setattr__(self, "_module", module)
+        object.__setattr__(self, "_call", call)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return _call_of(self)(x)
+
+    def __getattribute__(self, name: str):  # __class__ too, by which isinstance goes
+        return getattr(module_of(self), name)
+
+
+_call_of, module_of = StandIn._call.__get__, StandIn._module.__get__
+
+
+def _forward(name: str) -> Callable:
+    return lambda self, *args: getattr(module_of(self), name)(*args)
+
+
+# Those that Python looks up in the type.
+for _name in (
+    *("__contains__", "__delattr__", "__delitem__", "__dir__", "__eq__", "__format__", "__getitem__"),
+    *("__ior__", "__iter__", "__len__", "__ne__", "__or__", "__repr__", "__reversed__", "__ror__"),
+    *("__setattr__", "__setitem__", "__sizeof__", "__str__"),
+):
+    setattr(StandIn, _name, _forward(_name))
+StandIn.__hash__ = lambda self: hash(module_of(self))
+
+
+def unwrapped(value, seen: tuple = ()):
+    """``value`` with modules where it has their stand-ins, in the containers and modules that it is made of."""
+    if type(value) is StandIn:
+        return module_of(value)
+    if isinstance(value, tuple):
+        return type(value)(map(unwrapped, value)) if type(value) is tuple else value
+    if not isinstance(value, (dict, list)) or any(value is other for other in seen):
+        return value
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        inside = unwrapped(item, (*seen, value))
+        if inside is not item:
+            value[key] = inside
+    return value
