@@ -45,7 +45,7 @@ StandIn.__hash__ = lambda self: hash(module_of(self))
 
 
 def unwrapped(value, seen: tuple = ()):
-    """``value`` with modules where it has their stand-ins, in the containers and modules that it is made of."""
+    """``value`` with modules in the place of their stand-ins, inside of it too."""
     if type(value) is StandIn:
         return module_of(value)
     if isinstance(value, tuple):
