@@ -90,6 +90,13 @@ def test_nothing_fused_is_nothing_validated(checkpoints, monkeypatch):
     assert "Nothing of it ran fused" in result.output and "MLX_FUSED=0" in result.output
 
 
+def test_the_switch_is_blamed_only_where_it_is_off(checkpoints, monkeypatch):
+    monkeypatch.setattr(projections, "DTYPES", frozenset())
+    result = run(checkpoints / "model")
+    assert result.exit_code == 2
+    assert "Nothing of it ran fused" in result.output and "MLX_FUSED" not in result.output
+
+
 def test_a_damaged_checkpoint_is_not_validated(checkpoints, tmp_path):
     shutil.copytree(checkpoints / "model", tmp_path / "model")
     with (tmp_path / "model" / "model.safetensors").open("r+b") as file:
@@ -307,6 +314,8 @@ def test_generated_text_is_that_of_mlx_lm(checkpoints):
         (["."], "config.json"),
         ([".", "--adapter-path", "missing"], "--adapter-path"),
         ([".", "--tokens", "1"], "--tokens"),
+        ([".", "--tokens", "99999999999999999999"], "--tokens"),
+        ([".", "--prompt", "\udcff\udcfe zz"], "--prompt"),
     ],
 )
 def test_what_cannot_be_validated_is_a_wrong_argument(arguments, message, tmp_path, monkeypatch):

@@ -23,14 +23,27 @@ _STYLES = {"passed": "green", "inconclusive": "yellow", "failed": "red"}
 _NUMBERS = ("of its bound", "stock", "patched", "at most", "ratio")
 
 
+def _text(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Bytes that are no UTF-8 arrive as surrogates, which no tokenizer takes."""
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError as error:
+        raise click.BadParameter("It is not UTF-8.") from error
+    return value
+
+
 @click.command()
 @click.argument("model")
 @click.option(
     "--adapter-path", type=click.Path(exists=True, file_okay=False, path_type=Path), help="LoRA adapters."
 )
-@click.option("--prompt", help="What to compute logits for and to continue. Default: a paragraph.")
+@click.option("--prompt", callback=_text, help="What to compute logits for and to continue. Default: a paragraph.")
 @click.option(
-    "--tokens", type=click.IntRange(min=2), default=32, show_default=True, help="How many to generate."
+    "--tokens",
+    type=click.IntRange(2, 65536),
+    default=32,
+    show_default=True,
+    help="How many to generate.",
 )
 @json_option
 def validate(model: str, adapter_path: Path | None, prompt: str | None, tokens: int, as_json: bool) -> None:
