@@ -14,8 +14,10 @@ import mlx_lm
 import pytest
 from click.testing import CliRunner
 from mlx_lm.convert import convert
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_fused
+import sabotage
 import tiny_demo
 import tiny_models
 from mlx_fused import validate
@@ -254,6 +256,17 @@ def test_other_tokens_pass_if_it_was_a_close_call(monkeypatch, gap, of_logits, v
     expected = {"tokens": 3, "diverges_at": 1, "gap": gap, "tolerance": 1.0, "verdict": verdict}
     assert lines == {"float32": expected}
     assert speed["prefill"]["stock"] == 2 and speed["decode"]["patched"] == 2
+
+
+@pytest.mark.parametrize("target", [("lora_a", "q"), ("lora_a", "o", "lora_a")], ids="-".join)
+def test_adapters_as_training_starts_with_them_do_not_hide_mistakes(target):
+    """Their B is zero, so neither A nor the gradient of A makes a difference."""
+    model = sabotage.make("llama", "float32")
+    keys = {f"self_attn.{name}_proj" for name in "qkvo"}
+    linear_to_lora_layers(model, 2, {"rank": 4, "dropout": 0.0, "scale": 10.0, "keys": keys})
+    assert check(deepcopy(model))["passed"]
+    with sabotage.sabotage(sabotage.Target(*target), 5.0):
+        assert not check(model)["passed"]
 
 
 def test_model_is_left_unpatched_and_in_its_own_classes(checkpoints):
