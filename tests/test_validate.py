@@ -13,6 +13,7 @@ import mlx.nn as nn
 import mlx_lm
 import pytest
 from click.testing import CliRunner
+from mlx.utils import tree_map
 from mlx_lm.convert import convert
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -267,6 +268,22 @@ def test_adapters_as_training_starts_with_them_do_not_hide_mistakes(target):
     assert check(deepcopy(model))["passed"]
     with sabotage.sabotage(sabotage.Target(*target), 5.0):
         assert not check(model)["passed"]
+
+
+@pytest.mark.parametrize("larger", [False, True])
+def test_batches_are_checked_and_single_rows_too(larger):
+    def wrap(operation):
+        def run(**arguments):
+            outputs = operation(**arguments)
+            batch = arguments.get("input", arguments.get("attn_out")).shape[0]
+            return tree_map(lambda y: 1.01 * y, outputs) if (batch > 1) == larger else outputs
+
+        return run
+
+    model = sabotage.make("llama", "float32")
+    assert sabotage.passes(model)
+    with sabotage.wrapped(wrap):
+        assert not sabotage.passes(model)
 
 
 def test_model_is_left_unpatched_and_in_its_own_classes(checkpoints):

@@ -91,6 +91,11 @@ def linears(model: nn.Module, layers: Iterable[LayerReport]) -> list[nn.Module]:
     return [module for module in inside if isinstance(module, nn.Linear | nn.QuantizedLinear)]
 
 
+def two_rows(tokens: mx.array) -> mx.array:
+    """A batch of ``tokens`` and of the same, shifted by one."""
+    return mx.stack([tokens, mx.roll(tokens, 1)])
+
+
 def attach_adapters(model: nn.Module, tokens: mx.array, layers: Iterable[LayerReport]) -> None:
     """Make the adapters trainable; a model without any gets those that mlx-lm makes by default.
 

@@ -22,7 +22,7 @@ from mlx_lm.generate import generate_step
 import mlx_fused
 from mlx_fused.patching import PatchReport
 from mlx_fused.validate.bounds import NOTICEABLE, unit_roundoff
-from mlx_fused.validate.checkpoint import dtype_of, in_float32, unpatched
+from mlx_fused.validate.checkpoint import dtype_of, in_float32, two_rows, unpatched
 
 _ROUNDS = 3  # of timing
 
@@ -118,10 +118,11 @@ def logits(model: nn.Module, tokens: mx.array) -> mx.array:
 
 def adapter_gradients(model: nn.Module, tokens: mx.array) -> dict[str, mx.array]:
     """The gradients of a step on ``tokens``, those of one kind of adapter in all layers as one array."""
+    batch = two_rows(tokens)
 
     def loss(model: nn.Module) -> mx.array:
-        logits = model(tokens[None, :-1]).astype(mx.float32)
-        return nn.losses.cross_entropy(logits, tokens[None, 1:], reduction="mean")
+        logits = model(batch[:, :-1]).astype(mx.float32)
+        return nn.losses.cross_entropy(logits, batch[:, 1:], reduction="mean")
 
     model.train()
     mx.random.seed(0)  # the same dropout in every run
