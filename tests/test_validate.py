@@ -126,8 +126,10 @@ def test_checkpoints_of_the_demo_pass(checkpoints, arguments):
         findings = [f for part, of in operations.items() if part != "count" for f in of.values()]
         assert all(f["verdict"] == "passed" and f["share"] < 0.5 and f["noticeable"] == 1 for f in findings)
     float32 = results["end_to_end"]["float32"]
-    assert len(float32["gradients"]) == 7 * 2  # every projection has an A and a B
-    assert all(0 < line["patched_error"] < line["tolerance"] for line in float32["gradients"].values())
+    # Every projection has an A and a B; the dense ones of a layer's attention have weights.
+    assert len(float32["gradients"]) == 7 * 2 + (0 if "model-4bit" in arguments else 4)
+    assert all(line["patched_error"] < line["tolerance"] for line in float32["gradients"].values())
+    assert all(line["patched_error"] > 0 for name, line in float32["gradients"].items() if "lora" in name)
     assert float32["logits"]["stock_error"] == 0  # float32 is its own reference
     assert 0 < float32["logits"]["patched_error"] < float32["logits"]["tolerance"] < 1e-4
     for lines in results["end_to_end"].values():
@@ -268,6 +270,25 @@ def test_adapters_as_training_starts_with_them_do_not_hide_mistakes(target):
     assert check(deepcopy(model))["passed"]
     with sabotage.sabotage(sabotage.Target(*target), 5.0):
         assert not check(model)["passed"]
+
+
+@pytest.mark.parametrize("weights", ["float32", "4-bit bfloat16"])
+def test_parameters_without_gradients_fail(weights, monkeypatch):
+    model = sabotage.make("llama", weights)
+    assert check(deepcopy(model))["passed"]
+    correct = projections.read
+
+    def read(name, module):
+        found = correct(name, module)
+        return found._replace(weight=mx.stop_gradient(found.weight), bias=mx.stop_gradient(found.bias))
+
+    monkeypatch.setattr(projections, "read", read)
+    results = check(model)
+    gradients = results["end_to_end"]["float32"]["gradients"]
+    failed = {name for name, line in gradients.items() if line["verdict"] == "failed"}
+    layer, dense = "model.layers.*.self_attn", [] if "bit" in weights else ["weight"]
+    kinds = {f"{layer}.{name}_proj.linear.{p}" for name in "qkvo" for p in dense}
+    assert failed & kinds == kinds and f"{layer}.*.bias" in failed
 
 
 @pytest.mark.parametrize("larger", [False, True])

@@ -85,7 +85,7 @@ def validate(
     operations["LoRA step"] = check_operations(model, tokens, on_step)
     runs.memory.clear()
     # Each product of the forward has two in the backward.
-    gradients = runs.compare(lambda: end_to_end.adapter_gradients(model, tokens), sum_error(3 * terms))
+    gradients = runs.compare(lambda: end_to_end.gradients(model, tokens), sum_error(3 * terms))
     memory["LoRA step"] = runs.memory
     if not any(checks.count for checks in operations.values()):
         raise CannotValidate(f"Nothing of it ran fused, so there is nothing to compare.\n{report}")

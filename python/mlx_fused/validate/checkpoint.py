@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import mlx.core as mx
@@ -99,7 +100,8 @@ def two_rows(tokens: mx.array) -> mx.array:
 def attach_adapters(model: nn.Module, tokens: mx.array, layers: Iterable[LayerReport]) -> None:
     """Make the adapters trainable; a model without any gets those that mlx-lm makes by default.
 
-    A B that is zero, which hides its A, is drawn at random.
+    A B that is zero, which hides its A, is drawn at random. What is dense in the last fused layer becomes
+    trainable too.
     """
     model.freeze()
     mx.random.seed(0)
@@ -119,6 +121,11 @@ def attach_adapters(model: nn.Module, tokens: mx.array, layers: Iterable[LayerRe
         if "lora_b" in module:
             module.lora_b = tree_map(_spread, module.lora_b)
     model.unfreeze(keys=["lora_a", "lora_b"])
+    last = [[x for x in layers if getattr(x, part).fused][-1:] for part in ("qkv", "residual")]
+    for module in linears(model, chain(*last)):
+        # Quantized layers would freeze themselves again.
+        keys = ["bias"] if "scales" in module else ["weight", "bias"]
+        nn.Module.unfreeze(module, recurse=False, keys=keys)
     mx.eval(model.parameters())
 
 

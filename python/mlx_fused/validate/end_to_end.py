@@ -116,8 +116,8 @@ def logits(model: nn.Module, tokens: mx.array) -> mx.array:
     return model(tokens[None])[0]
 
 
-def adapter_gradients(model: nn.Module, tokens: mx.array) -> dict[str, mx.array]:
-    """The gradients of a step on ``tokens``, those of one kind of adapter in all layers as one array."""
+def gradients(model: nn.Module, tokens: mx.array) -> dict[str, mx.array]:
+    """The gradients of a step on ``tokens``, those of one kind of parameter in all layers as one array."""
     batch = two_rows(tokens)
 
     def loss(model: nn.Module) -> mx.array:
@@ -126,11 +126,13 @@ def adapter_gradients(model: nn.Module, tokens: mx.array) -> dict[str, mx.array]
 
     model.train()
     mx.random.seed(0)  # the same dropout in every run
-    _, gradients = nn.value_and_grad(model, loss)(model)
+    _, of_parameters = nn.value_and_grad(model, loss)(model)
     model.eval()
     kinds = defaultdict(list)
-    for name, gradient in tree_flatten(gradients):
-        kinds[re.sub(r"\.\d+\.", ".*.", name)].append(gradient.flatten())
+    for name, gradient in tree_flatten(of_parameters):
+        kind = re.sub(r"\.\d+\.", ".*.", name)
+        # Next to nothing is left of that of k's bias, so it is no kind of its own.
+        kinds[re.sub(r"\w+(\.linear)?\.bias$", "*.bias", kind)].append(gradient.flatten())
     return {kind: mx.concatenate(arrays) for kind, arrays in kinds.items()}
 
 
