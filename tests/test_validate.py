@@ -13,7 +13,7 @@ import mlx.nn as nn
 import mlx_lm
 import pytest
 from click.testing import CliRunner
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.convert import convert
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -289,6 +289,31 @@ def test_parameters_without_gradients_fail(weights, monkeypatch):
     layer, dense = "model.layers.*.self_attn", [] if "bit" in weights else ["weight"]
     kinds = {f"{layer}.{name}_proj.linear.{p}" for name in "qkvo" for p in dense}
     assert failed & kinds == kinds and f"{layer}.*.bias" in failed
+
+
+@pytest.mark.parametrize("weights", ["float32", "4-bit bfloat16"])
+def test_operands_that_are_remembered_fail(weights, monkeypatch):
+    """They are right until a parameter changes, which nothing but a step of training does."""
+    correct, remembered = projections.read, {}
+
+    def read(name, module):
+        kept = remembered.setdefault((id(module), type(module)), (correct(name, module), module))
+        return kept[0]
+
+    monkeypatch.setattr(projections, "read", read)
+    results = check(sabotage.make("llama", weights))
+    assert results["end_to_end"]["float32"]["logits_after_a_step"]["verdict"] == "failed"
+
+
+def test_a_step_moves_logits_and_leaves_no_trace(checkpoints):
+    model, _ = validate.load(str(checkpoints / "model-4bit"), checkpoints / "adapters")
+    model.unfreeze(keys=["lora_a", "lora_b"])
+    before = {name: p.tolist() for name, p in tree_flatten(model.trainable_parameters())}
+    tokens = mx.array(PROMPT)
+    found = end_to_end.training_step(model, tokens)
+    assert end_to_end.error(found[end_to_end.AFTER_A_STEP][0], end_to_end.logits(model, tokens)) > 0.01
+    after = {name: p.tolist() for name, p in tree_flatten(model.trainable_parameters())}
+    assert after == before
 
 
 @pytest.mark.parametrize("larger", [False, True])

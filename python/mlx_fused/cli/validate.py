@@ -132,13 +132,14 @@ def _operations(operations: dict) -> Table:
 def _end_to_end(lines: dict) -> Table:
     table = _table("end to end, errors", "stock", "patched", "at most", "")
     for dtype, of in lines.items():
-        gradients, greedy = of["gradients"], of["greedy"]
+        gradients, step, greedy = of["gradients"], of["logits_after_a_step"], of["greedy"]
         worst = max(gradients, key=lambda kind: _rank(gradients[kind], _share(gradients[kind])))
         table.add_section()
         table.add_row(dtype)
         for title, line, group in (
             ("logits", of["logits"], [of["logits"]]),
             (f"gradient of {'.'.join(worst.split('.')[-2:])}", gradients[worst], gradients.values()),
+            ("logits after a step", step, [step]),
         ):
             numbers = (f"{line[name]:.1e}" for name in ("stock_error", "patched_error", "tolerance"))
             table.add_row(f"  {title}", *numbers, _verdict(group))

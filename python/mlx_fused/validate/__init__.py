@@ -85,7 +85,8 @@ def validate(
     operations["LoRA step"] = check_operations(model, tokens, on_step)
     runs.memory.clear()
     # Each product of the forward has two in the backward.
-    gradients = runs.compare(lambda: end_to_end.gradients(model, tokens), sum_error(3 * terms))
+    gradients = runs.compare(lambda: end_to_end.training_step(model, tokens), sum_error(3 * terms))
+    after_a_step = {dtype: of.pop(end_to_end.AFTER_A_STEP) for dtype, of in gradients.items()}
     memory["LoRA step"] = runs.memory
     if not any(checks.count for checks in operations.values()):
         raise CannotValidate(f"Nothing of it ran fused, so there is nothing to compare.\n{report}")
@@ -96,7 +97,12 @@ def validate(
         "calls": runs.calls,
         "operations": {step: _described(checks) for step, checks in operations.items()},
         "end_to_end": {
-            dtype: {"logits": logits[dtype], "gradients": gradients[dtype], "greedy": greedy[dtype]}
+            dtype: {
+                "logits": logits[dtype],
+                "gradients": gradients[dtype],
+                "logits_after_a_step": after_a_step[dtype],
+                "greedy": greedy[dtype],
+            }
             for dtype in logits
         },
         "tokens_per_second": speed,

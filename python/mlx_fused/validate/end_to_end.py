@@ -16,7 +16,7 @@ from statistics import median
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import generate_step
 
 import mlx_fused
@@ -24,7 +24,10 @@ from mlx_fused.patching import PatchReport
 from mlx_fused.validate.bounds import NOTICEABLE, unit_roundoff
 from mlx_fused.validate.checkpoint import dtype_of, in_float32, two_rows, unpatched
 
+AFTER_A_STEP = "logits after a step"
 _ROUNDS = 3  # of timing
+_STEP = 0.1  # as a share of the parameters' size, which moves logits by far more than rounding
+_LEAST_SIZE = 0.01
 
 
 class Runs:
@@ -116,8 +119,11 @@ def logits(model: nn.Module, tokens: mx.array) -> mx.array:
     return model(tokens[None])[0]
 
 
-def gradients(model: nn.Module, tokens: mx.array) -> dict[str, mx.array]:
-    """The gradients of a step on ``tokens``, those of one kind of parameter in all layers as one array."""
+def training_step(model: nn.Module, tokens: mx.array) -> dict[str, mx.array]:
+    """The gradients on ``tokens``, and the logits when what is trained has changed.
+
+    Those of one kind of parameter in all layers are one array.
+    """
     batch = two_rows(tokens)
 
     def loss(model: nn.Module) -> mx.array:
@@ -133,7 +139,27 @@ def gradients(model: nn.Module, tokens: mx.array) -> dict[str, mx.array]:
         kind = re.sub(r"\.\d+\.", ".*.", name)
         # Next to nothing is left of that of k's bias, so it is no kind of its own.
         kinds[re.sub(r"\w+(\.linear)?\.bias$", "*.bias", kind)].append(gradient.flatten())
-    return {kind: mx.concatenate(arrays) for kind, arrays in kinds.items()}
+    found = {kind: mx.concatenate(arrays) for kind, arrays in kinds.items()}
+    with _changed(model):
+        return {**found, AFTER_A_STEP: model(batch)}
+
+
+@contextmanager
+def _changed(model: nn.Module) -> Iterator[None]:
+    """Change what is trained, by the same in every run, and in the end back."""
+
+    def step(parameter: mx.array) -> mx.array:
+        # Zeros change too.
+        size = mx.maximum(mx.abs(parameter.astype(mx.float32)).mean(), _LEAST_SIZE)
+        return parameter + (_STEP * size * mx.random.normal(parameter.shape)).astype(parameter.dtype)
+
+    before = model.trainable_parameters()
+    mx.random.seed(1)
+    model.update(tree_map(step, before))
+    try:
+        yield
+    finally:
+        model.update(before)
 
 
 def generate(
