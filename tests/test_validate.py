@@ -197,6 +197,8 @@ def off(value):
         (0.2, 0.02, "inconclusive"),
         (0.2, 0.5, "failed"),
         (2.0, math.nan, "failed"),
+        (math.nan, math.nan, "inconclusive"),
+        (math.inf, 0.0, "inconclusive"),
     ],
 )
 def test_a_comparison_that_cannot_tell_says_so(stock, patched, verdict):
@@ -314,6 +316,33 @@ def test_a_step_moves_logits_and_leaves_no_trace(checkpoints):
     assert end_to_end.error(found[end_to_end.AFTER_A_STEP][0], end_to_end.logits(model, tokens)) > 0.01
     after = {name: p.tolist() for name, p in tree_flatten(model.trainable_parameters())}
     assert after == before
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_whose_own_results_are_not_finite_is_not_validated(value):
+    model = sabotage.make("llama", "bfloat16")
+    model.model.layers[0].self_attn.q_proj.bias[3] = value
+    with pytest.raises(validate.CannotValidate, match="own results are not finite"):
+        check(model)
+
+
+def test_overflow_of_the_models_own_type_is_inconclusive():
+    model = sabotage.make("llama", "float32")
+    model.set_dtype(mx.float16)
+    model.model.norm.weight = 60000 * mx.sign(model.model.norm.weight)
+    lines = check(model)["end_to_end"]
+    assert lines["float32"]["logits"]["verdict"] == "passed"
+    half = lines["float16"]
+    of_gradients = {line["verdict"] for line in half["gradients"].values()}
+    assert of_gradients == {"inconclusive"}
+    assert half["logits"]["verdict"] == half["logits_after_a_step"]["verdict"] == "inconclusive"
+    assert half["greedy"]["verdict"] != "failed"
+
+
+def test_large_logits_are_finite():
+    ones = mx.ones(2)
+    assert end_to_end.line(1e30 * ones, 1.000001e30 * ones, 1e30 * ones, 1e-5)["verdict"] == "passed"
+    assert end_to_end.line(1e30 * ones, 1.01e30 * ones, 1e30 * ones, 1e-5)["verdict"] == "failed"
 
 
 @pytest.mark.parametrize("larger", [False, True])
