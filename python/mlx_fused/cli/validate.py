@@ -37,7 +37,9 @@ def _text(context: click.Context, parameter: click.Parameter, value: str | None)
 @click.option(
     "--adapter-path", type=click.Path(exists=True, file_okay=False, path_type=Path), help="LoRA adapters."
 )
-@click.option("--prompt", callback=_text, help="What to compute logits for and to continue. Default: a paragraph.")
+@click.option(
+    "--prompt", callback=_text, help="What to compute logits for and to continue. Default: a paragraph."
+)
 @click.option(
     "--tokens",
     type=click.IntRange(2, 65536),
