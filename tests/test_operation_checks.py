@@ -188,6 +188,18 @@ def test_what_is_swallowed_by_rounding_is_inconclusive_and_no_error(rng, dtype):
     assert "failed" not in verdicts(findings)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e-8, 1e-10, 1e-15])
+def test_how_ties_are_rounded_is_no_error_of_what_sums_swallow(rng, scale):
+    """Bias and residual often add up to a tie; the projection decides it, or is lost in the sum."""
+    values = (rng.normal(0, 1, shape) for shape in ((1, 40, 256), (256, 256), (256,), (1, 40, 256)))
+    attn_out, weight, bias, residual = (mx.array(v).astype(mx.bfloat16) for v in values)
+    weight = (scale * weight).astype(mx.bfloat16)
+    arguments = {"attn_out": attn_out, "weight": weight, "bias": bias, "residual": residual}
+    for options in ({}, {"route": "composed"}):
+        findings = check(projections.Call("fused_output_projection_residual", arguments), **options)
+        assert "failed" not in verdicts(findings)
+
+
 def test_equal_rows_count_once(rng, monkeypatch):
     """Their errors are equal and do not cancel out, though each number is within its bound."""
     monkeypatch.setattr(operations, "_arithmetic", lambda *_: formulas.Arithmetic())

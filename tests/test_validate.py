@@ -13,9 +13,12 @@ import mlx.nn as nn
 import mlx_lm
 import pytest
 from click.testing import CliRunner
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.convert import convert
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_fused
+import sabotage
 import tiny_demo
 import tiny_models
 from mlx_fused import validate
@@ -90,6 +93,13 @@ def test_nothing_fused_is_nothing_validated(checkpoints, monkeypatch):
     assert "Nothing of it ran fused" in result.output and "MLX_FUSED=0" in result.output
 
 
+def test_the_switch_is_blamed_only_where_it_is_off(checkpoints, monkeypatch):
+    monkeypatch.setattr(projections, "DTYPES", frozenset())
+    result = run(checkpoints / "model")
+    assert result.exit_code == 2
+    assert "Nothing of it ran fused" in result.output and "MLX_FUSED" not in result.output
+
+
 def test_a_damaged_checkpoint_is_not_validated(checkpoints, tmp_path):
     shutil.copytree(checkpoints / "model", tmp_path / "model")
     with (tmp_path / "model" / "model.safetensors").open("r+b") as file:
@@ -116,8 +126,10 @@ def test_checkpoints_of_the_demo_pass(checkpoints, arguments):
         findings = [f for part, of in operations.items() if part != "count" for f in of.values()]
         assert all(f["verdict"] == "passed" and f["share"] < 0.5 and f["noticeable"] == 1 for f in findings)
     float32 = results["end_to_end"]["float32"]
-    assert len(float32["gradients"]) == 7 * 2  # every projection has an A and a B
-    assert all(0 < line["patched_error"] < line["tolerance"] for line in float32["gradients"].values())
+    # Every projection has an A and a B; the dense ones of a layer's attention have weights.
+    assert len(float32["gradients"]) == 7 * 2 + (0 if "model-4bit" in arguments else 4)
+    assert all(line["patched_error"] < line["tolerance"] for line in float32["gradients"].values())
+    assert all(line["patched_error"] > 0 for name, line in float32["gradients"].items() if "lora" in name)
     assert float32["logits"]["stock_error"] == 0  # float32 is its own reference
     assert 0 < float32["logits"]["patched_error"] < float32["logits"]["tolerance"] < 1e-4
     for lines in results["end_to_end"].values():
@@ -185,6 +197,8 @@ def off(value):
         (0.2, 0.02, "inconclusive"),
         (0.2, 0.5, "failed"),
         (2.0, math.nan, "failed"),
+        (math.nan, math.nan, "inconclusive"),
+        (math.inf, 0.0, "inconclusive"),
     ],
 )
 def test_a_comparison_that_cannot_tell_says_so(stock, patched, verdict):
@@ -249,6 +263,104 @@ def test_other_tokens_pass_if_it_was_a_close_call(monkeypatch, gap, of_logits, v
     assert speed["prefill"]["stock"] == 2 and speed["decode"]["patched"] == 2
 
 
+@pytest.mark.parametrize("target", [("lora_a", "q"), ("lora_a", "o", "lora_a")], ids="-".join)
+def test_adapters_as_training_starts_with_them_do_not_hide_mistakes(target):
+    """Their B is zero, so neither A nor the gradient of A makes a difference."""
+    model = sabotage.make("llama", "float32")
+    keys = {f"self_attn.{name}_proj" for name in "qkvo"}
+    linear_to_lora_layers(model, 2, {"rank": 4, "dropout": 0.0, "scale": 10.0, "keys": keys})
+    assert check(deepcopy(model))["passed"]
+    with sabotage.sabotage(sabotage.Target(*target), 5.0):
+        assert not check(model)["passed"]
+
+
+@pytest.mark.parametrize("weights", ["float32", "4-bit bfloat16"])
+def test_parameters_without_gradients_fail(weights, monkeypatch):
+    model = sabotage.make("llama", weights)
+    assert check(deepcopy(model))["passed"]
+    correct = projections.read
+
+    def read(name, module):
+        found = correct(name, module)
+        return found._replace(weight=mx.stop_gradient(found.weight), bias=mx.stop_gradient(found.bias))
+
+    monkeypatch.setattr(projections, "read", read)
+    results = check(model)
+    gradients = results["end_to_end"]["float32"]["gradients"]
+    failed = {name for name, line in gradients.items() if line["verdict"] == "failed"}
+    layer, dense = "model.layers.*.self_attn", [] if "bit" in weights else ["weight"]
+    kinds = {f"{layer}.{name}_proj.linear.{p}" for name in "qkvo" for p in dense}
+    assert failed & kinds == kinds and f"{layer}.*.bias" in failed
+
+
+@pytest.mark.parametrize("weights", ["float32", "4-bit bfloat16"])
+def test_operands_that_are_remembered_fail(weights, monkeypatch):
+    """They are right until a parameter changes, which nothing but a step of training does."""
+    correct, remembered = projections.read, {}
+
+    def read(name, module):
+        kept = remembered.setdefault((id(module), type(module)), (correct(name, module), module))
+        return kept[0]
+
+    monkeypatch.setattr(projections, "read", read)
+    results = check(sabotage.make("llama", weights))
+    assert results["end_to_end"]["float32"]["logits_after_a_step"]["verdict"] == "failed"
+
+
+def test_a_step_moves_logits_and_leaves_no_trace(checkpoints):
+    model, _ = validate.load(str(checkpoints / "model-4bit"), checkpoints / "adapters")
+    model.unfreeze(keys=["lora_a", "lora_b"])
+    before = {name: p.tolist() for name, p in tree_flatten(model.trainable_parameters())}
+    tokens = mx.array(PROMPT)
+    found = end_to_end.training_step(model, tokens)
+    assert end_to_end.error(found[end_to_end.AFTER_A_STEP][0], end_to_end.logits(model, tokens)) > 0.01
+    after = {name: p.tolist() for name, p in tree_flatten(model.trainable_parameters())}
+    assert after == before
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_whose_own_results_are_not_finite_is_not_validated(value):
+    model = sabotage.make("llama", "bfloat16")
+    model.model.layers[0].self_attn.q_proj.bias[3] = value
+    with pytest.raises(validate.CannotValidate, match="own results are not finite"):
+        check(model)
+
+
+def test_overflow_of_the_models_own_type_is_inconclusive():
+    model = sabotage.make("llama", "float32")
+    model.set_dtype(mx.float16)
+    model.model.norm.weight = 60000 * mx.sign(model.model.norm.weight)
+    lines = check(model)["end_to_end"]
+    assert lines["float32"]["logits"]["verdict"] == "passed"
+    half = lines["float16"]
+    of_gradients = {line["verdict"] for line in half["gradients"].values()}
+    assert of_gradients == {"inconclusive"}
+    assert half["logits"]["verdict"] == half["logits_after_a_step"]["verdict"] == "inconclusive"
+    assert half["greedy"]["verdict"] != "failed"
+
+
+def test_large_logits_are_finite():
+    ones = mx.ones(2)
+    assert end_to_end.line(1e30 * ones, 1.000001e30 * ones, 1e30 * ones, 1e-5)["verdict"] == "passed"
+    assert end_to_end.line(1e30 * ones, 1.01e30 * ones, 1e30 * ones, 1e-5)["verdict"] == "failed"
+
+
+@pytest.mark.parametrize("larger", [False, True])
+def test_batches_are_checked_and_single_rows_too(larger):
+    def wrap(operation):
+        def run(**arguments):
+            outputs = operation(**arguments)
+            batch = arguments.get("input", arguments.get("attn_out")).shape[0]
+            return tree_map(lambda y: 1.01 * y, outputs) if (batch > 1) == larger else outputs
+
+        return run
+
+    model = sabotage.make("llama", "float32")
+    assert sabotage.passes(model)
+    with sabotage.wrapped(wrap):
+        assert not sabotage.passes(model)
+
+
 def test_model_is_left_unpatched_and_in_its_own_classes(checkpoints):
     model, _ = validate.load(str(checkpoints / "model-4bit"), checkpoints / "adapters")
     classes = [type(m) for m in model.modules()]
@@ -307,6 +419,8 @@ def test_generated_text_is_that_of_mlx_lm(checkpoints):
         (["."], "config.json"),
         ([".", "--adapter-path", "missing"], "--adapter-path"),
         ([".", "--tokens", "1"], "--tokens"),
+        ([".", "--tokens", "99999999999999999999"], "--tokens"),
+        ([".", "--prompt", "\udcff\udcfe zz"], "--prompt"),
     ],
 )
 def test_what_cannot_be_validated_is_a_wrong_argument(arguments, message, tmp_path, monkeypatch):

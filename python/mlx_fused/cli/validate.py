@@ -23,14 +23,29 @@ _STYLES = {"passed": "green", "inconclusive": "yellow", "failed": "red"}
 _NUMBERS = ("of its bound", "stock", "patched", "at most", "ratio")
 
 
+def _text(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Bytes that are no UTF-8 arrive as surrogates, which no tokenizer takes."""
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError as error:
+        raise click.BadParameter("It is not UTF-8.") from error
+    return value
+
+
 @click.command()
 @click.argument("model")
 @click.option(
     "--adapter-path", type=click.Path(exists=True, file_okay=False, path_type=Path), help="LoRA adapters."
 )
-@click.option("--prompt", help="What to compute logits for and to continue. Default: a paragraph.")
 @click.option(
-    "--tokens", type=click.IntRange(min=2), default=32, show_default=True, help="How many to generate."
+    "--prompt", callback=_text, help="What to compute logits for and to continue. Default: a paragraph."
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(2, 65536),
+    default=32,
+    show_default=True,
+    help="How many to generate.",
 )
 @json_option
 def validate(model: str, adapter_path: Path | None, prompt: str | None, tokens: int, as_json: bool) -> None:
@@ -119,13 +134,14 @@ def _operations(operations: dict) -> Table:
 def _end_to_end(lines: dict) -> Table:
     table = _table("end to end, errors", "stock", "patched", "at most", "")
     for dtype, of in lines.items():
-        gradients, greedy = of["gradients"], of["greedy"]
+        gradients, step, greedy = of["gradients"], of["logits_after_a_step"], of["greedy"]
         worst = max(gradients, key=lambda kind: _rank(gradients[kind], _share(gradients[kind])))
         table.add_section()
         table.add_row(dtype)
         for title, line, group in (
             ("logits", of["logits"], [of["logits"]]),
             (f"gradient of {'.'.join(worst.split('.')[-2:])}", gradients[worst], gradients.values()),
+            ("logits after a step", step, [step]),
         ):
             numbers = (f"{line[name]:.1e}" for name in ("stock_error", "patched_error", "tolerance"))
             table.add_row(f"  {title}", *numbers, _verdict(group))

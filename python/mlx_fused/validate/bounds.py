@@ -90,10 +90,11 @@ def compare(
     for shared in expected.shared:
         spread = np.hypot(spread, shared.effect)
     bound = _CERTAIN * spread + _FLOOR
-    largest_part, roundings = np.abs(value), 1
+    largest_part, roundings, swallowed = np.abs(value), 1, bound
     if arithmetic.composed:
         largest_part, roundings = size, 2 * len(components)
         bound = bound + (roundings - 1) * kind.unit * (size + bound)
+        swallowed = np.maximum(swallowed, kind.unit * size)
 
     finite = np.isfinite(actual) & np.isfinite(value)
     overflown = np.isinf(actual) & (actual * value > 0)
@@ -108,20 +109,21 @@ def compare(
     # How the exact value is rounded is no chance. A number rounded otherwise lies within its bound of where
     # that changes, and few do in 16 bits.
     rounded = kind.round(value)
-    noise = np.minimum(
-        kind.round(value + bound) - kind.round(value - bound),
-        np.hypot(spread, 2 * sqrt(roundings) * kind.unit * np.where(finite, largest_part, 0.0)),
-    )
+    reach = kind.round(value + bound) - kind.round(value - bound)
+    noise = np.hypot(spread, 2 * sqrt(roundings) * kind.unit * np.where(finite, largest_part, 0.0))
+    noise = np.minimum(reach, noise)
     found = {}
     for name, component in expected.components.items():
         kept = np.zeros_like(component)
         kept[rows] = np.where(finite, component, 0.0)[rows]
         if not kept.any():
             continue  # an adapter whose B is zero
-        variance = np.sum((kept * noise) ** 2)
+        # A component that sums swallow decides how exact ties of the others are rounded: no chance either.
+        tied = np.abs(kept) <= swallowed
+        variance = np.sum((kept * noise) ** 2, where=~tied)
         # Rows with a NaN or an infinity among their operands do not count.
         variance += sum(np.nansum((s.adjoint(kept) * s.spread) ** 2) for s in expected.shared)
-        limit = _CERTAIN * sqrt(variance) + _FLOOR * np.sum(np.abs(kept))
+        limit = _CERTAIN * sqrt(variance) + np.sum(np.abs(kept) * (np.where(tied, reach, 0) + _FLOOR))
 
         error = NOTICEABLE * kept
         # Even if rounding errors work against it

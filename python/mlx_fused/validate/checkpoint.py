@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import mlx.core as mx
@@ -91,14 +92,23 @@ def linears(model: nn.Module, layers: Iterable[LayerReport]) -> list[nn.Module]:
     return [module for module in inside if isinstance(module, nn.Linear | nn.QuantizedLinear)]
 
 
+def two_rows(tokens: mx.array) -> mx.array:
+    """A batch of ``tokens`` and of the same, shifted by one."""
+    return mx.stack([tokens, mx.roll(tokens, 1)])
+
+
 def attach_adapters(model: nn.Module, tokens: mx.array, layers: Iterable[LayerReport]) -> None:
-    """Make the adapters trainable; a model without any gets those that mlx-lm makes by default."""
+    """Make the adapters trainable; a model without any gets those that mlx-lm makes by default.
+
+    A B that is zero, which hides its A, is drawn at random. What is dense in the last fused layer becomes
+    trainable too.
+    """
     model.freeze()
+    mx.random.seed(0)
     if not any("lora_a" in module for module in model.modules()):
         of_attention = {id(m) for m in linears(model, layers)}
         num_layers = min(CONFIG_DEFAULTS["num_layers"], len(model.layers))
         config = CONFIG_DEFAULTS["lora_parameters"]
-        mx.random.seed(0)
         linear_to_lora_layers(model, num_layers, config)
         try:
             model(tokens[None])
@@ -107,15 +117,20 @@ def attach_adapters(model: nn.Module, tokens: mx.array, layers: Iterable[LayerRe
             named = (pair for layer in model.layers for pair in layer.named_modules())
             keys = {name for name, module in named if id(module) in of_attention}
             linear_to_lora_layers(model, num_layers, {**config, "keys": keys})
-        for module in model.modules():
-            if "lora_b" in module:
-                module.lora_b = tree_map(_spread, module.lora_b)
+    for module in model.modules():
+        if "lora_b" in module:
+            module.lora_b = tree_map(_spread, module.lora_b)
     model.unfreeze(keys=["lora_a", "lora_b"])
+    last = [[x for x in layers if getattr(x, part).fused][-1:] for part in ("qkv", "residual")]
+    for module in linears(model, chain(*last)):
+        # Quantized layers would freeze themselves again.
+        keys = ["bias"] if "scales" in module else ["weight", "bias"]
+        nn.Module.unfreeze(module, recurse=False, keys=keys)
     mx.eval(model.parameters())
 
 
 def _spread(lora_b: mx.array) -> mx.array:
-    return _LORA_B_SPREAD * mx.random.normal(lora_b.shape)
+    return lora_b if lora_b.any() else _LORA_B_SPREAD * mx.random.normal(lora_b.shape, lora_b.dtype)
 
 
 def _one_line(error: Exception) -> str:

@@ -11,20 +11,31 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from math import inf, sqrt
+from math import inf, isfinite, isinf, sqrt
 from statistics import median
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import generate_step
 
 import mlx_fused
 from mlx_fused.patching import PatchReport
 from mlx_fused.validate.bounds import NOTICEABLE, unit_roundoff
-from mlx_fused.validate.checkpoint import dtype_of, in_float32, unpatched
+from mlx_fused.validate.checkpoint import (
+    CannotValidate,
+    dtype_of,
+    in_float32,
+    two_rows,
+    unpatched,
+)
+from mlx_fused.validate.operations import exact
 
+AFTER_A_STEP = "logits after a step"
 _ROUNDS = 3  # of timing
+_STEP = 0.1  # as a share of the parameters' size, which moves logits by far more than rounding
+_LEAST_SIZE = 0.01
 
 
 class Runs:
@@ -73,6 +84,8 @@ class Runs:
         """What is to be said of each array that ``function`` gives, by type and name."""
         # In its own type first: what fails there is not to be validated.
         stock = {dtype: self.run("stock", dtype, function) for dtype in reversed(self.dtypes)}
+        if not all(mx.isfinite(result).all() for result in stock[mx.float32].values()):
+            raise CannotValidate("The model's own results are not finite.")
         lines = {}
         for dtype in self.dtypes:
             patched = self.run("patched", dtype, function)
@@ -88,8 +101,10 @@ def name_of(dtype: mx.Dtype) -> str:
 
 
 def error(actual: mx.array, reference: mx.array) -> float:
-    distance = mx.linalg.norm((actual.astype(mx.float32) - reference).flatten()).item()
-    norm = mx.linalg.norm(reference.flatten()).item()
+    right = exact(reference)
+    with np.errstate(invalid="ignore"):
+        distance = float(np.linalg.norm(exact(actual) - right))
+    norm = float(np.linalg.norm(right))
     return distance / norm if norm else inf if distance else 0.0
 
 
@@ -98,8 +113,10 @@ def line(stock: mx.array, patched: mx.array, reference: mx.array, bound: float) 
     stock_error, patched_error = error(stock, reference), error(patched, reference)
     if reference.dtype != mx.float32:  # a gradient of 16-bit adapters: both round it
         bound += 2 * unit_roundoff(reference.dtype)
-    tolerance = max(bound, 2 * stock_error)
-    if not patched_error <= tolerance:  # NaN too
+    tolerance = max(bound, 2 * stock_error) if isfinite(stock_error) else inf
+    if isinf(tolerance):
+        verdict = "inconclusive"
+    elif not patched_error <= tolerance:  # NaN too
         verdict = "failed"
     else:
         verdict = "passed" if patched_error <= max(bound, NOTICEABLE) else "inconclusive"
@@ -107,7 +124,7 @@ def line(stock: mx.array, patched: mx.array, reference: mx.array, bound: float) 
         "stock_error": stock_error,
         "patched_error": patched_error,
         "tolerance": tolerance,
-        "rms": mx.sqrt(mx.mean(mx.square(reference.astype(mx.float32)))).item(),
+        "rms": float(np.sqrt(np.mean(np.square(exact(reference))))),
         "verdict": verdict,
     }
 
@@ -116,21 +133,47 @@ def logits(model: nn.Module, tokens: mx.array) -> mx.array:
     return model(tokens[None])[0]
 
 
-def adapter_gradients(model: nn.Module, tokens: mx.array) -> dict[str, mx.array]:
-    """The gradients of a step on ``tokens``, those of one kind of adapter in all layers as one array."""
+def training_step(model: nn.Module, tokens: mx.array) -> dict[str, mx.array]:
+    """The gradients on ``tokens``, and the logits when what is trained has changed.
+
+    Those of one kind of parameter in all layers are one array.
+    """
+    batch = two_rows(tokens)
 
     def loss(model: nn.Module) -> mx.array:
-        logits = model(tokens[None, :-1]).astype(mx.float32)
-        return nn.losses.cross_entropy(logits, tokens[None, 1:], reduction="mean")
+        logits = model(batch[:, :-1]).astype(mx.float32)
+        return nn.losses.cross_entropy(logits, batch[:, 1:], reduction="mean")
 
     model.train()
     mx.random.seed(0)  # the same dropout in every run
-    _, gradients = nn.value_and_grad(model, loss)(model)
+    _, of_parameters = nn.value_and_grad(model, loss)(model)
     model.eval()
     kinds = defaultdict(list)
-    for name, gradient in tree_flatten(gradients):
-        kinds[re.sub(r"\.\d+\.", ".*.", name)].append(gradient.flatten())
-    return {kind: mx.concatenate(arrays) for kind, arrays in kinds.items()}
+    for name, gradient in tree_flatten(of_parameters):
+        kind = re.sub(r"\.\d+\.", ".*.", name)
+        # Next to nothing is left of that of k's bias, so it is no kind of its own.
+        kinds[re.sub(r"\w+(\.linear)?\.bias$", "*.bias", kind)].append(gradient.flatten())
+    found = {kind: mx.concatenate(arrays) for kind, arrays in kinds.items()}
+    with _changed(model):
+        return {**found, AFTER_A_STEP: model(batch)}
+
+
+@contextmanager
+def _changed(model: nn.Module) -> Iterator[None]:
+    """Change what is trained, by the same in every run, and in the end back."""
+
+    def step(parameter: mx.array) -> mx.array:
+        # Zeros change too.
+        size = mx.maximum(mx.abs(parameter.astype(mx.float32)).mean(), _LEAST_SIZE)
+        return parameter + (_STEP * size * mx.random.normal(parameter.shape)).astype(parameter.dtype)
+
+    before = model.trainable_parameters()
+    mx.random.seed(1)
+    model.update(tree_map(step, before))
+    try:
+        yield
+    finally:
+        model.update(before)
 
 
 def generate(
@@ -162,7 +205,9 @@ def generate(
         if at is not None:
             with runs.variant("stock", dtype):
                 gap = _gap(runs.model, mx.array([*tokens.tolist(), *stock[:at]]), stock[at], patched[at])
-        if not gap <= largest_gap:
+        if at is not None and isinf(largest_gap):  # the stock model's logits are not finite
+            verdict = "inconclusive"
+        elif not gap <= largest_gap:
             verdict = "failed"
         else:
             told = at is None or of_logits["verdict"] == "passed"

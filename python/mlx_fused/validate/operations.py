@@ -23,6 +23,7 @@ import mlx_fused
 from mlx_fused.patching.projections import watching
 from mlx_fused.validate import formulas
 from mlx_fused.validate.bounds import Comparison, compare, unit_roundoff
+from mlx_fused.validate.checkpoint import two_rows
 from mlx_fused.validate.formulas import Arithmetic, Call, Expected, Segment
 
 _TF32_UNIT = 2.0**-11  # matrix units of GPUs may round float32 so
@@ -130,14 +131,16 @@ class OperationChecks:
 def check_operations(
     model: nn.Module, tokens: mx.array, on_call: Callable[[], None] = lambda: None
 ) -> OperationChecks:
-    """Check all operations of ``model``, patched, as it reads a prompt and continues it by a token."""
+    """Check all operations of ``model``, patched, as it reads two prompts and continues one by a token."""
     with mlx_fused.patched(model) as report:
         modules = dict(model.named_modules())
         checks = OperationChecks({id(modules[layer.name]): layer.name for layer in report.layers}, on_call)
         cache = make_prompt_cache(model)
         with watching(checks):
-            for part in (tokens[None, :-1], tokens[None, -1:]):
-                mx.eval(model(part, cache=cache))
+            mx.eval(model(two_rows(tokens[:-1]), cache=make_prompt_cache(model)))
+        mx.eval(model(tokens[None, :-1], cache=cache))
+        with watching(checks):
+            mx.eval(model(tokens[None, -1:], cache=cache))
     return checks
 
 
