@@ -339,8 +339,9 @@ def test_overflow_of_the_models_own_type_is_inconclusive():
     assert half["greedy"]["verdict"] != "failed"
 
 
-def test_large_logits_are_finite():
+def test_large_logits_are_finite_and_subnormal_ones_zero():
     ones = mx.ones(2)
+    assert end_to_end.line(1e-40 * ones, 0 * ones, 1e-40 * ones, 1e-5)["verdict"] == "passed"
     assert end_to_end.line(1e30 * ones, 1.000001e30 * ones, 1e30 * ones, 1e-5)["verdict"] == "passed"
     assert end_to_end.line(1e30 * ones, 1.01e30 * ones, 1e30 * ones, 1e-5)["verdict"] == "failed"
 
