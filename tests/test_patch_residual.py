@@ -339,7 +339,11 @@ def test_under_transformations():
             mx.grad(loss)(x),
             compiled(x),
             mx.vmap(layer)(x[:, None]),
+            mx.vmap(mx.vmap(layer))(x[:, None, None]),
             mx.checkpoint(layer)(x),
+            *mx.jvp(layer, [x], [x])[1],
+            *mx.jvp(mx.grad(loss), [x], [x])[1],  # a Hessian-vector product
+            *mx.vjp(lambda x: mx.jvp(layer, [x], [x])[1][0], [x], [x])[1],
             *(g for _, g in tree_flatten(nn.value_and_grad(layer, loss)(x)[1])),
         ]
 
