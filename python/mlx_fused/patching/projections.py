@@ -75,32 +75,35 @@ def is_known(module: nn.Module) -> bool:
     return cls in _DENSE or cls in _QUANTIZED or _is_lora(cls)
 
 
-class Operands(NamedTuple):
-    """What a layer of a known type computes with."""
-
-    arrays: list[mx.array]
-    settings: list  # the types and the other attributes of the layer and its parts
+# The arrays that a layer of a known type computes with, and the types and settings of its parts.
+Operands = tuple[list[mx.array], list]
 
 
 def operands(module: nn.Module) -> Operands:
-    """Those of now; its arrays are others once they are changed in place."""
-    parts = [module, *(part for part in module.values() if isinstance(part, nn.Module))]
-    arrays = [a for part in parts for a in part.values() if isinstance(a, mx.array)]
-    return Operands(arrays, [(type(part), dict(vars(part))) for part in parts])
+    """Those of now; the arrays are others once they are changed in place."""
+    arrays, settings = [], [type(module), *vars(module).values()]
+    for value in module.values():
+        if isinstance(value, mx.array):
+            arrays.append(value)
+        elif isinstance(value, nn.Module):  # what an adapter is put around, and its dropout
+            settings += type(value), *vars(value).values()
+            arrays += [a for a in value.values() if isinstance(a, mx.array)]
+    return arrays, settings
 
 
 def kept(module: nn.Module) -> Operands:
     """Those of now, for good."""
     arrays, settings = operands(module)
-    return Operands(list(map(alias, arrays)), settings)
+    return [alias(a) for a in arrays], settings
 
 
 def is_unchanged(module: nn.Module, before: Operands) -> bool:
     """Whether ``module`` still has the operands that :func:`kept` gave."""
     arrays, settings = operands(module)
-    if len(arrays) != len(before.arrays) or settings != before.settings:
+    arrays_before, settings_before = before
+    if len(arrays) != len(arrays_before) or settings != settings_before:
         return False
-    return all(map(is_same, arrays, before.arrays))
+    return all(map(is_same, arrays, arrays_before))
 
 
 def read(name: str, module: nn.Module | None) -> Projection | str:
