@@ -329,16 +329,16 @@ def test_copies_are_patched(cls, copy_of):
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, copy.copy, pickled])
 def test_a_copy_made_in_a_call_that_unpatches(copy_of):
-    class Copies(Attention):
-        def __call__(self, x):
-            mlx_fused.unpatch(self)
-            copies.append(copy_of(self.q_proj))
-            return super().__call__(x)
-
-    copies, attention = [], Copies()
+    attention = Copies()
     mlx_fused.patch(attention)
-    attention(sample(1, 3, 64))
-    assert type(copies[0]) is nn.Linear and type(attention) is Copies
+    copied, projection = attention(copy_of)
+    assert type(attention) is type(copied) is Copies and type(projection) is nn.Linear
+
+
+class Copies(Attention):
+    def __call__(self, copy_of):
+        mlx_fused.unpatch(self)
+        return copy_of(self), copy_of(self.q_proj)
 
 
 def test_deepcopy_of_a_model():

@@ -28,7 +28,7 @@ ASKED = {
     "iteration": lambda m: (list(m), len(m), bool(m), list(reversed(m)), sorted(m.keys()), {**m}.keys()),
     "text": lambda m: (str(m), repr(m), f"{m}", f"{m!r:>50}"),
     "hash": hash,
-    "equality": lambda m: (m == m, m != m, m == 1),
+    "equality": lambda m: (m == m, m != m, m == 1, m == copy.copy(m)),
     "dir": dir,
     "vars": lambda m: vars(m).keys(),
     "tree": lambda m: [(name, a.shape) for name, a in tree_flatten(m.parameters())],
@@ -277,6 +277,9 @@ def test_a_copied_context_has_no_part_in_the_call(in_thread):
 def test_one_projection_is_one_object():
     attention = Does(lambda self, x: (self.q_proj is self.q_proj, self.q_proj is self.k_proj))
     mlx_fused.patch(attention)
+    assert attention(sample(1, 3, 64)) == (True, False)
+    attention.k_proj = attention.v_proj
+    attention.do = lambda self, x: (self.k_proj == self.v_proj, self.k_proj != self.v_proj)
     assert attention(sample(1, 3, 64)) == (True, False)
 
 

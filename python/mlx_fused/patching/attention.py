@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, partial, wraps
-from threading import Lock, get_ident
+from threading import RLock, get_ident
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
 from weakref import ref
@@ -73,7 +73,8 @@ class _State:
 
 # By the id of the module: what is kept in a module, others may be copying while it changes.
 _states: dict[int, _State] = {}
-_lock = Lock()  # of the states, and of the modules' classes
+# Of the states, and of the modules' classes. What is collected while it is held may unpatch, too.
+_lock = RLock()
 
 
 class FusedAttention:
@@ -348,14 +349,15 @@ def _reducing(original: type, names: Names) -> Callable:
             return value
         make, args, *rest = (original if part is cls else part for part in value)
         args = tuple(original if arg is cls else arg for arg in args)
-        return (make, args, *rest) if patch is None else (_copy, (names, patch, make, args), *rest)
+        return _copy, (names, patch, make, args), *rest
 
     return __reduce_ex__
 
 
-def _copy(names: Names, patch: Patch, make: Callable, args: tuple) -> nn.Module:
+def _copy(names: Names, patch: Patch | None, make: Callable, args: tuple) -> nn.Module:
     attention = make(*args)
-    set_patch(attention, names, patch)
+    if patch is not None:
+        set_patch(attention, names, patch)
     return attention
 
 

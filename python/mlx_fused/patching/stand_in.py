@@ -14,7 +14,7 @@ class StandIn:
     ``type`` alone can tell them apart. Whatever else is asked of it goes on to the module.
     """
 
-    __slots__ = ("_call", "_module")
+    __slots__ = ("__weakref__", "_call", "_module")
 
     def __init__(self, module: nn.Module, call: Callable):
         object.__setattr__(self, "_module", module)
@@ -31,7 +31,11 @@ _call_of, module_of = StandIn._call.__get__, StandIn._module.__get__
 
 
 def _forward(name: str) -> Callable:
-    return lambda self, *args: getattr(module_of(self), name)(*args)
+    return lambda self, *args: getattr(module_of(self), name)(*map(_itself, args))
+
+
+def _itself(value):
+    return module_of(value) if type(value) is StandIn else value
 
 
 # Those that Python looks up in the type.
