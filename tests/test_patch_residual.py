@@ -334,10 +334,9 @@ def test_under_transformations():
 
     def results():
         loss = lambda x: (layer(x) * x).sum()  # noqa: E731
-        compiled = mx.compile(lambda x: layer(x))
         return [
             mx.grad(loss)(x),
-            compiled(x),
+            mx.compile(lambda x: layer(x))(x),
             mx.vmap(layer)(x[:, None]),
             mx.vmap(mx.vmap(layer))(x[:, None, None]),
             mx.checkpoint(layer)(x),
