@@ -57,7 +57,7 @@ lint: $(VENV)/bin/python  ## Check the formatting and style of all files
 	$(BIN)/pre-commit run --all-files
 
 stubs: $(VENV)/installed  ## Write the type stubs anew from the bindings
-	$(BIN)/python -m nanobind.stubgen -q -m mlx_fused._ext -p python/src/stubs.nb -o python/mlx_fused/_ext.pyi
+	$(BIN)/python -m nanobind.stubgen -q -m mlx_fused._ext -o python/mlx_fused/_ext.pyi
 
 dist: $(VENV)/bin/python  ## Build the sdist and the wheel
 	$(BIN)/python -m pip install --quiet build==1.6.1

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 import mlx_fused
+from mlx_fused import LinearOperands
 from cases import BITS, GROUP_SIZE, RANK, SCALE, Case, Operands
 from machine import cores
 
@@ -16,24 +17,22 @@ Frozen = list[tuple[mx.array, ...]]
 def _fused(case: Case, frozen: Frozen, *primals: mx.array, **options: str) -> Sequence[mx.array]:
     x, *others = primals
     m = case.model
-    heads = m.num_heads, m.num_kv_heads, m.head_dim
     if case.quantized:
-        options |= {"group_size": GROUP_SIZE, "bits": BITS}
+        form = {"group_size": GROUP_SIZE, "bits": BITS}
+        layers = [LinearOperands(w, None, scales, biases, **form) for w, scales, biases in frozen]
+    else:
+        weights = [w for (w,) in frozen] or others[: len(case.out_features)]
+        layers = [LinearOperands(w) for w in weights]
     if case.lora:
-        weight, *quantized = zip(*frozen, strict=True)
-        options |= dict(zip(("scales", "biases"), quantized, strict=False))
-        adapters = tuple(others[:3]), tuple(others[3:])
-        return mlx_fused.fused_lora_qkv_projection(x, weight, None, *adapters, SCALE, *heads, **options)
+        adapters = zip(layers, others[:3], others[3:], strict=True)
+        layers = [of._replace(lora_a=a, lora_b=b, lora_scale=SCALE) for of, a, b in adapters]
     if case.op == "output":
-        *w, residual = others
-        if case.quantized:
-            arrays = (*frozen[0], None, residual)
-            return [mlx_fused.fused_quantized_output_projection_residual(x, *arrays, **options)]
-        return [mlx_fused.fused_output_projection_residual(x, *w, None, residual, **options)]
-    if case.quantized:
-        arrays = (*zip(*frozen, strict=True), None)
-        return mlx_fused.fused_quantized_qkv_projection(x, *arrays, *heads, **options)
-    return mlx_fused.fused_qkv_projection(x, tuple(others), None, *heads, **options)
+        (layer,) = layers
+        return [
+            mlx_fused.fused_output_projection_residual(x, layer, residual=others[-1], **options)
+        ]
+    heads = m.num_heads, m.num_kv_heads, m.head_dim
+    return mlx_fused.fused_qkv_projection(x, tuple(layers), None, *heads, **options)
 
 
 def _composed(case: Case, frozen: Frozen, *primals: mx.array) -> Sequence[mx.array]:

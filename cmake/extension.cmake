@@ -32,8 +32,6 @@ nanobind_add_module(
   mlx
   python/src/bindings.cpp
   python/src/internals.cpp
-  python/src/lora.cpp
-  python/src/quantized.cpp
   mlx_fused/arguments.cpp
   mlx_fused/call.cpp
   mlx_fused/check.cpp

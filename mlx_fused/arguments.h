@@ -2,7 +2,6 @@
 
 #include <optional>
 #include <string>
-#include <variant>
 #include <vector>
 
 #include "mlx_fused/call.h"
@@ -12,39 +11,30 @@
 // What callers give a projection, and its validation.
 namespace mlx_fused {
 
-// One array for each segment, or their rows packed in one array.
-using Parts = std::variant<mx::array, Arrays>;
-
-// What belongs to a quantized weight, as mx.quantize made it. The defaults of group_size and bits are the
-// mode's.
-struct QuantizedParts {
-  Parts scales;
-  std::optional<Parts> biases;
-  std::optional<int> group_size, bits;
-  std::string mode;
+// The operands of a linear layer, as Python's LinearOperands has them: y = x weight^T + bias, and with an
+// adapter + lora_scale (x lora_a) lora_b. A quantized weight has scales, and what belongs to them is as
+// mx.quantize has it.
+struct Linear {
+  mx::array weight;
+  std::optional<mx::array> bias = std::nullopt, scales = std::nullopt, biases = std::nullopt;
+  std::optional<int> group_size = std::nullopt, bits = std::nullopt;
+  std::string mode = "affine";
+  std::optional<mx::array> lora_a = std::nullopt, lora_b = std::nullopt;
+  float lora_scale = 1;
 };
 
-// A [in_features, rank] and B [rank, features] of every segment that has an adapter, and the products'
-// scales, one for all or one for each.
-struct Adapters {
-  std::vector<std::optional<mx::array>> a, b;
-  std::vector<float> scale;
-};
+using Linears = std::vector<Linear>;
 
-struct Weights {
-  const Parts& weight;
-  const std::optional<QuantizedParts>& quantized;
-  const std::optional<Parts>& bias;
-  const std::optional<Adapters>& adapters;
-};
+// Why layers of one input cannot be one operation, if they cannot.
+std::optional<std::string> difference(const Linears& layers);
 
-// The arrays of a call in its order, packed ones as views of their segments' rows; completes the call. The
-// input, the residual and the segments' features are right already.
+// The arrays of a call in its order; completes the call, whose segments' features are right already. Layers
+// are one for each segment, or a single one that packs the rows of all, which are views of it then.
 Arrays check_arguments(
     const Check& check,
     const mx::array& input,
-    const Weights& weights,
-    const mx::array* residual,
+    const Linears& layers,
+    const std::optional<mx::array>& residual,
     Call& call,
     const Products& products);
 

@@ -21,6 +21,10 @@ class Check {
   void dtype(const std::string& name, const mx::array& a, mx::Dtype expected) const;
   void positive(const char* name, int value) const;
 
+  const std::string& operation() const {
+    return operation_;
+  }
+
   [[noreturn]] void fail(const std::string& message) const;
 
  private:

@@ -7,31 +7,29 @@ namespace mlx_fused {
 namespace {
 
 // Checks everything but the weights' dtypes.
-Call make_call(const Check& check, const std::string& operation, const mx::array& x, const Parts& weight) {
+Call make_call(const Check& check, const mx::array& x, const mx::array& weight) {
   check.ndim("attn_out", x, 3);
   check.floating("attn_out", x);
-  auto& array = std::get<mx::array>(weight);
-  check.ndim("weight", array, 2);
-  return {.operation = operation, .node = "FusedOutputProjection", .segments = {{array.shape(0)}}};
+  check.ndim("weight", weight, 2);
+  return {.operation = check.operation(), .node = "FusedOutputProjection", .segments = {{weight.shape(0)}}};
 }
 
 }  // namespace
 
 mx::array output_projection(
-    const std::string& operation,
     const mx::array& x,
-    const Weights& weights,
+    const Linear& layer,
     const mx::array& residual,
     float alpha,
     bool exact,
     const std::optional<std::string>& wish,
     mx::StreamOrDevice s) {
-  Check check(operation);
+  Check check("fused_output_projection_residual");
   auto stream = mx::to_stream(s);
-  auto call = make_call(check, operation, x, weights.weight);
+  auto call = make_call(check, x, layer.weight);
   call.epilogue.alpha = alpha;
   call.epilogue.exact = exact;
-  auto inputs = check_arguments(check, x, weights, &residual, call, Products(stream, wish));
+  auto inputs = check_arguments(check, x, {layer}, residual, call, Products(stream, wish));
   check.shape("residual", residual, {x.shape(0), x.shape(1), call.segments[0].features});
   check.floating("residual", residual);
   return project(std::move(inputs), std::move(call), wish, stream)[0];
@@ -44,11 +42,10 @@ Arrays output_projection_bwd(
     bool has_bias,
     const std::optional<std::string>& wish,
     mx::StreamOrDevice s) {
-  std::string operation = "fused_output_projection_residual_bwd";
-  Check check(operation);
+  Check check("fused_output_projection_residual_bwd");
   auto stream = mx::to_stream(s);
-  auto call = make_call(check, operation, x, weight);
-  auto primals = check_arguments(check, x, {weight, {}, {}, {}}, nullptr, call, Products(stream, wish));
+  auto call = make_call(check, x, weight);
+  auto primals = check_arguments(check, x, {{.weight = weight}}, std::nullopt, call, Products(stream, wish));
   check.shape("d_output", d_output, {x.shape(0), x.shape(1), weight.shape(0)});
   check.floating("d_output", d_output);
   auto grads = all_gradients({d_output}, primals, call, has_bias, wish, stream);

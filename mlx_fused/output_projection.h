@@ -8,12 +8,11 @@
 
 namespace mlx_fused {
 
-// residual + alpha (x weight^T + bias + adapter), [B, S, H], from x [B, S, K]. `operation` is what messages
-// call it, `wish` routing's: "composed", "fused" or nothing.
+// residual + alpha times the layer's output, [B, S, H], from x [B, S, K]. `wish` is routing's: "composed",
+// "fused" or nothing.
 mx::array output_projection(
-    const std::string& operation,
     const mx::array& x,
-    const Weights& weights,
+    const Linear& layer,
     const mx::array& residual,
     float alpha,
     bool exact,

@@ -9,56 +9,78 @@ namespace mlx_fused {
 
 namespace {
 
-constexpr int64_t max_features = std::numeric_limits<int>::max();
+// The features and heads of q, k and v.
+std::vector<Segment> make_segments(const Check& check, const Linears& layers, const Heads& heads) {
+  if (layers.size() != 1 && layers.size() != 3) {
+    check.fail(
+        "weight must be one array or a tuple of three (q, k, v) but got a tuple of " +
+        std::to_string(layers.size()) + ".");
+  }
+  if (!heads.num_heads && !heads.num_kv_heads && !heads.head_dim && !heads.v_head_dim && !heads.split &&
+      layers.size() == 3) {
+    std::vector<Segment> segments;
+    for (size_t i = 0; i < 3; ++i) {
+      auto name = "weight[" + std::to_string(i) + "]";
+      check.ndim(name, layers[i].weight, 2);
+      check.positive(("the rows of " + name).c_str(), layers[i].weight.shape(0));
+      segments.push_back({layers[i].weight.shape(0)});
+    }
+    return segments;
+  }
+  auto positive = [&](const char* name, const std::optional<int>& value) {
+    if (!value) {
+      check.fail(
+          std::string(name) +
+          " must be given but got None; heads may be left out, all of them, with split_heads=False and a tuple "
+          "of three weights.");
+    }
+    check.positive(name, *value);
+    return *value;
+  };
+  int num_heads = positive("num_heads", heads.num_heads);
+  int num_kv_heads = positive("num_kv_heads", heads.num_kv_heads);
+  int head_dim = positive("head_dim", heads.head_dim);
+  int v_head_dim = positive("v_head_dim", heads.v_head_dim ? heads.v_head_dim : heads.head_dim);
+  if (num_heads % num_kv_heads != 0) {
+    check.fail(
+        "num_heads must be a multiple of num_kv_heads but got " + std::to_string(num_heads) + " and " +
+        std::to_string(num_kv_heads) + ".");
+  }
+  constexpr int64_t max_features = std::numeric_limits<int>::max();
+  if ((int64_t{num_heads} + num_kv_heads) * head_dim > max_features - int64_t{num_kv_heads} * v_head_dim) {
+    check.fail(
+        "the features of all heads must be below 2^31 but got num_heads " + std::to_string(num_heads) +
+        ", num_kv_heads " + std::to_string(num_kv_heads) + ", head_dim " + std::to_string(head_dim) +
+        " and v_head_dim " + std::to_string(v_head_dim) + ".");
+  }
+  auto segment = [&](int count, int dim) {
+    return Segment{count * dim, heads.split ? count : 0};
+  };
+  return {segment(num_heads, head_dim), segment(num_kv_heads, head_dim), segment(num_kv_heads, v_head_dim)};
+}
 
-// Checks everything but the weights.
-Call make_call(const Check& check, const std::string& operation, const mx::array& input, const Heads& heads) {
-  check.positive("num_heads", heads.num_heads);
-  check.positive("num_kv_heads", heads.num_kv_heads);
-  check.positive("head_dim", heads.head_dim);
-  int v_head_dim = heads.v_head_dim.value_or(heads.head_dim);
-  check.positive("v_head_dim", v_head_dim);
-  if (heads.num_heads % heads.num_kv_heads != 0) {
-    check.fail(
-        "num_heads must be a multiple of num_kv_heads but got " + std::to_string(heads.num_heads) + " and " +
-        std::to_string(heads.num_kv_heads) + ".");
-  }
-  int64_t qk_heads = int64_t(heads.num_heads) + heads.num_kv_heads;
-  if (qk_heads * heads.head_dim > max_features - int64_t(heads.num_kv_heads) * v_head_dim) {
-    check.fail(
-        "the features of all heads must be below 2^31 but got num_heads " + std::to_string(heads.num_heads) +
-        ", num_kv_heads " + std::to_string(heads.num_kv_heads) + ", head_dim " +
-        std::to_string(heads.head_dim) + " and v_head_dim " + std::to_string(v_head_dim) + ".");
-  }
+// Checks everything but the layers' arrays.
+Call make_call(const Check& check, const mx::array& input, const Linears& layers, const Heads& heads) {
+  auto segments = make_segments(check, layers, heads);
   check.ndim("input", input, 3);
   check.floating("input", input);
-  auto segment = [&](int num_heads, int dim) {
-    return Segment{num_heads * dim, heads.split ? num_heads : 0};
-  };
-  return {
-      .operation = operation,
-      .node = "FusedQKVProjection",
-      .segments = {
-          segment(heads.num_heads, heads.head_dim),
-          segment(heads.num_kv_heads, heads.head_dim),
-          segment(heads.num_kv_heads, v_head_dim)}};
+  return {.operation = check.operation(), .node = "FusedQKVProjection", .segments = segments};
 }
 
 }  // namespace
 
 Arrays qkv_projection(
-    const std::string& operation,
     const mx::array& input,
-    const Weights& weights,
+    const Linears& layers,
     const Heads& heads,
     bool exact,
     const std::optional<std::string>& wish,
     mx::StreamOrDevice s) {
-  Check check(operation);
-  auto call = make_call(check, operation, input, heads);
+  Check check("fused_qkv_projection");
+  auto call = make_call(check, input, layers, heads);
   call.epilogue.exact = exact;
   auto stream = mx::to_stream(s);
-  auto inputs = check_arguments(check, input, weights, nullptr, call, Products(stream, wish));
+  auto inputs = check_arguments(check, input, layers, std::nullopt, call, Products(stream, wish));
   return project(std::move(inputs), std::move(call), wish, stream);
 }
 
@@ -67,16 +89,19 @@ Arrays qkv_projection_bwd(
     const mx::array& dk,
     const mx::array& dv,
     const mx::array& input,
-    const Parts& weight,
+    const Arrays& weights,
     bool has_bias,
     const Heads& heads,
     const std::optional<std::string>& wish,
     mx::StreamOrDevice s) {
-  std::string operation = "fused_qkv_projection_bwd";
-  Check check(operation);
+  Check check("fused_qkv_projection_bwd");
+  Linears layers;
+  for (auto& weight : weights) {
+    layers.push_back({.weight = weight});
+  }
   auto stream = mx::to_stream(s);
-  auto call = make_call(check, operation, input, heads);
-  auto primals = check_arguments(check, input, {weight, {}, {}, {}}, nullptr, call, Products(stream, wish));
+  auto call = make_call(check, input, layers, heads);
+  auto primals = check_arguments(check, input, layers, std::nullopt, call, Products(stream, wish));
   const char* names[] = {"dq", "dk", "dv"};
   Arrays cotangents = {dq, dk, dv};
   for (int i = 0; i < 3; ++i) {
@@ -85,7 +110,7 @@ Arrays qkv_projection_bwd(
     check.floating(names[i], cotangents[i]);
   }
   auto grads = all_gradients(cotangents, primals, call, has_bias, wish, stream);
-  if (std::holds_alternative<Arrays>(weight)) {
+  if (weights.size() == 3) {
     return grads;
   }
   Arrays packed = {grads[0]};

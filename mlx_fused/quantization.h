@@ -1,5 +1,6 @@
 #pragma once
 
+#include <optional>
 #include <string>
 
 namespace mlx_fused {
@@ -16,6 +17,13 @@ struct Quantization {
     return mode == "affine";
   }
 };
+
+// As mx.quantize reads its arguments: bits and group size that are left out are the mode's.
+Quantization with_defaults(
+    const std::string& mode, std::optional<int> bits, std::optional<int> group_size, bool has_biases);
+
+// For messages.
+std::string to_string(const Quantization& q);
 
 // Of a mode that is one format by definition, that, or else null.
 const Quantization* only_format(const std::string& mode);

@@ -8,30 +8,23 @@ from mlx_fused._version import __version__, check_mlx
 
 check_mlx(version("mlx"))
 
-from mlx_fused import composed, nn  # noqa: E402
-from mlx_fused._ext import (  # noqa: E402
-    fused_lora_output_projection_residual,
-    fused_lora_qkv_projection,
+from mlx_fused import nn  # noqa: E402
+from mlx_fused.linear import LinearOperands  # noqa: E402
+from mlx_fused.operations import (  # noqa: E402
     fused_output_projection_residual,
     fused_output_projection_residual_bwd,
     fused_qkv_projection,
     fused_qkv_projection_bwd,
-    fused_quantized_output_projection_residual,
-    fused_quantized_qkv_projection,
 )
 from mlx_fused.patching import patch, patched, unpatch  # noqa: E402
 
 __all__ = [
+    "LinearOperands",
     "__version__",
-    "composed",
-    "fused_lora_output_projection_residual",
-    "fused_lora_qkv_projection",
     "fused_output_projection_residual",
     "fused_output_projection_residual_bwd",
     "fused_qkv_projection",
     "fused_qkv_projection_bwd",
-    "fused_quantized_output_projection_residual",
-    "fused_quantized_qkv_projection",
     "nn",
     "patch",
     "patched",

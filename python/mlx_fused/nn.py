@@ -7,15 +7,32 @@ import math
 import mlx.core as mx
 from mlx.nn import Linear, Module
 
-from mlx_fused._ext import (
-    fused_output_projection_residual,
-    fused_qkv_projection,
-    fused_quantized_output_projection_residual,
-    fused_quantized_qkv_projection,
-)
+from mlx_fused.linear import LinearOperands
+from mlx_fused.operations import fused_output_projection_residual, fused_qkv_projection
 
 
-class QKVProjection(Module):
+class _QKV(Module):
+    """What dense and quantized layers have in common."""
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Project ``x`` of shape ``[B, S, input_dims]``.
+
+        Returns:
+            tuple(array, array, array): Queries ``[B, num_heads, S, head_dim]``, keys
+            ``[B, num_kv_heads, S, head_dim]`` and values ``[B, num_kv_heads, S, v_head_dim]``.
+        """
+        layers = tuple(LinearOperands.of_base(self, f"{name}_") for name in "qkv")
+        return fused_qkv_projection(
+            x,
+            layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            v_head_dim=self.v_head_dim,
+        )
+
+
+class QKVProjection(_QKV):
     """Projects to queries, keys and values, split into heads, in one operation.
 
     Its parameters are ``q_weight`` of shape ``[num_heads * head_dim, input_dims]``, ``k_weight`` of shape
@@ -109,25 +126,6 @@ class QKVProjection(Module):
                 layer[f"{name}_{parameter}"] = array
         return layer
 
-    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Project ``x`` of shape ``[B, S, input_dims]``.
-
-        Returns:
-            tuple(array, array, array): Queries ``[B, num_heads, S, head_dim]``, keys
-            ``[B, num_kv_heads, S, head_dim]`` and values ``[B, num_kv_heads, S, v_head_dim]``.
-        """
-        weight = tuple(self[f"{name}_weight"] for name in "qkv")
-        bias = tuple(self[f"{name}_bias"] for name in "qkv") if "q_bias" in self else None
-        return fused_qkv_projection(
-            x,
-            weight,
-            bias,
-            self.num_heads,
-            self.num_kv_heads,
-            self.head_dim,
-            v_head_dim=self.v_head_dim,
-        )
-
     def _extra_repr(self) -> str:
         return (
             f"input_dims={self.q_weight.shape[1]}, num_heads={self.num_heads}, "
@@ -142,7 +140,7 @@ class QKVProjection(Module):
         return QuantizedQKVProjection(self, group_size, bits, mode)
 
 
-class QuantizedQKVProjection(Module):
+class QuantizedQKVProjection(_QKV):
     """A :class:`QKVProjection` with quantized weights, frozen, made by its ``to_quantized``.
 
     Its parameters are those of the layer it was made of, the weights as codes, and for each ``q_scales``
@@ -162,27 +160,6 @@ class QuantizedQKVProjection(Module):
                 self[f"{name}_bias"] = layer[f"{name}_bias"]
         self.freeze()
 
-    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Project ``x`` of shape ``[B, S, input_dims]``, as :class:`QKVProjection` does."""
-        weight, scales, biases, bias = (
-            tuple(self[f"{name}_{kind}"] for name in "qkv") if f"q_{kind}" in self else None
-            for kind in ("weight", "scales", "biases", "bias")
-        )
-        return fused_quantized_qkv_projection(
-            x,
-            weight,
-            scales,
-            biases,
-            bias,
-            self.num_heads,
-            self.num_kv_heads,
-            self.head_dim,
-            v_head_dim=self.v_head_dim,
-            group_size=self.group_size,
-            bits=self.bits,
-            mode=self.mode,
-        )
-
     def _extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
@@ -191,7 +168,19 @@ class QuantizedQKVProjection(Module):
         )
 
 
-class OutputProjection(Module):
+class _Output(Module):
+    """What dense and quantized layers have in common."""
+
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        """Project ``x`` of shape ``[B, S, input_dims]`` and add ``residual``.
+
+        Returns:
+            array: Of the shape of ``residual``, ``[B, S, output_dims]``.
+        """
+        return fused_output_projection_residual(x, LinearOperands.of_base(self), residual=residual)
+
+
+class OutputProjection(_Output):
     """Projects the output of attention and adds the residual in one operation.
 
     Its parameters are ``weight`` of shape ``[output_dims, input_dims]`` and, with a bias, ``bias`` of
@@ -225,14 +214,6 @@ class OutputProjection(Module):
         layer.update(o)
         return layer
 
-    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        """Project ``x`` of shape ``[B, S, input_dims]`` and add ``residual``.
-
-        Returns:
-            array: Of the shape of ``residual``, ``[B, S, output_dims]``.
-        """
-        return fused_output_projection_residual(x, self["weight"], self.get("bias"), residual)
-
     def _extra_repr(self) -> str:
         output_dims, input_dims = self.weight.shape
         return f"input_dims={input_dims}, output_dims={output_dims}, bias={'bias' in self}"
@@ -244,7 +225,7 @@ class OutputProjection(Module):
         return QuantizedOutputProjection(self, group_size, bits, mode)
 
 
-class QuantizedOutputProjection(Module):
+class QuantizedOutputProjection(_Output):
     """An :class:`OutputProjection` with a quantized weight, frozen, made by its ``to_quantized``.
 
     Its parameters are ``weight`` (codes), ``scales``, in mode ``"affine"`` ``biases``, and ``bias`` if the
@@ -258,20 +239,6 @@ class QuantizedOutputProjection(Module):
         if "bias" in layer:
             self.bias = layer.bias
         self.freeze()
-
-    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        """Project ``x`` of shape ``[B, S, input_dims]`` and add ``residual``."""
-        return fused_quantized_output_projection_residual(
-            x,
-            self["weight"],
-            self["scales"],
-            self.get("biases"),
-            self.get("bias"),
-            residual,
-            group_size=self.group_size,
-            bits=self.bits,
-            mode=self.mode,
-        )
 
     def _extra_repr(self) -> str:
         return f"bias={'bias' in self}, group_size={self.group_size}, bits={self.bits}, mode={self.mode}"

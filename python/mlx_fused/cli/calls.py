@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 import mlx_fused
+from mlx_fused import LinearOperands
 
 # What weights may be, and the activations that go with them.
 WEIGHTS = {
@@ -65,15 +66,14 @@ def make_calls(sizes: Sizes, weights: str, rows: int) -> list[Call]:
         outputs = zip(qkv, counts, strict=True)
         return [p(x).reshape(1, rows, n, sizes.head_dim).transpose(0, 2, 1, 3) for p, n in outputs]
 
-    kind = "lora_" if qkv[0].adapter else "quantized_" if "scales" in qkv[0].base else ""
     fused_qkv = partial(
-        getattr(mlx_fused, f"fused_{kind}qkv_projection"),
+        mlx_fused.fused_qkv_projection,
+        weight=tuple(p.operands for p in qkv),
         num_heads=sizes.num_heads,
         num_kv_heads=sizes.num_kv_heads,
         head_dim=sizes.head_dim,
-        **_arguments(qkv),
     )
-    fused_output = partial(getattr(mlx_fused, f"fused_{kind}output_projection_residual"), **_arguments([out]))
+    fused_output = partial(mlx_fused.fused_output_projection_residual, weight=out.operands)
     dtype = WEIGHTS[weights]
     x = mx.random.normal((1, rows, sizes.hidden)).astype(dtype)
     attended = mx.random.normal((1, rows, q_dims)).astype(dtype)
@@ -142,28 +142,17 @@ class _Projection:
         self.base.set_dtype(WEIGHTS[weights])
         if weights.startswith("4-bit"):
             self.base = nn.QuantizedLinear.from_linear(self.base, **_QUANTIZATION)
-        self.adapter = {}
+        self.operands = LinearOperands.of(self.base)
         if weights.endswith("LoRA"):
-            self.adapter = {
-                "lora_a": mx.random.normal((in_features, _RANK)) * in_features**-0.5,
-                "lora_b": mx.random.normal((_RANK, out_features)) * 0.01,
-            }
+            self.operands = self.operands._replace(
+                lora_a=mx.random.normal((in_features, _RANK)) * in_features**-0.5,
+                lora_b=mx.random.normal((_RANK, out_features)) * 0.01,
+                lora_scale=_SCALE,
+            )
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.base(x)
-        if not self.adapter:
+        if self.operands.lora_a is None:
             return y
-        update = (x @ self.adapter["lora_a"]) @ self.adapter["lora_b"]
+        update = (x @ self.operands.lora_a) @ self.operands.lora_b
         return y + (_SCALE * update).astype(x.dtype)
-
-
-def _arguments(projections: list[_Projection]) -> dict[str, object]:
-    """What a fused operation takes of these projections: tuples if they are several."""
-    arrays = [{**p.base.parameters(), **p.adapter} for p in projections]
-    columns = {name: tuple(of[name] for of in arrays) for name in arrays[0]}
-    arguments = columns if len(arrays) > 1 else {name: column[0] for name, column in columns.items()}
-    if "scales" in arguments:
-        arguments |= _QUANTIZATION
-    if "lora_a" in arguments:
-        arguments["scale"] = _SCALE
-    return {"bias": None, **arguments}

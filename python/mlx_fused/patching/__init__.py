@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from mlx_fused.patching import attention, residual
 from mlx_fused.patching.attention import Names, Obstacles, Options
+from mlx_fused.patching.projections import NotFused
 from mlx_fused.patching.report import Calls, LayerReport, Part, PatchReport, switched_off
 
 __all__ = ["Calls", "LayerReport", "Part", "PatchReport", "patch", "patched", "unpatch"]
@@ -128,9 +129,11 @@ def _patch(model: nn.Module, qkv: bool, o_residual: str | bool, lora: bool, exac
     options = Options(qkv, o_residual, lora, exact)
     layers = []
     for name, module, names, obstacles in _attentions(model):
-        layers.append(
-            attention.report(name, module, names, attention.fuse(module, names, options, obstacles))
-        )
+        try:
+            fused = attention.fuse(module, names, options, obstacles)
+            layers.append(attention.report(name, module, names, fused))
+        except NotFused as reason:
+            layers.append(LayerReport(name, Part(str(reason)), Part(str(reason))))
     return PatchReport(tuple(layers))
 
 

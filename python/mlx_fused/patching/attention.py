@@ -21,6 +21,7 @@ import mlx.nn as nn
 
 from mlx_fused._ext import alias, is_same
 from mlx_fused.patching import projections
+from mlx_fused.patching.projections import NotFused
 from mlx_fused.patching.report import Calls, LayerReport, Part, switched_off
 from mlx_fused.patching.residual import Projected
 from mlx_fused.patching.stand_in import StandIn, module_of, unwrapped
@@ -84,10 +85,14 @@ class FusedAttention:
         """Keeps that of the attention module's class, which may want keywords or count its subclasses."""
 
 
-def fuse(attention: nn.Module, names: Names, options: Options, obstacles: Obstacles) -> Patch | str:
-    """Patch ``attention``, or change the options of its patch; text if it cannot be patched."""
+def fuse(attention: nn.Module, names: Names, options: Options, obstacles: Obstacles) -> Patch:
+    """Patch ``attention``, or change the options of its patch.
+
+    Raises:
+        NotFused: If it cannot be patched.
+    """
     if names.entry is None:
-        return f"{type(attention).__name__} has no __call__"
+        raise NotFused(f"{type(attention).__name__} has no __call__")
     calls = ()
     if (patch := patch_of(attention)) is not None:
         # A part of a model that is patched by itself does not show the layer around it.
@@ -98,7 +103,7 @@ def fuse(attention: nn.Module, names: Names, options: Options, obstacles: Obstac
     try:
         set_patch(attention, names, patch)
     except Exception as error:  # whatever the class or its metaclass has against it
-        return f"{type(attention).__name__} cannot be subclassed: {error}"
+        raise NotFused(f"{type(attention).__name__} cannot be subclassed: {error}") from error
     return patch
 
 
@@ -143,43 +148,45 @@ def names_of(attention: nn.Module) -> Names | None:
     return names if isinstance(names, Names) else None
 
 
-def report(name: str, attention: nn.Module, names: Names, patch: Patch | str) -> LayerReport:
-    """How ``attention`` is fused as it is now; ``patch`` is what :func:`fuse` gave."""
-    if isinstance(patch, str):
-        return LayerReport(name, Part(patch), Part(patch))
-    qkv, output = _qkv(attention, names, patch), _output(attention, names, patch)
-    note = None
-    if isinstance(qkv, projections.QKV) and isinstance(qkv.adapters, str):
-        note = f"adapters apart: {qkv.adapters}"
+def report(name: str, attention: nn.Module, names: Names, patch: Patch) -> LayerReport:
+    """How ``attention`` is fused as it is now."""
+    qkv_obstacle = note = output_obstacle = None
+    try:
+        qkv = _qkv(attention, names, patch)
+        note = qkv.adapters_apart and f"adapters apart: {qkv.adapters_apart}"
+    except NotFused as reason:
+        qkv_obstacle = str(reason)
+    try:
+        _output(attention, names, patch)
+    except NotFused as reason:
+        output_obstacle = str(reason)
     return LayerReport(
         name,
-        Part(qkv if isinstance(qkv, str) else None, note, patch.qkv_calls),
-        Part(output if isinstance(output, str) else None, None, patch.residual_calls),
+        Part(qkv_obstacle, note, patch.qkv_calls),
+        Part(output_obstacle, None, patch.residual_calls),
     )
 
 
-def _qkv(attention: nn.Module, names: Names, patch: Patch) -> projections.QKV | str:
-    """The projections of queries, keys and values; text if they cannot be one operation."""
+def _qkv(attention: nn.Module, names: Names, patch: Patch) -> projections.QKV:
+    """The projections of queries, keys and values as one operation."""
     if not patch.options.qkv:
-        return "qkv=False"
+        raise NotFused("qkv=False")
     if patch.obstacles.qkv:
-        return patch.obstacles.qkv
+        raise NotFused(patch.obstacles.qkv)
     if vars(attention).get("is_kv_shared_layer"):
-        return "it takes keys and values from another layer"
+        raise NotFused("it takes keys and values from another layer")
     return projections.read_qkv(attention, names.inputs, patch.options.lora, patch.options.exact)
 
 
-def _output(attention: nn.Module, names: Names, patch: Patch) -> Callable | str:
-    """The output projection with residual as a function; text if it cannot be one."""
+def _output(attention: nn.Module, names: Names, patch: Patch) -> Callable:
+    """The output projection with residual as a function."""
     options = patch.options
     if options.o_residual is False:
-        return "o_residual=False"
+        raise NotFused("o_residual=False")
     if patch.obstacles.residual:
-        return patch.obstacles.residual
+        raise NotFused(patch.obstacles.residual)
     operation = projections.read_output(attention, names.output, options.lora, options.exact)
-    if options.o_residual is True and not isinstance(operation, str):
-        operation = partial(operation, route="fused")
-    return operation
+    return partial(operation, route="fused") if options.o_residual is True else operation
 
 
 class _Call:
@@ -220,13 +227,15 @@ class _Call:
     def _project_all(self, x: mx.array, first: str) -> None:
         self.input, self.outputs = alias(x), {}  # `x += 1` changes x
         attention = self.attention
-        if x.dtype not in projections.DTYPES or isinstance(
-            qkv := _qkv(attention, self.names, self.patch), str
-        ):
+        try:
+            if x.dtype not in projections.DTYPES:
+                raise NotFused(f"its input is {x.dtype}")
+            qkv = _qkv(attention, self.names, self.patch)
+        except NotFused:
             self._count("qkv")
             return
         self._count("qkv", fused=1)
-        self.adapters_apart = isinstance(qkv.adapters, str)
+        self.adapters_apart = qkv.adapters_apart is not None
         self.outputs = projections.project(attention, qkv, x, self.patch.options.exact)
         # Between two projections the model's code may change the layer of the second.
         self.operands = {name: projections.kept(attention[name]) for name in qkv.names if name != first}
@@ -237,8 +246,9 @@ class _Call:
         y = module(x)
         if x.ndim != 3 or x.dtype not in projections.DTYPES:
             return y
-        add = _output(self.attention, self.names, self.patch)
-        if isinstance(add, str):
+        try:
+            add = _output(self.attention, self.names, self.patch)
+        except NotFused:
             return y
         return Projected.of(y, partial(add, attn_out=alias(x)), self.patch.residual_calls)
 

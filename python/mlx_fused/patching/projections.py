@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
@@ -17,62 +17,31 @@ from mlx.nn.layers.distributed import (
     sum_gradients,
 )
 
-from mlx_fused._ext import (
-    alias,
-    fused_lora_output_projection_residual,
-    fused_lora_qkv_projection,
-    fused_output_projection_residual,
-    fused_qkv_projection,
-    fused_quantized_output_projection_residual,
-    fused_quantized_qkv_projection,
-    has_quantized_kernels,
-    is_same,
-)
+from mlx_fused._ext import alias, difference, has_quantized_kernels, is_same
+from mlx_fused.linear import LinearOperands, is_lora, lora_obstacle, type_name
+from mlx_fused.operations import fused_output_projection_residual, fused_qkv_projection
 
 DTYPES = frozenset({mx.float32, mx.float16, mx.bfloat16})
-_DENSE = (nn.Linear, AllToShardedLinear)
-_QUANTIZED = (nn.QuantizedLinear, QuantizedAllToShardedLinear)
 _SHARDED = (AllToShardedLinear, QuantizedAllToShardedLinear)
+_KNOWN = (nn.Linear, nn.QuantizedLinear, *_SHARDED)
 
 
-class Projection(NamedTuple):
-    """The operands of a linear layer; those it does not have are None."""
-
-    weight: mx.array
-    bias: mx.array | None
-    scales: mx.array | None
-    biases: mx.array | None
-    format: tuple[int, int, str] | None  # group size, bits and mode of quantization
-    group: mx.distributed.Group | None  # whose members each have some of the outputs
-    lora: nn.Module | None
-    dtype: mx.Dtype | None  # of all that is not quantized
-
-
-class Adapter(NamedTuple):
-    """Adds ``scale * (x @ a) @ b``."""
-
-    a: mx.array | None
-    b: mx.array | None
-    scale: float
+class NotFused(Exception):
+    """Why a part of a layer runs the model's own code."""
 
 
 class QKV(NamedTuple):
-    """The operands of the projections of queries, keys and values as one operation."""
+    """The projections of queries, keys and values as one operation."""
 
     names: tuple[str, str, str]
-    weight: tuple[mx.array, mx.array, mx.array]
-    bias: tuple[mx.array, mx.array, mx.array] | None
-    scales: tuple[mx.array, mx.array, mx.array] | None
-    biases: tuple[mx.array, mx.array, mx.array] | None
-    format: tuple[int, int, str] | None
-    group: mx.distributed.Group | None
-    adapters: list[Adapter] | str | None  # text: why mlx-lm's own code runs them
+    layers: tuple[LinearOperands, LinearOperands, LinearOperands]
+    group: mx.distributed.Group | None  # whose members each have some of the outputs
+    adapters_apart: str | None  # why mlx-lm's own code adds the adapters, if it does
 
 
 def is_known(module: nn.Module) -> bool:
     """Whether ``module`` is of one of the types whose code the operations stand for, to the last line."""
-    cls = type(module)
-    return cls in _DENSE or cls in _QUANTIZED or _is_lora(cls)
+    return type(module) in _KNOWN or is_lora(type(module))
 
 
 # The arrays that a layer of a known type computes with, and the types and settings of its parts.
@@ -106,68 +75,30 @@ def is_unchanged(module: nn.Module, before: Operands) -> bool:
     return all(map(is_same, arrays, arrays_before))
 
 
-def read(name: str, module: nn.Module | None) -> Projection | str:
-    """The operands of ``module`` as they are now; text if the operations do not know its type."""
-    cls, lora = type(module), None
-    if _is_lora(cls):
-        lora, module = module, module["linear"]
-        cls = type(module)
-    if lora is not None and cls in _SHARDED:  # its adapter is not
-        return f"{name} is LoRALinear of {cls.__name__}"
-    if cls in _DENSE:
-        weight, bias, scales, biases, form = module["weight"], module.get("bias"), None, None, None
-        dtype = weight.dtype
-    elif cls in _QUANTIZED:
-        weight, bias = module["weight"], module.get("bias")
-        scales, biases = module["scales"], module.get("biases")
-        form = module.group_size, module.bits, module.mode
-        if not has_quantized_kernels(*form):
-            return f"{name} is quantized in a format without kernels: {_format(form)}"
-        # The scales of mxfp4 and its like are no numbers.
-        dtype = scales.dtype if biases is not None else bias.dtype if bias is not None else None
-    else:
-        return f"{name} is {f'LoRALinear of {cls.__name__}' if lora else cls.__name__}"
-    if dtype is not None and (dtype not in DTYPES or (bias is not None and bias.dtype != dtype)):
-        return f"{name} has parameters of {', '.join(sorted({str(p.dtype) for p in module.values()}))}"
-    group = module.group if cls in _SHARDED else None
-    return Projection(weight, bias, scales, biases, form, group, lora, dtype)
+def read_qkv(attention: nn.Module, names: tuple[str, ...], lora: bool, exact: bool) -> QKV:
+    """The three projections as they are now.
 
-
-def read_qkv(attention: nn.Module, names: tuple[str, ...], lora: bool, exact: bool) -> QKV | str:
-    """The three projections as they are now; text if they cannot be one operation."""
-    three = []
-    for name in names:
-        if isinstance(projection := read(name, attention.get(name)), str):
-            return projection
-        three.append(projection)
-    q, k, v = three
-    if not q.format == k.format == v.format:
-        return f"quantization differs: {', '.join(_format(p.format) for p in three)}"
-    if not q.weight.shape[1] == k.weight.shape[1] == v.weight.shape[1]:
-        return f"input sizes differ: {tuple(p.weight.shape[1] for p in three)}"
-    if not (q.bias is None) == (k.bias is None) == (v.bias is None):
-        return "only some projections have a bias"
-    if not q.dtype == k.dtype == v.dtype:
-        return f"parameter types differ: {', '.join(str(p.dtype) for p in three)}"
-    if not q.group is k.group is v.group:
-        return "they are sharded over different groups"
-    sizes = tuple(p.weight.shape[0] for p in three)
-    if 0 in sizes or sizes[0] % sizes[1]:
-        return f"output sizes do not form heads: {sizes}"
-    weight, bias, scales, biases, *_ = zip(*three, strict=True)
-    adapters = None
-    if q.lora or k.lora or v.lora:
-        adapters = _adapters(names, three, lora, exact)
-    return QKV(
-        names,
-        weight,
-        None if bias[0] is None else bias,
-        None if scales[0] is None else scales,
-        None if biases[0] is None else biases,
-        q.format,
-        q.group,
-        adapters,
-    )
+    Raises:
+        NotFused: If they cannot be one operation.
+    """
+    modules = [attention.get(name) for name in names]
+    layers = [_read(name, module) for name, module in zip(names, modules, strict=True)]
+    if reason := difference(layers):
+        raise NotFused(reason)
+    dtypes = [_dtype(layer) for layer in layers]
+    if len(set(dtypes)) > 1:
+        raise NotFused(f"parameter types differ: {', '.join(map(str, dtypes))}")
+    sizes = tuple(layer.weight.shape[0] for layer in layers)
+    if 0 in sizes:
+        raise NotFused(f"a projection has no outputs: {sizes}")
+    groups = [module.group if type(module) in _SHARDED else None for module in modules]
+    if any(group is not groups[0] for group in groups):
+        raise NotFused("they are sharded over different groups")
+    try:
+        adapted = [_with_lora(*of, lora, exact) for of in zip(names, modules, layers, strict=True)]
+    except NotFused as reason:
+        return QKV(names, tuple(layers), groups[0], str(reason))
+    return QKV(names, tuple(adapted), groups[0], None)
 
 
 # (attention module, operation, its arguments by name, what it gave)
@@ -198,105 +129,72 @@ def project(attention: nn.Module, qkv: QKV, x: mx.array, exact: bool) -> dict[st
     tokens = x if x.ndim == 3 else x.reshape(1, prod(x.shape[:-1]), x.shape[-1])
     if qkv.group is not None:
         tokens = sum_gradients(qkv.group)(tokens)
-    q_size, k_size, v_size = (w.shape[0] for w in qkv.weight)
-    options = {
-        "input": tokens,
-        "weight": qkv.weight,
-        "num_heads": q_size // k_size,
-        "num_kv_heads": 1,
-        "head_dim": k_size,
-        "v_head_dim": v_size,
-        "split_heads": False,
-    }
-    if qkv.format:
-        options |= _quantization(qkv)
-    bias, added = qkv.bias, None
-    if isinstance(qkv.adapters, list):
-        options["lora_a"], options["lora_b"], options["scale"] = zip(*qkv.adapters, strict=True)
-        operation, options["exact"] = fused_lora_qkv_projection, exact
-    elif qkv.format:
-        if exact:  # mlx-lm rounds before it adds the bias
-            bias, added = None, bias
-        operation = fused_quantized_qkv_projection
-    else:
-        operation = fused_qkv_projection
-    outputs = _run(attention, operation, bias=bias, **options)
+    outputs = _run(
+        attention, fused_qkv_projection, input=tokens, weight=qkv.layers, split_heads=False, exact=exact
+    )
     if x.ndim != 3:
         outputs = [y.reshape((*x.shape[:-1], y.shape[-1])) for y in outputs]
-    if added is not None:
-        outputs = [y + b for y, b in zip(outputs, added, strict=True)]
     return dict(zip(qkv.names, outputs, strict=True))
 
 
-def read_output(attention: nn.Module, name: str, lora: bool, exact: bool) -> Callable | str:
-    """The operation ``(attn_out=, residual=, alpha=)`` of the output projection; text if there is none."""
+def read_output(attention: nn.Module, name: str, lora: bool, exact: bool) -> Callable:
+    """The operation ``(attn_out=, residual=, alpha=)`` of the output projection.
+
+    Raises:
+        NotFused: If there is none.
+    """
     module = attention.get(name)
-    if isinstance(p := read(name, module), str):
-        return p
-    if p.group is not None:
-        return f"{name} is {type(module).__name__}"
-    operation, options = fused_output_projection_residual, {"weight": p.weight, "bias": p.bias}
-    if p.format:
-        operation, options = fused_quantized_output_projection_residual, options | _quantization(p)
-    if p.lora is not None:
-        one = _adapter(name, p.lora, exact) if lora else "lora=False"
-        if isinstance(one, str):
-            return one
-        operation = fused_lora_output_projection_residual
-        options |= {"lora_a": one.a, "lora_b": one.b, "scale": one.scale}
+    layer = _read(name, module)
+    if type(module) in _SHARDED:
+        raise NotFused(f"{name} is {type(module).__name__}")
+    layer = _with_lora(name, module, layer, lora, exact)
     # The residual is added later: what the model's code changes until then, in place, it changes too late.
-    options = {key: alias(a) if isinstance(a, mx.array) else a for key, a in options.items()}
-    return partial(_run, attention, operation, exact=exact, **options)
+    kept = LinearOperands(*(alias(a) if isinstance(a, mx.array) else a for a in layer))
+    return partial(_run, attention, fused_output_projection_residual, weight=kept, exact=exact)
 
 
-def _adapters(
-    names: tuple[str, ...], three: list[Projection], lora: bool, exact: bool
-) -> list[Adapter] | str:
+def _read(name: str, module: nn.Module | None) -> LinearOperands:
+    """A layer's operands as they are now, those of its adapter aside."""
+    base = module["linear"] if is_lora(type(module)) else module
+    # Adapters of sharded layers are not sharded themselves.
+    if type(base) not in _KNOWN or (base is not module and type(base) in _SHARDED):
+        raise NotFused(f"{name} is {type_name(module)}")
+    layer = LinearOperands.of_base(base)
+    group_size, bits, mode = layer.group_size, layer.bits, layer.mode
+    if layer.scales is not None and not has_quantized_kernels(group_size, bits, mode):
+        raise NotFused(
+            f"{name} is quantized in a format without kernels: {mode} {bits} bits by {group_size}"
+        )
+    dtype = _dtype(layer)
+    if dtype is not None and (
+        dtype not in DTYPES or (layer.bias is not None and layer.bias.dtype != dtype)
+    ):
+        raise NotFused(
+            f"{name} has parameters of {', '.join(sorted({str(p.dtype) for p in base.values()}))}"
+        )
+    return layer
+
+
+def _dtype(layer: LinearOperands) -> mx.Dtype | None:
+    """Of all that is not quantized, if there is any."""
+    if layer.scales is None:
+        return layer.weight.dtype
+    if layer.biases is not None:
+        return layer.scales.dtype
+    # The scales of mxfp4 and its like are no numbers.
+    return None if layer.bias is None else layer.bias.dtype
+
+
+def _with_lora(
+    name: str, module: nn.Module, layer: LinearOperands, lora: bool, exact: bool
+) -> LinearOperands:
+    if not is_lora(type(module)):
+        return layer
     if not lora:
-        return "lora=False"
-    adapters = []
-    for name, projection in zip(names, three, strict=True):
-        one = _adapter(name, projection.lora, exact) if projection.lora else Adapter(None, None, 0.0)
-        if isinstance(one, str):
-            return one
-        adapters.append(one)
-    return adapters
-
-
-def _adapter(name: str, module: nn.Module, exact: bool) -> Adapter | str:
-    """The adapter of a LoRALinear; text if only mlx-lm's own code can run it."""
-    dropout = getattr(module, "dropout", None)
-    if type(dropout) not in (nn.Dropout, nn.Identity):
-        return f"{name} has a dropout of type {type(dropout).__name__}"
-    if type(dropout) is nn.Dropout and dropout.training and dropout._p_1 != 1:
-        return f"{name} has dropout"
-    a, b, scale = module["lora_a"], module["lora_b"], module.scale
-    if not isinstance(scale, (int, float)):
-        return f"{name} has a scale of type {type(scale).__name__}"
-    if exact and not a.dtype == b.dtype == mx.float32:
-        return f"{name} has adapters of {a.dtype}, which are not rounded exactly"
-    return Adapter(a, b, scale)
-
-
-def _quantization(operands: Projection | QKV) -> dict:
-    group_size, bits, mode = operands.format
-    return {
-        "scales": operands.scales,
-        "biases": operands.biases,
-        "group_size": group_size,
-        "bits": bits,
-        "mode": mode,
-    }
-
-
-def _format(form: tuple[int, int, str] | None) -> str:
-    if form is None:
-        return "none"
-    group_size, bits, mode = form
-    return f"{mode} {bits} bits by {group_size}"
-
-
-@cache
-def _is_lora(cls: type) -> bool:
-    # By name, since importing mlx-lm takes seconds and not every user has it.
-    return (cls.__module__, cls.__qualname__) == ("mlx_lm.tuner.lora", "LoRALinear")
+        raise NotFused("lora=False")
+    if reason := lora_obstacle(module):
+        raise NotFused(f"{name} {reason}")
+    layer = layer.with_lora(module)
+    if exact and not layer.lora_a.dtype == layer.lora_b.dtype == mx.float32:
+        raise NotFused(f"{name} has adapters of {layer.lora_a.dtype}, which are not rounded exactly")
+    return layer

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_fused
+from mlx_fused.linear import LinearOperands
 from mlx_fused.patching.projections import watching
 from mlx_fused.validate import formulas
 from mlx_fused.validate.bounds import Comparison, compare, unit_roundoff
@@ -103,7 +104,7 @@ class OperationChecks:
         of = {}
         for (argument, place), grad in zip(operands, grads, strict=True):
             if argument in _LABELS:
-                segment = call.segments[place or 0].name
+                segment = call.segments[place].name
                 of[argument, segment] = f"{_LABELS[argument]} of {segment}", grad
             else:
                 of["residual" if argument == "residual" else "input", ""] = argument, grad
@@ -146,29 +147,32 @@ def check_operations(
 
 def read(arguments: dict, composed: bool) -> Call:
     """The operands of a call, from the arguments by name that an operation takes."""
-    x = arguments.get("input", arguments.get("attn_out"))
-    weights = _listed(arguments["weight"])
-    count = len(weights)
-    scales, biases, bias, lora_a, lora_b = (
-        _listed(arguments.get(name)) or [None] * count
-        for name in ("scales", "biases", "bias", "lora_a", "lora_b")
-    )
-    scale = np.broadcast_to(arguments.get("scale", 1.0), count)
+    x, layers = _input(arguments), _layers(arguments)
     segments = []
-    for i, name in enumerate("qkv" if count > 1 else "o"):
-        if scales[i] is None:
-            weight = exact(weights[i])
+    for name, layer in zip("qkv" if len(layers) > 1 else "o", layers, strict=True):
+        if layer.scales is None:
+            weight = exact(layer.weight)
             magnitude = np.abs(weight)
         else:
-            form = (arguments["group_size"], arguments["bits"], arguments["mode"])
-            weight, magnitude = dequantized(weights[i], scales[i], biases[i], *form)
+            form = layer.group_size, layer.bits, layer.mode
+            weight, magnitude = dequantized(layer.weight, layer.scales, layer.biases, *form)
         # The composed form multiplies by the scale in the type that x A has.
-        dtype = mx.result_type(x, lora_a[i]) if composed and lora_a[i] is not None else mx.float32
-        b, a, low = (None if m is None else exact(m) for m in (bias[i], lora_a[i], lora_b[i]))
-        segments.append(Segment(name, weight, magnitude, b, a, low, mx.array(float(scale[i]), dtype).item()))
+        dtype = mx.result_type(x, layer.lora_a) if composed and layer.lora_a is not None else mx.float32
+        b, a, low = (None if m is None else exact(m) for m in (layer.bias, layer.lora_a, layer.lora_b))
+        scale = mx.array(layer.lora_scale, dtype).item()
+        segments.append(Segment(name, weight, magnitude, b, a, low, scale))
     residual = arguments.get("residual")
     alpha = float(np.float32(arguments.get("alpha", 1.0)))
     return Call(_rows(x), tuple(segments), None if residual is None else _rows(residual), alpha)
+
+
+def _input(arguments: dict) -> mx.array:
+    return arguments.get("input", arguments.get("attn_out"))
+
+
+def _layers(arguments: dict) -> tuple[LinearOperands, ...]:
+    weight = arguments["weight"]
+    return (weight,) if isinstance(weight, LinearOperands) else weight
 
 
 def dequantized(
@@ -205,15 +209,15 @@ def _arithmetic(results: Iterable[mx.array], arguments: dict, primitive: str) ->
     dot = io.StringIO()
     mx.export_to_dot(dot, *results)
     composed = re.search(rf'label ="Fused\w+{primitive}"', dot.getvalue()) is None
-    gpu, quantized = mx.default_device() == mx.gpu, arguments.get("scales") is not None
-    x = arguments.get("input", arguments.get("attn_out"))
+    x, layers = _input(arguments), _layers(arguments)
+    gpu, quantized = mx.default_device() == mx.gpu, layers[0].scales is not None
     unit = unit_roundoff(x.dtype)
     sum_unit = unit_roundoff(mx.float32)
     if composed and quantized and not gpu:
         sum_unit = unit  # MLX's quantized_matmul on CPUs sums in the activations' type
     elif composed and gpu:
         sum_unit = max(sum_unit, _TF32_UNIT if x.dtype == mx.float32 else 0.0)
-    adapters = [a for a in _listed(arguments.get("lora_a")) if a is not None]
+    adapters = [layer.lora_a for layer in layers if layer.lora_a is not None]
     low_rank = max((unit_roundoff(mx.result_type(x, a)) for a in adapters), default=0.0)
     return Arithmetic(
         sum_unit,
@@ -231,15 +235,13 @@ def _scaled(cotangents: list[mx.array], alpha: float, arithmetic: Arithmetic) ->
 
 
 def differentiable(arguments: dict) -> dict[tuple[str, int | None], mx.array]:
-    """The operands that may have a gradient, by the argument and the place in it."""
-    names = ["input", "attn_out", "weight", "bias", "lora_a", "lora_b", "residual"]
-    if arguments.get("scales") is not None:
-        names.remove("weight")
-    found = {}
-    for name in names:
-        value = arguments.get(name)
-        places = enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
-        found |= {(name, place): array for place, array in places if array is not None}
+    """The operands that may have a gradient, by their name and, of a layer's, its place."""
+    found = {(n, None): arguments[n] for n in ("input", "attn_out", "residual") if n in arguments}
+    for place, layer in enumerate(_layers(arguments)):
+        frozen = ("scales", "biases") if layer.scales is None else ("weight", "scales", "biases")
+        for name, value in layer._asdict().items():
+            if isinstance(value, mx.array) and name not in frozen:
+                found[name, place] = value
     return found
 
 
@@ -247,12 +249,13 @@ def function_of(operation: Callable, arguments: dict, keys: list[tuple[str, int 
     """``operation`` as a function of some of its operands."""
 
     def function(*values: mx.array):
-        changed = {name: list(v) if isinstance(v, tuple) else v for name, v in arguments.items()}
+        changed, layers = dict(arguments), list(_layers(arguments))
         for (name, place), value in zip(keys, values, strict=True):
             if place is None:
                 changed[name] = value
             else:
-                changed[name][place] = value
-        return operation(**{n: tuple(v) if isinstance(v, list) else v for n, v in changed.items()})
+                layers[place] = layers[place]._replace(**{name: value})
+        changed["weight"] = tuple(layers) if len(layers) > 1 else layers[0]
+        return operation(**changed)
 
     return function

@@ -1,0 +1,292 @@
+"""The fused operations."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, overload
+
+import mlx.core as mx
+
+from mlx_fused import _ext
+from mlx_fused.linear import LinearOperands
+
+Route: TypeAlias = Literal["composed", "fused"] | None
+Stream: TypeAlias = mx.Stream | mx.Device | mx.DeviceType | None
+Three: TypeAlias = tuple[mx.array, mx.array, mx.array]
+QKVWeight: TypeAlias = mx.array | LinearOperands | tuple[mx.array | LinearOperands, ...]
+
+
+@overload
+def fused_qkv_projection(
+    input: mx.array,
+    weight: QKVWeight,
+    bias: mx.array | Three | None = None,
+    *,
+    split_heads: Literal[False],
+    exact: bool = False,
+    route: Route = None,
+    stream: Stream = None,
+) -> Three: ...
+@overload
+def fused_qkv_projection(
+    input: mx.array,
+    weight: QKVWeight,
+    bias: mx.array | Three | None = None,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int | None = None,
+    split_heads: bool = True,
+    exact: bool = False,
+    route: Route = None,
+    stream: Stream = None,
+) -> Three: ...
+@overload
+def fused_qkv_projection(
+    input: mx.array,
+    weight: QKVWeight,
+    bias: mx.array | Three | None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    v_head_dim: int | None = None,
+    split_heads: bool = True,
+    exact: bool = False,
+    route: Route = None,
+    stream: Stream = None,
+) -> Three: ...
+def fused_qkv_projection(
+    input,
+    weight,
+    bias=None,
+    num_heads=None,
+    num_kv_heads=None,
+    head_dim=None,
+    *,
+    v_head_dim=None,
+    split_heads=True,
+    exact=False,
+    route=None,
+    stream=None,
+):
+    """Project hidden states to queries, keys and values in one operation.
+
+    Equivalent to ``input @ weight.T + bias`` split into three segments, each reshaped to
+    ``[B, S, heads, head_dim]`` and transposed to put its heads before its tokens. Accumulates in float32 and
+    rounds once. Quantized weights are decoded on the fly. With LoRA (Hu et al., "LoRA: Low-Rank Adaptation of
+    Large Language Models", 2021, arXiv:2106.09685) the products with all A are one, and the low-rank part is
+    added before the one rounding.
+
+    The gradients are one operation too, which keeps only ``input``, the weights and the adapters. Quantized
+    weights have none; those of the scales and biases of mode ``"affine"`` are as ``mx.quantized_matmul`` gives
+    them.
+
+    With ``Hq = num_heads * head_dim``, ``Hk = num_kv_heads * head_dim`` and
+    ``Hv = num_kv_heads * v_head_dim``:
+
+    Args:
+        input (array): Hidden states of shape ``[B, S, H]``, float32, float16 or bfloat16. Any strides.
+        weight (array, LinearOperands or tuple): Packed weights of shape ``[Hq + Hk + Hv, H]``, or a tuple
+            ``(wq, wk, wv)`` of shapes ``[Hq, H]``, ``[Hk, H]`` and ``[Hv, H]``, which are neither copied nor
+            concatenated. Each may be a :class:`LinearOperands` instead of an array.
+        bias (array or tuple, optional): ``[Hq + Hk + Hv]``, or a tuple of ``[Hq]``, ``[Hk]`` and ``[Hv]`` if
+            ``weight`` is a tuple. Left out with :class:`LinearOperands`. Default: ``None``.
+        num_heads (int, optional): Query heads, a multiple of ``num_kv_heads``. This and the next two may be
+            left out if ``split_heads`` is false and ``weight`` is a tuple, which says where the segments end.
+        num_kv_heads (int, optional): Key and value heads.
+        head_dim (int, optional): Features per head, at least 1.
+        v_head_dim (int, optional): Those of a value head. Default: ``None``, ``head_dim``.
+        split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the outputs are
+            ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
+        exact (bool): Round where the modules of MLX and mlx-lm do: after a quantized product, after the bias,
+            after the scaled low-rank product, and after their sum. Default: ``False``.
+        route (str, optional): ``"composed"`` for MLX's own operations, which can be exported, ``"fused"`` for
+            ours, where there are any. Default: ``None``, whichever is expected to be faster (or what the
+            environment variable ``MLX_FUSED_ROUTE`` says).
+        stream (Stream or Device, optional): Where to run. Default: ``None``, the default stream of the default
+            device.
+
+    Returns:
+        tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` of shape ``[B, num_kv_heads, S, head_dim]``
+        and ``v`` of shape ``[B, num_kv_heads, S, v_head_dim]``, or as ``split_heads`` says, of the dtype that
+        MLX promotes the arguments to, adapters aside.
+
+    Raises:
+        ValueError: If a rank, shape, dtype, head count or quantization is wrong, or the three layers are not
+            alike (all with a bias or none, quantized in one format or not at all); the message names the
+            argument, what was expected and what came. Also if the gradient of a quantized weight is asked for.
+    """
+    layers = _layers("fused_qkv_projection", weight, bias)
+    heads = num_heads, num_kv_heads, head_dim, v_head_dim
+    return tuple(_ext.fused_qkv_projection(input, layers, *heads, split_heads, exact, route, stream))
+
+
+def fused_qkv_projection_bwd(
+    dq: mx.array,
+    dk: mx.array,
+    dv: mx.array,
+    input: mx.array,
+    weight: mx.array | Three,
+    has_bias: bool,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    v_head_dim: int | None = None,
+    route: Route = None,
+    stream: Stream = None,
+) -> tuple[mx.array, mx.array | Three, mx.array | Three | None]:
+    """All gradients of :func:`fused_qkv_projection` with dense weights.
+
+    ``mx.grad`` and ``mx.vjp`` compute only those they are asked for, of every kind of weights; this is the
+    backward pass by hand.
+
+    Args:
+        dq (array): Gradient of ``q``, ``[B, num_heads, S, head_dim]``.
+        dk (array): Gradient of ``k``, ``[B, num_kv_heads, S, head_dim]``.
+        dv (array): Gradient of ``v``, ``[B, num_kv_heads, S, v_head_dim]``.
+        input (array): The forward's input, ``[B, S, H]``.
+        weight (array or tuple): The forward's weight, packed or a tuple.
+        has_bias (bool): Whether the forward had a bias.
+        num_heads (int): Query heads.
+        num_kv_heads (int): Key and value heads.
+        head_dim (int): Features per head.
+        v_head_dim (int, optional): Those of a value head. Default: ``None``, ``head_dim``.
+        route (str, optional): As in the forward.
+        stream (Stream or Device, optional): As in the forward.
+
+    Returns:
+        tuple: ``d_input`` of shape ``[B, S, H]``, ``d_weight`` as ``weight`` came, and ``d_bias`` likewise (in
+        the weight's dtype), or ``None`` if ``has_bias`` is false.
+
+    Raises:
+        ValueError: If a rank, shape, dtype or head count is wrong.
+    """
+    packed = isinstance(weight, mx.array)
+    weights = [weight] if packed else weight
+    heads = num_heads, num_kv_heads, head_dim, v_head_dim
+    grads = _ext.fused_qkv_projection_bwd(dq, dk, dv, input, weights, has_bias, *heads, route, stream)
+    d_input, d_weight, d_bias = grads[0], tuple(grads[1 : 1 + len(weights)]), tuple(grads[1 + len(weights) :])
+    if packed:
+        return d_input, *d_weight, *(d_bias or (None,))
+    return d_input, d_weight, d_bias or None
+
+
+@overload
+def fused_output_projection_residual(
+    attn_out: mx.array,
+    weight: mx.array | LinearOperands,
+    bias: mx.array | None = None,
+    *,
+    residual: mx.array,
+    alpha: float = 1.0,
+    exact: bool = False,
+    route: Route = None,
+    stream: Stream = None,
+) -> mx.array: ...
+@overload
+def fused_output_projection_residual(
+    attn_out: mx.array,
+    weight: mx.array | LinearOperands,
+    bias: mx.array | None,
+    residual: mx.array,
+    *,
+    alpha: float = 1.0,
+    exact: bool = False,
+    route: Route = None,
+    stream: Stream = None,
+) -> mx.array: ...
+def fused_output_projection_residual(
+    attn_out, weight, bias=None, residual=None, *, alpha=1.0, exact=False, route=None, stream=None
+):
+    """Project attention's output and add the residual in one operation.
+
+    Equivalent to ``residual + alpha * (attn_out @ weight.T + bias)``, accumulated in float32 and rounded once;
+    with LoRA the low-rank part is added to the projection before ``alpha``. What
+    :func:`fused_qkv_projection` says of quantized weights, LoRA and gradients holds here.
+
+    Args:
+        attn_out (array): Attention output of shape ``[B, S, Hq]``, heads side by side, float32, float16 or
+            bfloat16. Any strides.
+        weight (array or LinearOperands): Output projection of shape ``[H, Hq]``.
+        bias (array, optional): ``[H]``. Left out with :class:`LinearOperands`. Default: ``None``.
+        residual (array): What the attention block was given, ``[B, S, H]``.
+        alpha (float): What the projection is multiplied by. Default: ``1.0``.
+        exact (bool): Round where separate operations do: after a quantized product, after the bias, after the
+            scaled low-rank product, after their sum, after ``alpha`` and after the residual's sum.
+            Default: ``False``.
+        route (str, optional): ``"composed"`` for MLX's own operations, which can be exported, ``"fused"`` for
+            ours, where there are any. Default: ``None``, whichever is expected to be faster (or what the
+            environment variable ``MLX_FUSED_ROUTE`` says).
+        stream (Stream or Device, optional): Where to run. Default: ``None``, the default stream of the default
+            device.
+
+    Returns:
+        array: ``[B, S, H]``, of the dtype that MLX promotes the arguments to, adapters aside.
+
+    Raises:
+        TypeError: If ``residual`` is left out.
+        ValueError: If a rank, shape, dtype or quantization is wrong; the message names the argument, what was
+            expected and what came. Also if the gradient of a quantized weight is asked for.
+    """
+    operation = "fused_output_projection_residual"
+    if residual is None:
+        raise TypeError(f"[{operation}] residual must be an array but got None.")
+    (layer,) = _layers(operation, weight, bias)
+    return _ext.fused_output_projection_residual(attn_out, layer, residual, alpha, exact, route, stream)
+
+
+def fused_output_projection_residual_bwd(
+    d_output: mx.array,
+    attn_out: mx.array,
+    weight: mx.array,
+    has_bias: bool,
+    *,
+    route: Route = None,
+    stream: Stream = None,
+) -> tuple[mx.array, mx.array, mx.array | None, mx.array]:
+    """All gradients of :func:`fused_output_projection_residual` with a dense weight and an ``alpha`` of 1.
+
+    Args:
+        d_output (array): Gradient of the output, ``[B, S, H]``.
+        attn_out (array): The forward's ``attn_out``, ``[B, S, Hq]``.
+        weight (array): The forward's weight, ``[H, Hq]``.
+        has_bias (bool): Whether the forward had a bias.
+        route (str, optional): As in the forward.
+        stream (Stream or Device, optional): As in the forward.
+
+    Returns:
+        tuple: ``d_attn_out`` of shape ``[B, S, Hq]``, ``d_weight`` of shape ``[H, Hq]``, ``d_bias`` of shape
+        ``[H]`` (in the weight's dtype) or ``None``, and ``d_residual``, which is ``d_output`` itself.
+
+    Raises:
+        ValueError: If a rank, shape or dtype is wrong.
+    """
+    grads = _ext.fused_output_projection_residual_bwd(d_output, attn_out, weight, has_bias, route, stream)
+    return grads[0], grads[1], grads[2] if has_bias else None, grads[-1]
+
+
+def _layers(operation: str, weight, bias) -> list[LinearOperands]:
+    """The layers of a call, of which each is given as one value, or its weight and its bias as arrays."""
+    packed = isinstance(weight, (mx.array, LinearOperands))
+    weights = [weight] if packed else weight
+    if not isinstance(weights, (list, tuple)):
+        got = type(weight).__name__
+        raise TypeError(f"[{operation}] weight must be an array, LinearOperands or a tuple but got {got}.")
+    if bias is None:
+        biases = [None] * len(weights)
+    elif isinstance(bias, mx.array) != packed or not packed and len(bias) != len(weights):
+        expected = "one array" if packed else "a tuple of three arrays (q, k, v)"
+        got = "one array" if isinstance(bias, mx.array) else f"a tuple of {len(bias)}"
+        raise ValueError(f"[{operation}] bias must be {expected} as weight is but got {got}.")
+    else:
+        biases = [bias] if packed else bias
+    layers = []
+    for w, b in zip(weights, biases, strict=True):
+        if not isinstance(w, LinearOperands):
+            w = LinearOperands(w, b)
+        elif b is not None:
+            raise ValueError(f"[{operation}] bias must be left out where weight is LinearOperands but was given.")
+        layers.append(w)
+    return layers
