@@ -246,7 +246,7 @@ def adapted_linear(op):
             y = mx.quantized_matmul(op.x, w, s, z, group_size=FORM[1], bits=FORM[2])
             y = y if b is None else y + b
         if lora_a is not None:
-            y = y + (a["scale"] * ((op.x @ lora_a) @ lora_b)).astype(op.x.dtype)
+            y = y + (a["lora_scale"] * ((op.x @ lora_a) @ lora_b)).astype(op.x.dtype)
         outputs.append(y)
     if not op.segments:
         return (a["residual"] + outputs[0],)

@@ -208,7 +208,7 @@ def weights_of(call, op):
 def adapters_of(call, op):
     """(A, B, scale) of every segment, or None."""
     factors = [listed(op.arguments.get(name), len(op.features)) for name in ("lora_a", "lora_b")]
-    scales = np.broadcast_to(op.arguments.get("scale", 1.0), len(op.features)).tolist()
+    scales = np.broadcast_to(op.arguments.get("lora_scale", 1.0), len(op.features)).tolist()
     return [
         None if a is None else (call.input(a), call.input(b), scale)
         for a, b, scale in zip(*factors, scales, strict=True)

@@ -9,23 +9,52 @@ import numpy as np
 import mlx_fused
 import oracle
 import quantized
+from mlx_fused import LinearOperands
 from operands import normal, segments
 
 HEADS = ("num_heads", "num_kv_heads", "head_dim", "v_head_dim")
-# The arguments that are arrays, in the order of the primitives' inputs.
+# What is an array, in the order of the primitives' inputs.
 NAMES = ("input", "attn_out", "weight", "scales", "biases", "bias", "lora_a", "lora_b", "residual")
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an operation, by name."""
+    """One call of an operation.
+
+    `arguments` are by name, those of linear layers as LinearOperands has them: tuples of one for each layer,
+    or what is packed and what they share by itself.
+    """
 
     operation: str
     arguments: dict
 
     def __call__(self, **changes):
-        outputs = getattr(mlx_fused, self.operation)(**self.arguments | changes)
+        outputs = getattr(mlx_fused, self.operation)(**self.replace(**changes).spelled)
         return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    @property
+    def spelled(self):
+        """The arguments as users write them: a weight and a bias as arrays, more than that as one value."""
+        others, operands = self._split
+        return others | operands if operands.keys() <= {"weight", "bias"} else self.keywords
+
+    @property
+    def keywords(self):
+        """The arguments as patched models give them, each layer as one value."""
+        others, operands = self._split
+        if not isinstance(operands["weight"], tuple):
+            return others | {"weight": LinearOperands(**operands)}
+        columns = (v if isinstance(v, tuple) else (v,) * len(self.features) for v in operands.values())
+        rows = (dict(zip(operands, row, strict=True)) for row in zip(*columns, strict=True))
+        return others | {"weight": tuple(LinearOperands(**row) for row in rows)}
+
+    @property
+    def _split(self):
+        """The arguments that are no layer's, and the layers' that are there."""
+        names = LinearOperands._fields
+        others = {name: value for name, value in self.arguments.items() if name not in names}
+        given = {name: self.arguments.get(name) for name in names}
+        return others, {name: value for name, value in given.items() if value is not None}
 
     def replace(self, **changes):
         return Call(self.operation, self.arguments | changes)
@@ -106,7 +135,7 @@ class Call:
         adapters = [
             oracle.exact(tuple(_listed(a.get(n)) or (None,) * segments)) for n in ("lora_a", "lora_b")
         ]
-        scale = np.broadcast_to(np.array(a.get("scale", 1.0), np.float64), segments).copy()
+        scale = np.broadcast_to(np.array(a.get("lora_scale", 1.0), np.float64), segments).copy()
         residual = None if self.segments else oracle.exact(a["residual"])
         bias = tuple(oracle.exact(b) for b in _listed(a.get("bias")) or (None,) * segments)
         if len(terms) < segments:
@@ -250,7 +279,7 @@ def qkv(
     arguments |= zip(HEADS, heads, strict=False)
     if ranks:
         arguments |= adapters(rng, hidden, features, ranks, scale, adapter_dtype, draw)
-    return _call("qkv_projection", arguments, form, ranks)
+    return _call("qkv_projection", arguments, form)
 
 
 def output(
@@ -265,7 +294,7 @@ def output(
     if rank is not None:
         made = adapters(rng, hidden, (hidden_out,), (rank,), scale, adapter_dtype, draw)
         arguments |= made | {"lora_a": made["lora_a"][0], "lora_b": made["lora_b"][0]}
-    return _call("output_projection_residual", arguments, form, rank)
+    return _call("output_projection_residual", arguments, form)
 
 
 def every_byte(mode, of_scales, rows, dtype, as_columns=False):
@@ -277,7 +306,7 @@ def every_byte(mode, of_scales, rows, dtype, as_columns=False):
     arguments = {"attn_out": mx.full((1, rows, hidden), 0.25 / group_size, dtype), "weight": weight}
     arguments |= {"scales": scales, "biases": None, "bias": None}
     arguments |= {"residual": mx.zeros((1, rows, features), dtype), "alpha": 1.0}
-    return _call("output_projection_residual", arguments, (mode, group_size, bits), None)
+    return _call("output_projection_residual", arguments, (mode, group_size, bits))
 
 
 def adapters(rng, hidden, features, ranks, scale, dtype, draw):
@@ -285,15 +314,14 @@ def adapters(rng, hidden, features, ranks, scale, dtype, draw):
     return {
         "lora_a": tuple(None if r is None else draw(rng, (hidden, r), dtype) for _, r in sizes),
         "lora_b": tuple(None if r is None else draw(rng, (r, n), dtype) for n, r in sizes),
-        "scale": scale,
+        "lora_scale": scale,
     }
 
 
-def _call(operation, arguments, form, adapted):
+def _call(operation, arguments, form):
     if form:
         arguments |= dict(zip(("mode", "group_size", "bits"), form, strict=True))
-    kind = "lora_" if adapted is not None else "quantized_" if form else ""
-    return Call(f"fused_{kind}{operation}", arguments)
+    return Call(f"fused_{operation}", arguments)
 
 
 def _listed(value):

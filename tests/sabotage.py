@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchLinear
 
 import mlx_fused
+from mlx_fused import LinearOperands
 from mlx_fused.patching import projections
 from mlx_fused.validate.checkpoint import attach_adapters
 from mlx_fused.validate.operations import check_operations, differentiable, function_of
@@ -132,7 +133,7 @@ def targets(model):
         def run(**arguments):
             for operand, segment in _named(arguments):
                 found.append(Target(operand, segment))
-                if operand != "weight" or arguments.get("scales") is None:
+                if operand != "weight" or _layers(arguments)[0].scales is None:
                     found.append(Target(operand, segment, operand))
                 if operand in ("weight", "lora_a"):  # its part of what all parts add up to
                     found.append(Target(operand, segment, _activations(arguments)))
@@ -174,12 +175,7 @@ def _sabotaged(operation, arguments, target, factor):
     operands = differentiable(arguments)
     keys = list(operands)
     honest = function_of(operation, arguments, keys)
-    changed = _in_float32(arguments)
-    for name in _arrays_of(target.operand, arguments):
-        places = dict(enumerate(changed[name])) if isinstance(changed[name], tuple) else {None: changed[name]}
-        place = "qkv".find(target.segment) if None not in places else None
-        places[place] = factor * places[place]
-        changed[name] = places[None] if None in places else tuple(places.values())
+    changed = _multiplied(_in_float32(arguments), target, factor)
 
     @mx.custom_function
     def run(*values):
@@ -194,7 +190,7 @@ def _sabotaged(operation, arguments, target, factor):
         values, cotangents = _listed(values), _listed(cotangents)
         _, grads = mx.vjp(honest, values, cotangents)
         if target.gradient == target.operand:
-            place = keys.index((target.operand, _place(target, arguments)))
+            place = keys.index(_key(target, arguments))
             grads[place] = (factor * grads[place].astype(mx.float32)).astype(grads[place].dtype)
         elif target.gradient:
             place = keys.index((target.gradient, None))
@@ -215,36 +211,55 @@ def _in_float32(arguments):
     """A kernel's own mistake is made before it rounds."""
 
     def cast(value):
-        if isinstance(value, tuple | list):
-            return tuple(map(cast, value))
         is_float = isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
         return value.astype(mx.float32) if is_float else value
 
-    return {name: cast(value) for name, value in arguments.items()}
+    wide = {name: cast(value) for name, value in arguments.items()}
+    return _with_layers(wide, [LinearOperands(*map(cast, layer)) for layer in _layers(arguments)])
 
 
-def _arrays_of(operand, arguments):
-    quantized = operand == "weight" and arguments.get("scales") is not None
-    return ("scales", "biases") if quantized else (operand,)
+def _multiplied(arguments, target, factor):
+    name, place = _key(target, arguments)
+    if place is None:
+        return arguments | {name: factor * arguments[name]}
+    layers = _layers(arguments)
+    names = ("scales", "biases") if name == "weight" and layers[place].scales is not None else (name,)
+    values = {name: getattr(layers[place], name) for name in names}
+    layers[place] = layers[place]._replace(**{n: factor * v for n, v in values.items() if v is not None})
+    return _with_layers(arguments, layers)
+
+
+def _layers(arguments):
+    weight = arguments["weight"]
+    return [weight] if isinstance(weight, LinearOperands) else list(weight)
+
+
+def _with_layers(arguments, layers):
+    return arguments | {"weight": tuple(layers) if len(layers) > 1 else layers[0]}
 
 
 def _activations(arguments):
     return "input" if "input" in arguments else "attn_out"
 
 
-def _place(target, arguments):
-    return "qkv".index(target.segment) if isinstance(arguments[target.operand], tuple | list) else None
+def _key(target, arguments):
+    """Of the operand, as ``differentiable`` has it."""
+    is_of_call = target.operand in ("input", "attn_out", "residual")
+    return target.operand, None if is_of_call else _segments(arguments).index(target.segment)
+
+
+def _segments(arguments):
+    return "qkv" if "input" in arguments else "o"
 
 
 def _named(arguments):
     """The operands of a call, and whose they are."""
-    found = []
-    for name in ("input", "attn_out", "weight", "bias", "lora_a", "lora_b", "residual"):
-        value = arguments.get(name)
-        if isinstance(value, tuple | list):
-            found += [(name, segment) for segment, v in zip("qkv", value, strict=True) if v is not None]
-        elif value is not None:
-            found.append((name, "qkv" if name == "input" else "o"))
+    names = [n for n in ("input", "attn_out", "residual") if n in arguments]
+    found = [(name, _segments(arguments)) for name in names]
+    for segment, layer in zip(_segments(arguments), _layers(arguments), strict=True):
+        for name in ("weight", "bias", "lora_a", "lora_b"):
+            if getattr(layer, name) is not None:
+                found.append((name, segment))
     return found
 
 

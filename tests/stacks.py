@@ -30,7 +30,7 @@ def reference(call, keys, magnitudes=False):
             return found or [None] * len(call.features)
 
         x = leaves.get(("input", None), leaves.get(("attn_out", None)))
-        scales = np.broadcast_to(np.float32(a.get("scale", 1.0)), len(call.features)).tolist()
+        scales = np.broadcast_to(np.float32(a.get("lora_scale", 1.0)), len(call.features)).tolist()
         outputs = []
         rows = zip(parts("weight"), parts("scales"), parts("biases"), parts("bias"), strict=True)
         for i, (w, group_scales, group_biases, bias) in enumerate(rows):

@@ -388,7 +388,7 @@ def calls_with_every_option(rng, dtype, forms):
             if not packed:  # there is but one weight
                 yield call.replace(exact=exact)
         heads, ranks = (4, 2, 3, 2), (2, None, 3) if adapted else None
-        scales = {"scale": (0.5, 1.0, -3.0)} if adapted else {}
+        scales = {"lora_scale": (0.5, 1.0, -3.0)} if adapted else {}
         call = projections.qkv(
             rng, 2, 3, hidden, heads, form, bias=bias, packed=packed, ranks=ranks, **options
         )

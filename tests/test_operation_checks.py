@@ -29,7 +29,7 @@ def calls(rng, form, dtype, seq=9, **options):
 def check(call, outputs=None, **options):
     """The findings, part by part, with ``outputs`` in place of what the operation gives."""
     checks = OperationChecks({id(call): "layer"})
-    operation, arguments = getattr(mlx_fused, call.operation), call.arguments | options
+    operation, arguments = getattr(mlx_fused, call.operation), call.keywords | options
     checks(call, operation, arguments, operation(**arguments) if outputs is None else outputs)
     assert checks.count == 1
     return checks.findings
@@ -60,7 +60,7 @@ def test_what_is_right_passes(rng, form, dtype):
 def test_formulas_are_those_of_the_tests(rng, form, dtype):
     arithmetic = formulas.Arithmetic()
     for call in calls(rng, form, dtype):
-        read_call = read(call.arguments, False)
+        read_call = read(call.keywords, False)
         for segment, terms in zip(read_call.segments, call.exact_operands[1], strict=True):
             np.testing.assert_array_equal(segment.magnitude, np.abs(terms).sum(0))
         found = formulas.outputs(read_call, arithmetic)
@@ -98,7 +98,7 @@ def test_the_roundings_of_the_composed_form_are_no_excuse_for_a_kernel(rng, monk
     """Nor is what MLX's 16-bit quantized_matmul does."""
     kernel = formulas.Arithmetic()
     for call in calls(rng, ("affine", 32, 4), mx.bfloat16, 40):
-        composed = getattr(mlx_fused, call.operation)(**call.arguments, route="composed")
+        composed = getattr(mlx_fused, call.operation)(**call.keywords, route="composed")
         mx.eval(composed)
         with monkeypatch.context() as patch:
             patch.setattr(operations, "_arithmetic", lambda *_: kernel)
@@ -113,7 +113,7 @@ def test_numbers_that_are_not_finite(rng, dtype):
         x[0, 3, 5] = float("nan")
         x[0, 4, 5] = float("inf")
         assert "failed" not in verdicts(check(call.replace(**{name: x})))
-        y = getattr(mlx_fused, call.operation)(**call.arguments)
+        y = getattr(mlx_fused, call.operation)(**call.keywords)
         y = list(y) if call.segments else [y]
         y[-1] = mx.where(mx.arange(y[-1].shape[-1]) == 3, float("nan"), y[-1]).astype(dtype)
         assert "failed" in verdicts(check(call, y))
@@ -123,7 +123,7 @@ def test_float16_overflows_where_the_exact_result_does(rng):
     for call in calls(rng, None, mx.float16, 40):
         name = "input" if call.segments else "attn_out"
         large = call.replace(**{name: 3000 * call.x})
-        outputs = getattr(mlx_fused, call.operation)(**large.arguments)
+        outputs = getattr(mlx_fused, call.operation)(**large.keywords)
         outputs = list(outputs) if call.segments else [outputs]
         assert any(mx.isinf(y).any() for y in outputs)
         assert check(large)["results"]["q" if call.segments else "o"].verdict == "passed"
@@ -157,7 +157,7 @@ def test_a_small_part_is_found_where_no_number_shows_it(rng):
 def test_what_is_called_noticeable_is_noticed(rng, form, dtype):
     for seq in (1, 9):
         for call in calls(rng, form, dtype, seq):
-            for expected in formulas.outputs(read(call.arguments, False), formulas.Arithmetic()).values():
+            for expected in formulas.outputs(read(call.keywords, False), formulas.Arithmetic()).values():
                 value = sum(expected.components.values())
                 right = bounds.compare(oracle.rounded(value, dtype), dtype, expected, formulas.Arithmetic())
                 for name, component in expected.components.items():
@@ -208,7 +208,7 @@ def test_equal_rows_count_once(rng, monkeypatch):
         names = {name, "residual"} & call.arguments.keys()
         same = call.replace(**{n: mx.repeat(call.arguments[n][:, :1], 200, 1) for n in names})
         outputs = []
-        for expected in formulas.outputs(read(same.arguments, False), formulas.Arithmetic()).values():
+        for expected in formulas.outputs(read(same.keywords, False), formulas.Arithmetic()).values():
             value = sum(expected.components.values())
             # What decides how a number is rounded is off as far as it may be, always outwards.
             off = 7 * np.sqrt(expected.terms) * 2.0**-24 * expected.magnitude
@@ -256,7 +256,7 @@ def test_weights_rounded_in_tiles_are_allowed_for_where_there_are_tiles(rng, dty
             outputs = [y.transpose(0, 2, 1, 3) for y in outputs]
         outputs = [oracle.rounded(y.reshape(40, -1), dtype) for y in outputs]
         for arithmetic, found in shares.items():
-            expected = formulas.outputs(read(call.arguments, False), arithmetic).values()
+            expected = formulas.outputs(read(call.keywords, False), arithmetic).values()
             for y, e in zip(outputs, expected, strict=True):
                 compared = bounds.compare(y, dtype, e, arithmetic)
                 found += [compared.share, *(c.share for c in compared.components.values())]
