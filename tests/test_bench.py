@@ -63,20 +63,21 @@ def test_options_choose_the_cells(main, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("kind", ["", "quantized_"])
-def test_one_wrong_element_aborts(main, tmp_path, monkeypatch, kind, dtype):
-    name = f"fused_{kind}output_projection_residual"
+@pytest.mark.parametrize("quantized", [False, True])
+def test_one_wrong_element_aborts(main, tmp_path, monkeypatch, quantized, dtype):
+    name = "fused_output_projection_residual"
     right = getattr(mlx_fused, name)
 
-    def wrong(*args, **kwargs):
-        out = right(*args, **kwargs)
-        out[0, -1, 5] += 256 * mx.finfo(out.dtype).eps
+    def wrong(x, layer, **kwargs):
+        out = right(x, layer, **kwargs)
+        if (layer.scales is not None) == quantized:
+            out[0, -1, 5] += 256 * mx.finfo(out.dtype).eps
         return out
 
     monkeypatch.setattr(mlx_fused, name, wrong)
     done = CliRunner().invoke(main, ["--quick", "--no-torch", "--dtype", dtype, "--out", str(tmp_path)])
     assert done.exit_code == 1
-    assert "fused is wrong" in done.output and f"quantized={bool(kind)}" in done.output
+    assert "fused is wrong" in done.output and f"quantized={quantized}" in done.output
     assert not list(tmp_path.iterdir())
 
 
@@ -90,21 +91,24 @@ def test_a_wrong_gradient_aborts(main, tmp_path, monkeypatch):
     right = mlx_fused.fused_qkv_projection
 
     def frozen_value_weight(x, weight, *args):
-        wq, wk, wv = weight
-        return right(x, (wq, wk, mx.stop_gradient(wv)), *args)
+        q, k, v = weight
+        v = v._replace(weight=mx.stop_gradient(v.weight)) if v.scales is None else v
+        return right(x, (q, k, v), *args)
 
     monkeypatch.setattr(mlx_fused, "fused_qkv_projection", frozen_value_weight)
     aborts(main, tmp_path, "lora=False")
 
 
 def test_a_wrong_gradient_of_an_adapter_aborts(main, tmp_path, monkeypatch):
-    right = mlx_fused.fused_lora_qkv_projection
+    right = mlx_fused.fused_qkv_projection
 
-    def frozen_adapter(x, weight, bias, lora_a, *args, **kwargs):
-        a, *others = lora_a
-        return right(x, weight, bias, (mx.stop_gradient(a), *others), *args, **kwargs)
+    def frozen_adapter(x, weight, *args, **kwargs):
+        q, *others = weight
+        if q.lora_a is not None:
+            q = q._replace(lora_a=mx.stop_gradient(q.lora_a))
+        return right(x, (q, *others), *args, **kwargs)
 
-    monkeypatch.setattr(mlx_fused, "fused_lora_qkv_projection", frozen_adapter)
+    monkeypatch.setattr(mlx_fused, "fused_qkv_projection", frozen_adapter)
     aborts(main, tmp_path, "lora=True")
 
 

@@ -15,6 +15,7 @@ from mlx_fused.cli import main
 from mlx_fused.demo import Settings, comparison, corpus, run
 from mlx_fused.demo.checkpoint import _start_from_bigrams
 from mlx_fused.patching import attention, projections
+from mlx_fused.patching.projections import NotFused
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -121,14 +122,14 @@ def test_both_runs_write_the_same_adapters(demo):
 @pytest.mark.parametrize("options", [[], ["--dense"]])
 @pytest.mark.parametrize("factor", [1.01, math.nan])
 def test_wrong_numerics_fail(tiny, tmp_path, monkeypatch, factor, options):
-    correct = projections.fused_lora_qkv_projection
+    correct = projections.fused_qkv_projection
 
-    def wrong(*args, **kwargs):
-        q, k, v = correct(*args, **kwargs)
-        return q, k, v * factor
+    def wrong(weight, **kwargs):
+        q, k, v = correct(weight=weight, **kwargs)
+        return q, k, v if weight[2].lora_a is None else v * factor
 
     # Only the fine-tuning has adapters: the checkpoint that both runs start from is a good one.
-    monkeypatch.setattr(projections, "fused_lora_qkv_projection", wrong)
+    monkeypatch.setattr(projections, "fused_qkv_projection", wrong)
     (tmp_path / ".mlx-fused-demo").touch()
     (tmp_path / "results.json").write_text("of an earlier demo")
     result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path), "--iters", "2", *options])
@@ -145,7 +146,10 @@ def test_json_is_alone_on_stdout(tiny, tmp_path):
 
 
 def test_a_layer_that_is_not_fused_fails(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(attention, "_qkv", lambda *_: "a reason")
+    def no_qkv(*_):
+        raise NotFused("a reason")
+
+    monkeypatch.setattr(attention, "_qkv", no_qkv)
     result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "new"), "--iters", "1"])
     assert isinstance(result.exception, RuntimeError)
     assert "not fused: a reason" in str(result.exception)

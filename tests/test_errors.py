@@ -8,7 +8,6 @@ import pytest
 import mlx_fused
 import oracle
 import projections
-from mlx_fused import composed
 
 
 def zeros(*shape, dtype=mx.float32):
@@ -92,6 +91,7 @@ SEPARATE_WEIGHTS = [
     ({"weight": tensors((32, 12), (16, 12), (16, 13))}, ["weight", "(16, 12)", "(16, 13)"]),
     ({"weight": tensors((32, 12), (16, 12), (16,))}, ["weight", "(16,)"]),
 ]
+WITHOUT_BIAS = [({"bias": None} | changes, words) for changes, words in SEPARATE_WEIGHTS]
 BIASES = [
     ({"bias": zeros(63)}, ["bias", "(64,)", "(63,)"]),
     ({"bias": zeros(1)}, ["bias", "(64,)", "(1,)"]),
@@ -130,7 +130,7 @@ OUTPUT_BACKWARD_SHAPES = [
     ({"d_output": zeros(3, 12)}, ["d_output", "(3, 12)"]),
 ]
 CASES = [
-    ("fused_qkv_projection", HEAD_COUNTS + WEIGHTS + SEPARATE_WEIGHTS + BIASES),
+    ("fused_qkv_projection", HEAD_COUNTS + WEIGHTS + WITHOUT_BIAS + BIASES),
     ("fused_qkv_projection_bwd", HEAD_COUNTS + WEIGHTS + SEPARATE_WEIGHTS + COTANGENTS),
     ("fused_output_projection_residual", OUTPUT_SHAPES + OUTPUT_FORWARD_SHAPES),
     ("fused_output_projection_residual_bwd", OUTPUT_SHAPES + OUTPUT_BACKWARD_SHAPES),
@@ -235,28 +235,13 @@ def test_empty_batches_are_checked_as_well():
         call("fused_output_projection_residual", attn_out=zeros(0, 3, 32))
 
 
-NO_BIAS = [
-    ("fused_qkv_projection", {"bias"}),
-    ("fused_output_projection_residual", {"bias"}),
-    ("fused_quantized_qkv_projection", {"bias", "biases"}),
-    ("fused_quantized_output_projection_residual", {"bias", "biases"}),
-    ("fused_lora_qkv_projection", {"bias"}),
-    ("fused_lora_output_projection_residual", {"bias"}),
-]
-
-
-@pytest.mark.parametrize("operation,left_out", NO_BIAS)
-def test_biases_may_be_left_out_and_others_not(rng, operation, left_out):
-    form = ("mxfp4", 32, 4) if "quantized" in operation else None
-    if "qkv" in operation:
-        ranks = (1, None, 1) if "lora" in operation else None
-        made = projections.qkv(rng, 1, 2, 32, (2, 1, 4), form, bias=False, ranks=ranks)
-    else:
-        made = projections.output(rng, 1, 2, 32, 4, form, bias=False, rank=1 if "lora" in operation else None)
-    arguments = {name: value for name, value in made.arguments.items() if name not in left_out}
-    oracle.assert_equal(projections.Call(operation, arguments)(), made())
-    needed = {k: v for k, v in arguments.items() if k not in ("head_dim", "residual")}
-    for module in (mlx_fused, composed) if hasattr(composed, operation) else (mlx_fused,):
-        getattr(module, operation)(**arguments)
-        with pytest.raises(TypeError):
-            getattr(module, operation)(**needed)
+@pytest.mark.parametrize("form", [None, ("mxfp4", 32, 4)], ids=str)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_biases_may_be_left_out_and_others_not(rng, form, adapted):
+    qkv = projections.qkv(rng, 1, 2, 32, (2, 1, 4), form, bias=False, ranks=(1, None, 1) if adapted else None)
+    output = projections.output(rng, 1, 2, 32, 4, form, bias=False, rank=1 if adapted else None)
+    for call, needed, error in ((qkv, "head_dim", ValueError), (output, "residual", TypeError)):
+        given = {name: value for name, value in call.arguments.items() if value is not None}
+        oracle.assert_equal(projections.Call(call.operation, given)(), call())
+        with pytest.raises(error, match=needed):
+            getattr(mlx_fused, call.operation)(**call.spelled | {needed: None})

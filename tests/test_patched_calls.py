@@ -328,8 +328,7 @@ UNFUSED = [
         lambda: with_q(LoRALinear.from_base(nn.QuantizedLinear(64, 64))),
         "quantization differs: affine 4 bits by 64, none, none",
     ),
-    (lambda: with_q(nn.Linear(64, 64, bias=True)), "only some projections have a bias"),
-    (lambda: with_q(nn.Linear(64, 48, bias=False)), "output sizes do not form heads: (48, 32, 32)"),
+    (lambda: with_q(nn.Linear(64, 64, bias=True)), "only some have a bias"),
     (
         lambda: in_dtype(mx.float16, ["v_proj"]),
         "parameter types differ: mlx.core.float32, mlx.core.float32, mlx.core.float16",
@@ -348,6 +347,22 @@ def test_runs_its_own_code(make_attention, obstacle):
     actual = attention(x)
     assert calls(actual)[0] == 0
     assert_same(actual, expected)
+
+
+def test_sizes_that_are_those_of_no_heads():
+    attention, x = with_q(nn.Linear(64, 50, bias=False)), sample(2, 3, 64)
+    expected = attention(x)
+    assert mlx_fused.patch(attention).layers[0].qkv.fused
+    actual = attention(x)
+    assert calls(actual)[0] == 1
+    assert_same(actual, expected)
+
+
+def test_a_projection_without_outputs():
+    attention = with_q(nn.Linear(64, 64, bias=False))
+    attention.q_proj.weight = mx.zeros((0, 64))
+    obstacle = "a projection has no outputs: (0, 32, 32)"
+    assert mlx_fused.patch(attention).layers[0].qkv.obstacle == obstacle
 
 
 def test_input_sizes_that_differ():

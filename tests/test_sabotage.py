@@ -60,7 +60,7 @@ def wrong_lora(operation):
 
     def run(**arguments):
         outputs = operation(**arguments)
-        if "lora_a" not in arguments or "input" not in arguments:
+        if "input" not in arguments or arguments["weight"][0].lora_a is None:
             return outputs
         q, k, v = outputs
         return 1.5 * q, k, 0.5 * v

@@ -108,15 +108,11 @@ def integers(low, high, *shape):
 x, w, b = integers(-2, 3, 3, 50, 320), integers(-2, 3, 192, 320), integers(-2, 3, 192)
 codes = mx.random.randint(0, 2**32, (192, 40), mx.uint32)
 scales, biases = mx.ones((192, 10)), mx.full((192, 10), -8.0)
-operations = {
-    mlx_fused.fused_qkv_projection: (w, b),
-    mlx_fused.fused_quantized_qkv_projection: (codes, scales, biases, b),
-}
-options = {"group_size": 32, "bits": 4}
+quantized = mlx_fused.LinearOperands(codes, b, scales, biases, group_size=32, bits=4)
 for rows in (1, 2, 50):  # on the caller's thread, of few rows, of many
-    for (operation, weights), quantization in zip(operations.items(), ({}, options)):
-        args = (x[:, :rows], *weights, 4, 2, 24)
-        pairs = zip(*(operation(*args, route=route, **quantization) for route in ("fused", "composed")))
+    for layer in (mlx_fused.LinearOperands(w, b), quantized):
+        args = (x[:, :rows], layer, None, 4, 2, 24)
+        pairs = zip(*(mlx_fused.fused_qkv_projection(*args, route=route) for route in ("fused", "composed")))
         assert all(mx.array_equal(*pair) for pair in pairs)
 """
 

@@ -278,13 +278,13 @@ def test_adapters_as_training_starts_with_them_do_not_hide_mistakes(target):
 def test_parameters_without_gradients_fail(weights, monkeypatch):
     model = sabotage.make("llama", weights)
     assert check(deepcopy(model))["passed"]
-    correct = projections.read
+    correct = projections._read
 
     def read(name, module):
         found = correct(name, module)
         return found._replace(weight=mx.stop_gradient(found.weight), bias=mx.stop_gradient(found.bias))
 
-    monkeypatch.setattr(projections, "read", read)
+    monkeypatch.setattr(projections, "_read", read)
     results = check(model)
     gradients = results["end_to_end"]["float32"]["gradients"]
     failed = {name for name, line in gradients.items() if line["verdict"] == "failed"}
@@ -296,13 +296,13 @@ def test_parameters_without_gradients_fail(weights, monkeypatch):
 @pytest.mark.parametrize("weights", ["float32", "4-bit bfloat16"])
 def test_operands_that_are_remembered_fail(weights, monkeypatch):
     """They are right until a parameter changes, which nothing but a step of training does."""
-    correct, remembered = projections.read, {}
+    correct, remembered = projections._read, {}
 
     def read(name, module):
         kept = remembered.setdefault((id(module), type(module)), (correct(name, module), module))
         return kept[0]
 
-    monkeypatch.setattr(projections, "read", read)
+    monkeypatch.setattr(projections, "_read", read)
     results = check(sabotage.make("llama", weights))
     assert results["end_to_end"]["float32"]["logits_after_a_step"]["verdict"] == "failed"
 
