@@ -351,6 +351,7 @@ def test_runs_its_own_code(make_attention, obstacle):
 
 def test_sizes_that_are_those_of_no_heads():
     attention, x = with_q(nn.Linear(64, 50, bias=False)), sample(2, 3, 64)
+    attention.q_proj.weight = sample(50, 64)
     expected = attention(x)
     assert mlx_fused.patch(attention).layers[0].qkv.fused
     actual = attention(x)
