@@ -7,9 +7,9 @@ import mlx.core as mx
 import numpy as np
 
 import mlx_fused
-from mlx_fused import LinearOperands
 from cases import BITS, GROUP_SIZE, RANK, SCALE, Case, Operands
 from machine import cores
+from mlx_fused import LinearOperands
 
 Frozen = list[tuple[mx.array, ...]]
 
@@ -28,9 +28,7 @@ def _fused(case: Case, frozen: Frozen, *primals: mx.array, **options: str) -> Se
         layers = [of._replace(lora_a=a, lora_b=b, lora_scale=SCALE) for of, a, b in adapters]
     if case.op == "output":
         (layer,) = layers
-        return [
-            mlx_fused.fused_output_projection_residual(x, layer, residual=others[-1], **options)
-        ]
+        return [mlx_fused.fused_output_projection_residual(x, layer, residual=others[-1], **options)]
     heads = m.num_heads, m.num_kv_heads, m.head_dim
     return mlx_fused.fused_qkv_projection(x, tuple(layers), None, *heads, **options)
 

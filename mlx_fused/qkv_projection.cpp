@@ -31,7 +31,8 @@ std::vector<Segment> make_segments(const Check& check, const Linears& layers, co
     if (!value) {
       check.fail(
           std::string(name) +
-          " must be given but got None; heads may be left out, all of them, with split_heads=False and a tuple "
+          " must be given but got None; heads may be left out, all of them, with split_heads=False and a "
+          "tuple "
           "of three weights.");
     }
     check.positive(name, *value);
@@ -53,9 +54,7 @@ std::vector<Segment> make_segments(const Check& check, const Linears& layers, co
         ", num_kv_heads " + std::to_string(num_kv_heads) + ", head_dim " + std::to_string(head_dim) +
         " and v_head_dim " + std::to_string(v_head_dim) + ".");
   }
-  auto segment = [&](int count, int dim) {
-    return Segment{count * dim, heads.split ? count : 0};
-  };
+  auto segment = [&](int count, int dim) { return Segment{count * dim, heads.split ? count : 0}; };
   return {segment(num_heads, head_dim), segment(num_kv_heads, head_dim), segment(num_kv_heads, v_head_dim)};
 }
 

@@ -261,7 +261,11 @@ def test_equal_calls_merge_and_different_ones_do_not(rng):
         return primitives(mx.compile(both)(call.x))["FusedQKVProjection"]
 
     assert count(call, call) == 1
-    assert count(call, call.replace(lora_scale=3.0)) == count(call, call.replace(lora_scale=(2.0, 2.0, 1.0))) == 2
+    assert (
+        count(call, call.replace(lora_scale=3.0))
+        == count(call, call.replace(lora_scale=(2.0, 2.0, 1.0)))
+        == 2
+    )
     assert count(call, call.replace(exact=True)) == 2
     assert count(make(rng, "qkv", AFFINE, False), other_form) == 2
     out = make(rng, "output", AFFINE, True)

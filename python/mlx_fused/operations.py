@@ -276,7 +276,7 @@ def _layers(operation: str, weight, bias) -> list[LinearOperands]:
         raise TypeError(f"[{operation}] weight must be an array, LinearOperands or a tuple but got {got}.")
     if bias is None:
         biases = [None] * len(weights)
-    elif isinstance(bias, mx.array) != packed or not packed and len(bias) != len(weights):
+    elif isinstance(bias, mx.array) != packed or (not packed and len(bias) != len(weights)):
         expected = "one array" if packed else "a tuple of three arrays (q, k, v)"
         got = "one array" if isinstance(bias, mx.array) else f"a tuple of {len(bias)}"
         raise ValueError(f"[{operation}] bias must be {expected} as weight is but got {got}.")
@@ -287,6 +287,8 @@ def _layers(operation: str, weight, bias) -> list[LinearOperands]:
         if not isinstance(w, LinearOperands):
             w = LinearOperands(w, b)
         elif b is not None:
-            raise ValueError(f"[{operation}] bias must be left out where weight is LinearOperands but was given.")
+            raise ValueError(
+                f"[{operation}] bias must be left out where weight is LinearOperands but was given."
+            )
         layers.append(w)
     return layers

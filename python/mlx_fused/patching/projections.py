@@ -162,16 +162,10 @@ def _read(name: str, module: nn.Module | None) -> LinearOperands:
     layer = LinearOperands.of_base(base)
     group_size, bits, mode = layer.group_size, layer.bits, layer.mode
     if layer.scales is not None and not has_quantized_kernels(group_size, bits, mode):
-        raise NotFused(
-            f"{name} is quantized in a format without kernels: {mode} {bits} bits by {group_size}"
-        )
+        raise NotFused(f"{name} is quantized in a format without kernels: {mode} {bits} bits by {group_size}")
     dtype = _dtype(layer)
-    if dtype is not None and (
-        dtype not in DTYPES or (layer.bias is not None and layer.bias.dtype != dtype)
-    ):
-        raise NotFused(
-            f"{name} has parameters of {', '.join(sorted({str(p.dtype) for p in base.values()}))}"
-        )
+    if dtype is not None and (dtype not in DTYPES or (layer.bias is not None and layer.bias.dtype != dtype)):
+        raise NotFused(f"{name} has parameters of {', '.join(sorted({str(p.dtype) for p in base.values()}))}")
     return layer
 
 
