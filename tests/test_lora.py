@@ -12,11 +12,11 @@ import operands
 import oracle
 import projections
 import quantized
-from projections import check, check_forward, check_gradients, cotangents
+from projections import check, cotangents
 from test_autodiff import subsets
 from test_backward import check_slopes
 from test_forward import dtypes
-from test_layouts import VIEWS
+from test_layouts import VIEWS, check_views, views
 
 HEADS = (4, 2, 8)
 BASES = [None, ("affine", 64, 4), ("affine", 32, 8), *quantized.FLOATS]
@@ -195,15 +195,11 @@ def test_the_gradients_are_the_slopes_of_the_formula(rng, form):
 
 
 @dtypes
-@pytest.mark.parametrize("view", VIEWS, ids=lambda f: f.__name__)
+@views
 def test_views(rng, view, dtype):
     for form in (None, ("affine", 64, 4)):
         for call in calls(rng, form, dtype):
-            for key, a in call.leaves.items():
-                check_forward(call.with_leaves({key: view(a)}))
-            laid_out = call.with_leaves({key: view(a) for key, a in call.leaves.items()})
-            check_forward(laid_out)
-            check_gradients(laid_out, tuple(map(view, cotangents(rng, call))))
+            check_views(rng, call, view)
 
 
 @dtypes

@@ -17,9 +17,9 @@ import oracle
 import projections
 import quantized
 from mlx_fused import _ext
-from projections import check, check_forward, check_gradients, cotangents
+from projections import check, check_forward, cotangents
 from test_forward import dtypes
-from test_layouts import VIEWS
+from test_layouts import VIEWS, apart, check_views, views
 
 formats = pytest.mark.parametrize("form", quantized.FORMATS, ids=lambda f: "-".join(map(str, f)))
 HEADS = (4, 2, 8)
@@ -204,7 +204,7 @@ def test_decode_and_prefill_of_a_wide_layer(rng, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("view", VIEWS, ids=lambda f: f.__name__)
+@views
 def test_views(rng, view, dtype):
     for form in (("affine", 32, 4), ("mxfp8", 32, 8)):
         for call in (
@@ -212,20 +212,12 @@ def test_views(rng, view, dtype):
             projections.qkv(rng, 2, 1, 64, HEADS, form, dtype, packed=True),
             projections.output(rng, 2, 5, 64, 40, form, dtype),
         ):
-            for keys in ([key] for key in call.leaves):
-                check_forward(call.with_leaves({key: view(call.leaves[key]) for key in keys}))
-            laid_out = call.with_leaves({key: view(a) for key, a in call.leaves.items()})
-            check_forward(laid_out)
-            check_gradients(laid_out, tuple(map(view, cotangents(rng, call))))
+            check_views(rng, call, view)
 
 
 @dtypes
 def test_views_of_one_packed_weight_as_three(rng, dtype):
-    packed = projections.qkv(rng, 2, 5, 64, HEADS, ("affine", 64, 4), dtype, packed=True)
-    cuts = [int(n) for n in np.cumsum(packed.features)[:-1]]
-    names = ("weight", "scales", "biases", "bias")
-    apart = packed.replace(**{n: tuple(mx.split(packed.arguments[n], cuts)) for n in names})
-    check(rng, apart)
+    check(rng, apart(projections.qkv(rng, 2, 5, 64, HEADS, ("affine", 64, 4), dtype, packed=True)))
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
