@@ -12,9 +12,8 @@ import operands
 import oracle
 import projections
 from graph import output_counts, primitives
-from projections import check_forward, check_gradients, cotangents, gradients
+from projections import check_forward, cotangents, gradients
 from test_autodiff import subsets
-from test_threads import in_threads
 from test_transforms import EXAMPLES, check_vmap
 
 HEADS = (4, 2, 3)
@@ -273,18 +272,3 @@ def test_equal_calls_merge_and_different_ones_do_not(rng):
         return primitives(mx.compile(both)(out.x))["FusedOutputProjection"]
 
     assert outputs(out, out) == 1 and outputs(out, out.replace(alpha=0.25)) == 2
-
-
-@pytest.mark.parametrize("dtype", operands.DTYPES, ids=str)
-def test_threads(dtype):
-    def work(rng):
-        # Sizes both below and above what one call shares out among cores.
-        for seq in (1, 3, 40, 200):
-            call = projections.qkv(rng, 1, seq, 64, (4, 2, 16), AFFINE, dtype, ranks=(8, 8, 8))
-            check_forward(call)
-            check_gradients(call, cotangents(rng, call))
-            call = projections.output(rng, 1, seq, 64, 90, ("affine", 64, 4), dtype)
-            check_forward(call)
-            check_gradients(call, cotangents(rng, call))
-
-    in_threads(work)
