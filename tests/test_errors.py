@@ -8,7 +8,6 @@ import pytest
 import mlx_fused
 import oracle
 import projections
-from mlx_fused import composed
 
 
 def zeros(*shape, dtype=mx.float32):
@@ -235,28 +234,16 @@ def test_empty_batches_are_checked_as_well():
         call("fused_output_projection_residual", attn_out=zeros(0, 3, 32))
 
 
-NO_BIAS = [
-    ("fused_qkv_projection", {"bias"}),
-    ("fused_output_projection_residual", {"bias"}),
-    ("fused_quantized_qkv_projection", {"bias", "biases"}),
-    ("fused_quantized_output_projection_residual", {"bias", "biases"}),
-    ("fused_lora_qkv_projection", {"bias"}),
-    ("fused_lora_output_projection_residual", {"bias"}),
-]
-
-
-@pytest.mark.parametrize("operation,left_out", NO_BIAS)
-def test_biases_may_be_left_out_and_others_not(rng, operation, left_out):
-    form = ("mxfp4", 32, 4) if "quantized" in operation else None
-    if "qkv" in operation:
-        ranks = (1, None, 1) if "lora" in operation else None
-        made = projections.qkv(rng, 1, 2, 32, (2, 1, 4), form, bias=False, ranks=ranks)
-    else:
-        made = projections.output(rng, 1, 2, 32, 4, form, bias=False, rank=1 if "lora" in operation else None)
-    arguments = {name: value for name, value in made.arguments.items() if name not in left_out}
-    oracle.assert_equal(projections.Call(operation, arguments)(), made())
-    needed = {k: v for k, v in arguments.items() if k not in ("head_dim", "residual")}
-    for module in (mlx_fused, composed) if hasattr(composed, operation) else (mlx_fused,):
-        getattr(module, operation)(**arguments)
-        with pytest.raises(TypeError):
-            getattr(module, operation)(**needed)
+@pytest.mark.parametrize("form", [None, ("mxfp4", 32, 4)], ids=str)
+@pytest.mark.parametrize("ranks", [None, (1, None, 1)], ids=["plain", "lora"])
+def test_biases_may_be_left_out_and_others_not(rng, form, ranks):
+    for made, needed in (
+        (projections.qkv(rng, 1, 2, 32, (2, 1, 4), form, bias=False, ranks=ranks), "head_dim"),
+        (projections.output(rng, 1, 2, 32, 4, form, bias=False, rank=ranks and 1), "residual"),
+    ):
+        arguments = {name: value for name, value in made.arguments.items() if value is not None}
+        for route in (None, "composed"):
+            oracle.assert_equal(projections.Call(made.operation, arguments)(route=route), made(route=route))
+            without = {name: value for name, value in arguments.items() if name != needed}
+            with pytest.raises(TypeError):
+                projections.Call(made.operation, without)(route=route)
