@@ -1,4 +1,4 @@
-"""Calls on quantized or adapted weights: random operands for them, and what they must give."""
+"""Calls of the operations, on weights of any kind: random operands for them, and what they must give."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,6 +96,16 @@ class Call:
         if self.segments is None or isinstance(self.arguments["weight"], tuple):
             return []
         return [key for key in self.leaves if key[0] in ("weight", "scales", "biases", "bias")]
+
+    @property
+    def has_bias(self):
+        return any(name == "bias" for name, _ in self.leaves)
+
+    @property
+    def plain(self):
+        """Whether every result is one sum of products, so that the formula counts the roundings itself."""
+        adapted = any(name == "lora_a" for name, _ in self.leaves)
+        return not (self.quantization or adapted) and self.arguments.get("alpha", 1.0) == 1.0
 
     @property
     def quantization(self):
@@ -203,10 +213,15 @@ class Call:
         return self.x.shape[-1] + sum(ranks) if ranks else 0
 
 
+def check_outputs(call, outputs, roundings=1):
+    """What the call gave, however it was made."""
+    terms = None if call.plain else call.forward_terms
+    oracle.assert_close(outputs, call.formula, *call.exact_operands, roundings=roundings, terms=terms)
+
+
 def check_forward(call, roundings=1, **options):
     outputs = call(**options)
-    terms, exact = call.forward_terms, call.exact_operands
-    oracle.assert_close(outputs, call.formula, *exact, roundings=roundings, terms=terms)
+    check_outputs(call, outputs, roundings)
     return outputs
 
 
@@ -223,13 +238,41 @@ def gradients(call, keys, given, **options):
     return tuple(mx.vjp(call.function(keys, **options), primals, list(given))[1])
 
 
+def backward(call, given, **options):
+    """The results of the backward operation, which dense calls have."""
+    names = ("dq", "dk", "dv") if call.segments else ("d_output",)
+    arguments = {n: call.arguments[n] for n in ("input", "attn_out", "weight", *HEADS) if n in call.arguments}
+    arguments |= dict(zip(names, given, strict=True)) | {"has_bias": call.has_bias}
+    return getattr(mlx_fused, f"{call.operation}_bwd")(**arguments | options)
+
+
+def check_grads(call, given, keys, grads, roundings=1):
+    """The gradients of ``keys``, however they were made."""
+    assert [g.dtype for g in grads] == [call.leaves[key].dtype for key in keys]
+    formula, terms = call.gradient_formula(keys), None if call.plain else call.gradient_terms
+    oracle.assert_close(grads, formula, given, *call.exact_operands, roundings=roundings, terms=terms)
+
+
 def check_gradients(call, given, keys=None, roundings=1, **options):
     keys = call.trainable if keys is None else keys
     grads = gradients(call, keys, given, **options)
-    assert [g.dtype for g in grads] == [call.leaves[key].dtype for key in keys]
-    formula, terms, exact = call.gradient_formula(keys), call.gradient_terms, call.exact_operands
-    oracle.assert_close(grads, formula, given, *exact, roundings=roundings, terms=terms)
+    check_grads(call, given, keys, grads, roundings)
     return grads
+
+
+def check_backward(call, given, roundings=1, **options):
+    _, d_weight, d_bias, *d_residual = results = backward(call, given, **options)
+    form = tuple if call.segments and not call.packed else mx.array
+    assert isinstance(d_weight, form) and isinstance(d_bias, form if call.has_bias else type(None))
+    assert not d_residual or mx.array_equal(*d_residual, *given, equal_nan=True)
+    check_grads(call, given, list(call.leaves), oracle.leaves(results), roundings)
+
+
+def check(rng, call, **options):
+    """Forward and gradients."""
+    outputs = check_forward(call, **options)
+    assert all(y.dtype == call.x.dtype for y in outputs)
+    check_gradients(call, cotangents(rng, call), **options)
 
 
 # Operands
