@@ -95,7 +95,7 @@ class Call:
         """The keys of the arrays that hold the rows of all segments."""
         if self.segments is None or isinstance(self.arguments["weight"], tuple):
             return []
-        return [key for key in self.leaves if key[0] in ("weight", "scales", "biases", "bias")]
+        return [key for key in self.leaves if key[0] in ("weight", "scales", "biases", "bias", "lora_b")]
 
     @property
     def has_bias(self):
@@ -142,9 +142,9 @@ class Call:
             terms = [oracle.quantized_terms(*part, *self.quantization) for part in parts]
         else:
             terms = [oracle.terms_of(w) for w in weight]
-        adapters = [
+        lora_a, lora_b = (
             oracle.exact(tuple(_listed(a.get(n)) or (None,) * segments)) for n in ("lora_a", "lora_b")
-        ]
+        )
         scale = np.broadcast_to(np.array(a.get("lora_scale", 1.0), np.float64), segments).copy()
         residual = None if self.segments else oracle.exact(a["residual"])
         bias = tuple(oracle.exact(b) for b in _listed(a.get("bias")) or (None,) * segments)
@@ -152,9 +152,11 @@ class Call:
             cuts = np.cumsum(self.features)[:-1]
             terms = np.split(terms[0], cuts, -2)
             bias = (None,) * segments if bias[0] is None else tuple(np.split(bias[0], cuts))
+            if lora_a[0] is not None:
+                lora_a, lora_b = lora_a * segments, tuple(np.split(lora_b[0], cuts, -1))
         alpha = np.array(np.float32(a.get("alpha", 1.0)), np.float64)
         scale = scale.astype(np.float32).astype(np.float64)
-        return oracle.exact(self.x), tuple(terms), bias, *adapters, scale, residual, alpha
+        return oracle.exact(self.x), tuple(terms), bias, lora_a, lora_b, scale, residual, alpha
 
     def formula(self, x, weights, biases, lora_a, lora_b, scale, residual, alpha):
         segments = oracle.projection(x, weights, biases, lora_a, lora_b, scale)
@@ -190,6 +192,8 @@ class Call:
             d_x, d_weight, d_bias, d_a, d_b = oracle.projection_bwd(grads, x, weights, lora_a, lora_b, scale)
             if packed:
                 d_weight, d_bias = [np.concatenate(d_weight)], [np.concatenate(d_bias)]
+                if lora_a[0] is not None:
+                    d_a, d_b = [sum(d_a)], [np.concatenate(d_b, -1)]
             every = {"input": [d_x], "attn_out": [d_x], "residual": cotangents}
             every |= {"weight": d_weight, "bias": d_bias, "lora_a": d_a, "lora_b": d_b}
             return tuple(every[name][place or 0] for name, place in keys)
@@ -308,7 +312,10 @@ def qkv(
     rng, batch, seq, hidden, heads, form=None, dtype=mx.float32, bias=True, packed=False, ranks=None,
     scale=2.0, adapter_dtype=mx.float32, draw=normal,
 ):  # fmt: skip
-    """A call for q, k and v: quantized if it has a form, with adapters where ``ranks`` has a number."""
+    """A call for q, k and v: quantized if it has a form, with adapters where ``ranks`` has a number.
+
+    What is packed has one adapter, of the first rank.
+    """
     features = [n * dims for n, dims in segments(heads)]
     parts = [sum(features)] if packed else features
     made = [weights(rng, n, hidden, form, dtype, draw) for n in parts]
@@ -321,7 +328,8 @@ def qkv(
     arguments["bias"] = biases[0] if bias and packed else biases
     arguments |= zip(HEADS, heads, strict=False)
     if ranks:
-        arguments |= adapters(rng, hidden, features, ranks, scale, adapter_dtype, draw)
+        made = adapters(rng, hidden, parts, ranks[: len(parts)], scale, adapter_dtype, draw)
+        arguments |= {n: made[n][0] for n in ("lora_a", "lora_b")} | {"lora_scale": scale} if packed else made
     return _call("qkv_projection", arguments, form)
 
 

@@ -37,7 +37,7 @@ def stock(call):
                 layer[name] = part[name]
         if part["lora_a"] is None:
             return layer
-        adapted = LoRALinear.from_base(nn.Linear(32, 8), scale=a["scale"])
+        adapted = LoRALinear.from_base(nn.Linear(32, 8), scale=a["lora_scale"])
         adapted.linear, adapted.lora_a, adapted.lora_b = layer, part["lora_a"], part["lora_b"]
         return adapted
 
