@@ -117,11 +117,13 @@ def test_one_node_each_way_and_only_the_gradients_asked_for(rng, operation, kind
     forward = "FusedOutputProjection" if operation == "output" else "FusedQKVProjection"
     nodes = primitives(*call())
     assert nodes.pop("Unpack", 0) == len(call.packed)  # into views
+    assert nodes.pop("Transpose", 0) == 4 * (("lora_b", None) in call.packed)
     assert nodes == {forward: 1}
     for keys in chosen(call.trainable, kind):
         grads, expected = (gradients(call, keys, given, route=route) for route in (None, "composed"))
         # The residual's gradient is the cotangent itself: no output of any node of ours.
-        wanted = sum(3 if key in call.packed else key[0] != "residual" for key in keys)
+        of_segments = [*call.packed, ("lora_a", None)] if call.packed else []
+        wanted = sum(3 if key in of_segments else key[0] != "residual" for key in keys)
         assert output_counts(f"{forward}Grad", *grads) == [wanted] * bool(wanted)
         nodes = primitives(*grads)
         assert not {"Matmul", "AddMM", "QuantizedMatmul"} & set(nodes)
@@ -294,7 +296,7 @@ def calls_with_every_option(rng, dtype, forms):
             if not packed:  # there is but one weight
                 yield call.replace(exact=exact)
         heads, ranks = (4, 2, 3, 2), (2, None, 3) if adapted else None
-        scales = {"lora_scale": (0.5, 1.0, -3.0)} if adapted else {}
+        scales = {"lora_scale": -3.0 if packed else (0.5, 1.0, -3.0)} if adapted else {}
         call = projections.qkv(
             rng, 2, 3, hidden, heads, form, bias=bias, packed=packed, ranks=ranks, **options
         )
