@@ -10,49 +10,57 @@ from mlx_lm.tuner.lora import LoRALinear
 
 import oracle
 import projections
+from mlx_fused import LinearOperands
 from operands import integers
 from projections import check_forward, cotangents, gradients
 from test_autodiff import HEADS, OPERATIONS, kinds, make, values
 from test_forward import dtypes
 
 
+def module(layer):
+    """MLX's or mlx-lm's module with the operands of ``layer``."""
+    base = nn.Linear(32, 8)
+    if layer.scales is not None:
+        base = nn.QuantizedLinear(32, 8, group_size=layer.group_size, bits=layer.bits, mode=layer.mode)
+    for name in ("weight", "scales", "biases", "bias"):
+        base.pop(name, None)
+        if (value := getattr(layer, name)) is not None:
+            base[name] = value
+    if layer.lora_a is None:
+        return base
+    adapted = LoRALinear.from_base(nn.Linear(32, 8), scale=layer.lora_scale)
+    adapted.linear, adapted.lora_a, adapted.lora_b = base, layer.lora_a, layer.lora_b
+    return adapted
+
+
+def layers(call):
+    weight = call.keywords["weight"]
+    return [weight] if isinstance(weight, LinearOperands) else weight
+
+
 def stock(call):
     """mlx-lm's modules on the call's arrays, as a function of all that may be trained."""
-    a = call.arguments
-    names = ("weight", "scales", "biases", "bias", "lora_a", "lora_b")
-    count = len(call.features)
-
-    def listed(name, leaves):
-        value = leaves.get((name, None))
-        return [value] if value is not None else [leaves.get((name, i)) for i in range(count)]
-
-    def module(part):
-        if call.quantization:
-            group_size, bits, mode = call.quantization
-            layer = nn.QuantizedLinear(32, 8, group_size=group_size, bits=bits, mode=mode)
-        else:
-            layer = nn.Linear(32, 8)
-        for name in ("weight", "scales", "biases", "bias"):
-            if part[name] is not None:
-                layer[name] = part[name]
-        if part["lora_a"] is None:
-            return layer
-        adapted = LoRALinear.from_base(nn.Linear(32, 8), scale=a["lora_scale"])
-        adapted.linear, adapted.lora_a, adapted.lora_b = layer, part["lora_a"], part["lora_b"]
-        return adapted
 
     def function(*values):
-        leaves = call.leaves | dict(zip(call.trainable, values, strict=True))
-        x = leaves.get(("input", None), leaves.get(("attn_out", None)))
-        columns = [listed(name, leaves) for name in names]
-        modules = [module(dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
-        ys = [m(x) for m in modules]
+        now = call.with_leaves(dict(zip(call.trainable, values, strict=True)))
+        ys = [module(layer)(now.x) for layer in layers(now)]
         if call.segments is None:
-            return (leaves["residual", None] + a["alpha"] * ys[0],)
+            return (now.arguments["residual"] + now.arguments["alpha"] * ys[0],)
         split = (y.reshape(2, 3, *heads) for y, heads in zip(ys, call.segments, strict=True))
         return tuple(y.swapaxes(1, 2) for y in split)
 
     return function
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@kinds
+def test_operands_of_a_layer_are_its_own(rng, operation, kind):
+    for layer in layers(make(rng, operation, kind)):
+        if layer.lora_a is None:
+            layer = layer._replace(lora_scale=1.0)  # of no adapter
+        for name, value in LinearOperands.of(module(layer))._asdict().items():
+            expected = getattr(layer, name)
+            assert value is expected if isinstance(expected, mx.array) else value == expected, name
 
 
 @pytest.mark.parametrize("operation", ["qkv", "output"])
