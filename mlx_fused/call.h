@@ -1,7 +1,9 @@
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "mlx/array.h"
@@ -70,27 +72,38 @@ struct GradCall {
   bool wants(Role role, int segment = 0) const {
     return contains(wanted, {role, segment});
   }
+
+  // What a segment's low-rank products are multiplied by on the way back, 0 without an adapter.
+  float adapter_scale(int segment) const {
+    return forward.segments[segment].adapter_scale.value_or(0) * forward.epilogue.alpha;
+  }
 };
 
 // The order of a primitive's inputs. A gradient has only those that it reads.
 Slots input_slots(const Call& call);
 Slots input_slots(const GradCall& call);
 
-// A primitive's arrays by what they are.
-class Operands {
+// A primitive's arrays, or what stands for them, by what they are.
+template <typename T>
+class BySlot {
  public:
-  Operands(const Arrays& arrays, Slots slots) : arrays_(arrays), slots_(std::move(slots)) {}
+  BySlot(const std::vector<T>& values, Slots slots) : values_(values), slots_(std::move(slots)) {}
 
-  const mx::array* find(Role role, int segment = 0) const;
+  const T* find(Role role, int segment = 0) const {
+    auto it = std::find(slots_.begin(), slots_.end(), Slot{role, segment});
+    return it == slots_.end() ? nullptr : &values_[it - slots_.begin()];
+  }
 
   // Of an array that is there.
-  const mx::array& get(Role role, int segment = 0) const {
+  const T& get(Role role, int segment = 0) const {
     return *find(role, segment);
   }
 
  private:
-  const Arrays& arrays_;
+  const std::vector<T>& values_;
   const Slots slots_;
 };
+
+using Operands = BySlot<mx::array>;
 
 }  // namespace mlx_fused
