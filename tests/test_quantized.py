@@ -1,4 +1,4 @@
-"""The operations on quantized weights against float64, over every format, shape class and boundary."""
+"""The operations on quantized weights against float64, over every format."""
 
 import os
 import subprocess
