@@ -8,7 +8,7 @@
 
 namespace mlx_fused {
 
-// residual + alpha times the layer's output, [B, S, H], from x [B, S, K]. `wish` is routing's: "composed",
+// residual + alpha times the layer's output, [B, S, H], from x [B, S, K]. `route` is routing's: "composed",
 // "fused" or nothing.
 mx::array output_projection(
     const mx::array& x,
@@ -16,7 +16,7 @@ mx::array output_projection(
     const mx::array& residual,
     float alpha,
     bool exact,
-    const std::optional<std::string>& wish,
+    const std::optional<std::string>& route,
     mx::StreamOrDevice s);
 
 // The gradients of x, weight, bias if has_bias, and residual, in this order.
@@ -25,7 +25,7 @@ Arrays output_projection_bwd(
     const mx::array& x,
     const mx::array& weight,
     bool has_bias,
-    const std::optional<std::string>& wish,
+    const std::optional<std::string>& route,
     mx::StreamOrDevice s);
 
 }  // namespace mlx_fused

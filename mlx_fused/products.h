@@ -22,9 +22,9 @@ class Products {
 
   explicit Products(mx::Stream s, Nodes nodes = ours) : stream(s), nodes_(nodes) {}
 
-  // For a call that was routed: a wish for the composed form is one for MLX's own operations.
-  Products(mx::Stream s, const std::optional<std::string>& wish)
-      : Products(s, wish == "composed" ? exportable : ours) {}
+  // For a call that was routed: a route for the composed form is one for MLX's own operations.
+  Products(mx::Stream s, const std::optional<std::string>& route)
+      : Products(s, route == "composed" ? exportable : ours) {}
 
   mx::array matmul(const mx::array& a, const mx::array& b) const;
 

@@ -93,14 +93,14 @@ Arrays grad_inputs(
 
 }  // namespace
 
-Arrays project(Arrays inputs, Call call, const std::optional<std::string>& wish, mx::Stream stream) {
+Arrays project(Arrays inputs, Call call, const std::optional<std::string>& route, mx::Stream stream) {
   auto work = workload(inputs, call);
   auto dtype = work.promoted[0];
   if (call.epilogue.exact) {
     call.epilogue.alpha = round_to(dtype, call.epilogue.alpha);
   }
-  if (route(Check(call.operation), work, stream, wish) == Route::composed) {
-    return composed::project(inputs, call, Products(stream, wish));
+  if (choose_route(Check(call.operation), work, stream, route) == Route::composed) {
+    return composed::project(inputs, call, Products(stream, route));
   }
   auto slots = input_slots(call);
   for (size_t i = 0; i < inputs.size(); ++i) {
@@ -115,10 +115,10 @@ Arrays project(Arrays inputs, Call call, const std::optional<std::string>& wish,
 }
 
 Arrays project_grad(
-    const Arrays& inputs, const GradCall& call, const std::optional<std::string>& wish, mx::Stream stream) {
+    const Arrays& inputs, const GradCall& call, const std::optional<std::string>& route, mx::Stream stream) {
   auto work = workload(inputs, call);
-  if (route(Check(call.forward.operation), work, stream, wish) == Route::composed) {
-    return composed::project_grad(inputs, call, Products(stream, wish));
+  if (choose_route(Check(call.forward.operation), work, stream, route) == Route::composed) {
+    return composed::project_grad(inputs, call, Products(stream, route));
   }
   std::vector<mx::Dtype> dtypes;
   for (auto& slot : call.wanted) {
@@ -134,7 +134,7 @@ Arrays all_gradients(
     const Arrays& primals,
     Call call,
     bool has_bias,
-    const std::optional<std::string>& wish,
+    const std::optional<std::string>& route,
     mx::Stream stream) {
   auto slots = input_slots(call);
   call.has_bias = has_bias;
@@ -152,7 +152,7 @@ Arrays all_gradients(
   for (auto& x : inputs) {
     x = mx::astype(x, dtype, stream);
   }
-  auto grads = project_grad(inputs, grad, wish, stream);
+  auto grads = project_grad(inputs, grad, route, stream);
   for (size_t i = 0; i < grads.size(); ++i) {
     grads[i] = mx::astype(grads[i], of[i].dtype(), stream);
   }

@@ -10,12 +10,12 @@
 namespace mlx_fused {
 
 // The outputs of a call, by a primitive or by MLX's own operations. `inputs` are in the call's order and of
-// any dtypes; `wish` is routing's.
-Arrays project(Arrays inputs, Call call, const std::optional<std::string>& wish, mx::Stream stream);
+// any dtypes; `route` is routing's.
+Arrays project(Arrays inputs, Call call, const std::optional<std::string>& route, mx::Stream stream);
 
 // Its gradients, in the order wanted and of the cotangents' dtype, adapters' in float32.
 Arrays project_grad(
-    const Arrays& inputs, const GradCall& call, const std::optional<std::string>& wish, mx::Stream stream);
+    const Arrays& inputs, const GradCall& call, const std::optional<std::string>& route, mx::Stream stream);
 
 // Those of the input, of every weight and, if has_bias, of every bias, in this order. `primals` are those of
 // a call with dense weights and nothing else, whose dtypes the gradients have; a bias has its weight's.
@@ -24,7 +24,7 @@ Arrays all_gradients(
     const Arrays& primals,
     Call call,
     bool has_bias,
-    const std::optional<std::string>& wish,
+    const std::optional<std::string>& route,
     mx::Stream stream);
 
 class Projection : public FusedPrimitive {

@@ -73,14 +73,14 @@ Arrays qkv_projection(
     const Linears& layers,
     const Heads& heads,
     bool exact,
-    const std::optional<std::string>& wish,
+    const std::optional<std::string>& route,
     mx::StreamOrDevice s) {
   Check check("fused_qkv_projection");
   auto call = make_call(check, input, layers, heads);
   call.epilogue.exact = exact;
   auto stream = mx::to_stream(s);
-  auto inputs = check_arguments(check, input, layers, std::nullopt, call, Products(stream, wish));
-  return project(std::move(inputs), std::move(call), wish, stream);
+  auto inputs = check_arguments(check, input, layers, std::nullopt, call, Products(stream, route));
+  return project(std::move(inputs), std::move(call), route, stream);
 }
 
 Arrays qkv_projection_bwd(
@@ -91,7 +91,7 @@ Arrays qkv_projection_bwd(
     const Arrays& weights,
     bool has_bias,
     const Heads& heads,
-    const std::optional<std::string>& wish,
+    const std::optional<std::string>& route,
     mx::StreamOrDevice s) {
   Check check("fused_qkv_projection_bwd");
   Linears layers;
@@ -100,7 +100,7 @@ Arrays qkv_projection_bwd(
   }
   auto stream = mx::to_stream(s);
   auto call = make_call(check, input, layers, heads);
-  auto primals = check_arguments(check, input, layers, std::nullopt, call, Products(stream, wish));
+  auto primals = check_arguments(check, input, layers, std::nullopt, call, Products(stream, route));
   const char* names[] = {"dq", "dk", "dv"};
   Arrays cotangents = {dq, dk, dv};
   for (int i = 0; i < 3; ++i) {
@@ -108,7 +108,7 @@ Arrays qkv_projection_bwd(
     check.shape(names[i], cotangents[i], {input.shape(0), num_heads, input.shape(1), features / num_heads});
     check.floating(names[i], cotangents[i]);
   }
-  auto grads = all_gradients(cotangents, primals, call, has_bias, wish, stream);
+  auto grads = all_gradients(cotangents, primals, call, has_bias, route, stream);
   if (weights.size() == 3) {
     return grads;
   }

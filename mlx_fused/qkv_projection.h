@@ -16,13 +16,13 @@ struct Heads {
 };
 
 // q, k, v of shape [B, heads, S, head_dim], or [B, S, features] if heads are not split, from input [B, S, H]
-// and three layers, or one that packs them. `wish` is routing's: "composed", "fused" or nothing.
+// and three layers, or one that packs them. `route` is routing's: "composed", "fused" or nothing.
 Arrays qkv_projection(
     const mx::array& input,
     const Linears& layers,
     const Heads& heads,
     bool exact,
-    const std::optional<std::string>& wish,
+    const std::optional<std::string>& route,
     mx::StreamOrDevice s);
 
 // The gradients of input, of every weight and, if has_bias, of every bias. Weights are three, or one that
@@ -35,7 +35,7 @@ Arrays qkv_projection_bwd(
     const Arrays& weights,
     bool has_bias,
     const Heads& heads,
-    const std::optional<std::string>& wish,
+    const std::optional<std::string>& route,
     mx::StreamOrDevice s);
 
 }  // namespace mlx_fused

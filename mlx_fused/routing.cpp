@@ -51,12 +51,12 @@ bool has_kernels(const Workload& work, const DeviceInfo& device) {
   return true;
 }
 
-Route route(const Workload& work, const DeviceInfo& device, const std::optional<std::string>& wish) {
+Route choose_route(const Workload& work, const DeviceInfo& device, const std::optional<std::string>& route) {
   if (!has_kernels(work, device)) {
     return Route::composed;
   }
   const char* variable = std::getenv("MLX_FUSED_ROUTE");
-  auto wanted = wish ? *wish : std::string(variable ? variable : "");
+  auto wanted = route ? *route : std::string(variable ? variable : "");
   if (wanted == "composed" || wanted == "fused") {
     return wanted == "composed" ? Route::composed : Route::primitive;
   }
@@ -66,21 +66,21 @@ Route route(const Workload& work, const DeviceInfo& device, const std::optional<
   return best(work, device);
 }
 
-Route route(
-    const Check& check, const Workload& work, mx::Stream stream, const std::optional<std::string>& wish) {
+Route choose_route(
+    const Check& check, const Workload& work, mx::Stream stream, const std::optional<std::string>& route) {
   auto device = describe(stream.device);
   if (device.kind == DeviceInfo::cpu) {
     // Throw here, and not on MLX's own thread, if they are set to nonsense.
     cpu::num_threads();
     cpu::allowed(cpu::Isa::baseline);
   }
-  if (wish && *wish != "composed" && *wish != "fused") {
-    check.fail("route must be 'composed', 'fused' or None but got '" + *wish + "'.");
+  if (route && *route != "composed" && *route != "fused") {
+    check.fail("route must be 'composed', 'fused' or None but got '" + *route + "'.");
   }
-  if (wish == "fused" && !has_kernels(work, device)) {
+  if (route == "fused" && !has_kernels(work, device)) {
     check.fail("route must be 'composed' or None for this call on this device but got 'fused'.");
   }
-  return route(work, device, wish);
+  return choose_route(work, device, route);
 }
 
 }  // namespace mlx_fused

@@ -40,13 +40,13 @@ struct Workload {
 // Whether there are kernels of ours for the call at all.
 bool has_kernels(const Workload& work, const DeviceInfo& device);
 
-// `wish`, "composed" or "fused", overrules the table wherever there is a choice; so does MLX_FUSED_ROUTE.
-Route route(
-    const Workload& work, const DeviceInfo& device, const std::optional<std::string>& wish = std::nullopt);
+// `route`, "composed" or "fused", overrules the table wherever there is a choice; so does MLX_FUSED_ROUTE.
+Route choose_route(
+    const Workload& work, const DeviceInfo& device, const std::optional<std::string>& route = std::nullopt);
 
-// The same for a stream of this machine, once the wish is known and can be met.
-Route route(
-    const Check& check, const Workload& work, mx::Stream stream, const std::optional<std::string>& wish);
+// The same for a stream of this machine, once the route is known and can be met.
+Route choose_route(
+    const Check& check, const Workload& work, mx::Stream stream, const std::optional<std::string>& route);
 
 // Defined by the backends.
 DeviceInfo describe(mx::Device device);
