@@ -6,7 +6,7 @@ namespace mlx_fused {
 
 namespace {
 
-// Checks everything but the weights' dtypes.
+// Checks everything except the weight's dtype, which check_arguments does.
 Call make_call(const Check& check, const mx::array& x, const mx::array& weight) {
   check.ndim("attn_out", x, 3);
   check.floating("attn_out", x);

@@ -9,7 +9,7 @@ namespace mlx_fused {
 
 namespace {
 
-// The features and heads of q, k and v.
+// The segments of q, k and v: their features and heads.
 std::vector<Segment> make_segments(const Check& check, const Linears& layers, const Heads& heads) {
   if (layers.size() != 1 && layers.size() != 3) {
     check.fail(
@@ -32,8 +32,7 @@ std::vector<Segment> make_segments(const Check& check, const Linears& layers, co
       check.fail(
           std::string(name) +
           " must be given but got None; heads may be left out, all of them, with split_heads=False and a "
-          "tuple "
-          "of three weights.");
+          "tuple of three weights.");
     }
     check.positive(name, *value);
     return *value;
@@ -54,11 +53,13 @@ std::vector<Segment> make_segments(const Check& check, const Linears& layers, co
         ", num_kv_heads " + std::to_string(num_kv_heads) + ", head_dim " + std::to_string(head_dim) +
         " and v_head_dim " + std::to_string(v_head_dim) + ".");
   }
-  auto segment = [&](int count, int dim) { return Segment{count * dim, heads.split ? count : 0}; };
+  auto segment = [&](int count, int dim) {
+    return Segment{.features = count * dim, .heads = heads.split ? count : 0};
+  };
   return {segment(num_heads, head_dim), segment(num_kv_heads, head_dim), segment(num_kv_heads, v_head_dim)};
 }
 
-// Checks everything but the layers' arrays.
+// Checks everything except the layers' arrays, which check_arguments does.
 Call make_call(const Check& check, const mx::array& input, const Linears& layers, const Heads& heads) {
   auto segments = make_segments(check, layers, heads);
   check.ndim("input", input, 3);
