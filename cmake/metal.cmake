@@ -4,24 +4,14 @@
 file(GLOB METAL_SOURCES CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/metal/*.metal")
 file(GLOB METAL_HEADERS CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/metal/*.h")
 
-# A source of their own for quantized weights: a device compiles it for one format at a time.
-set(METAL_DENSE ${METAL_SOURCES})
-set(METAL_QUANTIZED ${METAL_SOURCES})
-list(FILTER METAL_DENSE EXCLUDE REGEX "/quantized_[^/]*$")
-list(FILTER METAL_QUANTIZED INCLUDE REGEX "/quantized_[^/]*$")
-
-function(mlx_fused_flatten NAME)
-  add_custom_command(
-    OUTPUT ${NAME}
-    COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/flatten_metal.py" ${NAME}
-            ${MLX_INCLUDE_DIRS} -- ${ARGN}
-    DEPENDS ${ARGN} ${METAL_HEADERS} "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/flatten_metal.py"
-    VERBATIM)
-  install(FILES "${CMAKE_CURRENT_BINARY_DIR}/${NAME}" DESTINATION mlx_fused)
-endfunction()
-mlx_fused_flatten(kernels.metal ${METAL_DENSE})
-mlx_fused_flatten(quantized_kernels.metal ${METAL_QUANTIZED})
-add_custom_target(mlx_fused_metal_source ALL DEPENDS kernels.metal quantized_kernels.metal)
+add_custom_command(
+  OUTPUT kernels.metal
+  COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/flatten_metal.py" kernels.metal
+          ${MLX_INCLUDE_DIRS} -- ${METAL_SOURCES}
+  DEPENDS ${METAL_SOURCES} ${METAL_HEADERS} "${CMAKE_CURRENT_LIST_DIR}/flatten_metal.py"
+  VERBATIM)
+add_custom_target(mlx_fused_metal_source ALL DEPENDS kernels.metal)
+install(FILES "${CMAKE_CURRENT_BINARY_DIR}/kernels.metal" DESTINATION mlx_fused)
 
 # Run it, for the command line tools have xcrun without it, and Xcode 26 a stub of it.
 execute_process(

@@ -7,17 +7,20 @@
 #include "mlx/backend/metal/kernels/steel/gemm/gemm.h"  // names the types of the two above
 #include "params.h"
 
-// Fixed when a pipeline is made, so that what a call lacks costs it nothing.
-constant bool mlx_fused_has_bias [[function_constant(0)]];
-constant bool mlx_fused_has_residual [[function_constant(1)]];
-constant bool mlx_fused_has_adapter [[function_constant(2)]];
-constant bool mlx_fused_exact [[function_constant(3)]];  // round where mlx-lm's modules do
+constant bool mlx_fused_has_bias [[function_constant(mlx_fused::constant_has_bias)]];
+constant bool mlx_fused_has_residual [[function_constant(mlx_fused::constant_has_residual)]];
+constant bool mlx_fused_has_adapter [[function_constant(mlx_fused::constant_has_adapter)]];
+constant bool mlx_fused_exact [[function_constant(mlx_fused::constant_exact)]];
+
+// A kernel's parameter for the buffer of its name, or three for what every segment has of its own, and one of
+// these.
+#define BUFFER(type, name) type name [[buffer(buffer_##name)]]
+#define PER_SEGMENT(type, name)                                                         \
+  type name##_0 [[buffer(buffer_##name)]], type name##_1 [[buffer(buffer_##name + 1)]], \
+      type name##_2 [[buffer(buffer_##name + 2)]]
+#define OF_SEGMENT(index, name) pick(index, name##_0, name##_1, name##_2)
 
 namespace mlx_fused {
-
-// Every tile kernel runs two by two simdgroups and sums over blocks this deep.
-constant constexpr int tile_depth = 16;
-constant constexpr int tile_threads = 128;
 
 // The segment that a tile of the grid belongs to.
 METAL_FUNC int segment_of(int tile, constant ProjectionParams& params) {
@@ -31,8 +34,12 @@ METAL_FUNC int segment_of(int tile, constant ProjectionParams& params) {
 using Fragment = mlx::steel::BaseMMAFrag<float, 8, 8>;
 
 template <typename T>
-METAL_FUNC T pick(int segment, T q, T k, T v) {
-  return segment == 0 ? q : segment == 1 ? k : v;
+METAL_FUNC T pick(int segment, T first, T second, T third) {
+  return segment == 0 ? first : segment == 1 ? second : third;
+}
+
+METAL_FUNC int64_t offset_of(int64_t batch, int row, constant RowStrides& strides) {
+  return batch * strides.batch + row * strides.row;
 }
 
 // Where a feature of a segment is in a row of its output or gradient.
@@ -104,3 +111,10 @@ struct RowMajorStore {
   INSTANTIATE(name "_float32", kernel<float, __VA_ARGS__>) \
   INSTANTIATE(name "_float16", kernel<half, __VA_ARGS__>)  \
   INSTANTIATE(name "_bfloat16", kernel<bfloat16_t, __VA_ARGS__>)
+
+// For dense weights alone. A device compiles the kernels of one format at run time, for all take it a minute.
+#if !defined(MLX_FUSED_FORMAT) || defined(MLX_FUSED_FORMAT_dense)
+#define INSTANTIATE_DENSE(...) INSTANTIATE_TYPES(__VA_ARGS__)
+#else
+#define INSTANTIATE_DENSE(...)
+#endif

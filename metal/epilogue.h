@@ -1,17 +1,17 @@
 #pragma once
 
-// What a sum becomes before it is stored, in every projection and input gradient, dense or quantized.
+// What a sum becomes before it is stored: its low-rank terms, and in a projection the rest.
 #include "common.h"
 
 namespace mlx_fused {
 
-// tile += the low-rank terms of one segment. `low` and `factor` are those of the tile's first row and
+// tile += the low-rank terms of one segment. `low_rows` and `factor` begin at the tile's first row and
 // feature.
 template <typename Mma, typename Tile>
 METAL_FUNC void add_low_rank(
     const thread Mma& mma,
     thread Tile& tile,
-    const device float* low,
+    const device float* low_rows,
     int low_columns,
     const device float* factor,
     constant SegmentParams& segment,
@@ -27,7 +27,7 @@ METAL_FUNC void add_low_rank(
     for (short i = 0; i < Mma::TM; ++i) {
       Fragment::load_safe(
           left.frag_at(i, 0),
-          low + segment.first_column + r,
+          low_rows + segment.first_column + r,
           low_columns,
           mlx::steel::Int<1>{},
           rows,
@@ -52,19 +52,19 @@ METAL_FUNC void add_low_rank(
 }
 
 // out = residual + alpha * (sum + bias + low-rank sum), rounded once, or where mlx-lm's modules round.
-template <typename T, bool is_quantized>
+template <typename T, typename Format>
 struct Epilogue {
   const device T* bias;
   const device T* residual;
-  const device float* low;  // scale * x A
+  const device float* low_rank;  // scale * x A
   const device float* lora_b;
-  device T* out;
+  device T* output;
   constant ProjectionParams* params;
   constant SegmentParams* segment;
 
   // A lane's share of the low-rank term of one row and feature.
-  METAL_FUNC float low_rank(int64_t batch, int row, int feature, ushort lane) const thread {
-    const device float* low_row = low + (batch * params->rows + row) * params->low_columns;
+  METAL_FUNC float low_rank_share(int64_t batch, int row, int feature, ushort lane) const thread {
+    const device float* low_row = low_rank + (batch * params->rows + row) * params->low_columns;
     float sum = 0.0f;
     for (int r = lane; r < segment->rank; r += 32) {
       sum += low_row[segment->first_column + r] * lora_b[r * segment->rank_stride + feature];
@@ -72,22 +72,20 @@ struct Epilogue {
     return sum;
   }
 
-  METAL_FUNC void store(int64_t batch, int row, int feature, float sum, float low_rank) const thread {
-    float y = is_quantized ? rounded(sum) : sum;
+  METAL_FUNC void store(int64_t batch, int row, int feature, float sum, float low_rank_sum) const thread {
+    float y = Format::is_quantized ? rounded(sum) : sum;
     if (mlx_fused_has_bias) {
       y += static_cast<float>(bias[feature]);
     }
     y = rounded(y);
     if (mlx_fused_has_adapter) {
-      y = rounded(y + rounded(low_rank));
+      y = rounded(y + rounded(low_rank_sum));
     }
     y = rounded(params->alpha * y);
     if (mlx_fused_has_residual) {
-      y += static_cast<float>(
-          residual[batch * params->residual_batch_stride + row * params->residual_row_stride + feature]);
+      y += static_cast<float>(residual[offset_of(batch, row, params->residual) + feature]);
     }
-    out[batch * segment->batch_stride + row * segment->row_stride + feature_offset(feature, *segment)] =
-        static_cast<T>(y);
+    output[offset_of(batch, row, segment->rows) + feature_offset(feature, *segment)] = static_cast<T>(y);
   }
 
  private:
@@ -96,88 +94,18 @@ struct Epilogue {
   }
 };
 
-template <typename T, bool is_quantized>
-struct ProjectionStore {
-  Epilogue<T, is_quantized> epilogue;
-  const thread float* sums;
-  const thread float* low_ranks;
-  int64_t batch;
-  int first_row;
-  int first_feature;
-
-  METAL_FUNC void operator()(short row, short col, short element) const thread {
-    epilogue.store(batch, first_row + row, first_feature + col, sums[element], low_ranks[element]);
-  }
-};
-
-// Of a tile at (first_row, first_feature).
-template <typename T, bool is_quantized, typename Mma>
-METAL_FUNC void store_projection(
-    const thread Mma& mma,
-    const thread Epilogue<T, is_quantized>& epilogue,
-    int64_t batch,
-    int first_row,
-    int first_feature,
-    short rows,
-    short cols,
-    ushort lane) {
-  constant ProjectionParams& params = *epilogue.params;
-  mlx::steel::MMATile<float, Mma::TM, Mma::TN> low_rank;
-  if (mlx_fused_has_adapter) {
-    add_low_rank(
-        mma,
-        low_rank,
-        epilogue.low + (batch * params.rows + first_row) * params.low_columns,
-        params.low_columns,
-        epilogue.lora_b + first_feature,
-        *epilogue.segment,
-        rows,
-        cols,
-        lane);
-  }
-  store_results(
-      mma,
-      rows,
-      cols,
-      ProjectionStore<T, is_quantized>{
-          epilogue, mma.Ctile.elems(), low_rank.elems(), batch, first_row, first_feature});
-}
-
-// dx = alpha * sum + the low-rank terms of all segments: `low` is alpha * scale * dy B^T.
-template <typename T, typename Mma>
-METAL_FUNC void store_input_grad(
-    thread Mma& mma,
-    const device float* low,
-    const device float* q_lora_a,
-    const device float* k_lora_a,
-    const device float* v_lora_a,
-    device T* d_input,
-    constant ProjectionParams& params,
-    int64_t batch,
-    int first_row,
-    int first_feature,
-    short rows,
-    short cols,
-    ushort lane) {
-  scale_results(mma, params.alpha);
-  if (mlx_fused_has_adapter) {
-    for (int i = 0; i < params.segments; ++i) {
-      constant SegmentParams& segment = params.segment[i];
-      add_low_rank(
-          mma,
-          mma.Ctile,
-          low + (batch * params.rows + first_row) * params.low_columns,
-          params.low_columns,
-          pick(i, q_lora_a, k_lora_a, v_lora_a) + first_feature * segment.feature_stride,
-          segment,
-          rows,
-          cols,
-          lane);
-    }
-  }
-  device T* out =
-      d_input + batch * params.input_batch_stride + first_row * params.input_row_stride + first_feature;
-  store_results(mma, rows, cols, RowMajorStore<T>{mma.Ctile.elems(), out, params.input_row_stride});
-}
-
 }  // namespace mlx_fused
+
+// A kernel's parameters for the epilogue of a projection, and that of one segment.
+#define EPILOGUE_PARAMETERS(T)                                                       \
+  PER_SEGMENT(const device T*, bias), BUFFER(const device T*, residual),             \
+      BUFFER(const device float*, low_rank), PER_SEGMENT(const device float*, lora), \
+      PER_SEGMENT(device T*, output)
+#define EPILOGUE_OF(index)    \
+  {OF_SEGMENT(index, bias),   \
+   residual,                  \
+   low_rank,                  \
+   OF_SEGMENT(index, lora),   \
+   OF_SEGMENT(index, output), \
+   &params,                   \
+   &segment}

@@ -4,18 +4,12 @@
 
 namespace mlx_fused {
 
-constant constexpr int product_simdgroups = 16;
-
 template <typename T, int column_blocks>
 [[kernel, max_total_threads_per_threadgroup(32 * product_simdgroups)]] void low_rank_product(
-    const device T* q_left [[buffer(0)]],
-    const device T* k_left [[buffer(1)]],
-    const device T* v_left [[buffer(2)]],
-    const device float* q_factor [[buffer(3)]],
-    const device float* k_factor [[buffer(4)]],
-    const device float* v_factor [[buffer(5)]],
-    device float* low [[buffer(6)]],
-    constant ProjectionParams& params [[buffer(7)]],
+    BUFFER(constant ProjectionParams&, params),
+    PER_SEGMENT(const device T*, left),
+    PER_SEGMENT(const device float*, lora),
+    BUFFER(device float*, low_rank),
     uint3 tile [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
@@ -23,13 +17,13 @@ template <typename T, int column_blocks>
 
   const int index = segment_of(tile.x, params);
   constant SegmentParams& segment = params.segment[index];
-  const int first_column = segment.first_column + (int(tile.x) - segment.first_tile) * column_blocks * 8;
-  const int first_row = int(tile.y) * 8;
+  const int first_column =
+      segment.first_column + (int(tile.x) - segment.first_tile) * column_blocks * block_size;
+  const int first_row = int(tile.y) * block_size;
   const int rows = params.rows - first_row;
   const int64_t batch = tile.z;
   const short2 place = Fragment::get_coord(lane);
-  const device T* left =
-      pick(index, q_left, k_left, v_left) + batch * segment.batch_stride + first_row * segment.row_stride;
+  const device T* left = OF_SEGMENT(index, left) + offset_of(batch, first_row, segment.rows);
 
   Fragment::frag_type sums[column_blocks];
   const device float* factors[column_blocks];
@@ -37,22 +31,22 @@ template <typename T, int column_blocks>
   STEEL_PRAGMA_UNROLL
   for (int n = 0; n < column_blocks; ++n) {
     sums[n] = Fragment::frag_type(0.0f);
-    blocks[n] = column_block(first_column + n * 8, segment.end_column, params);
-    factors[n] = pick(blocks[n].segment, q_factor, k_factor, v_factor) +
-                 blocks[n].first * params.segment[blocks[n].segment].rank_stride;
+    blocks[n] = column_block(first_column + n * block_size, segment.end_column, params);
+    factors[n] =
+        OF_SEGMENT(blocks[n].segment, lora) + blocks[n].first * params.segment[blocks[n].segment].rank_stride;
   }
 
-  const int steps_per_head = (segment.head_dim + 7) / 8;
+  const int steps_per_head = (segment.head_dim + block_size - 1) / block_size;
   const int steps = segment.features / segment.head_dim * steps_per_head;
   for (int step = simdgroup; step < steps; step += product_simdgroups) {
     const int head = step / steps_per_head;
-    const int dim = step % steps_per_head * 8;
+    const int dim = step % steps_per_head * block_size;
     const int dims = segment.head_dim - dim;
     Fragment::frag_type x;
     Fragment::load_safe(
         x,
         left + head * segment.head_stride + dim,
-        segment.row_stride,
+        segment.rows.row,
         mlx::steel::Int<1>{},
         rows,
         dims,
@@ -83,7 +77,7 @@ template <typename T, int column_blocks>
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (simdgroup < column_blocks) {
-    const int column = first_column + simdgroup * 8;
+    const int column = first_column + simdgroup * block_size;
     const ColumnBlock block = column_block(column, segment.end_column, params);
     Fragment::frag_type sum = partial_sums[0][simdgroup][lane];
     for (int i = 1; i < product_simdgroups; ++i) {
@@ -92,7 +86,7 @@ template <typename T, int column_blocks>
     sum *= params.segment[block.segment].scale;
     Fragment::store_safe(
         sum,
-        low + (batch * params.rows + first_row) * params.low_columns + column,
+        low_rank + (batch * params.rows + first_row) * params.low_columns + column,
         params.low_columns,
         mlx::steel::Int<1>{},
         rows,
@@ -102,6 +96,6 @@ template <typename T, int column_blocks>
   }
 }
 
-INSTANTIATE_TYPES("low_rank_product", low_rank_product, 4)
+INSTANTIATE_DENSE("low_rank_product", low_rank_product, blocks_per_tile)
 
 }  // namespace mlx_fused

@@ -1,23 +1,73 @@
 #pragma once
 
-// What a launch tells its kernel. Host and shaders include this one file; strides count elements.
+// What host and shaders agree on: where a kernel's buffers are bound, the sizes of its tiles, and what a
+// launch tells it. Both include this one file; strides count elements.
 
-#ifndef __METAL_VERSION__
+#ifdef __METAL_VERSION__
+#define MLX_FUSED_CONSTANT constant constexpr
+#else
 #include <cstddef>
 #include <cstdint>
+#define MLX_FUSED_CONSTANT constexpr
 #endif
 
 namespace mlx_fused {
 
+// The same in all kernels. What every segment has of its own takes three in a row.
+enum BufferIndex : int32_t {
+  buffer_params,
+  buffer_input,
+  buffer_residual,
+  buffer_low_rank,  // the low-rank product
+  buffer_left,      // what that is a product of: the input, or gradients
+  buffer_gradient = buffer_left + 3,
+  buffer_weight = buffer_gradient + 3,
+  buffer_scales = buffer_weight + 3,
+  buffer_biases = buffer_scales + 3,
+  buffer_bias = buffer_biases + 3,  // or its gradient
+  buffer_lora = buffer_bias + 3,    // an adapter's A or B
+  buffer_output = buffer_lora + 3,  // an input gradient takes the first alone
+  buffer_count = buffer_output + 3,
+};
+
+// Fixed when a pipeline is made, so that what a call lacks costs it nothing.
+enum ConstantIndex : int32_t {
+  constant_has_bias,
+  constant_has_residual,
+  constant_has_adapter,
+  constant_exact,  // round where mlx-lm's modules do
+};
+
+// A tile of a projection or gradient, 32 or 64 rows of it, is that of two by two simdgroups.
+MLX_FUSED_CONSTANT int tile_cols = 64;
+MLX_FUSED_CONSTANT int tile_threads = 128;
+MLX_FUSED_CONSTANT int weight_grad_rows = 64;
+
+// Up to so many rows the weights are read once for all of them, by lanes side by side, a simdgroup taking a
+// few features. A tile of the other kernel would be three quarters empty: reasoned, not measured on a Mac.
+MLX_FUSED_CONSTANT int few_rows = 8;
+MLX_FUSED_CONSTANT int features_per_simdgroup = 4;
+MLX_FUSED_CONSTANT int projection_simdgroups = 8;
+
+// Low-rank products: simdgroups go by blocks of 8 by 8, a tile being several of them wide.
+MLX_FUSED_CONSTANT int block_size = 8;
+MLX_FUSED_CONSTANT int blocks_per_tile = 4;
+MLX_FUSED_CONSTANT int product_simdgroups = 16;
+MLX_FUSED_CONSTANT int grad_simdgroups = 8;
+
+struct RowStrides {
+  int64_t batch;
+  int64_t row;
+};
+
 // One of a projection's outputs: q, k or v, or the output projection's only one. Element (b, s, h, d) of it,
-// or of its gradient, is at b * batch_stride + s * row_stride + h * head_stride + d.
+// or of its gradient, is at b * rows.batch + s * rows.row + h * head_stride + d.
 struct SegmentParams {
+  RowStrides rows;
+  int64_t head_stride;
   int64_t weight_row_stride;
   int64_t scales_row_stride;  // of a quantized weight
   int64_t biases_row_stride;
-  int64_t batch_stride;
-  int64_t row_stride;
-  int64_t head_stride;
   int64_t rank_stride;     // of an adapter's A or B, or of its gradient: along the rank
   int64_t feature_stride;  // and along the other axis
   int32_t features;
@@ -30,13 +80,12 @@ struct SegmentParams {
   float scale;
 };
 
-// input is [batch, rows, in_features], or its gradient; the low-rank product, whose rows are as many,
+// The input and its gradient are [batch, rows, in_features]; the low-rank product, whose rows are as many,
 // [batch * rows, low_columns].
 struct ProjectionParams {
-  int64_t input_batch_stride;
-  int64_t input_row_stride;
-  int64_t residual_batch_stride;
-  int64_t residual_row_stride;
+  RowStrides input;
+  RowStrides input_grad;
+  RowStrides residual;
   int32_t batch;
   int32_t rows;
   int32_t in_features;
@@ -48,8 +97,9 @@ struct ProjectionParams {
 };
 
 #ifndef __METAL_VERSION__
+static_assert(buffer_count <= 31);  // as many as Metal has
 static_assert(sizeof(SegmentParams) == 96 && offsetof(SegmentParams, features) == 64);
-static_assert(sizeof(ProjectionParams) == 352 && offsetof(ProjectionParams, segment) == 64);
+static_assert(sizeof(ProjectionParams) == 368 && offsetof(ProjectionParams, segment) == 80);
 #endif
 
 }  // namespace mlx_fused

@@ -1,98 +1,105 @@
-// Few rows, as in decoding: x W^T and its epilogue, reading every weight once for all rows.
+// Few rows, as in decoding: x W^T and its epilogue, every weight being read once for all rows.
 #include "epilogue.h"
+#include "weight.h"
 
 namespace mlx_fused {
 
-// A simdgroup takes a few features; its lanes go through their weights side by side.
-constant constexpr int features_per_simdgroup = 4;
-constant constexpr int simdgroups = 8;
-constant constexpr int values_per_lane = 4;
-constant constexpr int block_depth = 32 * values_per_lane;
-
-// sums[f][m] += the products of a lane's values, depth of them.
-template <typename T, int M>
+// sums[f][m] += the products of a chunk of each feature's weight, or depth values of it, with x.
+template <typename T, typename Format, int M>
 METAL_FUNC void accumulate(
-    const device T* w,
-    int64_t weight_row_stride,
+    const Weight<T, Format> weight,
+    int column,
     int count,
     const device T* input,
     const thread int64_t (&row_offset)[M],
     int rows,
     int depth,
     thread float (&sums)[features_per_simdgroup][M]) {
-  float x[M][values_per_lane];
+  Chunk<T, Format> chunks[features_per_simdgroup] = {};
+  Group groups[features_per_simdgroup] = {};
   STEEL_PRAGMA_UNROLL
-  for (int m = 0; m < M; ++m) {
-    STEEL_PRAGMA_UNROLL
-    for (int j = 0; j < values_per_lane; ++j) {
-      x[m][j] = m < rows && j < depth ? static_cast<float>(input[row_offset[m] + j]) : 0.0f;
+  for (int f = 0; f < features_per_simdgroup; ++f) {
+    if (f < count) {
+      chunks[f] = weight.from_row(f).chunk(column, depth);
+      groups[f] = weight.from_row(f).group(column);
     }
   }
   STEEL_PRAGMA_UNROLL
-  for (int f = 0; f < features_per_simdgroup; ++f) {
+  for (int first = 0; first < Format::chunk_size; first += Format::values_per_load) {
+    float x[M][Format::values_per_load];
+    float x_sum[M] = {};
     STEEL_PRAGMA_UNROLL
-    for (int j = 0; j < values_per_lane; ++j) {
-      const float value = f < count && j < depth ? static_cast<float>(w[f * weight_row_stride + j]) : 0.0f;
+    for (int m = 0; m < M; ++m) {
+      STEEL_PRAGMA_UNROLL
+      for (int j = 0; j < Format::values_per_load; ++j) {
+        const bool is_there = Format::is_quantized || (m < rows && first + j < depth);
+        x[m][j] = is_there ? static_cast<float>(input[row_offset[m] + column + first + j]) : 0.0f;
+        x_sum[m] += x[m][j];
+      }
+    }
+    STEEL_PRAGMA_UNROLL
+    for (int f = 0; f < features_per_simdgroup; ++f) {
+      float products[M];
       STEEL_PRAGMA_UNROLL
       for (int m = 0; m < M; ++m) {
-        sums[f][m] += x[m][j] * value;
+        products[m] = Format::is_quantized ? 0.0f : sums[f][m];
+      }
+      STEEL_PRAGMA_UNROLL
+      for (int j = 0; j < Format::values_per_load; ++j) {
+        const float value = chunks[f][first + j];
+        STEEL_PRAGMA_UNROLL
+        for (int m = 0; m < M; ++m) {
+          products[m] += x[m][j] * value;
+        }
+      }
+      STEEL_PRAGMA_UNROLL
+      for (int m = 0; m < M; ++m) {
+        sums[f][m] = Format::is_quantized ? sums[f][m] + groups[f].scale * products[m] : products[m];
+        if (Format::has_biases) {
+          sums[f][m] += groups[f].bias * x_sum[m];
+        }
       }
     }
   }
 }
 
-template <typename T, int M>
-[[kernel, max_total_threads_per_threadgroup(32 * simdgroups)]] void projection_rows(
-    const device T* input [[buffer(0)]],
-    const device T* q_weight [[buffer(1)]],
-    const device T* k_weight [[buffer(2)]],
-    const device T* v_weight [[buffer(3)]],
-    const device T* q_bias [[buffer(4)]],
-    const device T* k_bias [[buffer(5)]],
-    const device T* v_bias [[buffer(6)]],
-    const device T* residual [[buffer(7)]],
-    device T* q [[buffer(8)]],
-    device T* k [[buffer(9)]],
-    device T* v [[buffer(10)]],
-    const device float* low [[buffer(11)]],
-    const device float* q_lora_b [[buffer(12)]],
-    const device float* k_lora_b [[buffer(13)]],
-    const device float* v_lora_b [[buffer(14)]],
-    constant ProjectionParams& params [[buffer(15)]],
+// A simdgroup takes a few features; its lanes go through their weights side by side.
+template <typename T, typename Format, int M>
+[[kernel, max_total_threads_per_threadgroup(32 * projection_simdgroups)]] void projection_rows(
+    BUFFER(constant ProjectionParams&, params),
+    BUFFER(const device T*, input),
+    WEIGHT_PARAMETERS(T, Format),
+    EPILOGUE_PARAMETERS(T),
     uint3 tile [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
   const int index = segment_of(tile.x, params);
   constant SegmentParams& segment = params.segment[index];
-  const int first = ((int(tile.x) - segment.first_tile) * simdgroups + simdgroup) * features_per_simdgroup;
+  const int segment_tile = int(tile.x) - segment.first_tile;
+  const int first = (segment_tile * projection_simdgroups + simdgroup) * features_per_simdgroup;
   const int count = min(features_per_simdgroup, segment.features - first);
   const int rows = params.batch * params.rows;
-  const device T* w = pick(index, q_weight, k_weight, v_weight) + first * segment.weight_row_stride;
+  const Weight<T, Format> weights = WEIGHT_OF(index);
+  const Weight<T, Format> weight = weights.from_row(first);
 
   int64_t row_offset[M];
   STEEL_PRAGMA_UNROLL
   for (int m = 0; m < M; ++m) {
-    row_offset[m] = m / params.rows * params.input_batch_stride + m % params.rows * params.input_row_stride;
+    const int row = min(m, rows - 1);  // what the others add up is not stored
+    row_offset[m] = offset_of(row / params.rows, row % params.rows, params.input);
   }
   float sums[features_per_simdgroup][M] = {};
-  for (int i = lane * values_per_lane; i < params.in_features; i += block_depth) {
+  constexpr int chunk_size = Format::chunk_size;
+  for (int i = lane * chunk_size; i < params.in_features; i += 32 * chunk_size) {
     const int depth = params.in_features - i;
-    if (depth >= values_per_lane) {  // the same with a constant depth: no test per value
-      accumulate<T, M>(
-          w + i, segment.weight_row_stride, count, input + i, row_offset, rows, values_per_lane, sums);
+    if (Format::is_quantized || depth >= chunk_size) {  // a constant depth: no test per value
+      accumulate<T, Format, M>(weight, i, count, input, row_offset, rows, chunk_size, sums);
     } else {
-      accumulate<T, M>(w + i, segment.weight_row_stride, count, input + i, row_offset, rows, depth, sums);
+      accumulate<T, Format, M>(weight, i, count, input, row_offset, rows, depth, sums);
     }
   }
 
-  const Epilogue<T, false> epilogue = {
-      pick(index, q_bias, k_bias, v_bias),
-      residual,
-      low,
-      pick(index, q_lora_b, k_lora_b, v_lora_b),
-      pick(index, q, k, v),
-      &params,
-      &segment};
+  const Epilogue<T, Format> epilogue = EPILOGUE_OF(index);
   STEEL_PRAGMA_UNROLL
   for (int f = 0; f < features_per_simdgroup; ++f) {
     STEEL_PRAGMA_UNROLL
@@ -101,19 +108,19 @@ template <typename T, int M>
         const int64_t batch = m / params.rows;
         const int row = m % params.rows;
         const float sum = simd_sum(sums[f][m]);
-        const float low_rank =
-            mlx_fused_has_adapter ? simd_sum(epilogue.low_rank(batch, row, first + f, lane)) : 0.0f;
+        const float low_rank_sum =
+            mlx_fused_has_adapter ? simd_sum(epilogue.low_rank_share(batch, row, first + f, lane)) : 0.0f;
         if (lane == 0) {
-          epilogue.store(batch, row, first + f, sum, low_rank);
+          epilogue.store(batch, row, first + f, sum, low_rank_sum);
         }
       }
     }
   }
 }
 
-INSTANTIATE_TYPES("projection_rows_1", projection_rows, 1)
-INSTANTIATE_TYPES("projection_rows_2", projection_rows, 2)
-INSTANTIATE_TYPES("projection_rows_4", projection_rows, 4)
-INSTANTIATE_TYPES("projection_rows_8", projection_rows, 8)
+INSTANTIATE_FORMATS("projection_rows_1", projection_rows, 1)
+INSTANTIATE_FORMATS("projection_rows_2", projection_rows, 2)
+INSTANTIATE_FORMATS("projection_rows_4", projection_rows, 4)
+INSTANTIATE_FORMATS("projection_rows_8", projection_rows, 8)
 
 }  // namespace mlx_fused

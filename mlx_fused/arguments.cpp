@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "mlx/ops.h"
+
 namespace mlx_fused {
 
 namespace {
@@ -117,6 +119,22 @@ class Layer {
   std::vector<std::pair<Role, mx::array>> arrays_;
 };
 
+// Splits an array of a packed layer into the segments' parts. They share lora_a; lora_b is split by columns.
+Arrays unpacked(
+    Role role, const mx::array& array, const std::vector<int>& features, const Products& products) {
+  if (role == Role::lora_a) {
+    return Arrays(features.size(), array);
+  }
+  if (role != Role::lora_b) {
+    return products.split(array, features);
+  }
+  auto parts = products.split(mx::transpose(array, products.stream), features);
+  for (auto& part : parts) {
+    part = mx::transpose(part, products.stream);
+  }
+  return parts;
+}
+
 }  // namespace
 
 std::optional<std::string> difference(const Linears& layers) {
@@ -164,17 +182,16 @@ Arrays check_arguments(
     int rows = packed ? std::accumulate(features.begin(), features.end(), 0) : features[i];
     auto suffix = layers.size() == 1 ? "" : "[" + std::to_string(i) + "]";
     for (auto& [role, array] : Layer(check, layers[i], input.shape(-1), rows, suffix).checked()) {
-      auto parts = packed ? products.split(array, features) : Arrays{array};
+      auto parts = packed ? unpacked(role, array, features, products) : Arrays{array};
       for (int j = 0; j < int(parts.size()); ++j) {
         slots.push_back({role, i + j});
         arrays.push_back(parts[j]);
       }
     }
     if (layers[i].lora_a) {
-      if (packed) {
-        check.fail("weight must be a tuple of three layers where there is an adapter but got one layer.");
+      for (int j = i; j < (packed ? int(features.size()) : i + 1); ++j) {
+        call.segments[j].adapter_scale = layers[i].lora_scale;
       }
-      call.segments[i].adapter_scale = layers[i].lora_scale;
     }
   }
   if (auto reason = difference(layers)) {

@@ -1,7 +1,5 @@
 #include "mlx_fused/call.h"
 
-#include <algorithm>
-
 namespace mlx_fused {
 
 namespace {
@@ -67,11 +65,6 @@ Slots input_slots(const GradCall& call) {
     }
   }
   return slots;
-}
-
-const mx::array* Operands::find(Role role, int segment) const {
-  auto it = std::find(slots_.begin(), slots_.end(), Slot{role, segment});
-  return it == slots_.end() ? nullptr : &arrays_[it - slots_.begin()];
 }
 
 }  // namespace mlx_fused

@@ -1,7 +1,9 @@
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "mlx/array.h"
@@ -71,28 +73,39 @@ struct GradCall {
   bool wants(Role role, int segment = 0) const {
     return contains(wanted, {role, segment});
   }
+
+  // The factor of a segment's low-rank products in the gradients; 0 if the segment has no adapter.
+  float adapter_scale(int segment) const {
+    return forward.segments[segment].adapter_scale.value_or(0) * forward.epilogue.alpha;
+  }
 };
 
 // The slots of a primitive's inputs, in order. A gradient primitive takes only the arrays that it reads.
 Slots input_slots(const Call& call);
 Slots input_slots(const GradCall& call);
 
-// Looks up a primitive's arrays by slot.
-class Operands {
+// Looks up values by slot: a primitive's arrays, or what describes them.
+template <typename T>
+class BySlot {
  public:
-  Operands(const Arrays& arrays, Slots slots) : arrays_(arrays), slots_(std::move(slots)) {}
+  BySlot(const std::vector<T>& values, Slots slots) : values_(values), slots_(std::move(slots)) {}
 
-  // Null if there is no such array.
-  const mx::array* find(Role role, int segment = 0) const;
+  // Null if there is no value for the slot.
+  const T* find(Role role, int segment = 0) const {
+    auto it = std::find(slots_.begin(), slots_.end(), Slot{role, segment});
+    return it == slots_.end() ? nullptr : &values_[it - slots_.begin()];
+  }
 
-  // The array must be there.
-  const mx::array& get(Role role, int segment = 0) const {
+  // The slot must have a value.
+  const T& get(Role role, int segment = 0) const {
     return *find(role, segment);
   }
 
  private:
-  const Arrays& arrays_;
+  const std::vector<T>& values_;
   const Slots slots_;
 };
+
+using Operands = BySlot<mx::array>;
 
 }  // namespace mlx_fused

@@ -23,9 +23,9 @@ Route best(const Workload& work, const DeviceInfo& device) {
   if (work.rows >= matmul_unit_rows && device.matmul_units) {
     return Route::composed;
   }
-  bool few_rows = work.rows > 1 && work.rows <= metal::few_rows;
+  bool few = work.rows > 1 && work.rows <= few_rows;
   bool plain = !work.quantization && !work.has_adapters && !work.has_bias;
-  if (!work.is_grad && work.has_residual && plain && !few_rows) {
+  if (!work.is_grad && work.has_residual && plain && !few) {
     return Route::composed;  // mx.addmm adds the residual in its epilogue already
   }
   // Reasoned, not measured: saves launches, for example two of the three of q, k and v, and those that add

@@ -76,29 +76,27 @@ PLANNED = list(large_cases())  # of Llama-3.2-1B's sizes, which would take the s
 
 
 def run_plan(case, **options):
-    """The case's call, and which of the plan's launches are the case's: those of dx, say."""
-    if case.operation in ADAPTED:
-        op = adapted(case)
-        if case.operation.endswith("grad"):
-            call, _ = metal_plan.backward(op, projections.cotangents(None, op, zeros), trained(op), **options)
-        else:
-            call, _ = metal_plan.forward(op, **options)
-        return call, range(len(call.plan))
-    x, weight, bias, extra = operands(case)
-    if case.operation == "qkv":
-        call, _ = metal_plan.qkv_projection(x, weight, bias, *case.heads, **options)
-    elif case.operation == "output":
-        call, _ = metal_plan.output_projection(x, weight, bias, *extra, **options)
-    else:
-        call, _ = metal_plan.qkv_projection_bwd(*extra, x, weight, case.bias, *case.heads, **options)
-    dx = call.outputs[0]
-    of_dw = [dx not in bound(launch).values() for launch in call.plan]
-    return call, [i for i, dw in enumerate(of_dw) if dw == (case.operation == "dw")]
+    """The case's call, its plan run."""
+    op = call_of(case)
+    if not (keys := wanted_of(case, op)):
+        return metal_plan.forward(op, **options)[0]
+    return metal_plan.backward(op, projections.cotangents(None, op, zeros), keys, **options)[0]
+
+
+def wanted_of(case, op):
+    """What it is the gradient of, if it is one."""
+    wanted = {"dx": ("input",), "dw": ("weight", "bias")}
+    trained = ("input", "attn_out", "lora_a", "lora_b") if case.operation.endswith("grad") else ()
+    return [key for key in op.leaves if key[0] in wanted.get(case.operation, trained)]
 
 
 def bound(launch):
-    """The name of the buffer in each slot."""
-    return {index: f"a{array}" for index, array, _ in launch["buffers"]}
+    """The names of its buffers by what the kernel has them for."""
+    names = {}
+    for index, name, _ in launch["buffers"]:
+        _, role = max((first, role) for role, first in metal_plan.BUFFERS.items() if first <= index)
+        names.setdefault(role, []).append(name)
+    return names
 
 
 def reads(launch, case):
@@ -107,40 +105,38 @@ def reads(launch, case):
     A tile of the output needs its rows of the one operand and its columns of the other, each in full.
     """
     columns, row_tiles, batches = launch["grid"]
-    kernel, constants, rows = launch["kernel"].removeprefix("quantized_"), launch["constants"], case.rows
+    kernel, constants, rows = launch["kernel"], launch["constants"], case.rows
     features = features_of(case)
     if kernel.startswith("low_rank_product"):
-        slots = {(0, 1, 2): 1, (3, 4, 5): row_tiles}
+        times = {"left": 1, "lora": row_tiles}
     elif kernel.startswith("adapter_grad"):
         # Of x there is one tile of columns; a block of 8 features reads the rows of P or G.
         of_x = columns == ceil(case_input(case) / 64)
         blocks = [case_input(case) / 8] if of_x else [n / 8 for n in features]
-        slots = {(0, 1, 2): 1, (3,): Fraction(sum(map(ceil, blocks)), len(blocks))}
+        times = {"left": 1, "low_rank": Fraction(sum(map(ceil, blocks)), len(blocks))}
     elif kernel.startswith("projection_rows"):
-        simdgroups = columns * launch["threadgroup"][0] // 32
-        slots = {(0,): simdgroups, (1, 2, 3): 1}
+        times = {"input": columns * launch["threadgroup"][0] // 32, "weight": 1}
     elif kernel.startswith("projection"):
-        slots = {(0,): columns, (1, 2, 3): row_tiles * batches}
-    elif "input_grad" in kernel:
-        slots = {(0, 1, 2): columns, (3, 4, 5): row_tiles * batches}
+        times = {"input": columns, "weight": row_tiles * batches}
+    elif kernel.startswith("input_grad"):
+        times = {"gradient": columns, "weight": row_tiles * batches}
     else:
-        slots = {(0,): row_tiles, (1, 2, 3): columns}
-    if constants.get(0):
-        slots[4, 5, 6] = rows  # a bias, by every element of the output
-    if constants.get(1):
-        slots[7,] = 1  # the residual
-    if constants.get(2):  # P or G, and the adapters' other factors
+        times = {"input": row_tiles, "gradient": columns}
+    if constants.get(metal_plan.CONSTANTS["has_bias"]):
+        times["bias"] = rows  # by every element of the output
+    if constants.get(metal_plan.CONSTANTS["has_residual"]):
+        times["residual"] = 1
+    if constants.get(metal_plan.CONSTANTS["has_adapter"]):  # P or G, and the adapters' other factors
         if kernel.startswith("projection_rows"):  # by every element of the output
-            slots |= {(11,): Fraction(sum(features), len(features)), (12, 13, 14): rows}
+            times |= {"low_rank": Fraction(sum(features), len(features)), "lora": rows}
         elif kernel.startswith("projection"):  # by two of a tile's four simdgroups
-            slots |= {(11,): Fraction(2 * columns, len(features)), (12, 13, 14): 2 * row_tiles}
+            times |= {"low_rank": Fraction(2 * columns, len(features)), "lora": 2 * row_tiles}
         else:
-            slots |= {(7,): 2 * columns, (8, 9, 10): 2 * row_tiles}
-    if launch["format"]:  # scales and biases, once for every 16 values of their group
-        weights, first = ((3, 4, 5), 12) if "input_grad" in kernel else ((1, 2, 3), 16)
-        slots[tuple(range(first, first + 6))] = slots[weights] * FORM[1] // 16
+            times |= {"low_rank": 2 * columns, "lora": 2 * row_tiles}
+    if launch["format"] != "dense":  # once for every 16 values of their group
+        times["scales"] = times["biases"] = times["weight"] * FORM[1] // 16
     names = bound(launch)
-    return {names[slot]: times for group, times in slots.items() for slot in group}
+    return {name: n for role, n in times.items() for name in names[role]}
 
 
 def case_input(case):
@@ -158,16 +154,15 @@ def features_of(case):
 
 def written(call, launch):
     """The buffers that the launch writes."""
-    slots = bound(launch)
-    low = {slots[6]} if launch["kernel"].startswith("low_rank_product") else set()
-    return set(slots.values()) & set(call.outputs) | low
+    low_rank = bound(launch)["low_rank"] if launch["kernel"].startswith("low_rank_product") else []
+    return {name for _, name, _ in launch["buffers"]} & {*call.outputs, *low_rank}
 
 
 def simulated(case) -> Cost:
     """Counted while the launches ran."""
-    call, launches = run_plan(case)
-    traffic = [t for i in launches for t in call.results[i].traffic.values()]
-    return Cost(len(launches), *(sum(getattr(t, field) for t in traffic) for field in Cost._fields[1:]))
+    call = run_plan(case)
+    traffic = [t for result in call.results for t in result.traffic.values()]
+    return Cost(len(call.plan), *(sum(getattr(t, field) for t in traffic) for field in Cost._fields[1:]))
 
 
 class NotRun:
@@ -182,12 +177,12 @@ class NotRun:
 
 def planned(case) -> Cost:
     """The same by `reads`, which tests hold against the simulator."""
-    call, launches = run_plan(case, library_of=NotRun())
+    call = run_plan(case, library_of=NotRun())
     size = {name: buffer.nbytes for name, buffer in call.buffers.items()}
-    times = [item for i in launches for item in reads(call.plan[i], case).items()]
-    bytes_written = sum(size[a] for i in launches for a in written(call, call.plan[i]))
+    times = [item for launch in call.plan for item in reads(launch, case).items()]
+    bytes_written = sum(size[a] for launch in call.plan for a in written(call, launch))
     distinct_read, total_read = sum(size[a] for a, _ in times), int(sum(size[a] * n for a, n in times))
-    return Cost(len(launches), distinct_read, bytes_written, total_read, bytes_written)
+    return Cost(len(call.plan), distinct_read, bytes_written, total_read, bytes_written)
 
 
 # MLX's
@@ -217,19 +212,16 @@ def zeros(rng, shape, dtype=DTYPE):
     return mx.zeros(shape, dtype)
 
 
-def adapted(case):
-    """The call of projections.py that a case with adapters or quantized weights is."""
+def call_of(case):
+    """The call of projections.py that a case is."""
     rng, rank = np.random.default_rng(0), RANK if "lora" in case.operation else None
-    options = {"bias": case.bias, "dtype": DTYPE, "draw": zeros, "form": None if rank else FORM}
+    form = FORM if "quantized" in case.operation else None
+    options = {"bias": case.bias, "dtype": DTYPE, "draw": zeros, "form": form}
     if "output" in case.operation:
         shape = (1, case.rows, case_input(case), case.hidden)
         return projections.output(rng, *shape, rank=rank, **options)
     shape = (1, case.rows, case.hidden, case.heads)
     return projections.qkv(rng, *shape, ranks=rank and (rank,) * 3, packed=case.packed, **options)
-
-
-def trained(op):
-    return [key for key in op.leaves if key[0] in ("input", "attn_out", "lora_a", "lora_b")]
 
 
 def adapted_linear(op):
@@ -320,10 +312,10 @@ def unflatten(tree, leaves):
 
 def adapted_graph(case, form):
     project = adapted_linear if form == "mlx-lm" else lambda op: op(route="composed")
-    op = adapted(case)
+    op = call_of(case)
     given = projections.cotangents(None, op, zeros)
     is_grad = case.operation.endswith("grad")
-    wanted = trained(op)
+    wanted = wanted_of(case, op)
 
     def run(*arrays):
         of_leaves, cotangents = arrays[: len(op.leaves)], arrays[len(op.leaves) :]

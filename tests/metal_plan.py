@@ -1,5 +1,6 @@
 """Runs the library's launch plans for Metal on the simulator."""
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -8,10 +9,22 @@ import numpy as np
 
 from mlx_fused._ext import _internals
 from msl_sim import Library
-from operands import segments
 
 KERNELS = Path(__file__).parent.parent / "metal"
 NAMES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
+
+
+def enumerators(prefix):
+    """Those of an enum of params.h: each is one more than that before, or three than the one it names."""
+    values, value = {}, 0
+    pattern = rf"^  {prefix}_(\w+)(?: = {prefix}_(\w+) \+ 3)?,"
+    for name, base in re.findall(pattern, (KERNELS / "params.h").read_text(), re.M):
+        values[name] = value = values[base] + 3 if base else value
+        value += 1
+    return values
+
+
+BUFFERS, CONSTANTS = enumerators("buffer"), enumerators("constant")
 
 
 @cache
@@ -27,6 +40,7 @@ class Call:
     def __init__(self, dtype: mx.Dtype):
         self.dtype = dtype
         self.buffers: dict[str, np.ndarray] = {}
+        self.places: list[tuple[str, int]] = []  # of the plan's arrays: buffer, and bytes from its beginning
         self.outputs: list[str] = []
         self.results = []
         self.plan = []
@@ -37,40 +51,64 @@ class Call:
             return None
         data = to_numpy(array if base is None else base).reshape(-1)
         data.flags.writeable = False
-        return self._tensor(array.shape, data, strides, offset)
+        return self.tensor(array.shape, data, strides, offset)
 
-    def output(self, shape, strides=None, size=None, dtype=None):
+    def output(self, shape, strides=None, dtype=None):
         """An output of this shape, filled with a bit pattern that no result has."""
-        size = int(np.prod(shape)) if size is None else size
-        dtype = dtype or self.dtype
+        size, dtype = int(np.prod(shape)), dtype or self.dtype
         data = np.full(size, 0x7E57, np.uint16) if dtype != mx.float32 else np.full(size, np.nan, np.float32)
         if dtype == mx.float16:
             data = data.view(np.float16)
-        tensor = self._tensor(shape, data, strides, 0)
-        self.outputs.append(f"a{tensor[0]}")
+        tensor = self.tensor(shape, data, strides)
+        self.outputs.append(self.places[tensor[0]][0])
         return tensor
 
-    def run(self, plan, library_of=None, **options):
-        launches, temporaries = plan
-        self.plan += launches
+    def tensor(self, shape, data, strides=None, offset=0):
+        """(array, shape, strides) of what lies in a new buffer."""
+        name = f"a{len(self.buffers)}"
+        self.buffers[name] = data
+        return self._place(name, offset * data.itemsize, shape, strides or row_major(shape))
+
+    def split(self, tensor, features):
+        """The rows of every segment in one packed array."""
+        array, shape, strides = tensor
+        name, offset = self.places[array]
+        parts, row = [], offset
+        for size in features:
+            parts.append(self._place(name, row, [size, *shape[1:]], strides))
+            row += size * strides[0] * self.buffers[name].itemsize
+        return parts
+
+    def _place(self, name, offset, shape, strides):
+        self.places.append((name, offset))
+        return len(self.places) - 1, list(shape), list(strides)
+
+    def run(self, inputs, outputs, about=None, library_of=None, **options):
+        """Runs the plan of a call whose tensors are given by (role, segment); the rest of it is ``about``."""
+        inputs = {slot: tensor for slot, tensor in inputs.items() if tensor}
+        about = {"adapter_scales": [None] * (1 + max(segment for _, segment in inputs))} | (about or {})
+        launches, temporaries = _internals.plan(NAMES[self.dtype], inputs, outputs, **about)
         for i, size in enumerate(temporaries):  # of float32; NaN, so that what is not written shows
-            self.buffers[f"a{-1 - i}"] = np.full(size // 4, np.nan, np.float32)
+            self.buffers[f"temporary {i}"] = np.full(size // 4, np.nan, np.float32)
         for launch in launches:
-            named = launch | {"buffers": [(i, f"a{a}", offset) for i, a, offset in launch["buffers"]]}
+            launch["buffers"] = [(i, *self._bound(array)) for i, array in launch["buffers"]]
             # An empty array has no buffer, and Metal's validation refuses to launch without one.
-            assert all(self.buffers[name].size for _, name, _ in named["buffers"])
+            assert all(self.buffers[name].size for _, name, _ in launch["buffers"])
             library = (library_of or libraries())[launch["kernel"]]
-            self.results.append(library.run([named], self.buffers, **options))
+            self.plan.append(launch)
+            self.results.append(library.run([launch], self.buffers, **options))
+
+    def _bound(self, array):
+        return self.places[array] if array >= 0 else (f"temporary {-1 - array}", 0)
 
     def value(self, tensor) -> mx.array:
-        array, shape, strides, offset = tensor
-        data = self.buffers[f"a{array}"]
-        view = np.lib.stride_tricks.as_strided(data[offset:], shape, [s * data.itemsize for s in strides])
+        array, shape, strides = tensor
+        name, offset = self.places[array]
+        data = self.buffers[name]
+        begin = data[offset // data.itemsize :]
+        view = np.lib.stride_tricks.as_strided(begin, shape, [s * data.itemsize for s in strides])
         dtype = mx.float32 if data.dtype == np.float32 else self.dtype
         return from_numpy(np.ascontiguousarray(view), dtype)
-
-    def traffic(self, tensor):
-        return [result.traffic[f"a{tensor[0]}"] for result in self.results]
 
     def assert_written_once(self):
         """Every byte of every output is written, once, and by one launch."""
@@ -79,11 +117,6 @@ class Call:
             written = [r.traffic[name] for r in self.results if name in r.traffic]
             assert sum(t.distinct_written for t in written) == size, name
             assert sum(t.total_written for t in written) == size, name
-
-    def _tensor(self, shape, data, strides, offset):
-        index = len(self.buffers)
-        self.buffers[f"a{index}"] = data
-        return index, list(shape), list(strides or row_major(shape)), offset
 
 
 class Embedded(Call):
@@ -110,99 +143,11 @@ def from_numpy(array: np.ndarray, dtype: mx.Dtype) -> mx.array:
     return mx.array(array).view(dtype) if dtype == mx.bfloat16 else mx.array(array)
 
 
-def segments_of(call, packed, heads):
-    """Tensors of q's, k's and v's part of a weight, bias or gradient: one packed array or three."""
-    return parts_of(call, packed, [n * dims for n, dims in segments(heads)])
-
-
 def parts_of(call, packed, features):
     """Tensors of every segment's part of one packed array or a tuple of them."""
-    if packed is None:
-        return [None] * len(features)
     if isinstance(packed, tuple):
         return [call.input(part) for part in packed]
-    return split(call.input(packed), features)
-
-
-def split(tensor, features):
-    index, shape, strides, offset = tensor
-    parts, row = [], 0
-    for size in features:
-        parts.append((index, [size, *shape[1:]], strides, offset + row * strides[0]))
-        row += size
-    return parts
-
-
-def qkv_projection(x, weight, bias, *heads, **options):
-    """``fused_qkv_projection`` on the simulator: the call and its outputs."""
-    call = Call(x.dtype)
-    tx = call.input(x)
-    weights, biases = segments_of(call, weight, heads), segments_of(call, bias, heads)
-    batch, seq, _ = x.shape
-    outputs = [call.output((batch, n, seq, dims)) for n, dims in segments(heads)]
-    parts = list(zip(weights, biases, outputs, strict=True))
-    call.run(_internals.plan_projection(NAMES[x.dtype], tx, parts), **options)
-    return call, tuple(call.value(out) for out in outputs)
-
-
-def output_projection(x, weight, bias, residual, gap=0, **options):
-    """``fused_output_projection_residual`` on it; x and residual with `gap` rows between batches."""
-    call = Call(x.dtype)
-    tx, tw, tb, tr = apart(call, x, gap), call.input(weight), call.input(bias), apart(call, residual, gap)
-    out = call.output(residual.shape)
-    call.run(_internals.plan_projection(NAMES[x.dtype], tx, [(tw, tb, one_head(out))], tr), **options)
-    return call, call.value(out)
-
-
-def one_head(tensor):
-    index, shape, strides, offset = tensor
-    return index, [shape[0], 1, *shape[1:]], [strides[0], 0, *strides[1:]], offset
-
-
-def apart(call, a, gap):
-    batch, seq, features = a.shape
-    base = mx.concatenate([a, mx.full((batch, gap, features), 9.0, a.dtype)], 1)
-    return call.input(a, [(seq + gap) * features, features, 1], 0, base)
-
-
-def qkv_projection_bwd(dq, dk, dv, x, weight, has_bias, *heads, **options):
-    """``fused_qkv_projection_bwd`` on the simulator."""
-    call = Call(x.dtype)
-    grads = [call.input(g) for g in (dq, dk, dv)]
-    tx, weights = call.input(x), segments_of(call, weight, heads)
-    dx = call.output(x.shape)
-    call.run(_internals.plan_gradients(NAMES[x.dtype], list(zip(grads, weights, strict=True)), dx), **options)
-    packed = not isinstance(weight, tuple)
-    rows = [n * dims for n, dims in segments(heads)]
-    if packed:
-        dw = [call.output(weight.shape)]
-        db = [call.output((sum(rows),))] if has_bias else []
-        dws, dbs = split(dw[0], rows), split(db[0], rows) if has_bias else [None] * 3
-    else:
-        dw = dws = [call.output((n, x.shape[2])) for n in rows]
-        db = [call.output((n,)) for n in rows] if has_bias else []
-        dbs = db or [None] * 3
-    parts = list(zip(grads, dws, dbs, strict=True))
-    call.run(_internals.plan_weight_grad(NAMES[x.dtype], tx, parts), **options)
-    d_weight, d_bias = tuple(map(call.value, dw)), tuple(map(call.value, db))
-    if packed:
-        d_weight, d_bias = d_weight[0], d_bias[0] if has_bias else None
-    return call, (call.value(dx), d_weight, d_bias if has_bias else None)
-
-
-# The calls of projections.py, with adapters or quantized weights.
-
-
-def weights_of(call, op):
-    """The weights' tensors, and what else plans ask of quantized ones."""
-    weight, scales, biases = (
-        parts_of(call, op.arguments.get(name), op.features) for name in ("weight", "scales", "biases")
-    )
-    if not op.quantization:
-        return weight, {}
-    group_size, bits, mode = op.quantization
-    quantized = list(zip(scales, biases, strict=True))
-    return weight, {"quantized": quantized, "quantization": (mode, bits, group_size)}
+    return [] if packed is None else call.split(call.input(packed), features)
 
 
 def adapters_of(call, op):
@@ -219,49 +164,48 @@ def listed(value, count):
     return list(value) if isinstance(value, tuple) else [value] * count
 
 
+# What plans call an argument of the operations that has another name there.
+ROLES = {"attn_out": "input", "scales": "group_scales", "biases": "group_biases"}
+
+
+def operands_of(call, op):
+    """The tensors of the operation's arguments, and what else the call is about."""
+    tensors = {("input", 0): call.input(op.x), ("residual", 0): call.input(op.arguments.get("residual"))}
+    for name in ("weight", "scales", "biases", "bias"):
+        parts = parts_of(call, op.arguments.get(name), op.features)
+        tensors |= {(ROLES.get(name, name), i): part for i, part in enumerate(parts)}
+    scales = [None] * len(op.features)
+    for i, adapter in enumerate(adapters_of(call, op)):
+        if adapter:
+            tensors["lora_a", i], tensors["lora_b", i], scales[i] = adapter
+    group_size, bits, mode = op.quantization or (None,) * 3
+    about = {"adapter_scales": scales, "alpha": op.arguments.get("alpha", 1.0)}
+    return tensors, about | {"quantization": (mode, bits, group_size) if mode else None}
+
+
 def forward(op, kind=Call, **options):
-    """The operation on the simulator: the call, of a ``kind`` of Call, and its outputs."""
-    arguments, (batch, seq, _) = op.arguments, op.x.shape
-    call = kind(op.x.dtype)
-    x, residual = call.input(op.x), call.input(arguments.get("residual"))
-    weights, quantized = weights_of(call, op)
-    biases, adapters = parts_of(call, arguments.get("bias"), op.features), adapters_of(call, op)
+    """A call of projections.py on the simulator: the call, of a ``kind`` of Call, and its outputs."""
+    call, (batch, seq, _) = kind(op.x.dtype), op.x.shape
+    tensors, about = operands_of(call, op)
     if op.segments:
-        outputs = tensors = [call.output((batch, n, seq, dims)) for n, dims in op.segments]
+        outputs = [call.output((batch, n, seq, dims)) for n, dims in op.segments]
     else:
-        outputs = [call.output(arguments["residual"].shape)]
-        tensors = [one_head(outputs[0])]
-    plan = _internals.plan_projection(
-        NAMES[op.x.dtype],
-        x,
-        list(zip(weights, biases, tensors, strict=True)),
-        residual,
-        arguments.get("alpha", 1.0),
-        arguments.get("exact", False),
-        adapters,
-        **quantized,
-    )
-    call.run(plan, **options)
+        outputs = [call.output(op.arguments["residual"].shape)]
+    by_slot = {("output", i): out for i, out in enumerate(outputs)}
+    call.run(tensors, by_slot, about | {"exact": op.arguments.get("exact", False)}, **options)
     return call, tuple(map(call.value, outputs))
 
 
 def backward(op, cotangents, keys, kind=Call, **options):
-    """Gradients of the operation's input and adapters, those of ``keys``: the call and their values."""
+    """The gradients of its arrays ``keys``: the call and their values."""
     call = kind(op.x.dtype)
-    grads = [call.input(g) for g in cotangents]
-    weights, quantized = weights_of(call, op)
-    adapters = adapters_of(call, op)
+    tensors, about = operands_of(call, op)
+    tensors |= {("cotangent", i): call.input(g) for i, g in enumerate(cotangents)}
     found = {key: call.output(op.leaves[key].shape, dtype=op.leaves[key].dtype) for key in keys}
-    places = range(len(adapters)) if op.segments else [None]
-    plan = _internals.plan_gradients(
-        NAMES[op.x.dtype],
-        list(zip(grads if op.segments else map(one_head, grads), weights, strict=True)),
-        next((t for (name, _), t in found.items() if name in ("input", "attn_out")), None),
-        call.input(op.x),
-        adapters,
-        [(found.get(("lora_a", i)), found.get(("lora_b", i))) for i in places],
-        op.arguments.get("alpha", 1.0),
-        **quantized,
-    )
-    call.run(plan, **options)
+    by_slot = {}
+    for (name, place), tensor in found.items():
+        packed = name in ("weight", "bias") and place is None
+        parts = call.split(tensor, op.features) if packed else [tensor]
+        by_slot |= {(ROLES.get(name, name), i): part for i, part in enumerate(parts, place or 0)}
+    call.run(tensors, by_slot, about, **options)
     return call, tuple(call.value(found[key]) for key in keys)

@@ -120,7 +120,7 @@ def exact(tree):
 
 def assert_equal(actual, expected):
     """The same bits: for operands whose every sum is exact (see ``operands.integers``)."""
-    for a, e in zip(_leaves(actual), _leaves(exact(expected)), strict=True):
+    for a, e in zip(leaves(actual), leaves(exact(expected)), strict=True):
         np.testing.assert_array_equal(exact(a), e)
 
 
@@ -134,12 +134,12 @@ def assert_close(actual, formula, *args, roundings=1, terms=None):
     products nest, as in (x A) B, ``terms`` is n: the most roundings from any product to the result.
     """
     args = exact(args)
-    expected = _leaves(formula(*args))
-    magnitudes = _leaves(formula(*_map(np.abs, args, np.ndarray)))
-    counts = _leaves(formula(*_map(np.ones_like, args, np.ndarray)))
+    expected = leaves(formula(*args))
+    magnitudes = leaves(formula(*_map(np.abs, args, np.ndarray)))
+    counts = leaves(formula(*_map(np.ones_like, args, np.ndarray)))
     terms = counts if terms is None else [terms] * len(counts)
-    for leaves in zip(_leaves(actual), expected, magnitudes, terms, strict=True):
-        _assert_near(*leaves, roundings)
+    for numbers in zip(leaves(actual), expected, magnitudes, terms, strict=True):
+        _assert_near(*numbers, roundings)
 
 
 def assert_near(actual, expected, magnitudes, terms):
@@ -175,7 +175,7 @@ def _map(function, tree, kind):
     return function(tree) if isinstance(tree, kind) else tree
 
 
-def _leaves(tree):
+def leaves(tree):
     if isinstance(tree, (tuple, list)):
-        return [leaf for t in tree for leaf in _leaves(t)]
+        return [leaf for t in tree for leaf in leaves(t)]
     return [] if tree is None else [tree]

@@ -1,4 +1,4 @@
-"""Calls on quantized or adapted weights: random operands for them, and what they must give."""
+"""Calls of the operations, on weights of any kind: random operands for them, and what they must give."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -95,7 +95,17 @@ class Call:
         """The keys of the arrays that hold the rows of all segments."""
         if self.segments is None or isinstance(self.arguments["weight"], tuple):
             return []
-        return [key for key in self.leaves if key[0] in ("weight", "scales", "biases", "bias")]
+        return [key for key in self.leaves if key[0] in ("weight", "scales", "biases", "bias", "lora_b")]
+
+    @property
+    def has_bias(self):
+        return any(name == "bias" for name, _ in self.leaves)
+
+    @property
+    def plain(self):
+        """Whether every result is one sum of products, so that the formula counts the roundings itself."""
+        adapted = any(name == "lora_a" for name, _ in self.leaves)
+        return not (self.quantization or adapted) and self.arguments.get("alpha", 1.0) == 1.0
 
     @property
     def quantization(self):
@@ -132,9 +142,9 @@ class Call:
             terms = [oracle.quantized_terms(*part, *self.quantization) for part in parts]
         else:
             terms = [oracle.terms_of(w) for w in weight]
-        adapters = [
+        lora_a, lora_b = (
             oracle.exact(tuple(_listed(a.get(n)) or (None,) * segments)) for n in ("lora_a", "lora_b")
-        ]
+        )
         scale = np.broadcast_to(np.array(a.get("lora_scale", 1.0), np.float64), segments).copy()
         residual = None if self.segments else oracle.exact(a["residual"])
         bias = tuple(oracle.exact(b) for b in _listed(a.get("bias")) or (None,) * segments)
@@ -142,9 +152,11 @@ class Call:
             cuts = np.cumsum(self.features)[:-1]
             terms = np.split(terms[0], cuts, -2)
             bias = (None,) * segments if bias[0] is None else tuple(np.split(bias[0], cuts))
+            if lora_a[0] is not None:
+                lora_a, lora_b = lora_a * segments, tuple(np.split(lora_b[0], cuts, -1))
         alpha = np.array(np.float32(a.get("alpha", 1.0)), np.float64)
         scale = scale.astype(np.float32).astype(np.float64)
-        return oracle.exact(self.x), tuple(terms), bias, *adapters, scale, residual, alpha
+        return oracle.exact(self.x), tuple(terms), bias, lora_a, lora_b, scale, residual, alpha
 
     def formula(self, x, weights, biases, lora_a, lora_b, scale, residual, alpha):
         segments = oracle.projection(x, weights, biases, lora_a, lora_b, scale)
@@ -180,6 +192,8 @@ class Call:
             d_x, d_weight, d_bias, d_a, d_b = oracle.projection_bwd(grads, x, weights, lora_a, lora_b, scale)
             if packed:
                 d_weight, d_bias = [np.concatenate(d_weight)], [np.concatenate(d_bias)]
+                if lora_a[0] is not None:
+                    d_a, d_b = [sum(d_a)], [np.concatenate(d_b, -1)]
             every = {"input": [d_x], "attn_out": [d_x], "residual": cotangents}
             every |= {"weight": d_weight, "bias": d_bias, "lora_a": d_a, "lora_b": d_b}
             return tuple(every[name][place or 0] for name, place in keys)
@@ -203,10 +217,15 @@ class Call:
         return self.x.shape[-1] + sum(ranks) if ranks else 0
 
 
+def check_outputs(call, outputs, roundings=1):
+    """What the call gave, however it was made."""
+    terms = None if call.plain else call.forward_terms
+    oracle.assert_close(outputs, call.formula, *call.exact_operands, roundings=roundings, terms=terms)
+
+
 def check_forward(call, roundings=1, **options):
     outputs = call(**options)
-    terms, exact = call.forward_terms, call.exact_operands
-    oracle.assert_close(outputs, call.formula, *exact, roundings=roundings, terms=terms)
+    check_outputs(call, outputs, roundings)
     return outputs
 
 
@@ -223,13 +242,41 @@ def gradients(call, keys, given, **options):
     return tuple(mx.vjp(call.function(keys, **options), primals, list(given))[1])
 
 
+def backward(call, given, **options):
+    """The results of the backward operation, which dense calls have."""
+    names = ("dq", "dk", "dv") if call.segments else ("d_output",)
+    arguments = {n: call.arguments[n] for n in ("input", "attn_out", "weight", *HEADS) if n in call.arguments}
+    arguments |= dict(zip(names, given, strict=True)) | {"has_bias": call.has_bias}
+    return getattr(mlx_fused, f"{call.operation}_bwd")(**arguments | options)
+
+
+def check_grads(call, given, keys, grads, roundings=1):
+    """The gradients of ``keys``, however they were made."""
+    assert [g.dtype for g in grads] == [call.leaves[key].dtype for key in keys]
+    formula, terms = call.gradient_formula(keys), None if call.plain else call.gradient_terms
+    oracle.assert_close(grads, formula, given, *call.exact_operands, roundings=roundings, terms=terms)
+
+
 def check_gradients(call, given, keys=None, roundings=1, **options):
     keys = call.trainable if keys is None else keys
     grads = gradients(call, keys, given, **options)
-    assert [g.dtype for g in grads] == [call.leaves[key].dtype for key in keys]
-    formula, terms, exact = call.gradient_formula(keys), call.gradient_terms, call.exact_operands
-    oracle.assert_close(grads, formula, given, *exact, roundings=roundings, terms=terms)
+    check_grads(call, given, keys, grads, roundings)
     return grads
+
+
+def check_backward(call, given, roundings=1, **options):
+    _, d_weight, d_bias, *d_residual = results = backward(call, given, **options)
+    form = tuple if call.segments and not call.packed else mx.array
+    assert isinstance(d_weight, form) and isinstance(d_bias, form if call.has_bias else type(None))
+    assert not d_residual or mx.array_equal(*d_residual, *given, equal_nan=True)
+    check_grads(call, given, list(call.leaves), oracle.leaves(results), roundings)
+
+
+def check(rng, call, **options):
+    """Forward and gradients."""
+    outputs = check_forward(call, **options)
+    assert all(y.dtype == call.x.dtype for y in outputs)
+    check_gradients(call, cotangents(rng, call), **options)
 
 
 # Operands
@@ -265,7 +312,10 @@ def qkv(
     rng, batch, seq, hidden, heads, form=None, dtype=mx.float32, bias=True, packed=False, ranks=None,
     scale=2.0, adapter_dtype=mx.float32, draw=normal,
 ):  # fmt: skip
-    """A call for q, k and v: quantized if it has a form, with adapters where ``ranks`` has a number."""
+    """A call for q, k and v: quantized if it has a form, with adapters where ``ranks`` has a number.
+
+    What is packed has one adapter, of the first rank.
+    """
     features = [n * dims for n, dims in segments(heads)]
     parts = [sum(features)] if packed else features
     made = [weights(rng, n, hidden, form, dtype, draw) for n in parts]
@@ -278,7 +328,8 @@ def qkv(
     arguments["bias"] = biases[0] if bias and packed else biases
     arguments |= zip(HEADS, heads, strict=False)
     if ranks:
-        arguments |= adapters(rng, hidden, features, ranks, scale, adapter_dtype, draw)
+        made = adapters(rng, hidden, parts, ranks[: len(parts)], scale, adapter_dtype, draw)
+        arguments |= {n: made[n][0] for n in ("lora_a", "lora_b")} | {"lora_scale": scale} if packed else made
     return _call("qkv_projection", arguments, form)
 
 

@@ -13,337 +13,253 @@ import operands
 import oracle
 import projections
 from graph import output_counts, primitives
-from mlx_fused import composed
+from operands import integers
+from projections import backward, check_gradients, cotangents, gradients
 from stacks import Stack
 from test_forward import dtypes
 
 HEADS = (4, 2, 3)
-MODULES = (mlx_fused, composed)
-QKV_NAMES = ("x", "wq", "wk", "wv", "bq", "bk", "bv")
-OUTPUT_NAMES = ("attn_out", "weight", "bias", "residual")
+AFFINE = ("affine", 32, 4)
+# (form, whether there are adapters)
+KINDS = {"dense": (None, False), "affine": (AFFINE, False), "mxfp4": (("mxfp4", 32, 4), False)}
+KINDS |= {"lora": (None, True), "affine-lora": (AFFINE, True), "nvfp4-lora": (("nvfp4", 16, 4), True)}
+OPERATIONS = ["qkv", "packed", "output"]
+kinds = pytest.mark.parametrize("kind", KINDS)
+operations = pytest.mark.parametrize("operation", OPERATIONS)
+
+
+def make(rng, operation, kind="dense", dtype=mx.float32, **options):
+    """A small call on integers."""
+    form, adapted = KINDS[kind]
+    options = {"form": form, "dtype": dtype, "draw": integers} | options
+    hidden = 32 if form else 5
+    if operation == "output":
+        alpha, rank = 1.0 if kind == "dense" else 0.5, 2 if adapted else None
+        return projections.output(rng, 2, 3, hidden, 4, alpha=alpha, rank=rank, **options)
+    ranks, packed = (2, None, 3) if adapted else None, operation == "packed"
+    return projections.qkv(rng, 2, 3, hidden, HEADS, packed=packed, ranks=ranks, **options)
 
 
 def subsets(n):
     return [c for size in range(1, n + 1) for c in combinations(range(n), size)]
 
 
-def qkv_flat(rng, dtype=mx.float32, draw=operands.integers):
-    """input, then the three weights and the three biases."""
-    x, weight, bias = operands.qkv(rng, 2, 3, 5, HEADS, dtype, draw=draw)
-    return x, *weight, *bias
+def chosen(keys, kind):
+    """Subsets of the keys: every one for dense weights, and of the others the smallest and the whole."""
+    some = [[keys[i] for i in subset] for subset in subsets(len(keys))]
+    return [s for s in some if kind == "dense" or len(s) in (1, 2, len(keys))]
 
 
-def qkv_function(module):
-    return lambda x, wq, wk, wv, bq, bk, bv: module.fused_qkv_projection(
-        x, (wq, wk, wv), (bq, bk, bv), *HEADS
-    )
+def values(call, keys=None):
+    return [call.leaves[key] for key in keys or call.trainable]
 
 
-def packed_function(module):
-    return lambda x, weight, bias: module.fused_qkv_projection(x, weight, bias, *HEADS)
+def like(rng, arrays):
+    return [integers(rng, a.shape) for a in arrays]
 
 
-def weighted_sum(function, cotangents):
-    """The scalar whose gradients are the function's vjp with these cotangents."""
+def every(args):
+    return tuple(range(len(args)))
 
-    def loss(*args):
-        outputs = function(*args)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return sum((c * y).sum() for c, y in zip(cotangents, outputs, strict=True))
 
-    return loss
+def square_sum(function):
+    return lambda *args: sum((y * y).sum() for y in function(*args))
 
 
 def cube_sum(function):
     """A scalar with second and third derivatives."""
+    return lambda *args: sum((y * y * y).sum() for y in function(*args))
 
-    def loss(*args):
-        outputs = function(*args)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return sum((y * y * y).sum() for y in outputs)
 
-    return loss
+def check_as_composed(call, transform, keys=None):
+    """``transform(function, values)`` gives of the call what it gives of the composed form."""
+    keys = keys or call.trainable
+    routes = ({}, {"route": "composed"})
+    oracle.assert_equal(*(transform(call.function(keys, **r), values(call, keys)) for r in routes))
+
+
+def backward_function(call, by=lambda call, given: oracle.leaves(backward(call, given))):
+    """The backward operation as a function of the cotangents and of the arrays that it reads."""
+    keys, count = read_by_backward(call), len(call.features)
+
+    def function(*args):
+        return tuple(by(call.with_leaves(dict(zip(keys, args[count:], strict=True))), args[:count]))
+
+    return function
+
+
+def read_by_backward(call):
+    return [key for key in call.leaves if key[0] not in ("bias", "residual")]
 
 
 @dtypes
-@pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
+@operations
 @pytest.mark.parametrize("seq", [1, 9])
-def test_qkv_vjp_is_the_explicit_backward(rng, dtype, packed, seq):
-    heads = (4, 2, 16)
-    args = operands.qkv(rng, 2, seq, 40, heads, dtype, packed=packed)
-    cotangents = operands.qkv_cotangents(rng, 2, seq, heads, dtype)
-    loss = weighted_sum(lambda *a: mlx_fused.fused_qkv_projection(*a, *heads), cotangents)
-    grads = mx.grad(loss, argnums=(0, 1, 2))(*args)
-    oracle.assert_close(grads, oracle.fused_qkv_projection_bwd, *cotangents, *args[:2], True, *heads)
+def test_vjp(rng, seq, operation, dtype):
+    call = projections.output(rng, 2, seq, 40, 24, dtype=dtype)
+    if operation != "output":
+        call = projections.qkv(rng, 2, seq, 40, (4, 2, 16), dtype=dtype, packed=operation == "packed")
+    check_gradients(call, cotangents(rng, call))
 
 
-@dtypes
-@pytest.mark.parametrize("seq", [1, 9])
-def test_output_vjp_is_the_explicit_backward(rng, dtype, seq):
-    args = operands.output(rng, 2, seq, 40, 24, dtype)
-    (cotangent,) = (operands.normal(rng, (2, seq, 24), dtype),)
-    loss = weighted_sum(mlx_fused.fused_output_projection_residual, (cotangent,))
-    grads = mx.grad(loss, argnums=(0, 1, 2, 3))(*args)
-    oracle.assert_close(grads, oracle.fused_output_projection_residual_bwd, cotangent, *args[:2], True)
+@operations
+def test_value_and_grad(rng, operation):
+    call = make(rng, operation)
+    check_as_composed(call, lambda f, args: mx.value_and_grad(cube_sum(f), every(args))(*args))
 
 
-def test_value_and_grad(rng):
-    args = qkv_flat(rng)
-    results = [mx.value_and_grad(cube_sum(qkv_function(m)), argnums=tuple(range(7)))(*args) for m in MODULES]
-    oracle.assert_equal(*results)
-    args = operands.output(rng, 2, 3, 5, 4, draw=operands.integers)
-    results = [
-        mx.value_and_grad(cube_sum(m.fused_output_projection_residual), argnums=(0, 1, 2, 3))(*args)
-        for m in MODULES
-    ]
-    oracle.assert_equal(*results)
-
-
-@pytest.mark.parametrize("argnums", subsets(7), ids=lambda s: "-".join(QKV_NAMES[i] for i in s))
-def test_qkv_computes_only_the_gradients_asked_for(rng, argnums):
-    args = qkv_flat(rng)
-    cotangents = operands.qkv_cotangents(rng, 2, 3, HEADS, draw=operands.integers)
-    losses = [weighted_sum(qkv_function(m), cotangents) for m in MODULES]
-    grads, expected = (mx.grad(loss, argnums)(*args) for loss in losses)
-    nodes = primitives(*grads)
-    assert nodes["FusedQKVProjectionGrad"] == 1
-    assert output_counts("FusedQKVProjectionGrad", *grads) == [len(argnums)]
-    assert not nodes["Matmul"] and not nodes["AddMM"] and not nodes["Concatenate"]
-    oracle.assert_equal(grads, expected)
-
-
-@pytest.mark.parametrize("argnums", subsets(3), ids=str)
-def test_packed_qkv_computes_only_the_gradients_asked_for(rng, argnums):
-    args = operands.qkv(rng, 2, 3, 5, HEADS, packed=True, draw=operands.integers)
-    cotangents = operands.qkv_cotangents(rng, 2, 3, HEADS, draw=operands.integers)
-    losses = [weighted_sum(packed_function(m), cotangents) for m in MODULES]
-    grads, expected = (mx.grad(loss, argnums)(*args) for loss in losses)
-    packed_parts = 3 * len({1, 2} & set(argnums))  # whose gradients are packed again
-    assert output_counts("FusedQKVProjectionGrad", *grads) == [packed_parts + (0 in argnums)]
-    assert not primitives(*grads)["Matmul"]
-    oracle.assert_equal(grads, expected)
-
-
-@pytest.mark.parametrize("argnums", subsets(4), ids=lambda s: "-".join(OUTPUT_NAMES[i] for i in s))
-def test_output_computes_only_the_gradients_asked_for(rng, argnums):
-    args = operands.output(rng, 2, 3, 5, 4, draw=operands.integers)
-    cotangents = (operands.integers(rng, (2, 3, 4)),)
-    losses = [weighted_sum(m.fused_output_projection_residual, cotangents) for m in MODULES]
-    grads, expected = (mx.grad(loss, argnums)(*args) for loss in losses)
-    # The residual's gradient is the cotangent itself: no output of any node of ours.
-    wanted = len(set(argnums) - {3})
-    counts = output_counts("FusedOutputProjectionGrad", *grads)
-    assert counts == ([wanted] if wanted else [])
-    assert not primitives(*grads)["Matmul"] and not primitives(*grads)["AddMM"]
-    oracle.assert_equal(grads, expected)
-
-
-def test_one_forward_node_per_call(rng):
-    separate = qkv_flat(rng)
-    packed = operands.qkv(rng, 2, 3, 5, HEADS, packed=True)
-    output = operands.output(rng, 2, 3, 5, 4)
-    mx.eval(separate, packed, output)
-    assert primitives(*qkv_function(mlx_fused)(*separate)) == {"FusedQKVProjection": 1}
-    packed_nodes = primitives(*packed_function(mlx_fused)(*packed))
-    assert packed_nodes == {"FusedQKVProjection": 1, "Unpack": 2}  # views of weight and bias
-    out = mlx_fused.fused_output_projection_residual(*output)
-    assert primitives(out) == {"FusedOutputProjection": 1}
+@operations
+@kinds
+def test_one_node_each_way_and_only_the_gradients_asked_for(rng, operation, kind):
+    call = make(rng, operation, kind)
+    given = cotangents(rng, call, integers)
+    mx.eval(list(call.leaves.values()), given)
+    forward = "FusedOutputProjection" if operation == "output" else "FusedQKVProjection"
+    nodes = primitives(*call())
+    assert nodes.pop("Unpack", 0) == len(call.packed)  # into views
+    assert nodes.pop("Transpose", 0) == 4 * (("lora_b", None) in call.packed)
+    assert nodes == {forward: 1}
+    for keys in chosen(call.trainable, kind):
+        grads, expected = (gradients(call, keys, given, route=route) for route in (None, "composed"))
+        # The residual's gradient is the cotangent itself: no output of any node of ours.
+        of_segments = [*call.packed, ("lora_a", None)] if call.packed else []
+        wanted = sum(3 if key in of_segments else key[0] != "residual" for key in keys)
+        assert output_counts(f"{forward}Grad", *grads) == [wanted] * bool(wanted)
+        nodes = primitives(*grads)
+        assert not {"Matmul", "AddMM", "QuantizedMatmul"} & set(nodes)
+        assert bool(nodes["Concatenate"]) == any(key in call.packed for key in keys)
+        assert not output_counts(f"{forward}Grad", *expected)
+        oracle.assert_equal(grads, expected)
 
 
 @pytest.mark.parametrize("used", subsets(3), ids=lambda s: "".join("qkv"[i] for i in s))
 def test_outputs_that_the_loss_does_not_use(rng, used):
-    args = qkv_flat(rng)
+    def gradient(function, args):
+        loss = square_sum(lambda *a: [function(*a)[i] for i in used])
+        return mx.grad(loss, every(args))(*args)
 
-    def loss(module):
-        def f(*a):
-            outputs = qkv_function(module)(*a)
-            return sum((outputs[i] * outputs[i]).sum() for i in used)
-
-        return mx.grad(f, argnums=tuple(range(7)))
-
-    oracle.assert_equal(loss(mlx_fused)(*args), loss(composed)(*args))
+    check_as_composed(make(rng, "qkv"), gradient)
 
 
 def test_operands_used_more_than_once(rng):
-    x = operands.integers(rng, (2, 3, 6))
-    w = operands.integers(rng, (6, 6))
-    b = operands.integers(rng, (6,))
+    x, w, b = like(rng, [mx.zeros((2, 3, 6)), mx.zeros((6, 6)), mx.zeros(6)])
 
-    def loss(module):
+    def gradients(route):
         def f(x, w, b):
-            q, k, v = module.fused_qkv_projection(x, (w, w, w), (b, b, b), 2, 2, 3)
+            q, k, v = mlx_fused.fused_qkv_projection(x, (w, w, w), (b, b, b), 2, 2, 3, route=route)
             heads = (q + 2 * k - v).swapaxes(1, 2).flatten(2)
-            out = module.fused_output_projection_residual(heads, w, b, x)
-            again = module.fused_output_projection_residual(out, w, b, out)
+            out = mlx_fused.fused_output_projection_residual(heads, w, b, x, route=route)
+            again = mlx_fused.fused_output_projection_residual(out, w, b, out, route=route)
             return (again * again).sum()
 
-        return mx.grad(f, argnums=(0, 1, 2))
+        return mx.grad(f, argnums=(0, 1, 2))(x, w, b)
 
-    oracle.assert_equal(loss(mlx_fused)(x, w, b), loss(composed)(x, w, b))
-
-
-def jvp_of(function, args, argnums, tangents):
-    """The jvp of ``function`` by the arguments in ``argnums``, the others held."""
-
-    def f(*varied):
-        full = list(args)
-        for i, a in zip(argnums, varied, strict=True):
-            full[i] = a
-        return function(*full)
-
-    return mx.jvp(f, [args[i] for i in argnums], tangents)
+    oracle.assert_equal(gradients(None), gradients("composed"))
 
 
-@pytest.mark.parametrize("argnums", subsets(7), ids=lambda s: "-".join(QKV_NAMES[i] for i in s))
-def test_qkv_jvp(rng, argnums):
-    args = qkv_flat(rng)
-    tangents = [operands.integers(rng, args[i].shape) for i in argnums]
-
-    def jvp(module):
-        return jvp_of(qkv_function(module), args, argnums, tangents)
-
-    oracle.assert_equal(jvp(mlx_fused), jvp(composed))
-
-
-@pytest.mark.parametrize("argnums", subsets(3), ids=str)
-def test_packed_qkv_jvp(rng, argnums):
-    args = operands.qkv(rng, 2, 3, 5, HEADS, packed=True, draw=operands.integers)
-    tangents = [operands.integers(rng, args[i].shape) for i in argnums]
-
-    def jvp(module):
-        return jvp_of(packed_function(module), args, argnums, tangents)
-
-    oracle.assert_equal(jvp(mlx_fused), jvp(composed))
-
-
-@pytest.mark.parametrize("argnums", subsets(4), ids=lambda s: "-".join(OUTPUT_NAMES[i] for i in s))
-def test_output_jvp(rng, argnums):
-    args = operands.output(rng, 2, 3, 5, 4, draw=operands.integers)
-    tangents = [operands.integers(rng, args[i].shape) for i in argnums]
-
-    def jvp(module):
-        return jvp_of(module.fused_output_projection_residual, args, argnums, tangents)
-
-    oracle.assert_equal(jvp(mlx_fused), jvp(composed))
-
-
+@operations
+@kinds
 @pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
-def test_jvp_without_a_bias(rng, bias):
-    x, weight, b = operands.qkv(rng, 2, 3, 5, HEADS, bias=bias, draw=operands.integers)
-    tangent = operands.integers(rng, x.shape)
-    results = [
-        mx.jvp(lambda x, m=m: m.fused_qkv_projection(x, weight, b, *HEADS), [x], [tangent]) for m in MODULES
-    ]
-    oracle.assert_equal(*results)
+def test_jvp(rng, bias, operation, kind):
+    call = make(rng, operation, kind, bias=bias)
+    for keys in chosen(call.trainable, kind):
+        tangents = like(rng, values(call, keys))
+        check_as_composed(call, lambda f, args, tangents=tangents: mx.jvp(f, args, tangents), keys)
 
 
-@pytest.mark.parametrize("first", range(7), ids=QKV_NAMES.__getitem__)
-def test_qkv_gradients_of_gradients(rng, first):
-    args = qkv_flat(rng)
-    direction = operands.integers(rng, args[first].shape)
+@operations
+def test_gradients_of_gradients(rng, operation):
+    call = make(rng, operation)
+    for first, key in enumerate(call.trainable):
+        direction = integers(rng, call.leaves[key].shape)
 
-    def second(module):
-        gradient = mx.grad(cube_sum(qkv_function(module)), argnums=first)
-        return mx.grad(lambda *a: (gradient(*a) * direction).sum(), argnums=tuple(range(7)))
+        def second(function, args, first=first, direction=direction):
+            gradient = mx.grad(cube_sum(function), argnums=first)
+            return mx.grad(lambda *a: (gradient(*a) * direction).sum(), every(args))(*args)
 
-    oracle.assert_equal(second(mlx_fused)(*args), second(composed)(*args))
+        check_as_composed(call, second)
 
 
-@pytest.mark.parametrize("first", range(4), ids=OUTPUT_NAMES.__getitem__)
-def test_output_gradients_of_gradients(rng, first):
-    args = operands.output(rng, 2, 3, 5, 4, draw=operands.integers)
-    direction = operands.integers(rng, args[first].shape)
+@operations
+@kinds
+def test_gradients_of_all_gradients(rng, operation, kind):
+    call = make(rng, operation, kind)
+    # Powers of two and zeros, for products of many factors to be exact as well.
+    call = call.with_leaves({key: mx.sign(call.leaves[key]) for key in call.trainable})
 
-    def second(module):
-        gradient = mx.grad(cube_sum(module.fused_output_projection_residual), argnums=first)
-        return mx.grad(lambda *a: (gradient(*a) * direction).sum(), argnums=(0, 1, 2, 3))
+    def second(function, args):
+        gradient = mx.grad(square_sum(function), every(args))
+        return mx.grad(lambda *a: sum(g.sum() for g in gradient(*a)), every(args))(*args)
 
-    oracle.assert_equal(second(mlx_fused)(*args), second(composed)(*args))
+    check_as_composed(call, second)
 
 
 def test_third_derivative(rng):
-    args = operands.output(rng, 1, 2, 3, 2, draw=operands.integers)
-
-    def third(module):
-        f = cube_sum(module.fused_output_projection_residual)
+    def third(function, args):
+        f = cube_sum(function)
         for argnum in (0, 1):
             f = (lambda g: lambda *a: (g(*a) * 2).sum())(mx.grad(f, argnums=argnum))
-        return mx.grad(f, argnums=(0, 1, 2, 3))
+        return mx.grad(f, every(args))(*args)
 
-    oracle.assert_equal(third(mlx_fused)(*args), third(composed)(*args))
+    check_as_composed(projections.output(rng, 1, 2, 3, 2, draw=integers), third)
 
 
 def test_forward_over_reverse_and_reverse_over_forward(rng):
-    args = qkv_flat(rng)
-    tangents = [operands.integers(rng, a.shape) for a in args]
+    call = make(rng, "qkv")
+    tangents = like(rng, values(call))
 
-    def forward_over_reverse(module):
-        gradient = mx.grad(cube_sum(qkv_function(module)), argnums=tuple(range(7)))
-        return mx.jvp(gradient, list(args), tangents)
+    def forward_over_reverse(function, args):
+        return mx.jvp(mx.grad(cube_sum(function), every(args)), args, tangents)
 
-    def reverse_over_forward(module):
-        def f(*a):
-            return mx.jvp(cube_sum(qkv_function(module)), list(a), tangents)[1][0]
+    def reverse_over_forward(function, args):
+        slope = lambda *a: mx.jvp(cube_sum(function), list(a), tangents)[1][0]  # noqa: E731
+        return mx.grad(slope, every(args))(*args)
 
-        return mx.grad(f, argnums=tuple(range(7)))(*args)
-
-    for transform in (forward_over_reverse, reverse_over_forward):
-        oracle.assert_equal(transform(mlx_fused), transform(composed))
+    check_as_composed(call, forward_over_reverse)
+    check_as_composed(call, reverse_over_forward)
 
 
-def test_explicit_backwards_have_gradients_and_tangents_of_their_own(rng):
-    x, weight, bias = operands.qkv(rng, 2, 3, 5, HEADS, packed=True, draw=operands.integers)
-    cotangents = operands.qkv_cotangents(rng, 2, 3, HEADS, draw=operands.integers)
+@operations
+def test_explicit_backwards_have_gradients_and_tangents_of_their_own(rng, operation):
+    call = make(rng, operation)
+    args = [*cotangents(rng, call, integers), *values(call, read_by_backward(call))]
+    tangents = like(rng, args)
 
-    def fused(dq, dk, dv, x, weight):
-        return mlx_fused.fused_qkv_projection_bwd(dq, dk, dv, x, weight, True, *HEADS)
+    def by_composed(call, given):
+        return gradients(call, call.trainable, given, route="composed")
 
-    def reference(dq, dk, dv, x, weight):
-        return tuple(mx.vjp(packed_function(composed), [x, weight, bias], [dq, dk, dv])[1])
-
-    args = (*cotangents, x, weight)
-    check_higher_derivatives(rng, fused, reference, args)
-
-    a, w, b, r = operands.output(rng, 2, 3, 5, 4, draw=operands.integers)
-
-    def fused_output(g, a, w):
-        return mlx_fused.fused_output_projection_residual_bwd(g, a, w, True)
-
-    def reference_output(g, a, w):
-        return tuple(mx.vjp(composed.fused_output_projection_residual, [a, w, b, r], [g])[1])
-
-    check_higher_derivatives(rng, fused_output, reference_output, (r, a, w))
+    functions = (backward_function(call), backward_function(call, by_composed))
+    oracle.assert_equal(*(f(*args) for f in functions))
+    oracle.assert_equal(*(mx.grad(cube_sum(f), every(args))(*args) for f in functions))
+    oracle.assert_equal(*(mx.jvp(f, args, tangents) for f in functions))
 
 
-def check_higher_derivatives(rng, fused, reference, args):
-    everything = tuple(range(len(args)))
-    oracle.assert_equal(fused(*args), reference(*args))
-    gradients = [mx.grad(cube_sum(f), argnums=everything)(*args) for f in (fused, reference)]
-    oracle.assert_equal(*gradients)
-    tangents = [operands.integers(rng, a.shape) for a in args]
-    oracle.assert_equal(*(mx.jvp(f, list(args), tangents) for f in (fused, reference)))
+@operations
+def test_mixed_dtypes_give_each_argument_a_gradient_of_its_own_dtype(rng, operation):
+    call = make(rng, operation, dtype=mx.bfloat16)
+    for key in call.trainable:
+        mixed = call.with_leaves({key: call.leaves[key].astype(mx.float32)})
 
+        def gradient(function, args):
+            grads = mx.grad(lambda *a: sum(y.sum() for y in function(*a)), every(args))(*args)
+            assert [g.dtype for g in grads] == [a.dtype for a in args]
+            return grads
 
-@pytest.mark.parametrize("wide", range(7), ids=QKV_NAMES.__getitem__)
-def test_mixed_dtypes_give_each_argument_a_gradient_of_its_own_dtype(rng, wide):
-    args = list(qkv_flat(rng, mx.bfloat16, draw=operands.integers))
-    args[wide] = args[wide].astype(mx.float32)
-    loss = weighted_sum(qkv_function(mlx_fused), [1.0, 1.0, 1.0])
-    grads = mx.grad(loss, argnums=tuple(range(7)))(*args)
-    assert [g.dtype for g in grads] == [a.dtype for a in args]
-    expected = mx.grad(weighted_sum(qkv_function(composed), [1.0, 1.0, 1.0]), argnums=tuple(range(7)))
-    oracle.assert_equal(grads, expected(*args))
+        check_as_composed(mixed, gradient)
 
 
 def test_float64_gradients(rng):
-    args = qkv_flat(rng, mx.float64)
-    results = [mx.grad(cube_sum(qkv_function(m)), argnums=tuple(range(7)))(*args) for m in MODULES]
-    assert all(g.dtype == mx.float64 for g in results[0])
-    oracle.assert_equal(*results)
+    def gradient(function, args):
+        grads = mx.grad(cube_sum(function), every(args))(*args)
+        assert all(g.dtype == mx.float64 for g in grads)
+        return grads
+
+    check_as_composed(make(rng, "qkv", dtype=mx.float64), gradient)
 
 
 @pytest.mark.parametrize("gradient", [mx.float32, mx.float16], ids=str)
-def test_a_gradient_of_another_dtype_is_cast(rng, gradient):
+@operations
+def test_a_gradient_of_another_dtype_is_cast(rng, operation, gradient):
     """As a custom function may give it; the gradients have their arguments' own dtype all the same."""
 
     @mx.custom_function
@@ -354,26 +270,18 @@ def test_a_gradient_of_another_dtype_is_cast(rng, gradient):
     def identity_vjp(_, cotangent, __):
         return cotangent.astype(gradient)
 
-    x, weight, _ = operands.qkv(rng, 1, 9, 8, HEADS, mx.bfloat16, draw=operands.integers)
+    call = make(rng, operation, dtype=mx.bfloat16, bias=False)
+    keys = call.trainable
 
-    def qkv_loss(function):
-        def loss(x, weight):
-            q, k, v = function(x, weight, None, *HEADS)
-            return identity(q).sum() + k.sum() + v.sum()
+    def grads(route):
+        def loss(*args):
+            first, *others = call.function(keys, route=route)(*args)
+            return identity(first).sum() + sum(y.sum() for y in others)
 
-        return mx.grad(loss, argnums=(0, 1))(x, weight)
+        return mx.grad(loss, every(keys))(*values(call))
 
-    dx, dw = qkv_loss(mlx_fused.fused_qkv_projection)
-    assert {dx.dtype, *(w.dtype for w in dw)} == {mx.bfloat16}
-    oracle.assert_equal((dx, dw), qkv_loss(composed.fused_qkv_projection))
-
-    a, w, _, r = operands.output(rng, 1, 9, 8, 8, mx.bfloat16, draw=operands.integers)
-
-    def output_loss(a, w, r):
-        return identity(mlx_fused.fused_output_projection_residual(a, w, None, r)).sum()
-
-    grads = mx.grad(output_loss, argnums=(0, 1, 2))(a, w, r)
-    assert [g.dtype for g in grads] == [mx.bfloat16] * 3
+    assert {g.dtype for g in grads(None)} == {mx.bfloat16}
+    oracle.assert_equal(grads(None), grads("composed"))
 
 
 def calls_with_every_option(rng, dtype, forms):
@@ -388,7 +296,7 @@ def calls_with_every_option(rng, dtype, forms):
             if not packed:  # there is but one weight
                 yield call.replace(exact=exact)
         heads, ranks = (4, 2, 3, 2), (2, None, 3) if adapted else None
-        scales = {"lora_scale": (0.5, 1.0, -3.0)} if adapted else {}
+        scales = {"lora_scale": -3.0 if packed else (0.5, 1.0, -3.0)} if adapted else {}
         call = projections.qkv(
             rng, 2, 3, hidden, heads, form, bias=bias, packed=packed, ranks=ranks, **options
         )
@@ -407,7 +315,6 @@ def stack_of(names, call, rng):
 
 DERIVATIVES = [("jvp",), ("grad",), ("grad", "jvp"), ("jvp", "grad"), ("grad", "grad"), ("jvp", "jvp")]
 derivatives = pytest.mark.parametrize("names", DERIVATIVES, ids="-".join)
-AFFINE = ("affine", 32, 4)
 
 
 @derivatives

@@ -5,51 +5,27 @@ import numpy as np
 import pytest
 
 import mlx_fused
-import operands
 import oracle
-from test_forward import ROWS, biases, dtypes, packings
+from projections import backward, check_backward, cotangents, output, qkv
+from test_forward import HEADS, ROWS, biases, dtypes, packings
 
 
-def qkv_args(rng, batch, seq, hidden, heads, dtype=mx.float32, bias=True, packed=False):
-    """The arguments of fused_qkv_projection_bwd."""
-    x, weight, _ = operands.qkv(rng, batch, seq, hidden, heads, dtype, packed=packed)
-    return *operands.qkv_cotangents(rng, batch, seq, heads, dtype), x, weight, bias, *heads
-
-
-def output_args(rng, batch, seq, hidden_in, hidden_out, dtype=mx.float32, bias=True):
-    """The arguments of fused_output_projection_residual_bwd."""
-    a, w, _, g = operands.output(rng, batch, seq, hidden_in, hidden_out, dtype)
-    return g, a, w, bias
-
-
-def check_qkv(args):
-    x, weight, has_bias = args[3:6]
-    d_input, d_weight, d_bias = grads = mlx_fused.fused_qkv_projection_bwd(*args)
-    packed = not isinstance(weight, tuple)
-    assert isinstance(d_weight, mx.array if packed else tuple)
-    assert isinstance(d_bias, (mx.array if packed else tuple) if has_bias else type(None))
-    assert d_input.dtype == x.dtype
-    oracle.assert_close(grads, oracle.fused_qkv_projection_bwd, *args)
-
-
-def check_output(args):
-    grads = mlx_fused.fused_output_projection_residual_bwd(*args)
-    oracle.assert_close(grads, oracle.fused_output_projection_residual_bwd, *args)
-    oracle.assert_equal(grads[3], args[0])
+def check(rng, call, **options):
+    check_backward(call, cotangents(rng, call), **options)
 
 
 @dtypes
 @biases
 @packings
-@pytest.mark.parametrize("heads", operands.HEADS, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_qkv_heads(rng, dtype, bias, packed, heads):
-    check_qkv(qkv_args(rng, 2, 5, 24, heads, dtype, bias, packed))
+    check(rng, qkv(rng, 2, 5, 24, heads, dtype=dtype, bias=bias, packed=packed))
 
 
 @dtypes
 @pytest.mark.parametrize("ratio", range(1, 9))
 def test_qkv_every_query_group_size(rng, dtype, ratio):
-    check_qkv(qkv_args(rng, 2, 3, 20, (2 * ratio, 2, 6), dtype))
+    check(rng, qkv(rng, 2, 3, 20, (2 * ratio, 2, 6), dtype=dtype))
 
 
 @dtypes
@@ -57,14 +33,14 @@ def test_qkv_every_query_group_size(rng, dtype, ratio):
 @pytest.mark.parametrize("head_dim", [1, 7, 32, 64, 80, 96, 128, 256])
 def test_qkv_head_dims(rng, dtype, packed, head_dim):
     for batch, seq in ((3, 1), (2, 9)):
-        check_qkv(qkv_args(rng, batch, seq, 40, (4, 2, head_dim), dtype, packed=packed))
+        check(rng, qkv(rng, batch, seq, 40, (4, 2, head_dim), dtype=dtype, packed=packed))
 
 
 @dtypes
 @pytest.mark.parametrize("batch,seq", ROWS)
 def test_row_boundaries(rng, dtype, batch, seq):
-    check_qkv(qkv_args(rng, batch, seq, 61, (4, 2, 16), dtype))
-    check_output(output_args(rng, batch, seq, 61, 67, dtype))
+    check(rng, qkv(rng, batch, seq, 61, (4, 2, 16), dtype=dtype))
+    check(rng, output(rng, batch, seq, 61, 67, dtype=dtype))
 
 
 @dtypes
@@ -73,7 +49,7 @@ def test_row_boundaries(rng, dtype, batch, seq):
 @pytest.mark.parametrize("hidden_out", [0, 1, 7, 16, 33, 129])
 def test_output_widths(rng, dtype, bias, hidden_in, hidden_out):
     for seq in (1, 3, 34):
-        check_output(output_args(rng, 2, seq, hidden_in, hidden_out, dtype, bias))
+        check(rng, output(rng, 2, seq, hidden_in, hidden_out, dtype=dtype, bias=bias))
 
 
 @dtypes
@@ -82,13 +58,13 @@ def test_block_boundaries(rng, dtype, extra):
     # The powers of two at which a kernel may go on to another block of rows, of columns or of the reduction.
     sizes = ((256, 64, 48), (512, 40, 96), (1024, 32, 40), (40, 512, 256), (6, 256, 1024))
     for seq, hidden_in, hidden_out in sizes:
-        check_output(output_args(rng, 1, seq + extra, hidden_in + extra, hidden_out + extra, dtype))
+        check(rng, output(rng, 1, seq + extra, hidden_in + extra, hidden_out + extra, dtype=dtype))
 
 
 @dtypes
 def test_larger_than_a_tile(rng, dtype):
-    check_qkv(qkv_args(rng, 2, 150, 700, (4, 2, 67), dtype))
-    check_output(output_args(rng, 3, 100, 700, 600, dtype))
+    check(rng, qkv(rng, 2, 150, 700, (4, 2, 67), dtype=dtype))
+    check(rng, output(rng, 3, 100, 700, 600, dtype=dtype))
 
 
 @dtypes
@@ -110,12 +86,17 @@ def test_accumulates_in_float32(dtype):
 @dtypes
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_nan_and_infinity_propagate(rng, dtype, value):
+    def poison(a):
+        values = np.array(a.astype(mx.float32))
+        values.flat[values.size // 2] = value
+        return mx.array(values).astype(dtype)
+
     for seq in (1, 40):
-        args = list(qkv_args(rng, 1, seq, 9, (2, 1, 5), dtype))
-        for i in range(4):
-            poisoned = np.array(args[i].astype(mx.float32))
-            poisoned.flat[poisoned.size // 2] = value
-            check_qkv([mx.array(poisoned).astype(dtype) if i == j else a for j, a in enumerate(args)])
+        call = qkv(rng, 1, seq, 9, (2, 1, 5), dtype=dtype)
+        given = cotangents(rng, call)
+        for i in range(3):
+            check_backward(call, [poison(g) if i == j else g for j, g in enumerate(given)])
+        check_backward(call.replace(input=poison(call.x)), given)
 
 
 @dtypes
@@ -131,66 +112,42 @@ def test_zero_times_nan_is_nan(dtype, value):
 
 @packings
 def test_float64(rng, packed):
-    args = qkv_args(rng, 2, 7, 30, (4, 2, 5), mx.float64, packed=packed)
-    grads = mlx_fused.fused_qkv_projection_bwd(*args)
-    oracle.assert_close(grads, oracle.fused_qkv_projection_bwd, *args, roundings=3)
-    args = output_args(rng, 2, 7, 30, 12, mx.float64)
-    grads = mlx_fused.fused_output_projection_residual_bwd(*args)
-    oracle.assert_close(grads, oracle.fused_output_projection_residual_bwd, *args, roundings=3)
+    check(rng, qkv(rng, 2, 7, 30, (4, 2, 5), dtype=mx.float64, packed=packed), roundings=3)
+    check(rng, output(rng, 2, 7, 30, 12, dtype=mx.float64), roundings=3)
 
 
 def test_mixed_dtypes_give_each_argument_its_own_gradient_dtype(rng):
-    heads = (2, 1, 8)
-    dq, dk, dv = operands.qkv_cotangents(rng, 2, 3, heads)
-    x, weight, _ = operands.qkv(rng, 2, 3, 16, heads)
-    weight = (weight[0], weight[1].astype(mx.bfloat16), weight[2].astype(mx.float16))
-    args = (dq, dk, dv, x.astype(mx.bfloat16), weight, True, *heads)
-    d_input, d_weight, _ = grads = mlx_fused.fused_qkv_projection_bwd(*args)
-    assert d_input.dtype == mx.bfloat16
-    assert [g.dtype for g in d_weight] == [mx.float32, mx.bfloat16, mx.float16]
-    oracle.assert_close(grads, oracle.fused_qkv_projection_bwd, *args)
+    call = qkv(rng, 2, 3, 16, (2, 1, 8), dtype=mx.float32)
+    given, types = cotangents(rng, call), {None: mx.bfloat16, 0: mx.float32, 1: mx.bfloat16, 2: mx.float16}
+    call = call.with_leaves({(name, i): a.astype(types[i]) for (name, i), a in call.leaves.items()})
+    check_backward(call, given)
 
 
-def directional_derivative(formula, cotangents, args, direction):
-    """Of <formula(args), cotangents>: of degree two, so that a central difference of any step is exact."""
+def check_slopes(rng, call, given, grads, groups):
+    """The gradients of the trainable arrays are the slopes of <formula, given> along groups of them.
 
-    def inner(step):
-        moved = [a + step * d for a, d in zip(args, direction, strict=True)]
-        return sum(np.vdot(c, y) for c, y in zip(cotangents, formula(*moved), strict=True))
+    By central differences, exact for what is of degree two at most.
+    """
+    given, grads = oracle.exact(given), dict(zip(call.trainable, oracle.exact(grads), strict=True))
 
-    return (inner(1.0) - inner(-1.0)) / 2
+    def outputs(steps):
+        moved = {k: call.leaves[k].astype(mx.float64) + mx.array(s, mx.float64) for k, s in steps.items()}
+        return call.formula(*call.with_leaves(moved).exact_operands)
 
-
-@pytest.mark.parametrize("only", [None, 0, 1, 2])
-def test_qkv_agrees_with_finite_differences(rng, only):
-    heads = (4, 2, 6)
-    x, weight, bias = oracle.exact(operands.qkv(rng, 2, 3, 10, heads, packed=True))
-    cotangents = oracle.exact(operands.qkv_cotangents(rng, 2, 3, heads))
-    direction = [rng.standard_normal(a.shape) * (only in (None, i)) for i, a in enumerate((x, weight, bias))]
-    expected = directional_derivative(
-        lambda *a: oracle.fused_qkv_projection(*a, *heads), cotangents, (x, weight, bias), direction
-    )
-    by_oracle = oracle.fused_qkv_projection_bwd(*cotangents, x, weight, True, *heads)
-    by_op = mlx_fused.fused_qkv_projection_bwd(
-        *(mx.array(a, dtype=mx.float64) for a in (*cotangents, x, weight)), True, *heads
-    )
-    for grads in (by_oracle, oracle.exact(by_op)):
-        terms = [np.vdot(g, d) for g, d in zip(grads, direction, strict=True)]
-        assert sum(terms) == pytest.approx(expected, rel=1e-11)
+    for keys in groups:
+        steps = {key: rng.standard_normal(grads[key].shape) for key in keys}
+        ahead, behind = outputs(steps), outputs({key: -step for key, step in steps.items()})
+        slope = sum(np.vdot(g, a - b) / 2 for g, a, b in zip(given, ahead, behind, strict=True))
+        along = sum(np.vdot(grads[key], step) for key, step in steps.items())
+        assert along == pytest.approx(slope, rel=1e-11)
 
 
-@pytest.mark.parametrize("only", [None, 0, 1, 2, 3])
-def test_output_agrees_with_finite_differences(rng, only):
-    args = oracle.exact(operands.output(rng, 2, 3, 10, 7))
-    cotangent = rng.standard_normal((2, 3, 7))
-    direction = [rng.standard_normal(a.shape) * (only in (None, i)) for i, a in enumerate(args)]
-    expected = directional_derivative(
-        lambda *a: (oracle.fused_output_projection_residual(*a),), (cotangent,), args, direction
-    )
-    by_oracle = oracle.fused_output_projection_residual_bwd(cotangent, *args[:2], True)
-    by_op = mlx_fused.fused_output_projection_residual_bwd(
-        *(mx.array(a, dtype=mx.float64) for a in (cotangent, *args[:2])), True
-    )
-    for grads in (by_oracle, oracle.exact(by_op)):
-        terms = [np.vdot(g, d) for g, d in zip(grads, direction, strict=True)]
-        assert sum(terms) == pytest.approx(expected, rel=1e-11)
+@pytest.mark.parametrize("operation", ["separate", "packed", "output"])
+def test_agrees_with_finite_differences(rng, operation):
+    call = output(rng, 2, 3, 10, 7, dtype=mx.float64)
+    if operation != "output":
+        call = qkv(rng, 2, 3, 10, (4, 2, 6), dtype=mx.float64, packed=operation == "packed")
+    given, keys = cotangents(rng, call), call.trainable
+    by_oracle = call.gradient_formula(keys)(oracle.exact(given), *call.exact_operands)
+    for grads in (by_oracle, oracle.leaves(backward(call, given))):
+        check_slopes(rng, call, given, grads, [[key] for key in keys] + [keys])

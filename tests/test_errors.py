@@ -236,12 +236,13 @@ def test_empty_batches_are_checked_as_well():
 
 
 @pytest.mark.parametrize("form", [None, ("mxfp4", 32, 4)], ids=str)
-@pytest.mark.parametrize("adapted", [False, True])
-def test_biases_may_be_left_out_and_others_not(rng, form, adapted):
-    qkv = projections.qkv(rng, 1, 2, 32, (2, 1, 4), form, bias=False, ranks=(1, None, 1) if adapted else None)
-    output = projections.output(rng, 1, 2, 32, 4, form, bias=False, rank=1 if adapted else None)
+@pytest.mark.parametrize("ranks", [None, (1, None, 1)], ids=["plain", "lora"])
+def test_biases_may_be_left_out_and_others_not(rng, form, ranks):
+    qkv = projections.qkv(rng, 1, 2, 32, (2, 1, 4), form, bias=False, ranks=ranks)
+    output = projections.output(rng, 1, 2, 32, 4, form, bias=False, rank=ranks and 1)
     for call, needed, error in ((qkv, "head_dim", ValueError), (output, "residual", TypeError)):
         given = {name: value for name, value in call.arguments.items() if value is not None}
-        oracle.assert_equal(projections.Call(call.operation, given)(), call())
-        with pytest.raises(error, match=needed):
-            getattr(mlx_fused, call.operation)(**call.spelled | {needed: None})
+        for route in (None, "composed"):
+            oracle.assert_equal(projections.Call(call.operation, given)(route=route), call(route=route))
+            with pytest.raises(error, match=needed):
+                getattr(mlx_fused, call.operation)(**call.spelled | {needed: None, "route": route})

@@ -7,7 +7,10 @@ import pytest
 import mlx_fused
 import operands
 import oracle
-from mlx_fused import composed
+from projections import check_forward, check_outputs, output, qkv
+
+# (num_heads, num_kv_heads, head_dim): of multi-head, grouped-query and multi-query attention.
+HEADS = [(1, 1, 1), (2, 2, 16), (3, 3, 5), (4, 2, 8), (6, 2, 7), (8, 2, 4), (8, 1, 16), (7, 1, 3)]
 
 dtypes = pytest.mark.parametrize("dtype", operands.DTYPES, ids=str)
 packings = pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
@@ -18,58 +21,46 @@ ROWS = [(1, m) for m in (0, 1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1
 ROWS += [(0, 4), (0, 0), (5, 1), (33, 1), (2, 3), (3, 11), (4, 32)]
 
 
-def check_qkv(args, heads, roundings=1):
-    outputs = mlx_fused.fused_qkv_projection(*args, *heads)
-    assert isinstance(outputs, tuple)
-    assert all(y.dtype == args[0].dtype for y in outputs)
-    oracle.assert_close(outputs, oracle.fused_qkv_projection, *args, *heads, roundings=roundings)
-
-
-def check_output(args, roundings=1):
-    out = mlx_fused.fused_output_projection_residual(*args)
-    assert out.dtype == args[0].dtype
-    oracle.assert_close(out, oracle.fused_output_projection_residual, *args, roundings=roundings)
+def check(call, **options):
+    outputs = check_forward(call, **options)
+    assert all(y.dtype == call.x.dtype for y in outputs)
 
 
 @dtypes
 @biases
 @packings
-@pytest.mark.parametrize("heads", operands.HEADS, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_qkv_heads(rng, dtype, bias, packed, heads):
-    check_qkv(operands.qkv(rng, 2, 5, 24, heads, dtype, bias, packed), heads)
+    check(qkv(rng, 2, 5, 24, heads, dtype=dtype, bias=bias, packed=packed))
 
 
 @dtypes
 @pytest.mark.parametrize("ratio", range(1, 9))
 def test_qkv_every_query_group_size(rng, dtype, ratio):
-    heads = (2 * ratio, 2, 6)
-    check_qkv(operands.qkv(rng, 2, 3, 20, heads, dtype), heads)
+    check(qkv(rng, 2, 3, 20, (2 * ratio, 2, 6), dtype=dtype))
 
 
 @dtypes
 @packings
 @pytest.mark.parametrize("head_dim", [1, 7, 32, 64, 80, 96, 128, 256])
 def test_qkv_head_dims(rng, dtype, packed, head_dim):
-    heads = (4, 2, head_dim)
     for batch, seq in ((3, 1), (2, 9)):
-        check_qkv(operands.qkv(rng, batch, seq, 40, heads, dtype, packed=packed), heads)
+        check(qkv(rng, batch, seq, 40, (4, 2, head_dim), dtype=dtype, packed=packed))
 
 
 @dtypes
 @pytest.mark.parametrize("batch,seq", ROWS)
 def test_row_boundaries(rng, dtype, batch, seq):
-    heads = (4, 2, 16)
-    check_qkv(operands.qkv(rng, batch, seq, 61, heads, dtype), heads)
-    check_output(operands.output(rng, batch, seq, 61, 67, dtype))
+    check(qkv(rng, batch, seq, 61, (4, 2, 16), dtype=dtype))
+    check(output(rng, batch, seq, 61, 67, dtype=dtype))
 
 
 @dtypes
 @pytest.mark.parametrize("hidden", [0, 1, 2, 7, 8, 15, 16, 17, 31, 33, 60, 61, 64, 100, 127, 129, 512, 1000])
 def test_reduction_tails(rng, dtype, hidden):
-    heads = (3, 1, 11)
     for seq in (1, 3, 34):
-        check_qkv(operands.qkv(rng, 1, seq, hidden, heads, dtype), heads)
-        check_output(operands.output(rng, 1, seq, hidden, 37, dtype))
+        check(qkv(rng, 1, seq, hidden, (3, 1, 11), dtype=dtype))
+        check(output(rng, 1, seq, hidden, 37, dtype=dtype))
 
 
 @dtypes
@@ -77,7 +68,7 @@ def test_reduction_tails(rng, dtype, hidden):
 @pytest.mark.parametrize("hidden_out", [0, 1, 2, 15, 16, 17, 31, 33, 64, 65, 129])
 def test_output_widths(rng, dtype, bias, hidden_out):
     for seq in (1, 4, 33):
-        check_output(operands.output(rng, 2, seq, 48, hidden_out, dtype, bias))
+        check(output(rng, 2, seq, 48, hidden_out, dtype=dtype, bias=bias))
 
 
 @dtypes
@@ -86,22 +77,19 @@ def test_block_boundaries(rng, dtype, extra):
     # The powers of two at which a kernel may go on to another block of rows, of columns or of the reduction.
     sizes = ((256, 64, 48), (512, 40, 96), (40, 512, 256), (40, 1024, 512), (7, 2048, 128))
     for seq, hidden, hidden_out in sizes:
-        args = operands.output(rng, 1, seq + extra, hidden + extra, hidden_out + extra, dtype)
-        check_output(args)
+        check(output(rng, 1, seq + extra, hidden + extra, hidden_out + extra, dtype=dtype))
 
 
 @dtypes
 def test_larger_than_a_tile(rng, dtype):
-    heads = (4, 2, 67)
-    check_qkv(operands.qkv(rng, 2, 150, 700, heads, dtype), heads)
-    check_output(operands.output(rng, 3, 100, 700, 600, dtype))
+    check(qkv(rng, 2, 150, 700, (4, 2, 67), dtype=dtype))
+    check(output(rng, 3, 100, 700, 600, dtype=dtype))
 
 
 @dtypes
 def test_decode_of_a_wide_layer(rng, dtype):
-    heads = (16, 4, 64)
-    check_qkv(operands.qkv(rng, 1, 1, 2048, heads, dtype), heads)
-    check_output(operands.output(rng, 1, 1, 2048, 1500, dtype))
+    check(qkv(rng, 1, 1, 2048, (16, 4, 64), dtype=dtype))
+    check(output(rng, 1, 1, 2048, 1500, dtype=dtype))
 
 
 @dtypes
@@ -133,14 +121,12 @@ def test_nan_and_infinity_propagate(rng, dtype, seq, value):
         values.flat[values.size // 2] = value
         return mx.array(values).astype(dtype)
 
-    heads = (2, 1, 9)
-    x, weight, bias = operands.qkv(rng, 1, seq, 33, heads, dtype)
-    check_qkv((poison(x), weight, bias), heads)
-    check_qkv((x, (weight[0], poison(weight[1]), weight[2]), bias), heads)
-    check_qkv((x, weight, (bias[0], bias[1], poison(bias[2]))), heads)
-    args = operands.output(rng, 1, seq, 33, 21, dtype)
-    for i in range(4):
-        check_output([poison(a) if i == j else a for j, a in enumerate(args)])
+    call = qkv(rng, 1, seq, 33, (2, 1, 9), dtype=dtype)
+    for key in (("input", None), ("weight", 1), ("bias", 2)):
+        check(call.with_leaves({key: poison(call.leaves[key])}))
+    call = output(rng, 1, seq, 33, 21, dtype=dtype)
+    for key, a in call.leaves.items():
+        check(call.with_leaves({key: poison(a)}))
 
 
 @dtypes
@@ -177,65 +163,62 @@ def test_float16_subnormals_are_kept():
 @pytest.mark.parametrize("w_dtype", operands.DTYPES, ids=str)
 @pytest.mark.parametrize("b_dtype", [None, *operands.DTYPES], ids=str)
 def test_mixed_dtypes_promote_as_in_mlx(rng, x_dtype, w_dtype, b_dtype):
-    heads = (2, 1, 8)
-    x, weight, bias = operands.qkv(rng, 2, 3, 16, heads, bias=b_dtype is not None, packed=True)
-    x, weight, bias = x.astype(x_dtype), weight.astype(w_dtype), bias.astype(b_dtype) if b_dtype else None
-    outputs = mlx_fused.fused_qkv_projection(x, weight, bias, *heads)
-    expected = composed.fused_qkv_projection(x, weight, bias, *heads)
-    assert [y.dtype for y in outputs] == [y.dtype for y in expected]
-    oracle.assert_close(outputs, oracle.fused_qkv_projection, x, weight, bias, *heads)
+    call = qkv(rng, 2, 3, 16, (2, 1, 8), bias=b_dtype is not None, packed=True)
+    types = {"input": x_dtype, "weight": w_dtype, "bias": b_dtype}
+    call = call.with_leaves({key: a.astype(types[key[0]]) for key, a in call.leaves.items()})
+    outputs = check_forward(call)
+    assert [y.dtype for y in outputs] == [y.dtype for y in call(route="composed")]
 
 
 def test_each_segment_promotes_on_its_own(rng):
-    heads = (2, 1, 8)
-    x, (wq, wk, wv), _ = operands.qkv(rng, 2, 3, 16, heads, mx.bfloat16, bias=False)
-    weight = (wq, wk.astype(mx.float32), wv.astype(mx.float16))
-    outputs = mlx_fused.fused_qkv_projection(x, weight, None, *heads)
+    call = qkv(rng, 2, 3, 16, (2, 1, 8), dtype=mx.bfloat16, bias=False)
+    types = {("weight", 1): mx.float32, ("weight", 2): mx.float16}
+    outputs = check_forward(call.with_leaves({key: call.leaves[key].astype(t) for key, t in types.items()}))
     assert [y.dtype for y in outputs] == [mx.bfloat16, mx.float32, mx.float32]
-    oracle.assert_close(outputs, oracle.fused_qkv_projection, x, weight, None, *heads)
 
 
 @pytest.mark.parametrize("wide", range(4))
 def test_output_promotes_over_every_operand(rng, wide):
-    args = list(operands.output(rng, 2, 3, 16, 8, mx.float16))
-    args[wide] = args[wide].astype(mx.float32)
-    out = mlx_fused.fused_output_projection_residual(*args)
-    assert out.dtype == composed.fused_output_projection_residual(*args).dtype == mx.float32
+    call = output(rng, 2, 3, 16, 8, dtype=mx.float16)
+    key = list(call.leaves)[wide]
+    call = call.with_leaves({key: call.leaves[key].astype(mx.float32)})
+    assert call()[0].dtype == call(route="composed")[0].dtype == mx.float32
 
 
 @packings
 def test_float64(rng, packed):
-    heads = (4, 2, 5)
-    args = operands.qkv(rng, 2, 7, 30, heads, mx.float64, packed=packed)
-    check_qkv(args, heads, roundings=3)
-    check_output(operands.output(rng, 2, 7, 30, 12, mx.float64), roundings=3)
+    check(qkv(rng, 2, 7, 30, (4, 2, 5), dtype=mx.float64, packed=packed), roundings=3)
+    check(output(rng, 2, 7, 30, 12, dtype=mx.float64), roundings=3)
 
 
 @packings
 @biases
 def test_the_composed_forms_mean_the_same(rng, packed, bias):
-    heads = (6, 2, 7)
-    args = operands.qkv(rng, 3, 5, 33, heads, bias=bias, packed=packed)
-    outputs = composed.fused_qkv_projection(*args, *heads)
-    oracle.assert_close(outputs, oracle.fused_qkv_projection, *args, *heads, roundings=3)
-    args = operands.output(rng, 3, 5, 33, 21, bias=bias)
-    out = composed.fused_output_projection_residual(*args)
-    oracle.assert_close(out, oracle.fused_output_projection_residual, *args, roundings=3)
+    check(qkv(rng, 3, 5, 33, (6, 2, 7), bias=bias, packed=packed), roundings=3, route="composed")
+    check(output(rng, 3, 5, 33, 21, bias=bias), roundings=3, route="composed")
 
 
 def test_arguments_by_name_and_a_stream(rng):
-    heads = (2, 1, 4)
-    x, weight, bias = operands.qkv(rng, 1, 3, 8, heads)
     for stream in (mx.cpu, mx.new_stream(mx.cpu)):
+        call = qkv(rng, 1, 3, 8, (2, 1, 4))
+        a = call.arguments
         outputs = mlx_fused.fused_qkv_projection(
-            input=x, weight=weight, bias=bias, num_heads=2, num_kv_heads=1, head_dim=4, stream=stream
+            input=a["input"],
+            weight=a["weight"],
+            bias=a["bias"],
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=4,
+            stream=stream,
         )
-        oracle.assert_close(outputs, oracle.fused_qkv_projection, x, weight, bias, *heads)
-        a, w, b, r = operands.output(rng, 1, 3, 8, 5)
+        assert isinstance(outputs, tuple)
+        check_outputs(call, outputs)
+        call = output(rng, 1, 3, 8, 5)
+        a = call.arguments
         out = mlx_fused.fused_output_projection_residual(
-            attn_out=a, weight=w, bias=b, residual=r, stream=stream
+            attn_out=a["attn_out"], weight=a["weight"], bias=a["bias"], residual=a["residual"], stream=stream
         )
-        oracle.assert_close(out, oracle.fused_output_projection_residual, a, w, b, r)
+        check_outputs(call, out)
 
 
 @pytest.mark.slow
@@ -254,8 +237,8 @@ def test_offsets_beyond_32_bits():
 def test_broadcast_operands_with_more_elements_than_32_bits_count(rng, dtype):
     # The view has 2^31 + 2^16 elements; its memory has 2^16.
     batch, hidden = 2**15 + 1, 2**16
-    row = operands.integers(rng, (1, 1, hidden), dtype)
-    w = operands.integers(rng, (2, hidden), dtype)
-    x, residual = mx.broadcast_to(row, (batch, 1, hidden)), mx.zeros((batch, 1, 2), dtype)
-    out = mlx_fused.fused_output_projection_residual(x, w, None, residual)
-    oracle.assert_close(out[-1:], oracle.fused_output_projection_residual, row, w, None, residual[-1:])
+    few = output(rng, 1, 1, hidden, 2, dtype=dtype, bias=False, draw=operands.integers)
+    few = few.replace(residual=mx.zeros((1, 1, 2), dtype))
+    x, residual = (mx.broadcast_to(a, (batch, 1, a.shape[-1])) for a in (few.x, few.arguments["residual"]))
+    (out,) = few.replace(attn_out=x, residual=residual)()
+    check_outputs(few, out[-1:])

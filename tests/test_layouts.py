@@ -1,11 +1,12 @@
 """Operands that are views: transposed, sliced, offset, reversed, broadcast, overlapping."""
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
-import mlx_fused
 import operands
 import oracle
+from projections import backward, check_backward, check_forward, check_gradients, cotangents, output, qkv
 from test_forward import dtypes
 
 HEADS = (4, 2, 6)
@@ -64,54 +65,38 @@ VIEWS = [transposed, rotated, sliced, strided, reversed_, broadcast, broadcast_l
 views = pytest.mark.parametrize("view", VIEWS, ids=lambda f: f.__name__)
 
 
-def each_and_all(args, view):
-    """The operands with each of them in turn replaced by a view of it, then with all of them replaced."""
-    for i in range(len(args)):
-        yield [view(a) if i == j else a for j, a in enumerate(args)]
-    yield [view(a) for a in args]
+def each_and_all(arrays, view):
+    """The arrays, by key, with each of them in turn replaced by a view of it, then with all of them."""
+    everything = {key: view(a) for key, a in arrays.items()}
+    return *(arrays | {key: a} for key, a in everything.items()), everything
 
 
-def check_qkv(x, wq, wk, wv, bq, bk, bv):
-    args = (x, (wq, wk, wv), (bq, bk, bv), *HEADS)
-    oracle.assert_close(mlx_fused.fused_qkv_projection(*args), oracle.fused_qkv_projection, *args)
+def check_views(rng, call, view):
+    """Forward of each and of all, and the gradients of all."""
+    for leaves in each_and_all(call.leaves, view):
+        laid_out = call.with_leaves(leaves)
+        check_forward(laid_out)
+    check_gradients(laid_out, tuple(map(view, cotangents(rng, call))))
 
 
-def check_qkv_bwd(dq, dk, dv, x, wq, wk, wv):
-    args = (dq, dk, dv, x, (wq, wk, wv), True, *HEADS)
-    grads = mlx_fused.fused_qkv_projection_bwd(*args)
-    oracle.assert_close(grads, oracle.fused_qkv_projection_bwd, *args)
+def check_backward_of_views(rng, call, view):
+    given = dict(enumerate(cotangents(rng, call)))
+    read = {key: a for key, a in call.leaves.items() if key[0] not in ("bias", "residual")}
+    for arrays in each_and_all(given | read, view):
+        laid_out = call.with_leaves({key: arrays[key] for key in read})
+        check_backward(laid_out, [arrays[i] for i in given])
 
 
 @views
 @dtypes
 @pytest.mark.parametrize("batch,seq", [(1, 1), (3, 1), (1, 7), (2, 5), (3, 40)])
 def test_views(rng, view, dtype, batch, seq):
-    x, weight, bias = operands.qkv(rng, batch, seq, 21, HEADS, dtype)
-    for args in each_and_all((x, *weight, *bias), view):
-        check_qkv(*args)
-    cotangents = operands.qkv_cotangents(rng, batch, seq, HEADS, dtype)
-    for args in each_and_all((*cotangents, x, *weight), view):
-        check_qkv_bwd(*args)
-    a, w, b, r = operands.output(rng, batch, seq, 21, 19, dtype)
-    for args in each_and_all((a, w, b, r), view):
-        out = mlx_fused.fused_output_projection_residual(*args)
-        oracle.assert_close(out, oracle.fused_output_projection_residual, *args)
-    for args in each_and_all((r, a, w), view):
-        grads = mlx_fused.fused_output_projection_residual_bwd(*args, True)
-        oracle.assert_close(grads, oracle.fused_output_projection_residual_bwd, *args, True)
-
-
-@views
-@dtypes
-def test_packed_views(rng, view, dtype):
-    x, weight, bias = operands.qkv(rng, 2, 5, 21, HEADS, dtype, packed=True)
-    for args in each_and_all((x, weight, bias), view):
-        outputs = mlx_fused.fused_qkv_projection(*args, *HEADS)
-        oracle.assert_close(outputs, oracle.fused_qkv_projection, *args, *HEADS)
-    cotangents = operands.qkv_cotangents(rng, 2, 5, HEADS, dtype)
-    for args in each_and_all((*cotangents, x, weight), view):
-        grads = mlx_fused.fused_qkv_projection_bwd(*args, True, *HEADS)
-        oracle.assert_close(grads, oracle.fused_qkv_projection_bwd, *args, True, *HEADS)
+    calls = [qkv(rng, batch, seq, 21, HEADS, dtype=dtype), output(rng, batch, seq, 21, 19, dtype=dtype)]
+    if (batch, seq) == (2, 5):
+        calls.append(qkv(rng, batch, seq, 21, HEADS, dtype=dtype, packed=True))
+    for call in calls:
+        check_views(rng, call, view)
+        check_backward_of_views(rng, call, view)
 
 
 @dtypes
@@ -119,51 +104,39 @@ def test_packed_views(rng, view, dtype):
 def test_attention_layouts(rng, dtype, batch, seq):
     """What attention hands on: heads merged by a transposition, cotangents in [B, S, heads, D] order."""
     num_heads, _, head_dim = HEADS
-    width = num_heads * head_dim
     heads = operands.normal(rng, (batch, num_heads, seq, head_dim), dtype)
-    merged = heads.swapaxes(1, 2).reshape(batch, seq, width)
-    _, w, b, r = operands.output(rng, batch, seq, width, 19, dtype)
-    out = mlx_fused.fused_output_projection_residual(merged, w, b, r)
-    oracle.assert_close(out, oracle.fused_output_projection_residual, merged, w, b, r)
-
-    x, weight, _ = operands.qkv(rng, batch, seq, 21, HEADS, dtype)
-    cotangents = [
-        mx.contiguous(g.swapaxes(1, 2)).swapaxes(1, 2)
-        for g in operands.qkv_cotangents(rng, batch, seq, HEADS, dtype)
-    ]
-    check_qkv_bwd(*cotangents, x, *weight)
+    merged = heads.swapaxes(1, 2).flatten(2)
+    check_forward(output(rng, batch, seq, num_heads * head_dim, 19, dtype=dtype).replace(attn_out=merged))
+    call = qkv(rng, batch, seq, 21, HEADS, dtype=dtype)
+    check_backward(call, [mx.contiguous(g.swapaxes(1, 2)).swapaxes(1, 2) for g in cotangents(rng, call)])
 
 
 @dtypes
 def test_views_of_one_packed_array_as_separate_weights(rng, dtype):
-    x, packed, bias = operands.qkv(rng, 2, 5, 21, HEADS, dtype, packed=True)
-    cuts = [HEADS[0] * HEADS[2], (HEADS[0] + HEADS[1]) * HEADS[2]]
-    outputs = mlx_fused.fused_qkv_projection(
-        x, tuple(mx.split(packed, cuts)), tuple(mx.split(bias, cuts)), *HEADS
-    )
-    oracle.assert_close(outputs, oracle.fused_qkv_projection, x, packed, bias, *HEADS)
+    packed = qkv(rng, 2, 5, 21, HEADS, dtype=dtype, packed=True)
+    check_forward(apart(packed))
+
+
+def apart(call):
+    """The call with views of its packed arrays in their place, one for each segment."""
+    cuts = [int(n) for n in np.cumsum(call.features)[:-1]]
+    return call.replace(**{name: tuple(mx.split(call.leaves[name, None], cuts)) for name, _ in call.packed})
 
 
 @dtypes
 def test_operands_are_left_as_they_were(rng, dtype):
-    args = operands.output(rng, 2, 5, 21, 19, dtype)
-    before = oracle.exact(args)
-    out = mlx_fused.fused_output_projection_residual(*args)
-    mx.eval(out)
-    del out
-    grads = mlx_fused.fused_output_projection_residual_bwd(args[3], args[0], args[1], True)
-    mx.eval(grads)
-    for a, b in zip(oracle.exact(args), before, strict=True):
-        assert (a == b).all()
+    call = output(rng, 2, 5, 21, 19, dtype=dtype)
+    given = (call.arguments["residual"],)
+    before = oracle.exact(tuple(call.leaves.values()))
+    mx.eval(call())
+    mx.eval(backward(call, given))
+    oracle.assert_equal(tuple(call.leaves.values()), before)
 
 
 @dtypes
 def test_results_feed_other_operations(rng, dtype):
     """The outputs' own strides are what MLX believes them to be."""
-    args = operands.qkv(rng, 2, 5, 21, HEADS, dtype)
-    outputs = mlx_fused.fused_qkv_projection(*args, *HEADS)
+    outputs = qkv(rng, 2, 5, 21, HEADS, dtype=dtype)()
     for change in (lambda y: y.swapaxes(1, 2).flatten(2), lambda y: y[:, ::-1, 1:], mx.contiguous):
-        changed = oracle.exact(tuple(change(y) for y in outputs))
         expected = [change(mx.array(y, dtype=mx.float32)) for y in oracle.exact(outputs)]
-        for a, b in zip(changed, oracle.exact(expected), strict=True):
-            assert (a == b).all()
+        oracle.assert_equal([change(y) for y in outputs], expected)

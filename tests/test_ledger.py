@@ -24,13 +24,12 @@ LAUNCHES = {"lora_qkv": 2, "lora_output": 2, "lora_qkv_grad": 5, "lora_output_gr
 
 @pytest.mark.parametrize("case", SIMULATED)
 def test_each_launch_writes_once_and_reads_as_its_tiles_imply(case):
-    call, launches = ledger.run_plan(case)
-    assert len(launches) == LAUNCHES.get(case.operation, 1)
+    call = ledger.run_plan(case)
+    assert len(call.plan) == LAUNCHES.get(case.operation, 1)
     call.assert_written_once()
-    for i in launches:
-        launch, traffic = call.plan[i], call.results[i].traffic
+    for launch, result in zip(call.plan, call.results, strict=True):
         times = ledger.reads(launch, case)
-        for name, t in traffic.items():
+        for name, t in result.traffic.items():
             size = call.buffers[name].nbytes if name in times else 0
             assert t.distinct_read == size, name
             assert t.total_read == size * times.get(name, 0), name
@@ -38,20 +37,17 @@ def test_each_launch_writes_once_and_reads_as_its_tiles_imply(case):
 
 @pytest.mark.parametrize("case", DECODING)
 def test_decoding_reads_every_weight_once(case):
-    call, launches = ledger.run_plan(case)
-    result = call.results[launches[-1]]
-    weights = {ledger.bound(call.plan[launches[-1]])[slot] for slot in (1, 2, 3)}
-    for name in weights:
-        assert (
-            result.traffic[name].total_read == result.traffic[name].distinct_read == call.buffers[name].nbytes
-        )
+    call = ledger.run_plan(case)
+    for name in ledger.bound(call.plan[-1])["weight"]:
+        traffic = call.results[-1].traffic[name]
+        assert traffic.total_read == traffic.distinct_read == call.buffers[name].nbytes
 
 
 @pytest.mark.parametrize("case", PLAIN)
 def test_grid_has_no_more_tiles_than_the_shapes_need(case):
     num_heads, num_kv_heads, head_dim = case.heads
     features = [n * head_dim for n in (num_heads, num_kv_heads, num_kv_heads)]
-    call, launches = ledger.run_plan(case, library_of=ledger.NotRun())
+    call = ledger.run_plan(case, library_of=ledger.NotRun())
     rows, side = (1, 32) if case.rows <= 8 else (ceil(case.rows / 64), 64)
     columns = {
         "qkv": sum(ceil(n / side) for n in features),
@@ -61,7 +57,7 @@ def test_grid_has_no_more_tiles_than_the_shapes_need(case):
     }[case.operation]
     if case.operation == "dw":
         rows = (num_heads + 2 * num_kv_heads) * ceil(head_dim / 64)
-    assert call.plan[launches[0]]["grid"] == (columns, rows, 1)
+    assert call.plan[0]["grid"] == (columns, rows, 1)
 
 
 @pytest.mark.parametrize("case", SIMULATED)

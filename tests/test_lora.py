@@ -12,23 +12,17 @@ import operands
 import oracle
 import projections
 import quantized
-from projections import check_forward, check_gradients, cotangents
+from projections import check, cotangents
 from test_autodiff import subsets
-from test_layouts import VIEWS
+from test_backward import check_slopes
+from test_forward import dtypes
+from test_layouts import VIEWS, check_views, views
 
-dtypes = pytest.mark.parametrize("dtype", operands.DTYPES, ids=str)
 HEADS = (4, 2, 8)
 BASES = [None, ("affine", 64, 4), ("affine", 32, 8), *quantized.FLOATS]
 bases = pytest.mark.parametrize("form", BASES, ids=lambda f: "-".join(map(str, f)) if f else "dense")
 # None, or a rank, for q, k and v.
 SUBSETS = [tuple(8 if i in some else None for i in range(3)) for some in subsets(3)]
-
-
-def check(rng, call, **options):
-    """Forward and gradients."""
-    outputs = check_forward(call, **options)
-    assert all(y.dtype == call.x.dtype for y in outputs)
-    check_gradients(call, cotangents(rng, call), **options)
 
 
 def calls(rng, form, dtype=mx.float32, batch=2, seq=5, draw=operands.normal, **options):
@@ -190,49 +184,22 @@ def test_exact_mode_leaves_the_gradients_as_they_are(rng, form, dtype):
         oracle.assert_equal(*grads)
 
 
-# Of the formula's operands: an array, or a tuple of them.
-PLACES = {"input": 0, "attn_out": 0, "weight": 1, "bias": 2, "lora_a": 3, "lora_b": 4, "residual": 6}
-
-
-def moved(exact, key, step):
-    """The formula's operands with one of them moved by ``step``."""
-    name, part = key
-    changed = list(exact)
-    at = PLACES[name]
-    if isinstance(exact[at], tuple):
-        parts = list(exact[at])
-        parts[part or 0] = parts[part or 0] + step
-        changed[at] = tuple(parts)
-    else:
-        changed[at] = exact[at] + step
-    return changed
-
-
 @pytest.mark.parametrize("form", [None, ("affine", 64, 4)], ids=str)
 def test_the_gradients_are_the_slopes_of_the_formula(rng, form):
     """The oracle's own backward against central differences, exact for what is linear in each operand."""
     for call in calls(rng, form):
         call = call.replace(alpha=-0.5) if call.segments is None else call
-        given, exact = oracle.exact(cotangents(rng, call)), call.exact_operands
-        grads = call.gradient_formula(call.trainable)(given, *exact)
-        for key, grad in zip(call.trainable, grads, strict=True):
-            step = rng.standard_normal(grad.shape)
-            ahead, behind = (call.formula(*moved(exact, key, s)) for s in (step, -step))
-            pairs = zip(given, ahead, behind, strict=True)
-            slope = sum((g * (a - b)).sum() / 2 for g, a, b in pairs)
-            np.testing.assert_allclose((grad * step).sum(), slope, rtol=1e-9)
+        given = cotangents(rng, call)
+        grads = call.gradient_formula(call.trainable)(oracle.exact(given), *call.exact_operands)
+        check_slopes(rng, call, given, grads, [[key] for key in call.trainable])
 
 
 @dtypes
-@pytest.mark.parametrize("view", VIEWS, ids=lambda f: f.__name__)
+@views
 def test_views(rng, view, dtype):
     for form in (None, ("affine", 64, 4)):
         for call in calls(rng, form, dtype):
-            for key, a in call.leaves.items():
-                check_forward(call.with_leaves({key: view(a)}))
-            laid_out = call.with_leaves({key: view(a) for key, a in call.leaves.items()})
-            check_forward(laid_out)
-            check_gradients(laid_out, tuple(map(view, cotangents(rng, call))))
+            check_views(rng, call, view)
 
 
 @dtypes

@@ -6,23 +6,22 @@ import sys
 import mlx.core as mx
 import pytest
 
-import mlx_fused
-import operands
+from projections import backward, cotangents, gradients, output, qkv
 from test_forward import dtypes
 
 # 512 x 512 and twice 128 x 512: a copy of the smallest is 15% of the sum of the weights.
 HEADS, HIDDEN = (8, 2, 64), 512
 
 
-def peak(function, *args):
-    """The most memory MLX held while this ran, all inputs included."""
-    mx.eval(args)
+def peak(function, arrays):
+    """The most memory MLX held while this ran, these arrays included."""
+    mx.eval(arrays)
     mx.clear_cache()
     mx.reset_peak_memory()
     held = mx.get_active_memory()
-    outputs = function(*args)
+    outputs = function()
     mx.eval(outputs)
-    return mx.get_peak_memory() - held + nbytes(args)
+    return mx.get_peak_memory() - held + nbytes(arrays)
 
 
 def nbytes(tree):
@@ -31,84 +30,76 @@ def nbytes(tree):
     return 0 if tree is None else tree.nbytes
 
 
-def qkv(x, weight, bias):
-    return mlx_fused.fused_qkv_projection(x, weight, bias, *HEADS)
+def arrays(call, *names):
+    """All of the call's, or those of these names."""
+    return [a for (name, _), a in call.leaves.items() if not names or name in names]
 
 
-def concatenating(x, weight, bias):
-    return mlx_fused.fused_qkv_projection(x, mx.concatenate(weight), mx.concatenate(bias), *HEADS)
+def concatenated(call):
+    """The call with weights and biases packed when it is made."""
+    names = ("weight", "bias")
+    return call.replace(**{name: mx.concatenate(arrays(call, name)) for name in names})
+
+
+def check_nothing_is_copied(call):
+    assert peak(call, arrays(call)) <= 1.02 * (nbytes(arrays(call)) + nbytes(call()))
 
 
 @dtypes
 @pytest.mark.parametrize("seq", [1, 2, 8, 64])
 def test_separate_weights_are_not_copied(rng, dtype, seq):
-    args = operands.qkv(rng, 1, seq, HIDDEN, HEADS, dtype)
-    needed = nbytes(args) + nbytes(qkv(*args))
-    assert peak(qkv, *args) <= 1.02 * needed
-    assert peak(concatenating, *args) > 1.02 * needed
+    call = qkv(rng, 1, seq, HIDDEN, HEADS, dtype=dtype)
+    check_nothing_is_copied(call)
+    needed = nbytes(arrays(call)) + nbytes(call())
+    assert peak(lambda: concatenated(call)(), arrays(call)) > 1.02 * needed
 
 
 @dtypes
 @pytest.mark.parametrize("seq", [1, 2, 8, 64])
 def test_gradients_copy_neither_weights_nor_cotangents(rng, dtype, seq):
-    x, weight, _ = operands.qkv(rng, 1, seq, HIDDEN, HEADS, dtype)
-    cotangents = operands.qkv_cotangents(rng, 1, seq, HEADS, dtype)
+    call = qkv(rng, 1, seq, HIDDEN, HEADS, dtype=dtype)
+    given = cotangents(rng, call)
+    read = [*given, *arrays(call, "input", "weight")]
 
-    def bwd(dq, dk, dv, x, weight):
-        return mlx_fused.fused_qkv_projection_bwd(dq, dk, dv, x, weight, True, *HEADS)
+    def input_only():
+        return gradients(call.replace(bias=None), [("input", None)], given)
 
-    def input_only(dq, dk, dv, x, weight):
-        return mx.vjp(lambda x: qkv(x, weight, None), [x], [dq, dk, dv])[1]
-
-    def concatenating_bwd(dq, dk, dv, x, weight):
-        return bwd(dq, dk, dv, x, mx.concatenate(weight))
-
-    args = (*cotangents, x, weight)
-    needed = nbytes(args) + nbytes(bwd(*args))
-    assert peak(bwd, *args) <= 1.02 * needed
-    assert peak(concatenating_bwd, *args) > 1.02 * needed
-    assert peak(input_only, *args) <= 1.02 * (nbytes(args) + nbytes(input_only(*args)))
+    needed = nbytes(read) + nbytes(backward(call, given))
+    assert peak(lambda: backward(call, given), read) <= 1.02 * needed
+    assert peak(lambda: backward(concatenated(call), given), read) > 1.02 * needed
+    assert peak(input_only, read) <= 1.02 * (nbytes(read) + nbytes(input_only()))
 
 
 @dtypes
 @pytest.mark.parametrize("seq", [1, 64])
 def test_output_projection_copies_nothing(rng, dtype, seq):
-    args = operands.output(rng, 1, seq, HIDDEN, 384, dtype)
-    f = mlx_fused.fused_output_projection_residual
-    assert peak(f, *args) <= 1.02 * (nbytes(args) + args[3].nbytes)
-
-    def bwd(g, a, w):
-        return mlx_fused.fused_output_projection_residual_bwd(g, a, w, True)
-
-    a, w, _, g = args
+    call = output(rng, 1, seq, HIDDEN, 384, dtype=dtype)
+    check_nothing_is_copied(call)
+    given = arrays(call, "residual")
+    read = [*given, *arrays(call, "attn_out", "weight")]
     # The residual's gradient is the cotangent itself.
-    needed = nbytes((g, a, w)) + nbytes(bwd(g, a, w)[:3])
-    assert peak(bwd, g, a, w) <= 1.02 * needed
+    needed = nbytes(read) + nbytes(backward(call, given)[:3])
+    assert peak(lambda: backward(call, given), read) <= 1.02 * needed
 
 
 @dtypes
 @pytest.mark.parametrize("seq", [4, 64])
 def test_strided_operands_are_read_in_place(rng, dtype, seq):
     # Windows of larger arrays, as a slice of a packed checkpoint or of a longer sequence is.
-    x, weight, bias = operands.qkv(rng, 2, 2 * seq, HIDDEN + 64, HEADS, dtype)
-    mx.eval(x, weight, bias)
-    views = (x[:, ::2, :HIDDEN], tuple(w[:, 64:] for w in weight), bias)
-    needed = nbytes(views) + nbytes(qkv(*views))
-    assert peak(qkv, *views) <= 1.02 * needed
+    call = qkv(rng, 2, 2 * seq, HIDDEN + 64, HEADS, dtype=dtype)
+    mx.eval(arrays(call))
+    weight = tuple(w[:, 64:] for w in arrays(call, "weight"))
+    check_nothing_is_copied(call.replace(input=call.x[:, ::2, :HIDDEN], weight=weight))
 
 
 @dtypes
 @pytest.mark.parametrize("seq", [4, 64])
 def test_transposed_cotangents_are_read_in_place(rng, dtype, seq):
-    x, weight, _ = operands.qkv(rng, 2, seq, HIDDEN, HEADS, dtype)
-    cotangents = operands.qkv_cotangents(rng, 2, seq, HEADS, dtype)
-    views = tuple(mx.contiguous(g.swapaxes(1, 2)).swapaxes(1, 2) for g in cotangents)
-    mx.eval(x, weight)
-
-    def bwd(dq, dk, dv):
-        return mlx_fused.fused_qkv_projection_bwd(dq, dk, dv, x, weight, True, *HEADS)
-
-    assert peak(bwd, *views) <= peak(bwd, *cotangents)
+    call = qkv(rng, 2, seq, HIDDEN, HEADS, dtype=dtype)
+    given = cotangents(rng, call)
+    views = [mx.contiguous(g.swapaxes(1, 2)).swapaxes(1, 2) for g in given]
+    mx.eval(arrays(call))
+    assert peak(lambda: backward(call, views), views) <= peak(lambda: backward(call, given), given)
 
 
 # Weights of 64, 32 and 32 MB, and what one call adds to the most memory the process ever held, in MB.

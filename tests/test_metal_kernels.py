@@ -4,11 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import mlx_fused
 import operands
 import oracle
-from metal_plan import NAMES, Call, libraries, output_projection, qkv_projection, qkv_projection_bwd
-from mlx_fused._ext import _internals
+import projections
+from metal_plan import NAMES, Call, backward, forward, libraries, row_major
 from msl_sim import sparse
 
 dtypes = pytest.mark.parametrize("dtype", operands.DTYPES, ids=str)
@@ -26,39 +25,41 @@ HEADS += [(4, 2, 20, 7), (4, 2, 16, 64), (2, 1, 40, 33)]  # values of another si
 HEAD = (4, 2, 20)
 
 
-def check_forward(rng, batch, seq, hidden, heads, dtype, bias, packed):
-    args = operands.qkv(rng, batch, seq, hidden, heads, dtype, bias, packed)
-    call, outputs = qkv_projection(*args, *heads)
+def check_outputs(op, kind=Call):
+    call, outputs = forward(op, kind)
     assert len(call.plan) == 1
-    oracle.assert_close(outputs, oracle.fused_qkv_projection, *args, *heads)
+    oracle.assert_close(outputs, op.formula, *op.exact_operands)
     call.assert_written_once()
 
 
-def check_output(rng, batch, seq, hidden, out, dtype, bias):
-    args = operands.output(rng, batch, seq, hidden, out, dtype, bias)
-    call, output = output_projection(*args)
-    assert len(call.plan) == 1
-    oracle.assert_close(output, oracle.fused_output_projection_residual, *args)
-    call.assert_written_once()
-
-
-def check_backward(rng, batch, seq, hidden, heads, dtype, bias, packed):
-    x, weight, _ = operands.qkv(rng, batch, seq, hidden, heads, dtype, bias, packed)
-    args = (*operands.qkv_cotangents(rng, batch, seq, heads, dtype), x, weight, bias, *heads)
-    call, grads = qkv_projection_bwd(*args)
+def check_gradients(rng, op):
+    """Of everything: the input's by one launch, the parameters' by another."""
+    given, keys = projections.cotangents(rng, op), list(op.leaves)
+    call, grads = backward(op, given, keys)
     assert len(call.plan) == 2
-    oracle.assert_close(grads, oracle.fused_qkv_projection_bwd, *args)
+    oracle.assert_close(grads, op.gradient_formula(keys), given, *op.exact_operands)
     call.assert_written_once()
+
+
+def qkv(rng, batch, seq, hidden, heads=HEAD, dtype=mx.float32, bias=True, packed=False, **options):
+    return projections.qkv(rng, batch, seq, hidden, heads, None, dtype, bias, packed, **options)
+
+
+def output(rng, batch, seq, hidden, out, dtype=mx.float32, bias=True, **options):
+    return projections.output(rng, batch, seq, hidden, out, None, dtype, bias, **options)
 
 
 def test_every_instantiation_is_here():
-    types = NAMES.values()
-    tiles = ["projection_32", "projection_64", "qkv_input_grad_32", "qkv_input_grad_64", "qkv_weight_grad"]
-    rows = [f"projection_rows_{slots}" for slots in (1, 2, 4, 8)]
-    low_rank = ["low_rank_product", "adapter_grad"]
-    kernels = tiles + rows + low_rank
-    dense = {name for name in libraries() if not name.startswith("quantized")}
-    assert dense == {f"{kernel}_{dtype}" for kernel in kernels for dtype in types}
+    tiles = ["projection_32", "projection_64", "input_grad_32", "input_grad_64"]
+    on_weights = tiles + [f"projection_rows_{slots}" for slots in (1, 2, 4, 8)]
+    kernels = [f"{kernel}_dense" for kernel in on_weights] + [
+        "weight_grad",
+        "low_rank_product",
+        "adapter_grad",
+    ]
+    formats = ("affine", "mxfp", "nvfp")
+    dense = {name for name in libraries() if not any(f"_{format}" in name for format in formats)}
+    assert dense == {f"{kernel}_{dtype}" for kernel in kernels for dtype in NAMES.values()}
 
 
 @dtypes
@@ -66,7 +67,7 @@ def test_every_instantiation_is_here():
 @biases
 @pytest.mark.parametrize("rows", ROWS)
 def test_forward_at_every_number_of_rows(rng, rows, dtype, packed, bias):
-    check_forward(rng, 1, rows, 37, HEAD, dtype, bias, packed)
+    check_outputs(qkv(rng, 1, rows, 37, HEAD, dtype, bias, packed))
 
 
 @dtypes
@@ -74,23 +75,23 @@ def test_forward_at_every_number_of_rows(rng, rows, dtype, packed, bias):
 @biases
 @pytest.mark.parametrize("rows", ROWS)
 def test_backward_at_every_number_of_rows(rng, rows, dtype, packed, bias):
-    check_backward(rng, 1, rows, 37, HEAD, dtype, bias, packed)
+    check_gradients(rng, qkv(rng, 1, rows, 37, HEAD, dtype, bias, packed))
 
 
 @dtypes
 @biases
 @pytest.mark.parametrize("rows", ROWS)
 def test_output_projection_at_every_number_of_rows(rng, rows, dtype, bias):
-    check_output(rng, 1, rows, 37, 90, dtype, bias)
+    check_outputs(output(rng, 1, rows, 37, 90, dtype, bias))
 
 
 @dtypes
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("rows", [3, 20, 70])
 def test_depths(rng, depth, rows, dtype):
-    check_forward(rng, 1, rows, depth, HEAD, dtype, True, False)
-    check_output(rng, 1, rows, depth, 66, dtype, True)
-    check_backward(rng, 1, rows, depth, HEAD, dtype, True, False)
+    check_outputs(qkv(rng, 1, rows, depth, HEAD, dtype))
+    check_outputs(output(rng, 1, rows, depth, 66, dtype))
+    check_gradients(rng, qkv(rng, 1, rows, depth, HEAD, dtype))
 
 
 @dtypes
@@ -98,82 +99,69 @@ def test_depths(rng, depth, rows, dtype):
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("rows", [2, 19, 65])
 def test_heads(rng, heads, rows, dtype, packed):
-    check_forward(rng, 1, rows, 40, heads, dtype, True, packed)
-    check_backward(rng, 1, rows, 40, heads, dtype, True, packed)
+    op = qkv(rng, 1, rows, 40, heads, dtype, packed=packed)
+    check_outputs(op)
+    check_gradients(rng, op)
 
 
 @dtypes
 @pytest.mark.parametrize("shape", [(2, 1), (3, 2), (2, 3), (4, 5), (33, 1), (2, 17), (3, 33), (2, 65)])
 def test_batches(rng, shape, dtype):
-    check_forward(rng, *shape, 35, HEAD, dtype, True, True)
-    check_output(rng, *shape, 35, 70, dtype, True)
-    check_backward(rng, *shape, 35, HEAD, dtype, True, False)
+    check_outputs(qkv(rng, *shape, 35, HEAD, dtype, packed=True))
+    check_outputs(output(rng, *shape, 35, 70, dtype))
+    check_gradients(rng, qkv(rng, *shape, 35, HEAD, dtype))
 
 
 @pytest.mark.parametrize("features", [1, 3, 4, 5, 31, 32, 33, 63, 64, 65, 130])
 @pytest.mark.parametrize("rows", [1, 6, 40])
 def test_output_features(rng, features, rows):
-    check_output(rng, 1, rows, 20, features, mx.float32, True)
+    check_outputs(output(rng, 1, rows, 20, features))
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
 def test_nothing_to_write_is_nothing_to_launch(rng, shape):
-    x, weight, bias = operands.qkv(rng, *shape, 20, HEAD)
-    call, outputs = qkv_projection(x, weight, bias, *HEAD)
+    call, outputs = forward(qkv(rng, *shape, 20))
     assert call.plan == []
     assert [y.shape for y in outputs] == [(shape[0], n, shape[1], HEAD[2]) for n in (4, 2, 2)]
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
 def test_weight_gradients_of_no_rows_are_zeros(rng, shape):
-    x, weight, _ = operands.qkv(rng, *shape, 20, HEAD)
-    call, (_, d_weight, d_bias) = qkv_projection_bwd(
-        *operands.qkv_cotangents(rng, *shape, HEAD), x, weight, True, *HEAD
-    )
+    op = qkv(rng, *shape, 20)
+    call, (_, *grads) = backward(op, projections.cotangents(rng, op), list(op.leaves))
     assert len(call.plan) == 1
-    assert all(mx.all(g == 0).item() for g in d_weight + d_bias)
+    assert all(mx.all(g == 0).item() for g in grads)
 
 
 @dtypes
 @pytest.mark.parametrize("rows", [1, 5, 20, 65])
 def test_same_bits_as_the_cpu(rng, rows, dtype):
     """On small integers, whose sums are exact in any order."""
-    x, weight, bias = operands.qkv(rng, 2, rows, 33, HEAD, dtype, draw=operands.integers)
-    expected = mlx_fused.fused_qkv_projection(x, weight, bias, *HEAD)
-    oracle.assert_equal(qkv_projection(x, weight, bias, *HEAD)[1], expected)
-    args = (
-        *operands.qkv_cotangents(rng, 2, rows, HEAD, dtype, draw=operands.integers),
-        x,
-        weight,
-        True,
-        *HEAD,
-    )
-    oracle.assert_equal(qkv_projection_bwd(*args)[1], mlx_fused.fused_qkv_projection_bwd(*args))
-    args = operands.output(rng, 2, rows, 33, 66, dtype, draw=operands.integers)
-    oracle.assert_equal(output_projection(*args)[1], mlx_fused.fused_output_projection_residual(*args))
+    draw = operands.integers
+    for op in (output(rng, 2, rows, 33, 66, dtype, draw=draw), qkv(rng, 2, rows, 33, HEAD, dtype, draw=draw)):
+        oracle.assert_equal(forward(op)[1], op())
+    keys, given = list(op.leaves), projections.cotangents(rng, op, draw)
+    oracle.assert_equal(backward(op, given, keys)[1], projections.gradients(op, keys, given))
 
 
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_any_order_of_threads_gives_the_same(rng, seed):
     for rows in (5, 70):
-        x, weight, bias = operands.qkv(rng, 2, rows, 37, HEAD)
-        in_order = qkv_projection(x, weight, bias, *HEAD)[1]
-        oracle.assert_equal(qkv_projection(x, weight, bias, *HEAD, seed=seed)[1], in_order)
-        args = (*operands.qkv_cotangents(rng, 2, rows, HEAD), x, weight, True, *HEAD)
-        in_order = qkv_projection_bwd(*args)[1]
-        oracle.assert_equal(qkv_projection_bwd(*args, seed=seed)[1], in_order)
+        op = qkv(rng, 2, rows, 37)
+        oracle.assert_equal(forward(op, seed=seed)[1], forward(op)[1])
+        keys, given = list(op.leaves), projections.cotangents(rng, op)
+        oracle.assert_equal(backward(op, given, keys, seed=seed)[1], backward(op, given, keys)[1])
 
 
 @dtypes
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("rows", [3, 20, 70])
 def test_nan_and_inf_stay_where_they_are(rng, rows, value, dtype):
-    x, weight, bias = operands.qkv(rng, 1, rows, 37, HEAD, dtype)
-    x[0, rows - 1, 36] = value
-    outputs = qkv_projection(x, weight, bias, *HEAD)[1]
-    oracle.assert_close(outputs, oracle.fused_qkv_projection, x, weight, bias, *HEAD)
-    weight = tuple(mx.zeros_like(w) for w in weight)
-    for y in qkv_projection(x, weight, None, *HEAD)[1]:  # 0 times any of them is NaN
+    op = qkv(rng, 1, rows, 37, HEAD, dtype)
+    op.x[0, rows - 1, 36] = value
+    oracle.assert_close(forward(op)[1], op.formula, *op.exact_operands)
+    zeros = tuple(mx.zeros_like(w) for w in op.arguments["weight"])
+    for y in forward(op.replace(weight=zeros, bias=None))[1]:  # 0 times any of them is NaN
         assert mx.all(mx.isnan(y[0, :, rows - 1])).item()
         assert mx.all(y[0, :, : rows - 1] == 0).item()
 
@@ -181,16 +169,27 @@ def test_nan_and_inf_stay_where_they_are(rng, rows, value, dtype):
 # Operands that lie in memory otherwise than row by row.
 
 
-def strided_forward(call, x_tensor, weights, batch, seq, heads, out_strides=None):
-    num_heads, num_kv_heads, head_dim = heads
-    outputs = []
-    for n in (num_heads, num_kv_heads, num_kv_heads):
-        shape = (batch, n, seq, head_dim)
-        token_major = [seq * n * head_dim, head_dim, n * head_dim, 1]
-        outputs.append(call.output(shape, token_major if out_strides == "tokens" else None))
-    segments = [(w, None, out) for w, out in zip(weights, outputs, strict=True)]
-    call.run(_internals.plan_projection(NAMES[call.dtype], x_tensor, segments))
-    return tuple(call.value(out) for out in outputs)
+class Gaps(Call):
+    """Between the batches of its activations there are other rows."""
+
+    def input(self, array):
+        if array is None or array.ndim < 3:
+            return super().input(array)
+        batch, seq, features = array.shape
+        base = mx.concatenate([array, mx.full((batch, 3, features), 9.0, array.dtype)], 1)
+        return super().input(array, [(seq + 3) * features, features, 1], 0, base)
+
+
+def strided_forward(call, x, weights, op, tokens=False):
+    """The outputs, which lie head by head or token by token."""
+    batch, seq, _ = op.x.shape
+    outputs = {}
+    for i, (n, dims) in enumerate(op.segments):
+        strides = [seq * n * dims, dims, n * dims, 1] if tokens else None
+        outputs["output", i] = call.output((batch, n, seq, dims), strides)
+    call.run({("input", 0): x} | {("weight", i): w for i, w in enumerate(weights)}, outputs)
+    values = tuple(map(call.value, outputs.values()))
+    oracle.assert_close(values, op.formula, *op.exact_operands)
 
 
 @dtypes
@@ -199,8 +198,8 @@ def strided_forward(call, x_tensor, weights, batch, seq, heads, out_strides=None
 @pytest.mark.parametrize("seq", [1, 3, 20, 70])
 def test_strided_input(rng, layout, seq, out, dtype):
     batch, hidden = 2, 37
-    x, weight, _ = operands.qkv(rng, batch, seq, hidden, HEAD, dtype)
-    call = Call(dtype)
+    op, call = qkv(rng, batch, seq, hidden, HEAD, dtype, bias=False), Call(dtype)
+    x = op.x
     if layout == "sliced":
         base = mx.concatenate(
             [mx.full((batch, seq, 5), 9.0, dtype), x, mx.full((batch, seq, 6), 9.0, dtype)], 2
@@ -213,70 +212,62 @@ def test_strided_input(rng, layout, seq, out, dtype):
         tensor = call.input(x, [0, hidden, 1], 0, x[:1])
     else:
         tensor = call.input(x, [seq * hidden, -hidden, 1], (seq - 1) * hidden, mx.contiguous(x[:, ::-1]))
-    weights = [call.input(w) for w in weight]
-    outputs = strided_forward(call, tensor, weights, batch, seq, HEAD, out)
-    oracle.assert_close(outputs, oracle.fused_qkv_projection, x, weight, None, *HEAD)
+    weights = [call.input(w) for w in op.arguments["weight"]]
+    strided_forward(call, tensor, weights, op.replace(input=x), out == "tokens")
     call.assert_written_once()
 
 
 @dtypes
 @pytest.mark.parametrize("batch,seq", [(2, 3), (7, 1), (3, 20), (2, 70)])
 def test_batches_apart_in_the_output_projection(rng, batch, seq, dtype):
-    args = operands.output(rng, batch, seq, 37, 70, dtype)
-    call, output = output_projection(*args, gap=3)
-    oracle.assert_close(output, oracle.fused_output_projection_residual, *args)
-    call.assert_written_once()
+    check_outputs(output(rng, batch, seq, 37, 70, dtype), Gaps)
 
 
 @dtypes
 @pytest.mark.parametrize("seq", [3, 20, 70])
 def test_sliced_weights_and_token_major_gradients(rng, seq, dtype):
-    batch, hidden = 2, 37
-    x, weight, _ = operands.qkv(rng, batch, seq, hidden, HEAD, dtype)
-    grads = operands.qkv_cotangents(rng, batch, seq, HEAD, dtype)
-    call = Call(dtype)
-    weights, tensors = [], []
-    for w, g in zip(weight, grads, strict=True):
+    op, call = qkv(rng, 2, seq, 37, HEAD, dtype, bias=False), Call(dtype)
+    given, keys = projections.cotangents(rng, op), list(op.leaves)
+    weights, inputs = [], {("input", 0): call.input(op.x)}
+    for i, (w, g) in enumerate(zip(op.arguments["weight"], given, strict=True)):
         base = mx.concatenate([w, mx.full((len(w), 11), 9.0, dtype)], 1)
         weights.append(call.input(w, [48, 1], 0, base))
         heads, dim = g.shape[1], g.shape[3]
         strides = [seq * heads * dim, dim, heads * dim, 1]
-        tensors.append(call.input(g, strides, 0, mx.contiguous(g.swapaxes(1, 2))))
-    outputs = strided_forward(call, call.input(x), weights, batch, seq, HEAD)
-    oracle.assert_close(outputs, oracle.fused_qkv_projection, x, weight, None, *HEAD)
-    dx = call.output(x.shape)
-    call.run(_internals.plan_gradients(NAMES[dtype], list(zip(tensors, weights, strict=True)), dx))
-    dw = [call.output(w.shape) for w in weight]
-    segments = [(g, w, None) for g, w in zip(tensors, dw, strict=True)]
-    call.run(_internals.plan_weight_grad(NAMES[dtype], call.input(x), segments))
-    actual = (call.value(dx), tuple(map(call.value, dw)), None)
-    oracle.assert_close(actual, oracle.fused_qkv_projection_bwd, *grads, x, weight, False, *HEAD)
+        inputs["weight", i] = weights[-1]
+        inputs["cotangent", i] = call.input(g, strides, 0, mx.contiguous(g.swapaxes(1, 2)))
+    strided_forward(call, inputs["input", 0], weights, op)
+    outputs = {(name, i or 0): call.output(op.leaves[name, i].shape) for name, i in keys}
+    call.run(inputs, outputs)
+    grads = tuple(map(call.value, outputs.values()))
+    oracle.assert_close(grads, op.gradient_formula(keys), given, *op.exact_operands)
     call.assert_written_once()
 
 
 @pytest.mark.parametrize("wanted", [[0], [2], [0, 1], [1, 2]], ids=str)
 @pytest.mark.parametrize("with_bias, alpha", [([], 0.5), ([0], 0.5), ([1], 1.0)], ids=str)
 def test_only_the_weight_gradients_asked_for(rng, wanted, with_bias, alpha):
-    x, _, _ = operands.qkv(rng, 2, 21, 37, HEAD)
-    grads = operands.qkv_cotangents(rng, 2, 21, HEAD)
-    call = Call(mx.float32)
-    segments = []
-    for place, i in enumerate(wanted):
-        features = grads[i].shape[1] * HEAD[2]
-        bias = call.output((features,)) if place in with_bias else None
-        segments.append((call.input(grads[i]), call.output((features, 37)), bias))
-    call.run(_internals.plan_weight_grad("float32", call.input(x), segments, alpha))
-    for i, (_, dw, db) in zip(wanted, segments, strict=True):
-        # Half of a sum is exact.
-        formula = lambda g, x: np.einsum("bhsd,bsi->hdi", g, x).reshape(-1, x.shape[2])  # noqa: E731
-        oracle.assert_close(call.value(dw) / alpha, formula, grads[i], x)
-        if db:
-            oracle.assert_close(call.value(db) / alpha, lambda g: g.sum((0, 2)).reshape(-1), grads[i])
+    op = qkv(rng, 2, 21, 37).replace(alpha=alpha)
+    keys = [("weight", i) for i in wanted]
+    keys += [("bias", i) for place, i in enumerate(wanted) if place in with_bias]
+    given = projections.cotangents(rng, op)
+    call, grads = backward(op, given, keys)
+    assert len(call.plan) == 1
+    halved = tuple(g / alpha for g in grads)  # half of a sum is exact
+    oracle.assert_close(halved, op.gradient_formula(keys), given, *op.exact_operands)
     call.assert_written_once()
 
 
 # Tiles step through a block of rows in 32 bits; the evaluation copies operands whose rows are further apart.
 FAR_ROW = {2: 2**29, 40: 2**25 - 1, 70: 2**25 - 1}
+
+
+def far_apart(call, parts, distance, *shape):
+    """A tensor of which the parts, in a buffer, begin so far from each other."""
+    data = sparse(((len(parts) - 1) * distance + parts[0].size,), np.float32)
+    for i, part in enumerate(parts):
+        data[i * distance : i * distance + part.size] = np.array(part).reshape(-1)
+    return call.tensor(shape, data, [distance, *row_major(shape)[1:]])
 
 
 @pytest.mark.parametrize("rows", FAR_ROW)
@@ -286,15 +277,10 @@ def test_offsets_past_two_to_the_31(rng, rows):
     features = 2**31 // row + 3
     x, w = operands.normal(rng, (2, rows, hidden)), operands.normal(rng, (features, hidden))
     call = Call(mx.float32)
-    call.buffers["a0"] = sparse((far + rows * hidden,), np.float32)
-    for b in range(2):
-        call.buffers["a0"][b * far : b * far + rows * hidden] = np.array(x[b]).reshape(-1)
-    call.buffers["a1"] = sparse(((features - 1) * row + hidden,), np.float32)
-    for n in range(features):
-        call.buffers["a1"][n * row : n * row + hidden] = np.array(w[n])
+    inputs = {("input", 0): far_apart(call, x, far, *x.shape)}
+    inputs["weight", 0] = far_apart(call, w, row, *w.shape)
     out = call.output((2, 1, rows, features))
-    segment = ((1, list(w.shape), [row, 1], 0), None, out)
-    call.run(_internals.plan_projection("float32", (0, list(x.shape), [far, hidden, 1], 0), [segment]))
+    call.run(inputs, {("output", 0): out})
     oracle.assert_close(call.value(out)[:, 0], lambda x, w: np.einsum("bsi,oi->bso", x, w), x, w)
 
 
@@ -302,20 +288,12 @@ def test_offsets_past_two_to_the_31(rng, rows):
 def test_gradient_offsets_past_two_to_the_31(rng, rows):
     far, row, hidden, features = 2**31 + 64, 2**25 - 1, 20, 67
     x, w = operands.normal(rng, (2, rows, hidden)), operands.normal(rng, (features, hidden))
-    g = operands.normal(rng, (2, 1, rows, features))
+    g = operands.normal(rng, (2, rows, features))
     call = Call(mx.float32)
-    call.buffers["a0"] = sparse((far + rows * features,), np.float32)
-    for b in range(2):
-        call.buffers["a0"][b * far : b * far + rows * features] = np.array(g[b, 0]).reshape(-1)
-    grad = (0, list(g.shape), [far, rows * features, features, 1], 0)
-    call.buffers["a1"] = sparse(((features - 1) * row + hidden,), np.float32)
-    for n in range(features):
-        call.buffers["a1"][n * row : n * row + hidden] = np.array(w[n])
-    dx = call.output(x.shape)
-    call.run(_internals.plan_gradients("float32", [(grad, (1, list(w.shape), [row, 1], 0))], dx))
-    oracle.assert_close(call.value(dx), lambda g, w: np.einsum("bhso,oi->bsi", g, w), g, w)
-    call.buffers["a3"] = sparse(((features - 1) * row + hidden,), np.float32)
-    dw = (3, list(w.shape), [row, 1], 0)
-    call.run(_internals.plan_weight_grad("float32", call.input(x), [(grad, dw, None)]))
-    far_rows = np.stack([call.buffers["a3"][n * row : n * row + hidden] for n in range(features)])
-    oracle.assert_close(mx.array(far_rows), lambda g, x: np.einsum("bhso,bsi->oi", g, x), g, x)
+    inputs = {("input", 0): call.input(x), ("cotangent", 0): far_apart(call, g, far, *g.shape)}
+    inputs["weight", 0] = far_apart(call, w, row, *w.shape)
+    dx, dw = call.output(x.shape), far_apart(call, mx.zeros_like(w), row, *w.shape)
+    call.run(inputs, {("input", 0): dx})
+    oracle.assert_close(call.value(dx), lambda g, w: np.einsum("bso,oi->bsi", g, w), g, w)
+    call.run(inputs, {("weight", 0): dw})
+    oracle.assert_close(call.value(dw), lambda g, x: np.einsum("bso,bsi->oi", g, x), g, x)

@@ -225,7 +225,7 @@ class Far(Call):
         for i, part in enumerate(to_numpy(array)):
             data[i * apart : i * apart + part.size] = part.reshape(-1)
         strides = [apart, *row_major(array.shape)[1:]]
-        return self._tensor(array.shape, data, strides, 0)
+        return self.tensor(array.shape, data, strides)
 
 
 @pytest.mark.parametrize("rows", [2, 20])

@@ -8,7 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_fused
-import oracle
+import projections
 from graph import output_counts, primitives
 from mlx_fused.nn import OutputProjection, QKVProjection
 from operands import normal
@@ -25,9 +25,20 @@ def linears(bias, dtype=mx.float32):
     return q, k, v
 
 
-def arguments(layer):
-    weight = layer.q_weight, layer.k_weight, layer.v_weight
-    return weight, (layer.q_bias, layer.k_bias, layer.v_bias) if "q_bias" in layer else None
+def check_layer(rng, layer, dtype=mx.float32):
+    """One node of ours, whose outputs are those of the formula."""
+    bias = any("bias" in name for name in layer)
+    if isinstance(layer, QKVProjection):
+        call = projections.qkv(rng, 2, 5, 24, (4, 2, 8), dtype=dtype, bias=bias)
+        own = {key: layer[f"{'qkv'[key[1]]}_{key[0]}"] for key in call.leaves if key[0] != "input"}
+        outputs, node = layer(call.x), "FusedQKVProjection"
+    else:
+        call = projections.output(rng, 2, 5, 32, 24, dtype=dtype, bias=bias)
+        own = {key: layer[key[0]] for key in call.leaves if key[0] in ("weight", "bias")}
+        outputs, node = (layer(call.x, call.arguments["residual"]),), "FusedOutputProjection"
+    assert primitives(*outputs)[node] == 1
+    projections.check_outputs(call.with_leaves(own), outputs)
+    assert all(y.dtype == dtype for y in outputs)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -35,12 +46,7 @@ def arguments(layer):
 def test_qkv_projection(rng, bias, dtype):
     layer = QKVProjection(24, 4, 2, 8, bias)
     layer.set_dtype(dtype)
-    x = normal(rng, (2, 5, 24), dtype)
-    outputs = layer(x)
-    assert [y.shape for y in outputs] == [(2, 4, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)]
-    assert all(y.dtype == dtype for y in outputs)
-    assert primitives(*outputs)["FusedQKVProjection"] == 1
-    oracle.assert_close(outputs, oracle.fused_qkv_projection, x, *arguments(layer), 4, 2, 8)
+    check_layer(rng, layer, dtype)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -48,12 +54,7 @@ def test_qkv_projection(rng, bias, dtype):
 def test_output_projection(rng, bias, dtype):
     layer = OutputProjection(32, 24, bias)
     layer.set_dtype(dtype)
-    x, residual = normal(rng, (2, 5, 32), dtype), normal(rng, (2, 5, 24), dtype)
-    out = layer(x, residual)
-    assert out.shape == (2, 5, 24) and out.dtype == dtype
-    assert primitives(out)["FusedOutputProjection"] == 1
-    formula = oracle.fused_output_projection_residual
-    oracle.assert_close(out, formula, x, layer.weight, layer.get("bias"), residual)
+    check_layer(rng, layer, dtype)
 
 
 def test_default_sizes():
@@ -84,11 +85,8 @@ def test_from_linear_shares_the_arrays(rng, bias):
     assert output.weight is o.weight and (not bias or output.bias is o.bias)
     assert len(parameters(qkv)) == (6 if bias else 3)
     assert len(parameters(output)) == (2 if bias else 1)
-    x, residual = normal(rng, (2, 5, 24)), normal(rng, (2, 5, 24))
-    oracle.assert_close(qkv(x), oracle.fused_qkv_projection, x, *arguments(qkv), 4, 2, 8)
-    a = normal(rng, (2, 5, 32))
-    formula = oracle.fused_output_projection_residual
-    oracle.assert_close(output(a, residual), formula, a, o.weight, o.get("bias"), residual)
+    for layer in (qkv, output):
+        check_layer(rng, layer)
 
 
 def test_training(rng):

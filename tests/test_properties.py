@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mlx_fused
 import operands
 import oracle
 import projections
 import quantized
+from projections import check_backward, check_forward, cotangents
 from stacks import CODES, Stack
-from test_layouts import VIEWS
+from test_layouts import VIEWS, apart
 
 sizes = st.integers(0, 5) | st.integers(0, 70)
 widths = st.integers(1, 9) | st.integers(1, 140)
@@ -26,73 +26,51 @@ def heads(draw):
     return kv_heads * draw(st.integers(1, 8)), kv_heads, draw(st.integers(1, 20)), draw(st.integers(1, 20))
 
 
-def project(x, weight, bias, heads):
-    *heads, v_head_dim = heads
-    return mlx_fused.fused_qkv_projection(x, weight, bias, *heads, v_head_dim=v_head_dim)
+def check_laid_out(data, rng, call):
+    """Both ways, with the operands laid out at random, and the cotangents."""
+
+    def lay_out(a):
+        return data.draw(layouts)(a) if a.size else a
+
+    call = call.with_leaves({key: lay_out(a) for key, a in call.leaves.items()})
+    check_forward(call)
+    check_backward(call, [lay_out(g) for g in cotangents(rng, call)])
 
 
-@st.composite
-def qkv_problems(draw):
-    """The operands, laid out at random, and the cotangents of one call."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    batch, seq, hidden = draw(st.integers(0, 3)), draw(sizes), draw(widths)
-    dtype, shape = draw(dtypes), draw(heads())
-    has_bias, packed = draw(st.booleans()), draw(st.booleans())
-    x, weight, bias = operands.qkv(rng, batch, seq, hidden, shape, dtype, has_bias, packed)
-    cotangents = operands.qkv_cotangents(rng, batch, seq, shape, dtype)
-
-    def lay_out(tree):
-        if tree is None:
-            return None
-        if isinstance(tree, tuple):
-            return tuple(map(lay_out, tree))
-        return draw(layouts)(tree) if tree.size else tree
-
-    return lay_out(x), lay_out(weight), lay_out(bias), lay_out(cotangents), shape
+seeds = st.integers(0, 2**32 - 1)
 
 
-@given(qkv_problems())
-def test_qkv(problem):
-    x, weight, bias, cotangents, shape = problem
-    outputs = project(x, weight, bias, shape)
-    oracle.assert_close(outputs, oracle.fused_qkv_projection, x, weight, bias, *shape)
-    args = (*cotangents, x, weight, bias is not None)
-    *heads, v_head_dim = shape
-    grads = mlx_fused.fused_qkv_projection_bwd(*args, *heads, v_head_dim=v_head_dim)
-    oracle.assert_close(grads, oracle.fused_qkv_projection_bwd, *args, *shape)
+@given(st.data(), seeds, st.integers(0, 3), sizes, widths, heads(), dtypes, st.booleans(), st.booleans())
+def test_qkv(data, seed, batch, seq, hidden, shape, dtype, bias, packed):
+    rng = np.random.default_rng(seed)
+    options = {"dtype": dtype, "bias": bias, "packed": packed}
+    check_laid_out(data, rng, projections.qkv(rng, batch, seq, hidden, shape, **options))
 
 
-@given(st.data(), st.integers(0, 3), sizes, widths, widths, dtypes, st.booleans())
-def test_output(data, batch, seq, hidden_in, hidden_out, dtype, bias):
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    args = [
-        data.draw(layouts)(a) if a is not None and a.size else a
-        for a in operands.output(rng, batch, seq, hidden_in, hidden_out, dtype, bias)
-    ]
-    out = mlx_fused.fused_output_projection_residual(*args)
-    oracle.assert_close(out, oracle.fused_output_projection_residual, *args)
-    args = (args[3], *args[:2], bias)
-    grads = mlx_fused.fused_output_projection_residual_bwd(*args)
-    oracle.assert_close(grads, oracle.fused_output_projection_residual_bwd, *args)
+@given(st.data(), seeds, st.integers(0, 3), sizes, widths, widths, dtypes, st.booleans())
+def test_output(data, seed, batch, seq, hidden_in, hidden_out, dtype, bias):
+    rng = np.random.default_rng(seed)
+    options = {"dtype": dtype, "bias": bias}
+    check_laid_out(data, rng, projections.output(rng, batch, seq, hidden_in, hidden_out, **options))
 
 
-@given(st.integers(0, 2**32 - 1), sizes, widths, heads())
+def of_integers(seed, batch, seq, hidden, shape, packed=False):
+    rng = np.random.default_rng(seed)
+    return rng, projections.qkv(rng, batch, seq, hidden, shape, packed=packed, draw=operands.integers)
+
+
+@given(seeds, sizes, widths, heads())
 def test_packed_and_separate_weights_mean_the_same(seed, seq, hidden, shape):
-    rng = np.random.default_rng(seed)
-    x, weight, bias = operands.qkv(rng, 1, seq, hidden, shape, draw=operands.integers)
-    separate = project(x, weight, bias, shape)
-    packed = project(x, mx.concatenate(weight), mx.concatenate(bias), shape)
-    oracle.assert_equal(separate, packed)
+    _, call = of_integers(seed, 1, seq, hidden, shape, packed=True)
+    oracle.assert_equal(apart(call)(), call())
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 9), widths, heads())
+@given(seeds, st.integers(1, 4), st.integers(1, 9), widths, heads())
 def test_each_row_depends_on_its_own_input_alone(seed, batch, seq, hidden, shape):
-    rng = np.random.default_rng(seed)
-    x, weight, bias = operands.qkv(rng, batch, seq, hidden, shape, draw=operands.integers)
-    together = project(x, weight, bias, shape)
+    rng, call = of_integers(seed, batch, seq, hidden, shape)
     b, s = int(rng.integers(batch)), int(rng.integers(seq))
-    alone = project(x[b : b + 1, s : s + 1], weight, bias, shape)
-    oracle.assert_equal([y[b : b + 1, :, s : s + 1] for y in together], alone)
+    alone = call(input=call.x[b : b + 1, s : s + 1])
+    oracle.assert_equal([y[b : b + 1, :, s : s + 1] for y in call()], alone)
 
 
 @st.composite

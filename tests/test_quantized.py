@@ -12,28 +12,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import mlx_fused
 import operands
 import oracle
 import projections
 import quantized
 from mlx_fused import _ext
-from projections import check_forward, check_gradients, cotangents
-from test_layouts import VIEWS
+from projections import check, check_forward, cotangents
+from test_forward import dtypes
+from test_layouts import VIEWS, apart, check_views, views
 
-dtypes = pytest.mark.parametrize("dtype", operands.DTYPES, ids=str)
 formats = pytest.mark.parametrize("form", quantized.FORMATS, ids=lambda f: "-".join(map(str, f)))
 HEADS = (4, 2, 8)
 # One of each way to store a weight.
 KINDS = [("affine", 64, 4), ("affine", 32, 3), ("affine", 128, 8), *quantized.FLOATS]
 kinds = pytest.mark.parametrize("form", KINDS, ids=lambda f: "-".join(map(str, f)))
-
-
-def check(rng, call, **options):
-    """Forward and gradients."""
-    outputs = check_forward(call, **options)
-    assert all(y.dtype == call.x.dtype for y in outputs)
-    check_gradients(call, cotangents(rng, call), **options)
 
 
 @dtypes
@@ -212,7 +204,7 @@ def test_decode_and_prefill_of_a_wide_layer(rng, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("view", VIEWS, ids=lambda f: f.__name__)
+@views
 def test_views(rng, view, dtype):
     for form in (("affine", 32, 4), ("mxfp8", 32, 8)):
         for call in (
@@ -220,37 +212,27 @@ def test_views(rng, view, dtype):
             projections.qkv(rng, 2, 1, 64, HEADS, form, dtype, packed=True),
             projections.output(rng, 2, 5, 64, 40, form, dtype),
         ):
-            for keys in ([key] for key in call.leaves):
-                check_forward(call.with_leaves({key: view(call.leaves[key]) for key in keys}))
-            laid_out = call.with_leaves({key: view(a) for key, a in call.leaves.items()})
-            check_forward(laid_out)
-            check_gradients(laid_out, tuple(map(view, cotangents(rng, call))))
+            check_views(rng, call, view)
 
 
 @dtypes
 def test_views_of_one_packed_weight_as_three(rng, dtype):
-    packed = projections.qkv(rng, 2, 5, 64, HEADS, ("affine", 64, 4), dtype, packed=True)
-    cuts = [int(n) for n in np.cumsum(packed.features)[:-1]]
-    names = ("weight", "scales", "biases", "bias")
-    apart = packed.replace(**{n: tuple(mx.split(packed.arguments[n], cuts)) for n in names})
-    check(rng, apart)
+    check(rng, apart(projections.qkv(rng, 2, 5, 64, HEADS, ("affine", 64, 4), dtype, packed=True)))
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 40])
-def test_accumulates_in_float32(dtype, rows):
+def test_accumulates_in_float32(rng, dtype, rows):
     # 4096 ones: a sum kept in bfloat16 stops growing at 256, one in float16 at 2048.
-    words = mx.full((8, 4096 // 8), 0x11111111, mx.uint32)
-    scales = mx.ones((8, 4096 // 64), dtype)
-    biases, x = mx.zeros_like(scales), mx.ones((1, rows, 4096), dtype)
-    q, k, v = mlx_fused.fused_quantized_qkv_projection(
-        x, (words,) * 3, (scales,) * 3, (biases,) * 3, None, 1, 1, 8
-    )
-    out = mlx_fused.fused_quantized_output_projection_residual(
-        x, words, scales, biases, None, mx.zeros((1, rows, 8), dtype)
-    )
-    for y in (q, k, v, out):
-        assert (y == 4096).all()
+    form = ("affine", 64, 4)
+    ones = {"weight": 0x11111111, "biases": 0, "residual": 0}
+    for call in (
+        projections.qkv(rng, 1, rows, 4096, (1, 1, 8), form, dtype, bias=False),
+        projections.output(rng, 1, rows, 4096, 8, form, dtype, bias=False),
+    ):
+        leaves = {key: mx.full(a.shape, ones.get(key[0], 1), a.dtype) for key, a in call.leaves.items()}
+        for y in call.with_leaves(leaves)():
+            assert (y == 4096).all()
 
 
 @dtypes

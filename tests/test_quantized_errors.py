@@ -147,7 +147,7 @@ PAIR = [
     ({"lora_a": words(128, 4)}, ["lora_a", "float32", "uint32"]),
 ]
 CASES = {
-    "packed": [*WEIGHTS, *FORMATS, *COUNTS, (ADAPTER, ["weight", "three", "adapter"])],
+    "packed": [*WEIGHTS, *FORMATS, *COUNTS],
     "separate": [*LAYERS, *COUNTS],
     "separate with LoRA": [*LAYERS, *PAIRS],
     "output": [*WEIGHTS, *FORMATS, *RESIDUALS],

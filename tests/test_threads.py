@@ -4,15 +4,18 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Barrier
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-import mlx_fused
-import operands
 import oracle
+import projections
+from operands import integers
+from projections import check, check_backward, check_forward, check_outputs, cotangents
+from test_forward import dtypes
 
 THREADS = 8
 
@@ -31,59 +34,59 @@ def in_threads(work):
             future.result()
 
 
-@pytest.mark.parametrize("dtype", operands.DTYPES, ids=str)
+@dtypes
 def test_forward_and_backward_in_threads(dtype):
-    heads = (4, 2, 16)
-
     def work(rng):
         # Sizes both below and above what one call shares out among cores, of few rows and of many.
         for seq, hidden in ((1, 70), (1, 2100), (3, 70), (3, 700), (40, 70), (200, 70)):
-            x, weight, bias = operands.qkv(rng, 1, seq, hidden, heads, dtype)
-            outputs = mlx_fused.fused_qkv_projection(x, weight, bias, *heads)
-            oracle.assert_close(outputs, oracle.fused_qkv_projection, x, weight, bias, *heads)
-            cotangents = operands.qkv_cotangents(rng, 1, seq, heads, dtype)
-            args = (*cotangents, x, weight, True, *heads)
-            grads = mlx_fused.fused_qkv_projection_bwd(*args)
-            oracle.assert_close(grads, oracle.fused_qkv_projection_bwd, *args)
-            args = operands.output(rng, 1, seq, hidden, 130, dtype)
-            out = mlx_fused.fused_output_projection_residual(*args)
-            oracle.assert_close(out, oracle.fused_output_projection_residual, *args)
+            call = projections.qkv(rng, 1, seq, hidden, (4, 2, 16), dtype=dtype)
+            check_forward(call)
+            check_backward(call, cotangents(rng, call))
+            check_forward(projections.output(rng, 1, seq, hidden, 130, dtype=dtype))
+
+    in_threads(work)
+
+
+@dtypes
+def test_quantized_weights_and_adapters_in_threads(dtype):
+    def work(rng):
+        for seq in (1, 3, 40, 200):
+            check(
+                rng, projections.qkv(rng, 1, seq, 64, (4, 2, 16), ("affine", 32, 4), dtype, ranks=(8, 8, 8))
+            )
+            check(rng, projections.output(rng, 1, seq, 64, 90, ("affine", 64, 4), dtype))
 
     in_threads(work)
 
 
 def test_grad_and_compile_in_threads():
     def work(rng):
-        a, w, b, r = operands.output(rng, 2, 9, 30, 20, draw=operands.integers)
-
-        def loss(a, w, b, r):
-            return mlx_fused.fused_output_projection_residual(a, w, b, r).sum()
-
-        ones = mx.ones((2, 9, 20))
-        expected = oracle.fused_output_projection_residual_bwd(*oracle.exact((ones, a, w)), True)
+        call = projections.output(rng, 2, 9, 30, 20, draw=integers)
+        keys, ones = list(call.leaves), [mx.ones((2, 9, 20))]
+        expected = call.gradient_formula(keys)(oracle.exact(ones), *call.exact_operands)
+        loss = lambda *values: call.function(keys)(*values)[0].sum()  # noqa: E731
         for transform in (lambda f: f, mx.compile):
-            grads = transform(mx.grad(loss, argnums=(0, 1, 2, 3)))(a, w, b, r)
+            grads = transform(mx.grad(loss, argnums=(0, 1, 2, 3)))(*call.leaves.values())
             oracle.assert_equal(grads, expected)
 
     in_threads(work)
 
 
 def test_several_streams_of_one_thread(rng):
-    heads = (4, 2, 16)
     streams = [mx.new_stream(mx.cpu) for _ in range(4)]
     calls = []
     for i in range(24):
-        args = operands.qkv(rng, 1, 33, 70, heads)
-        outputs = mlx_fused.fused_qkv_projection(*args, *heads, stream=streams[i % 4])
+        call = projections.qkv(rng, 1, 33, 70, (4, 2, 16))
+        outputs = call(stream=streams[i % 4])
         mx.async_eval(outputs)
-        calls.append((args, outputs))
-    for args, outputs in calls:
-        oracle.assert_close(outputs, oracle.fused_qkv_projection, *args, *heads)
+        calls.append((call, outputs))
+    for call, outputs in calls:
+        check_outputs(call, outputs)
 
 
 def test_beside_numpy_threads(rng):
     # NumPy brings an OpenBLAS of its own; both work at once and neither disturbs the other.
-    args = operands.output(rng, 1, 128, 256, 256)
+    call = projections.output(rng, 1, 128, 256, 256)
     a = np.ones((256, 256))
 
     def numpy_work():
@@ -93,27 +96,24 @@ def test_beside_numpy_threads(rng):
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(numpy_work)
         while not future.done():
-            out = mlx_fused.fused_output_projection_residual(*args)
-            mx.eval(out)
+            outputs = call()
+            mx.eval(outputs)
         future.result()
-    oracle.assert_close(out, oracle.fused_output_projection_residual, *args)
+    check_outputs(call, outputs)
 
 
 COMPARE = """
-import mlx.core as mx, mlx_fused
+import mlx.core as mx, numpy as np
+import oracle, projections
+from operands import integers
 
-def integers(low, high, *shape):
-    return mx.random.randint(low, high, shape).astype(mx.float32)
-
-x, w, b = integers(-2, 3, 3, 50, 320), integers(-2, 3, 192, 320), integers(-2, 3, 192)
-codes = mx.random.randint(0, 2**32, (192, 40), mx.uint32)
-scales, biases = mx.ones((192, 10)), mx.full((192, 10), -8.0)
-quantized = mlx_fused.LinearOperands(codes, b, scales, biases, group_size=32, bits=4)
-for rows in (1, 2, 50):  # on the caller's thread, of few rows, of many
-    for layer in (mlx_fused.LinearOperands(w, b), quantized):
-        args = (x[:, :rows], layer, None, 4, 2, 24)
-        pairs = zip(*(mlx_fused.fused_qkv_projection(*args, route=route) for route in ("fused", "composed")))
-        assert all(mx.array_equal(*pair) for pair in pairs)
+rng = np.random.default_rng(0)
+mx.set_default_device(mx.cpu)
+for form in (None, ("affine", 32, 4)):
+    call = projections.qkv(rng, 3, 50, 320, (4, 2, 24), form, packed=True, draw=integers)
+    for rows in (1, 2, 50):  # on the caller's thread, of few rows, of many
+        few = call.replace(input=call.x[:, :rows])
+        oracle.assert_equal(few(route="fused"), few(route="composed"))
 """
 
 
@@ -138,5 +138,5 @@ except ValueError as error:
 
 @pytest.mark.parametrize("threads", ["1", "2", "9", "1024", ""])
 def test_any_number_of_threads(threads):
-    environment = os.environ | {"MLX_FUSED_NUM_THREADS": threads}
+    environment = os.environ | {"MLX_FUSED_NUM_THREADS": threads, "PYTHONPATH": str(Path(__file__).parent)}
     subprocess.run([sys.executable, "-c", COMPARE], env=environment, check=True)

@@ -1,10 +1,16 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <array>
+#include <map>
+#include <string_view>
 
 #include "mlx_fused/backend/metal/plan.h"
 #include "mlx_fused/routing.h"
@@ -17,44 +23,28 @@ using namespace nb::literals;
 
 namespace {
 
-// (array, shape, strides, offset), strides and offset in elements.
-using TensorTuple = std::tuple<int, std::vector<int64_t>, std::vector<int64_t>, int64_t>;
-using Optional = std::optional<TensorTuple>;
-
-metal::Tensor tensor(const TensorTuple& t) {
-  auto& [array, shape, strides, offset] = t;
-  return {array, shape, strides, offset};
-}
-
-std::optional<metal::Tensor> tensor(const Optional& t) {
-  return t ? std::optional(tensor(*t)) : std::nullopt;
-}
-
-// (scales, biases)
-using QuantizedTuple = std::pair<TensorTuple, Optional>;
 // (mode, bits, group_size)
 using QuantizationTuple = std::tuple<std::string, int, int>;
-// (a, b, scale)
-using AdapterTuple = std::tuple<TensorTuple, TensorTuple, float>;
 
 std::optional<mlx_fused::Quantization> quantization(const std::optional<QuantizationTuple>& q) {
   return q ? std::optional(std::make_from_tuple<mlx_fused::Quantization>(*q)) : std::nullopt;
 }
 
-// Of segment i; a dense weight has no `quantized`.
-metal::Weight weight(const TensorTuple& values, const std::vector<QuantizedTuple>& quantized, size_t i) {
-  if (quantized.empty()) {
-    return {tensor(values), std::nullopt, std::nullopt};
-  }
-  return {tensor(values), tensor(quantized[i].first), tensor(quantized[i].second)};
-}
+// (array, shape, strides) by (role, segment).
+using Tensor = std::tuple<int, std::vector<int64_t>, std::vector<int64_t>>;
+using Tensors = std::map<std::pair<std::string, int>, Tensor>;
 
-std::optional<metal::Adapter> adapter(const std::vector<std::optional<AdapterTuple>>& adapters, size_t i) {
-  if (adapters.empty() || !adapters[i]) {
-    return std::nullopt;
+constexpr std::array<std::string_view, 9> roles = {
+    "cotangent", "input", "weight", "group_scales", "group_biases", "bias", "lora_a", "lora_b", "residual"};
+
+// A call's tensors in the order of its slots.
+std::vector<metal::Tensor> in_order(const mlx_fused::Slots& slots, const Tensors& tensors) {
+  std::vector<metal::Tensor> ordered;
+  for (auto [role, segment] : slots) {
+    auto& t = tensors.at({std::string(roles[static_cast<int>(role)]), segment});
+    ordered.push_back(std::make_from_tuple<metal::Tensor>(t));
   }
-  auto& [a, b, scale] = *adapters[i];
-  return metal::Adapter{tensor(a), tensor(b), scale};
+  return ordered;
 }
 
 // (launches, the sizes of temporaries in bytes)
@@ -63,11 +53,11 @@ nb::tuple launches(const metal::Plan& plan) {
   for (auto& launch : plan.launches) {
     nb::dict constants;
     for (auto [index, value] : launch.constants) {
-      constants[nb::int_(index)] = value;
+      constants[nb::int_(static_cast<int>(index))] = value;
     }
     nb::list buffers;
     for (auto& b : launch.buffers) {
-      buffers.append(nb::make_tuple(b.index, b.array, b.byte_offset));
+      buffers.append(nb::make_tuple(b.index, b.array));
     }
     nb::dict dict;
     dict["kernel"] = launch.kernel;
@@ -75,7 +65,7 @@ nb::tuple launches(const metal::Plan& plan) {
     dict["constants"] = constants;
     dict["buffers"] = buffers;
     nb::bytes params(reinterpret_cast<const char*>(&launch.params), sizeof(launch.params));
-    dict["bytes"] = std::vector{std::pair(launch.params_index, params)};
+    dict["bytes"] = std::vector{std::pair(static_cast<int>(mlx_fused::buffer_params), params)};
     dict["grid"] = nb::tuple(nb::cast(launch.grid));
     dict["threadgroup"] = nb::tuple(nb::cast(launch.threadgroup));
     list.append(dict);
@@ -129,83 +119,45 @@ void bind_internals(nb::module_& m) {
       "device"_a,
       "matmul_units"_a = false,
       "route"_a = nb::none());
+  // Of a projection, or of gradients if there are cotangents: `outputs` are then those that are wanted.
   internals.def(
-      "plan_projection",
+      "plan",
       [](const std::string& dtype,
-         const TensorTuple& x,
-         const std::vector<std::tuple<TensorTuple, Optional, TensorTuple>>& segments,
-         const Optional& residual,
+         const Tensors& inputs,
+         const Tensors& outputs,
+         const std::vector<std::optional<float>>& adapter_scales,
+         const std::optional<QuantizationTuple>& q,
          float alpha,
-         bool exact,
-         const std::vector<std::optional<AdapterTuple>>& adapters,
-         const std::vector<QuantizedTuple>& quantized,
-         const std::optional<QuantizationTuple>& q) {
-        std::vector<metal::Segment> parts;
-        for (size_t i = 0; i < segments.size(); ++i) {
-          auto& [values, bias, out] = segments[i];
-          parts.push_back({weight(values, quantized, i), tensor(bias), adapter(adapters, i), tensor(out)});
+         bool exact) {
+        mlx_fused::Call call{
+            .has_bias = inputs.contains({"bias", 0}),
+            .quantization = quantization(q),
+            .epilogue = {inputs.contains({"residual", 0}), alpha, exact}};
+        for (auto scale : adapter_scales) {
+          call.segments.push_back({.features = 0, .adapter_scale = scale});
         }
-        metal::Epilogue epilogue{tensor(residual), alpha, exact};
-        return launches(metal::plan_projection(dtype, quantization(q), tensor(x), parts, epilogue));
-      },
-      "dtype"_a,
-      "x"_a,
-      "segments"_a,
-      "residual"_a = nb::none(),
-      "alpha"_a = 1.0f,
-      "exact"_a = false,
-      "adapters"_a = nb::list(),
-      "quantized"_a = nb::list(),
-      "quantization"_a = nb::none());
-  internals.def(
-      "plan_gradients",
-      [](const std::string& dtype,
-         const std::vector<std::pair<TensorTuple, Optional>>& segments,
-         const Optional& dx,
-         const Optional& x,
-         const std::vector<std::optional<AdapterTuple>>& adapters,
-         const std::vector<std::pair<Optional, Optional>>& adapter_grads,
-         float alpha,
-         const std::vector<QuantizedTuple>& quantized,
-         const std::optional<QuantizationTuple>& q) {
-        std::vector<metal::GradSegment> parts;
-        for (size_t i = 0; i < segments.size(); ++i) {
-          auto& [grad, values] = segments[i];
-          metal::GradSegment part{tensor(grad), {}, adapter(adapters, i), {}, {}};
-          if (values) {
-            part.weight = weight(*values, quantized, i);
+        if (!inputs.contains({"cotangent", 0})) {
+          std::vector<metal::Tensor> out;
+          for (auto& [slot, t] : outputs) {
+            out.push_back(std::make_from_tuple<metal::Tensor>(t));
           }
-          if (!adapter_grads.empty()) {
-            part.da = tensor(adapter_grads[i].first);
-            part.db = tensor(adapter_grads[i].second);
-          }
-          parts.push_back(part);
+          return launches(
+              metal::plan_projection(call, dtype, in_order(mlx_fused::input_slots(call), inputs), out));
         }
-        return launches(metal::plan_gradients(dtype, quantization(q), tensor(x), parts, tensor(dx), alpha));
+        mlx_fused::GradCall grad{call, {}};
+        for (auto& [slot, t] : outputs) {
+          auto role = std::find(roles.begin(), roles.end(), slot.first) - roles.begin();
+          grad.wanted.push_back({static_cast<mlx_fused::Role>(role), slot.second});
+        }
+        return launches(
+            metal::plan_gradients(
+                grad, dtype, in_order(mlx_fused::input_slots(grad), inputs), in_order(grad.wanted, outputs)));
       },
       "dtype"_a,
-      "segments"_a,
-      "dx"_a = nb::none(),
-      "x"_a = nb::none(),
-      "adapters"_a = nb::list(),
-      "adapter_grads"_a = nb::list(),
+      "inputs"_a,
+      "outputs"_a,
+      "adapter_scales"_a,
+      "quantization"_a = nb::none(),
       "alpha"_a = 1.0f,
-      "quantized"_a = nb::list(),
-      "quantization"_a = nb::none());
-  internals.def(
-      "plan_weight_grad",
-      [](const std::string& dtype,
-         const TensorTuple& x,
-         const std::vector<std::tuple<TensorTuple, TensorTuple, Optional>>& segments,
-         float alpha) {
-        std::vector<metal::WeightGradSegment> parts;
-        for (auto& [grad, dw, dbias] : segments) {
-          parts.push_back({tensor(grad), tensor(dw), tensor(dbias)});
-        }
-        return launches(metal::plan_weight_grad(dtype, tensor(x), parts, alpha));
-      },
-      "dtype"_a,
-      "x"_a,
-      "segments"_a,
-      "alpha"_a = 1.0f);
+      "exact"_a = false);
 }

@@ -11,68 +11,51 @@ METAL = Path(__file__).parents[2] / "metal"
 
 
 def instantiations():
-    """The name of every kernel that metal/ instantiates for dense weights."""
-    return _named("INSTANTIATE_TYPES", DTYPES)
+    """The name of every kernel that metal/ instantiates for dense weights, or for none."""
+    return _named("INSTANTIATE_DENSE", [""]) + _named("INSTANTIATE_FORMATS", ["_dense"])
 
 
 def quantized_instantiations():
-    formats = re.findall(r"INSTANTIATE_FORMAT\((\w+), __VA_ARGS__\)", (METAL / "quantized.h").read_text())
-    return _named("INSTANTIATE_FORMATS", [f"{name}_{dtype}" for name in formats for dtype in DTYPES])
+    formats = re.findall(r"INSTANTIATE_FORMAT\((\w+), __VA_ARGS__\)", (METAL / "weight.h").read_text())
+    return _named("INSTANTIATE_FORMATS", [f"_{name}" for name in formats if name != "dense"])
 
 
-def _named(macro, endings):
+def _named(macro, formats):
     text = "".join(path.read_text() for path in sorted(METAL.glob("*.metal")))
     names = re.findall(rf'^{macro}\("(\w+)"', text, re.M)
-    return [f"{name}_{ending}" for name in names for ending in endings]
+    return [f"{name}{form}_{dtype}" for name in names for form in formats for dtype in DTYPES]
 
 
-def launched_on_quantized(operation, dtype, seq, hidden, heads, form):
-    """The kernels of a call on weights of a form (mode, group_size, bits), of one sequence."""
-    mode, group_size, bits = form
+def launched(operation, dtype, batch, seq, hidden, heads, form=None):
+    """The kernels of one call, on weights of a form (mode, group_size, bits) or dense ones.
+
+    ``heads`` is (num_heads, num_kv_heads, head_dim).
+    """
     num_heads, num_kv_heads, head_dim = heads
     counts = (num_heads, num_kv_heads, num_kv_heads)
-    x, by_head = _tensor(1, seq, hidden), [_tensor(1, n, seq, head_dim) for n in counts]
-    groups = [_tensor(n * head_dim, hidden // group_size) for n in counts]
-    weights = [_tensor(n * head_dim, hidden * bits // 32) for n in counts]
-    keywords = {"quantized": list(zip(groups, groups, strict=True)), "quantization": (mode, bits, group_size)}
-    if operation == "qkv_grad":
-        pairs = list(zip(by_head, weights, strict=True))
-        return _names(_internals.plan_gradients(dtype, pairs, x, **keywords))
-    segments = [(w, None, out) for w, out in zip(weights, by_head, strict=True)]
-    return _names(_internals.plan_projection(dtype, x, segments, **keywords))
-
-
-def launched(operation, dtype, batch, seq, hidden, heads):
-    """The kernels of one call; ``heads`` is (num_heads, num_kv_heads, head_dim)."""
-    num_heads, num_kv_heads, head_dim = heads
-    x = _tensor(batch, seq, hidden)
+    features = [hidden] if operation == "output" else [n * head_dim for n in counts]
+    mode, group_size, bits = form or (None, 1, 32)
+    x, results, inputs, adapters = _tensor(batch, seq, hidden), {}, {}, {}
+    for i, n in enumerate(features):
+        results[i] = _tensor(batch, seq, n)
+        inputs["weight", i] = _tensor(n, hidden * bits // 32)
+        inputs["group_scales", i] = inputs["group_biases", i] = _tensor(n, hidden // group_size)
+        adapters |= {("lora_a", i): _tensor(hidden, 8), ("lora_b", i): _tensor(8, n)}
+    scales = [1.0 if "lora" in operation else None] * len(features)
+    about = {"adapter_scales": scales, "quantization": (mode, bits, group_size) if form else None}
+    inputs |= {("input", 0): x} | adapters
     if operation == "output":
-        out = _tensor(batch, 1, seq, hidden)
-        plan = _internals.plan_projection(dtype, x, [(_tensor(hidden, hidden), None, out)], x)
-        return _names(plan)
-    counts = (num_heads, num_kv_heads, num_kv_heads)
-    weights = [_tensor(n * head_dim, hidden) for n in counts]
-    by_head = [_tensor(batch, n, seq, head_dim) for n in counts]
-    nothing = [None] * 3
-    forward = list(zip(weights, nothing, by_head, strict=True))
-    adapters = [(_tensor(hidden, 8), _tensor(8, n * head_dim), 1.0) for n in counts]
-    if operation == "qkv":
-        return _names(_internals.plan_projection(dtype, x, forward))
-    if operation == "qkv_lora":
-        return _names(_internals.plan_projection(dtype, x, forward, adapters=adapters))
-    if operation == "qkv_lora_grad":
-        grads = [(a, b) for a, b, _ in adapters]
-        backward = list(zip(by_head, weights, strict=True))
-        return _names(_internals.plan_gradients(dtype, backward, x, x, adapters, grads))
-    dx = _internals.plan_gradients(dtype, list(zip(by_head, weights, strict=True)), x)
-    dw = _internals.plan_weight_grad(dtype, x, list(zip(by_head, weights, nothing, strict=True)))
-    return _names(dx) + _names(dw)
-
-
-def _names(plan):
-    launches, _ = plan
+        inputs["residual", 0] = results[0]
+    if operation.endswith("grad"):
+        inputs |= {("cotangent", i): result for i, result in results.items()}
+        outputs = {("input", 0): x} | (adapters if "lora" in operation else {})
+        if operation == "qkv_grad" and not form:
+            outputs |= {slot: tensor for slot, tensor in inputs.items() if slot[0] == "weight"}
+    else:
+        outputs = {("output", i): result for i, result in results.items()}
+    launches, _ = _internals.plan(dtype, inputs, outputs, **about)
     return sorted({launch["kernel"] for launch in launches})
 
 
 def _tensor(*shape):
-    return 0, list(shape), [prod(shape[i + 1 :]) for i in range(len(shape))], 0
+    return 0, list(shape), [prod(shape[i + 1 :]) for i in range(len(shape))]

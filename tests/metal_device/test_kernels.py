@@ -4,11 +4,9 @@ import mlx.core as mx
 import pytest
 from launches import DTYPES, instantiations, launched
 
-import operands
 import projections
-from test_backward import check_qkv as check_backward
-from test_backward import qkv_args
-from test_forward import biases, check_output, check_qkv
+from test_backward import check as check_backward
+from test_forward import biases, check
 
 # On both sides of what each kernel takes, as (batch, seq).
 ROWS = [(1, m) for m in (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)]
@@ -37,16 +35,17 @@ def test_kernel(rng, kernel, operation, batch, seq, bias):
     for heads, hidden in PROBLEMS:
         assert kernel in launched(operation, name, batch, seq, hidden, heads)
         if operation == "output":
-            check_output(operands.output(rng, batch, seq, hidden, heads[0] * heads[2], dtype, bias))
+            check(projections.output(rng, batch, seq, hidden, heads[0] * heads[2], dtype=dtype, bias=bias))
             continue
         if "lora" in operation:
             check_lora(rng, operation, dtype, bias, batch, seq, hidden, heads)
             continue
         for packed in (False, True):
+            call = projections.qkv(rng, batch, seq, hidden, heads, dtype=dtype, bias=bias, packed=packed)
             if operation == "qkv":
-                check_qkv(operands.qkv(rng, batch, seq, hidden, heads, dtype, bias, packed), heads)
+                check(call)
             else:
-                check_backward(qkv_args(rng, batch, seq, hidden, heads, dtype, bias, packed))
+                check_backward(rng, call)
 
 
 def check_lora(rng, operation, dtype, bias, batch, seq, hidden, heads):

@@ -25,7 +25,7 @@ INSTANTIATION = re.compile(
     r"decltype\s*\((.*?)\)\s*(\w+\s*<[^;]*>)\s*;",
     re.S,
 )
-CONSTANT = re.compile(r"\bconstant\s+(\w+)\s+(\w+)\s*\[\[\s*function_constant\(\s*(\w+)\s*\)\s*\]\]\s*;")
+CONSTANT = re.compile(r"\bconstant\s+(\w+)\s+(\w+)\s*\[\[\s*function_constant\(\s*([\w:]+)\s*\)\s*\]\]\s*;")
 THREADGROUP = re.compile(r"\bthreadgroup\s+([^;(){}*&=\[\]]+?)\s+(\w+)((?:\s*\[[^;]*?\])*)\s*;")
 # Members and functions that differ from an earlier one in an address space only.
 OVERLOADS = [
@@ -104,7 +104,7 @@ def _drop_overloads(text):
 
 
 def _parameter(text):
-    if buffer := re.search(r"\bbuffer\(\s*(\d+)\s*\)", text):
+    if buffer := re.search(r"\bbuffer\(([^()]*)\)", text):
         return f"{{true, {buffer[1]}}}"
     for name in BUILTINS:
         if re.search(rf"\b{name}\b", text):

@@ -159,7 +159,7 @@ void ProjectionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
     }
     auto da = view_of(grads.find(Role::lora_a, i)), db = view_of(grads.find(Role::lora_b, i));
     if (adapter && (da || db)) {
-      adapter->scale *= alpha;
+      adapter->scale = call_.adapter_scale(i);
       adapter_grads.push_back({grad, *adapter, da, db});
     }
   }

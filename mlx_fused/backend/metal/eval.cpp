@@ -1,11 +1,8 @@
 // The primitives' GPU evaluation: allocate the outputs, plan the launches, encode them.
 #include <sys/utsname.h>
 
-#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <optional>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -30,23 +27,25 @@ class Launcher {
   explicit Launcher(mx::Stream stream) : stream_(stream) {}
 
   // Kernels read any strides, but want neighbours along the last axis, and a tile's rows not too far apart.
-  Tensor input(const mx::array& a) {
-    bool readable = a.shape(-1) <= 1 || a.strides(-1) == 1;
-    if (a.ndim() > 1) {
-      int row_axis = a.shape(-2) == 1 ? 0 : static_cast<int>(a.ndim()) - 2;
-      readable &= a.shape(row_axis) == 1 || std::abs(a.strides(row_axis)) < metal::max_row_stride;
+  std::vector<Tensor> inputs(const Arrays& arrays) {
+    std::vector<Tensor> tensors;
+    for (auto& a : arrays) {
+      bool readable = a.shape(-1) <= 1 || a.strides(-1) == 1;
+      if (a.ndim() > 1) {
+        int row_axis = a.shape(-2) == 1 ? 0 : static_cast<int>(a.ndim()) - 2;
+        readable &= a.shape(row_axis) == 1 || std::abs(a.strides(row_axis)) < metal::max_row_stride;
+      }
+      tensors.push_back(add(readable || a.size() == 0 ? a : copy(a)));
     }
-    arrays_.push_back(readable ? a : copy(a));
-    return tensor(arrays_.back());
+    return tensors;
   }
 
-  std::optional<Tensor> input(const mx::array* a) {
-    return a ? std::optional(input(*a)) : std::nullopt;
-  }
-
-  Tensor output(mx::array& a) {
-    arrays_.push_back(a);
-    return tensor(arrays_.back());
+  std::vector<Tensor> outputs(const Arrays& arrays) {
+    std::vector<Tensor> tensors;
+    for (auto& a : arrays) {
+      tensors.push_back(add(a));
+    }
+    return tensors;
   }
 
   void encode(const Plan& plan) {
@@ -71,12 +70,12 @@ class Launcher {
       for (auto& binding : launch.buffers) {
         auto& a = binding.array < 0 ? temporaries[-1 - binding.array] : arrays_[binding.array];
         if (binding.is_output) {
-          encoder.set_output_array(a, binding.index, binding.byte_offset);
+          encoder.set_output_array(a, binding.index);
         } else {
-          encoder.set_input_array(a, binding.index, binding.byte_offset);
+          encoder.set_input_array(a, binding.index);
         }
       }
-      encoder.set_bytes(launch.params, launch.params_index);
+      encoder.set_bytes(launch.params, buffer_params);
       auto size = [](const metal::Extent& e) { return MTL::Size(e[0], e[1], e[2]); };
       encoder.dispatch_threadgroups(size(launch.grid), size(launch.threadgroup));
     }
@@ -93,7 +92,8 @@ class Launcher {
     return outputs[0];
   }
 
-  Tensor tensor(const mx::array& a) const {
+  Tensor add(const mx::array& a) {
+    arrays_.push_back(a);
     return {
         static_cast<int>(arrays_.size()) - 1,
         {a.shape().begin(), a.shape().end()},
@@ -101,95 +101,28 @@ class Launcher {
   }
 
   mx::Stream stream_;
-  std::vector<mx::array> arrays_;
+  Arrays arrays_;
 };
 
-std::string name_of(const mx::array& a) {
-  return a.dtype() == mx::float32 ? "float32" : a.dtype() == mx::float16 ? "float16" : "bfloat16";
-}
-
-// [B, heads, S, head_dim] as it is, [B, S, features] as one head.
-Tensor by_heads(Tensor t) {
-  if (t.shape.size() == 3) {
-    t.shape.insert(t.shape.begin() + 1, 1);
-    t.strides.insert(t.strides.begin() + 1, 0);
-  }
-  return t;
-}
-
-metal::Weight weight_of(Launcher& launcher, const Operands& operands, int segment) {
-  return {
-      launcher.input(operands.get(Role::weight, segment)),
-      launcher.input(operands.find(Role::group_scales, segment)),
-      launcher.input(operands.find(Role::group_biases, segment))};
-}
-
-std::optional<metal::Adapter> adapter_of(
-    Launcher& launcher, const Operands& operands, int segment, const Call& call) {
-  auto* a = operands.find(Role::lora_a, segment);
-  if (!a || a->shape(1) == 0) {
-    return std::nullopt;  // products of rank 0 add nothing
-  }
-  auto b = launcher.input(operands.get(Role::lora_b, segment));
-  return metal::Adapter{launcher.input(*a), b, *call.segments[segment].adapter_scale};
+std::string name_of(mx::Dtype dtype) {
+  return dtype == mx::float32 ? "float32" : dtype == mx::float16 ? "float16" : "bfloat16";
 }
 
 }  // namespace
 
 void Projection::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs);
-  Operands operands(inputs, input_slots(call_));
   Launcher launcher(stream());
-  std::vector<metal::Segment> segments;
-  for (int i = 0; i < int(call_.segments.size()); ++i) {
-    segments.push_back(
-        {weight_of(launcher, operands, i),
-         launcher.input(operands.find(Role::bias, i)),
-         adapter_of(launcher, operands, i, call_),
-         by_heads(launcher.output(outputs[i]))});
-  }
-  auto x = launcher.input(operands.get(Role::input));
-  metal::Epilogue epilogue{
-      launcher.input(operands.find(Role::residual)), call_.epilogue.alpha, call_.epilogue.exact};
-  launcher.encode(metal::plan_projection(name_of(outputs[0]), call_.quantization, x, segments, epilogue));
+  auto in = launcher.inputs(inputs), out = launcher.outputs(outputs);
+  launcher.encode(metal::plan_projection(call_, name_of(outputs[0].dtype()), in, out));
 }
 
 void ProjectionGrad::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs);
-  auto& forward = call_.forward;
-  Operands operands(inputs, input_slots(call_));
   Launcher launcher(stream());
-  auto output = [&](Role role, int segment = 0) -> std::optional<Tensor> {
-    auto it = std::find(call_.wanted.begin(), call_.wanted.end(), Slot{role, segment});
-    return it == call_.wanted.end() ? std::nullopt
-                                    : std::optional(launcher.output(outputs[it - call_.wanted.begin()]));
-  };
-
-  auto dtype = name_of(operands.get(Role::cotangent));
-  auto x = launcher.input(operands.find(Role::input));
-  std::vector<metal::GradSegment> segments;
-  std::vector<metal::WeightGradSegment> weight_grads;
-  for (int i = 0; i < int(forward.segments.size()); ++i) {
-    metal::GradSegment segment{.grad = by_heads(launcher.input(operands.get(Role::cotangent, i)))};
-    if (call_.wants(Role::input)) {
-      segment.weight = weight_of(launcher, operands, i);
-    }
-    segment.adapter = adapter_of(launcher, operands, i, forward);
-    if (segment.adapter) {
-      segment.da = output(Role::lora_a, i);
-      segment.db = output(Role::lora_b, i);
-    }
-    segments.push_back(segment);
-    if (auto dw = output(Role::weight, i)) {
-      weight_grads.push_back({segment.grad, *dw, output(Role::bias, i)});
-    }
-  }
-  float alpha = forward.epilogue.alpha;
-  launcher.encode(
-      metal::plan_gradients(dtype, forward.quantization, x, segments, output(Role::input), alpha));
-  if (!weight_grads.empty()) {
-    launcher.encode(metal::plan_weight_grad(dtype, *x, weight_grads, alpha));
-  }
+  auto in = launcher.inputs(inputs), out = launcher.outputs(outputs);
+  auto dtype = Operands(inputs, input_slots(call_)).get(Role::cotangent).dtype();
+  launcher.encode(metal::plan_gradients(call_, name_of(dtype), in, out));
 }
 
 DeviceInfo describe(mx::Device device) {

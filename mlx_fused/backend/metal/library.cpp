@@ -27,18 +27,15 @@ MTL::Library* library(mlx::core::metal::Device& device, const std::string& forma
   if (compiled) {
     return device.get_library("mlx_fused", (dir / "mlx_fused.metallib").string());
   }
-  return device.get_library(format.empty() ? "mlx_fused" : "mlx_fused_" + format, [&] {
-    std::string name = format.empty() ? "kernels.metal" : "quantized_kernels.metal";
-    std::ifstream file(dir / name);
+  return device.get_library("mlx_fused_" + format, [&] {
+    std::ifstream file(dir / "kernels.metal");
     if (!file) {
       throw std::runtime_error(
-          "[mlx_fused] Neither mlx_fused.metallib nor " + name + " is in " + dir.string() +
+          "[mlx_fused] Neither mlx_fused.metallib nor kernels.metal is in " + dir.string() +
           ". Fix: reinstall mlx-fused.");
     }
     std::stringstream source;
-    if (!format.empty()) {
-      source << "#define MLX_FUSED_FORMAT " << format << "\n";
-    }
+    source << "#define MLX_FUSED_FORMAT " << format << "\n#define MLX_FUSED_FORMAT_" << format << "\n";
     source << file.rdbuf();
     return source.str();
   });

@@ -6,8 +6,8 @@
 
 namespace mlx_fused::metal {
 
-// Our kernels: the metallib beside the extension, or else the source there, compiled by the device: for
-// quantized weights of one format alone, with a format empty all the others.
+// Our kernels: the metallib beside the extension, or else the source there, compiled by the device for
+// weights of one format.
 MTL::Library* library(mlx::core::metal::Device& device, const std::string& format);
 
 }  // namespace mlx_fused::metal

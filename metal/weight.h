@@ -1,0 +1,267 @@
+#pragma once
+
+// Weights of every format: dense, and as mx.quantize packs them.
+#include "common.h"
+
+typedef half float16_t;  // as MLX has it in a header of much else, for the next two
+
+#include "mlx/backend/metal/kernels/fp4.h"
+#include "mlx/backend/metal/kernels/fp8.h"
+
+namespace mlx_fused {
+
+struct Group {
+  float scale, bias;
+};
+
+// In the dtype of the activations.
+struct dense {
+  static constant constexpr bool is_quantized = false;
+  static constant constexpr bool has_biases = false;
+  static constant constexpr int tile_depth = 16;
+  static constant constexpr int chunk_size = 4;
+  static constant constexpr int values_per_load = 4;
+  template <typename T>
+  using value_t = T;
+  template <typename T>
+  using scale_t = T;
+
+  template <typename T>
+  static METAL_FUNC Group group(const device T*, const device T*, int) {
+    return {1.0f, 0.0f};
+  }
+};
+
+// What formats of mx.quantize share.
+struct Quantized {
+  static constant constexpr bool is_quantized = true;
+
+  // Of a tile's blocks, so that each of its threads decodes one chunk of a weight's block.
+  static constant constexpr int tile_depth = 32;
+
+  // Threads decode so many values at a time. They lie in one group, whose size is a multiple of it, and in as
+  // many words of 16 bits as a value has bits.
+  static constant constexpr int chunk_size = 16;
+
+  // Of every row, which live in registers: as large as a chunk there would be too many.
+  static constant constexpr int values_per_load = 8;
+
+  template <typename T>
+  using value_t = uint32_t;
+};
+
+// Integers, scaled and shifted by group.
+template <int bits_>
+struct Affine : Quantized {
+  static constant constexpr int bits = bits_;
+  static constant constexpr bool has_biases = true;
+  template <typename T>
+  using scale_t = T;
+
+  static METAL_FUNC float value(uint8_t code) {
+    return static_cast<float>(code);
+  }
+
+  template <typename T>
+  static METAL_FUNC Group group(const device T* scales, const device T* biases, int index) {
+    return {static_cast<float>(scales[index]), static_cast<float>(biases[index])};
+  }
+};
+
+// Floats of 4 or 8 bits, scaled by group.
+template <typename Value, int bits_, typename Scale>
+struct Floats : Quantized {
+  static constant constexpr int bits = bits_;
+  static constant constexpr bool has_biases = false;
+  template <typename T>
+  using scale_t = uint8_t;
+
+  static METAL_FUNC float value(uint8_t code) {
+    return static_cast<float>(*(thread Value*)(&code));
+  }
+
+  static METAL_FUNC Group group(const device uint8_t* scales, const device uint8_t*, int index) {
+    uint8_t scale = scales[index];
+    return {static_cast<float>(*(thread Scale*)(&scale)), 0.0f};
+  }
+};
+
+using affine_2 = Affine<2>;
+using affine_3 = Affine<3>;
+using affine_4 = Affine<4>;
+using affine_5 = Affine<5>;
+using affine_6 = Affine<6>;
+using affine_8 = Affine<8>;
+using mxfp4 = Floats<fp4_e2m1, 4, fp8_e8m0>;
+using mxfp8 = Floats<fp8_e4m3, 8, fp8_e8m0>;
+using nvfp4 = Floats<fp4_e2m1, 4, fp8_e4m3>;
+
+// The values that a thread takes from a row at a time.
+template <typename T, typename Format>
+struct Chunk {
+  ushort words[Format::bits];
+
+  METAL_FUNC void load(const device uint32_t* row, int column, int) thread {
+    const device ushort* from = (const device ushort*)row + column / Format::chunk_size * Format::bits;
+    STEEL_PRAGMA_UNROLL
+    for (int i = 0; i < Format::bits; ++i) {
+      words[i] = from[i];
+    }
+  }
+
+  METAL_FUNC float operator[](int i) const thread {
+    const int word = i * Format::bits / 16;
+    const int shift = i * Format::bits % 16;
+    uint code = words[word] >> shift;
+    if (shift + Format::bits > 16) {
+      code |= words[word + 1] << (16 - shift);
+    }
+    return Format::value(code & ((1 << Format::bits) - 1));
+  }
+};
+
+template <typename T>
+struct Chunk<T, dense> {
+  T values[dense::chunk_size];
+
+  METAL_FUNC void load(const device T* row, int column, int depth) thread {
+    STEEL_PRAGMA_UNROLL
+    for (int i = 0; i < dense::chunk_size; ++i) {
+      values[i] = i < depth ? row[column + i] : T(0);
+    }
+  }
+
+  METAL_FUNC float operator[](int i) const thread {
+    return static_cast<float>(values[i]);
+  }
+};
+
+// Some rows of a segment's weight.
+template <typename T, typename Format>
+struct Weight {
+  using value_t = typename Format::template value_t<T>;
+  using scale_t = typename Format::template scale_t<T>;
+  const device value_t* values;
+  const device scale_t* scales;
+  const device scale_t* biases;
+  constant SegmentParams* segment;
+  int log2_group_size;
+
+  METAL_FUNC Weight from_row(int row) const thread {
+    return {
+        values + row * segment->weight_row_stride,
+        scales + row * segment->scales_row_stride,
+        biases + row * segment->biases_row_stride,
+        segment,
+        log2_group_size};
+  }
+
+  // Of the first row; a dense one may have less than a chunk from the column on, which is its depth.
+  METAL_FUNC Chunk<T, Format> chunk(int column, int depth) const thread {
+    Chunk<T, Format> result;
+    result.load(values, column, depth);
+    return result;
+  }
+
+  METAL_FUNC Group group(int column) const thread {
+    return Format::group(scales, biases, column >> log2_group_size);
+  }
+};
+
+// Fills a tile's block with a weight's values, rounded to T as MLX rounds them. Every thread of the tile
+// decodes one chunk.
+template <
+    typename T,
+    typename Format,
+    short block_rows,
+    short block_cols,
+    short block_stride,
+    bool steps_along_row>
+struct Loader {
+  const short row, col;
+  threadgroup T* block;
+  Weight<T, Format> weight;
+  int column;
+
+  METAL_FUNC Loader(
+      Weight<T, Format> weight_, int first_column, threadgroup T* block_, ushort simdgroup, ushort lane)
+      thread : row((simdgroup * 32 + lane) * Format::chunk_size / block_cols),
+               col((simdgroup * 32 + lane) * Format::chunk_size % block_cols),
+               block(block_ + row * block_stride + col),
+               weight(weight_.from_row(row)),
+               column(first_column + col) {}
+
+  METAL_FUNC void load_unsafe() const thread {
+    const auto group = weight.group(column);
+    const auto chunk = weight.chunk(column, Format::chunk_size);
+    STEEL_PRAGMA_UNROLL
+    for (int i = 0; i < Format::chunk_size; ++i) {
+      block[i] = static_cast<T>(group.scale * chunk[i] + group.bias);
+    }
+  }
+
+  METAL_FUNC void load_safe(short2 extent) const thread {
+    if (row < extent.y && col < extent.x) {
+      load_unsafe();
+    } else {
+      STEEL_PRAGMA_UNROLL
+      for (int i = 0; i < Format::chunk_size; ++i) {
+        block[i] = T(0);
+      }
+    }
+  }
+
+  METAL_FUNC void next() thread {
+    if (steps_along_row) {
+      column += block_cols;
+    } else {
+      weight = weight.from_row(block_rows);
+    }
+  }
+};
+
+// Dense ones are loaded by steel's own.
+template <typename T, short block_rows, short block_cols, short block_stride, bool steps_along_row>
+struct Loader<T, dense, block_rows, block_cols, block_stride, steps_along_row>
+    : mlx::steel::BlockLoader<T, block_rows, block_cols, block_stride, steps_along_row, tile_threads> {
+  using Base =
+      mlx::steel::BlockLoader<T, block_rows, block_cols, block_stride, steps_along_row, tile_threads>;
+
+  METAL_FUNC Loader(
+      Weight<T, dense> weight, int first_column, threadgroup T* block, ushort simdgroup, ushort lane) thread
+      : Base(weight.values + first_column, weight.segment->weight_row_stride, block, simdgroup, lane) {}
+};
+
+}  // namespace mlx_fused
+
+// A kernel's parameters for the weights of all segments, and one of those.
+#define WEIGHT_PARAMETERS(T, Format)                                           \
+  PER_SEGMENT(const device typename Format::template value_t<T>*, weight),     \
+      PER_SEGMENT(const device typename Format::template scale_t<T>*, scales), \
+      PER_SEGMENT(const device typename Format::template scale_t<T>*, biases)
+#define WEIGHT_OF(index)      \
+  {OF_SEGMENT(index, weight), \
+   OF_SEGMENT(index, scales), \
+   OF_SEGMENT(index, biases), \
+   &segment,                  \
+   params.log2_group_size}
+
+#define INSTANTIATE_FORMAT(format, name, kernel, ...) \
+  INSTANTIATE_TYPES(name "_" #format, kernel, format, __VA_ARGS__)
+
+#ifdef MLX_FUSED_FORMAT
+#define EXPAND_FORMAT(...) INSTANTIATE_FORMAT(__VA_ARGS__)
+#define INSTANTIATE_FORMATS(...) EXPAND_FORMAT(MLX_FUSED_FORMAT, __VA_ARGS__)
+#else
+#define INSTANTIATE_FORMATS(...)            \
+  INSTANTIATE_FORMAT(dense, __VA_ARGS__)    \
+  INSTANTIATE_FORMAT(affine_2, __VA_ARGS__) \
+  INSTANTIATE_FORMAT(affine_3, __VA_ARGS__) \
+  INSTANTIATE_FORMAT(affine_4, __VA_ARGS__) \
+  INSTANTIATE_FORMAT(affine_5, __VA_ARGS__) \
+  INSTANTIATE_FORMAT(affine_6, __VA_ARGS__) \
+  INSTANTIATE_FORMAT(affine_8, __VA_ARGS__) \
+  INSTANTIATE_FORMAT(mxfp4, __VA_ARGS__)    \
+  INSTANTIATE_FORMAT(mxfp8, __VA_ARGS__)    \
+  INSTANTIATE_FORMAT(nvfp4, __VA_ARGS__)
+#endif
