@@ -49,6 +49,9 @@ MLX_FUSED_CONSTANT int few_rows = 8;
 MLX_FUSED_CONSTANT int features_per_simdgroup = 4;
 MLX_FUSED_CONSTANT int projection_simdgroups = 8;
 
+// Tiles step through up to 64 rows in 32 bits.
+MLX_FUSED_CONSTANT int64_t max_row_stride = (int64_t{1} << 31) / 64;
+
 // Low-rank products: simdgroups go by blocks of 8 by 8, a tile being several of them wide.
 MLX_FUSED_CONSTANT int block_size = 8;
 MLX_FUSED_CONSTANT int blocks_per_tile = 4;

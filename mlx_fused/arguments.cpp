@@ -26,17 +26,14 @@ void check_quantization(const Check& check, const Linear& layer, const Quantizat
       check.positive(name, *given);
     }
     if (format && q.*size != format->*size) {
-      check.fail(
-          std::string(name) + " must be " + std::to_string(format->*size) + " for mode '" + q.mode +
-          "' but got " + std::to_string(q.*size) + ".");
+      check.fail(name, " must be ", format->*size, " for mode '", q.mode, "' but got ", q.*size, ".");
     }
   };
   check_size("group_size", layer.group_size, &Quantization::group_size);
   check_size("bits", layer.bits, &Quantization::bits);
   if (is_known(q) && q.has_biases != q.is_affine()) {
-    check.fail(
-        q.is_affine() ? "biases must be given for mode 'affine' but got None."
-                      : "biases must be None for mode '" + q.mode + "' but got an array.");
+    auto [must, got] = q.is_affine() ? std::pair("be given", "None") : std::pair("be None", "an array");
+    check.fail("biases must ", must, " for mode '", q.mode, "' but got ", got, ".");
   }
 }
 
@@ -53,9 +50,9 @@ class Layer {
       add_floating(Role::bias, "bias", *layer_.bias, {features_});
     }
     if (layer_.lora_a.has_value() != layer_.lora_b.has_value()) {
-      check_.fail(
-          "lora_a" + suffix_ + " and lora_b" + suffix_ + " must both be arrays or both None but got lora_" +
-          (layer_.lora_a ? "a" : "b") + suffix_ + " alone.");
+      auto a = "lora_a" + suffix_, b = "lora_b" + suffix_;
+      auto& given = layer_.lora_a ? a : b;
+      check_.fail(a, " and ", b, " must both be arrays or both None but got ", given, " alone.");
     }
     if (layer_.lora_a) {
       check_.ndim("lora_a" + suffix_, *layer_.lora_a, 2);
@@ -79,7 +76,7 @@ class Layer {
                         : layer_.bits       ? "bits"
                                             : "mode";
     if (layer_.biases || layer_.group_size || layer_.bits || layer_.mode != "affine") {
-      check_.fail(std::string(given) + " must be left out if scales are None but got a value.");
+      check_.fail(given, " must be left out if scales are None but got a value.");
     }
     add_floating(Role::weight, "weight", layer_.weight, {features_, in_features_});
   }
@@ -88,9 +85,8 @@ class Layer {
     check_quantization(check_, layer_, q);
     bool known = is_known(q);
     if (known && in_features_ % q.group_size != 0) {
-      check_.fail(
-          "the input's features must be a multiple of group_size but got " + std::to_string(in_features_) +
-          " and " + std::to_string(q.group_size) + ".");
+      auto must = "the input's features must be a multiple of group_size but got ";
+      check_.fail(must, in_features_, " and ", q.group_size, ".");
     }
     auto add = [&](Role role, const char* name, const mx::array& array, int columns, bool is_affine) {
       if (!known) {
@@ -195,7 +191,7 @@ Arrays check_arguments(
     }
   }
   if (auto reason = difference(layers)) {
-    check.fail("the layers in weight must be alike but " + *reason + ".");
+    check.fail("the layers in weight must be alike but ", *reason, ".");
   }
   call.has_bias = layers[0].bias.has_value();
   call.quantization = quantization(layers[0]);

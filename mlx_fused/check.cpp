@@ -1,14 +1,10 @@
 #include "mlx_fused/check.h"
 
-#include <sstream>
-#include <stdexcept>
-
-#include "mlx/utils.h"
-
 namespace mlx_fused {
 
 namespace {
 
+// As Python prints it.
 std::string to_string(const mx::Shape& shape) {
   std::ostringstream os;
   os << "(";
@@ -23,52 +19,40 @@ std::string to_string(const mx::Shape& shape) {
 
 void Check::ndim(const std::string& name, const mx::array& a, int expected) const {
   if (static_cast<int>(a.ndim()) != expected) {
-    std::ostringstream msg;
-    msg << name << " must have " << expected << " dimensions but got " << a.ndim() << " with shape "
-        << to_string(a.shape()) << ".";
-    fail(msg.str());
+    auto shape = to_string(a.shape());
+    fail(name, " must have ", expected, " dimensions but got ", a.ndim(), " with shape ", shape, ".");
   }
 }
 
 void Check::shape(const std::string& name, const mx::array& a, const mx::Shape& expected) const {
   if (a.shape() != expected) {
-    fail(name + " must have shape " + to_string(expected) + " but got " + to_string(a.shape()) + ".");
+    fail(name, " must have shape ", to_string(expected), " but got ", to_string(a.shape()), ".");
   }
 }
 
 void Check::rows(const std::string& name, const mx::array& a, int expected) const {
   ndim(name, a, 2);
   if (a.shape(0) != expected) {
-    fail(
-        name + " must have " + std::to_string(expected) + " rows but got shape " + to_string(a.shape()) +
-        ".");
+    fail(name, " must have ", expected, " rows but got shape ", to_string(a.shape()), ".");
   }
 }
 
 void Check::floating(const std::string& name, const mx::array& a) const {
   if (!mx::issubdtype(a.dtype(), mx::floating)) {
-    std::ostringstream msg;
-    msg << name << " must be float32, float16 or bfloat16 but got " << a.dtype() << ".";
-    fail(msg.str());
+    fail(name, " must be float32, float16 or bfloat16 but got ", a.dtype(), ".");
   }
 }
 
 void Check::dtype(const std::string& name, const mx::array& a, mx::Dtype expected) const {
   if (a.dtype() != expected) {
-    std::ostringstream msg;
-    msg << name << " must be " << expected << " but got " << a.dtype() << ".";
-    fail(msg.str());
+    fail(name, " must be ", expected, " but got ", a.dtype(), ".");
   }
 }
 
-void Check::positive(const char* name, int value) const {
+void Check::positive(const std::string& name, int value) const {
   if (value < 1) {
-    fail(std::string(name) + " must be at least 1 but got " + std::to_string(value) + ".");
+    fail(name, " must be at least 1 but got ", value, ".");
   }
-}
-
-void Check::fail(const std::string& message) const {
-  throw std::invalid_argument("[" + operation_ + "] " + message);
 }
 
 }  // namespace mlx_fused

@@ -1,8 +1,11 @@
 #pragma once
 
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
 #include "mlx/array.h"
+#include "mlx/utils.h"
 
 // Argument checks. They throw (Python: ValueError) with the operation, the argument, what it must be and what
 // it is.
@@ -20,13 +23,19 @@ class Check {
   void rows(const std::string& name, const mx::array& a, int expected) const;
   void floating(const std::string& name, const mx::array& a) const;
   void dtype(const std::string& name, const mx::array& a, mx::Dtype expected) const;
-  void positive(const char* name, int value) const;
+  void positive(const std::string& name, int value) const;
 
   const std::string& operation() const {
     return operation_;
   }
 
-  [[noreturn]] void fail(const std::string& message) const;
+  // The message is all that is given, in a row.
+  template <typename... Parts>
+  [[noreturn]] void fail(const Parts&... parts) const {
+    std::ostringstream message;
+    (message << "[" << operation_ << "] " << ... << parts);
+    throw std::invalid_argument(message.str());
+  }
 
  private:
   std::string operation_;

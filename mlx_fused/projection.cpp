@@ -92,6 +92,16 @@ Arrays grad_inputs(
   return inputs;
 }
 
+std::vector<mx::Shape> output_shapes_of(const Call& call, const mx::array& x) {
+  int batch = x.shape(0), seq = x.shape(1);
+  std::vector<mx::Shape> shapes;
+  for (auto& [features, heads, adapter_scale] : call.segments) {
+    shapes.push_back(
+        heads ? mx::Shape{batch, heads, seq, features / heads} : mx::Shape{batch, seq, features});
+  }
+  return shapes;
+}
+
 }  // namespace
 
 Arrays project(Arrays inputs, Call call, const std::optional<std::string>& route, mx::Stream stream) {
@@ -131,12 +141,19 @@ Arrays project_grad(
 }
 
 Arrays all_gradients(
+    const Check& check,
+    const std::vector<std::string>& names,
     const Arrays& cotangents,
     const Arrays& primals,
     Call call,
     bool has_bias,
     const std::optional<std::string>& route,
     mx::Stream stream) {
+  auto shapes = output_shapes_of(call, primals[0]);
+  for (size_t i = 0; i < cotangents.size(); ++i) {
+    check.shape(names[i], cotangents[i], shapes[i]);
+    check.floating(names[i], cotangents[i]);
+  }
   auto slots = input_slots(call);
   call.has_bias = has_bias;
   GradCall grad{call, {{Role::input}}};
@@ -182,7 +199,7 @@ Arrays Projection::vjp(
               "'affine'.");
     }
     if (of_group && !call_.quantization->is_affine()) {
-      Check(call_.operation).fail("scales of mode '" + call_.quantization->mode + "' have no gradient.");
+      Check(call_.operation).fail("scales of mode '", call_.quantization->mode, "' have no gradient.");
     }
     of_groups |= of_group;
     if (role != Role::residual) {
@@ -238,13 +255,7 @@ std::pair<Arrays, std::vector<int>> Projection::vmap(const Arrays& inputs, const
 }
 
 std::vector<mx::Shape> Projection::output_shapes(const Arrays& inputs) {
-  int batch = inputs[0].shape(0), seq = inputs[0].shape(1);
-  std::vector<mx::Shape> shapes;
-  for (auto& [features, heads, adapter_scale] : call_.segments) {
-    shapes.push_back(
-        heads ? mx::Shape{batch, heads, seq, features / heads} : mx::Shape{batch, seq, features});
-  }
-  return shapes;
+  return output_shapes_of(call_, inputs[0]);
 }
 
 Function ProjectionGrad::composed() {

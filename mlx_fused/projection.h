@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "mlx_fused/call.h"
+#include "mlx_fused/check.h"
 #include "mlx_fused/fused_primitive.h"
 
 namespace mlx_fused {
@@ -20,8 +21,10 @@ Arrays project_grad(
 
 // The gradients of the input, of every weight and, if has_bias, of every bias, in this order. `primals` are
 // the input and the dense weights of a call that has nothing else. Each gradient has the dtype of its primal,
-// a bias's that of its weight.
+// a bias's that of its weight. Checks the cotangents, which messages call by these names.
 Arrays all_gradients(
+    const Check& check,
+    const std::vector<std::string>& names,
     const Arrays& cotangents,
     const Arrays& primals,
     Call call,

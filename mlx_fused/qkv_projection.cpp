@@ -12,9 +12,8 @@ namespace {
 // The segments of q, k and v: their features and heads.
 std::vector<Segment> make_segments(const Check& check, const Linears& layers, const Heads& heads) {
   if (layers.size() != 1 && layers.size() != 3) {
-    check.fail(
-        "weight must be one array or a tuple of three (q, k, v) but got a tuple of " +
-        std::to_string(layers.size()) + ".");
+    auto must = "weight must be one array or a tuple of three (q, k, v) but got a tuple of ";
+    check.fail(must, layers.size(), ".");
   }
   if (!heads.num_heads && !heads.num_kv_heads && !heads.head_dim && !heads.v_head_dim && !heads.split &&
       layers.size() == 3) {
@@ -22,7 +21,7 @@ std::vector<Segment> make_segments(const Check& check, const Linears& layers, co
     for (size_t i = 0; i < 3; ++i) {
       auto name = "weight[" + std::to_string(i) + "]";
       check.ndim(name, layers[i].weight, 2);
-      check.positive(("the rows of " + name).c_str(), layers[i].weight.shape(0));
+      check.positive("the rows of " + name, layers[i].weight.shape(0));
       segments.push_back({layers[i].weight.shape(0)});
     }
     return segments;
@@ -30,7 +29,7 @@ std::vector<Segment> make_segments(const Check& check, const Linears& layers, co
   auto positive = [&](const char* name, const std::optional<int>& value) {
     if (!value) {
       check.fail(
-          std::string(name) +
+          name,
           " must be given but got None; heads may be left out, all of them, with split_heads=False and a "
           "tuple of three weights.");
     }
@@ -42,16 +41,14 @@ std::vector<Segment> make_segments(const Check& check, const Linears& layers, co
   int head_dim = positive("head_dim", heads.head_dim);
   int v_head_dim = positive("v_head_dim", heads.v_head_dim ? heads.v_head_dim : heads.head_dim);
   if (num_heads % num_kv_heads != 0) {
-    check.fail(
-        "num_heads must be a multiple of num_kv_heads but got " + std::to_string(num_heads) + " and " +
-        std::to_string(num_kv_heads) + ".");
+    auto must = "num_heads must be a multiple of num_kv_heads but got ";
+    check.fail(must, num_heads, " and ", num_kv_heads, ".");
   }
   constexpr int64_t max_features = std::numeric_limits<int>::max();
   if ((int64_t{num_heads} + num_kv_heads) * head_dim > max_features - int64_t{num_kv_heads} * v_head_dim) {
-    check.fail(
-        "the features of all heads must be below 2^31 but got num_heads " + std::to_string(num_heads) +
-        ", num_kv_heads " + std::to_string(num_kv_heads) + ", head_dim " + std::to_string(head_dim) +
-        " and v_head_dim " + std::to_string(v_head_dim) + ".");
+    auto must = "the features of all heads must be below 2^31 but got num_heads ";
+    auto kv = ", num_kv_heads ", dim = ", head_dim ", v_dim = " and v_head_dim ";
+    check.fail(must, num_heads, kv, num_kv_heads, dim, head_dim, v_dim, v_head_dim, ".");
   }
   auto segment = [&](int count, int dim) {
     return Segment{.features = count * dim, .heads = heads.split ? count : 0};
@@ -102,14 +99,7 @@ Arrays qkv_projection_bwd(
   auto stream = mx::to_stream(s);
   auto call = make_call(check, input, layers, heads);
   auto primals = check_arguments(check, input, layers, std::nullopt, call, Products(stream, route));
-  const char* names[] = {"dq", "dk", "dv"};
-  Arrays cotangents = {dq, dk, dv};
-  for (int i = 0; i < 3; ++i) {
-    auto& [features, num_heads, adapter_scale] = call.segments[i];
-    check.shape(names[i], cotangents[i], {input.shape(0), num_heads, input.shape(1), features / num_heads});
-    check.floating(names[i], cotangents[i]);
-  }
-  auto grads = all_gradients(cotangents, primals, call, has_bias, route, stream);
+  auto grads = all_gradients(check, {"dq", "dk", "dv"}, {dq, dk, dv}, primals, call, has_bias, route, stream);
   if (weights.size() == 3) {
     return grads;
   }

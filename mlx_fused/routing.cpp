@@ -3,9 +3,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "mlx_fused/backend/cpu/kernels.h"
-#include "mlx_fused/backend/cpu/parallel.h"
-#include "mlx_fused/backend/metal/plan.h"
+#include "metal/params.h"
 
 namespace mlx_fused {
 
@@ -41,7 +39,7 @@ bool has_kernels(const Workload& work, const DeviceInfo& device) {
   }
   if (device.kind == DeviceInfo::metal) {
     bool plain_matmuls = work.is_grad && work.segments == 1 && !work.has_adapters;
-    bool readable = work.in_features > 0 && work.in_features < metal::max_row_stride;
+    bool readable = work.in_features > 0 && work.in_features < max_row_stride;
     if (plain_matmuls || !readable || work.no_metal_kernel) {
       return false;
     }
@@ -74,12 +72,10 @@ Route choose_route(
     const Check& check, const Workload& work, mx::Stream stream, const std::optional<std::string>& route) {
   auto device = describe(stream.device);
   if (device.kind == DeviceInfo::cpu) {
-    // Both read environment variables and throw if they are invalid: better here than on MLX's eval thread.
-    cpu::num_threads();
-    cpu::allowed(cpu::Isa::baseline);
+    check_cpu_settings();
   }
   if (route && *route != "composed" && *route != "fused") {
-    check.fail("route must be 'composed', 'fused' or None but got '" + *route + "'.");
+    check.fail("route must be 'composed', 'fused' or None but got '", *route, "'.");
   }
   if (route == "fused" && !has_kernels(work, device)) {
     check.fail("route must be 'composed' or None for this call on this device but got 'fused'.");

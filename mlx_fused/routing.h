@@ -52,4 +52,7 @@ Route choose_route(
 // Implemented by each GPU backend (backend/metal, backend/no_metal).
 DeviceInfo describe(mx::Device device);
 
+// Throws if an environment variable of the CPU backend is invalid: better here than on MLX's eval thread.
+void check_cpu_settings();
+
 }  // namespace mlx_fused

@@ -125,10 +125,9 @@ void check_case(
   project(x.view, {{wq.weight(), bias.view, lq.adapter(), q.view}}, {residual.view});
   check_sum("q + residual", q, wq.products(x) + lq.forward(x), {values_of(bias), values_of(residual)});
 
-  project_input_grad(
-      {{wq.weight(), dq.view, lq.adapter()},
-       {wk.weight(), dk.view, {}},
-       {wv.weight(), dv.view, lv.adapter()}},
+  project_grad(
+      {},
+      {{dq.view, wq.weight(), lq.adapter()}, {dk.view, wk.weight()}, {dv.view, wv.weight(), lv.adapter()}},
       dx.view);
   check_sum(
       "dx",
@@ -139,8 +138,11 @@ void check_case(
   Matrix daq(random, Type::float32, plain, 1, in, 1, rank);
   Matrix dbq(random, Type::float32, plain, 1, rank, 1, 2 * n);
   Matrix dav(random, type, layout, 1, in, 1, rank + 2), dbv(random, type, layout, 1, rank + 2, 1, n);
-  project_adapter_grads(
-      x.view, {{dq.view, lq.adapter(), daq.view, dbq.view}, {dv.view, lv.adapter(), dav.view, dbv.view}});
+  project_grad(
+      x.view,
+      {{.grad = dq.view, .adapter = lq.adapter(), .da = daq.view, .db = dbq.view},
+       {.grad = dv.view, .adapter = lv.adapter(), .da = dav.view, .db = dbv.view}},
+      {});
   check_sum("daq", daq, lq.a_grad(x, dq));
   check_sum("dbq", dbq, lq.b_grad(x, dq));
   check_sum("dav", dav, lv.a_grad(x, dv));
@@ -148,8 +150,8 @@ void check_case(
   // Each alone.
   Matrix da(random, Type::float32, plain, 1, in, 1, rank),
       db(random, Type::float32, plain, 1, rank, 1, 2 * n);
-  project_adapter_grads(x.view, {{dq.view, lq.adapter(), da.view, {}}});
-  project_adapter_grads(x.view, {{dq.view, lq.adapter(), {}, db.view}});
+  project_grad(x.view, {{.grad = dq.view, .adapter = lq.adapter(), .da = da.view}}, {});
+  project_grad(x.view, {{.grad = dq.view, .adapter = lq.adapter(), .db = db.view}}, {});
   check_sum("da alone", da, lq.a_grad(x, dq));
   check_sum("db alone", db, lq.b_grad(x, dq));
 }

@@ -38,11 +38,11 @@ void check_case(std::mt19937& random, Shape s, std::array<Type, 4> use, Layout x
   check_sum("k", k, {{values_of(x), values_of(wk)}});
   project(x.view, {{wq.view, bias.view, {}, q.view}}, {residual.view});
   check_sum("q + residual", q, {{values_of(x), values_of(wq)}}, {values_of(bias), values_of(residual)});
-  project_input_grad({{wq.view, dq.view, {}}, {wk.view, dk.view, {}}}, dx.view);
+  project_grad({}, {{dq.view, wq.view}, {dk.view, wk.view}}, dx.view);
   check_sum("dx", dx, {{values_of(dq), values_of(wq, true)}, {values_of(dk), values_of(wk, true)}});
-  project_weight_grad(x.view, dq.view, dwq.view);
+  project_grad(x.view, {{.grad = dq.view, .dw = dwq.view}}, {});
   check_sum("dw", dwq, {{values_of(dq, true), values_of(x, true)}});
-  project_bias_grad(dq.view, dbias.view);
+  project_grad({}, {{.grad = dq.view, .dbias = dbias.view}}, {});
   Values ones{1, dq.view.rows(), std::vector<double>(dq.view.rows(), 1.0)};
   check_sum("dbias", dbias, {{ones, values_of(dq, true)}});
 }

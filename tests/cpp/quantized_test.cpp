@@ -20,7 +20,7 @@ void check_case(
   check_sum(("k, " + name).c_str(), k, terms(x, wk));
   project(x.view, {{wq.q, bias.view, {}, q.view}}, {residual.view});
   check_sum(("q + residual, " + name).c_str(), q, terms(x, wq), {values_of(bias), values_of(residual)});
-  project_input_grad({{wq.q, dq.view, {}}, {wk.q, dk.view, {}}}, dx.view);
+  project_grad({}, {{dq.view, wq.q}, {dk.view, wk.q}}, dx.view);
   check_sum(("dx, " + name).c_str(), dx, terms(dq, wq, true) + terms(dk, wk, true));
 }
 
@@ -63,7 +63,7 @@ void check_mixed() {
     check_sum("dense", v, {{values_of(x), values_of(dense)}});
     auto expected = terms(q, four, true) + terms(k, six, true);
     expected.push_back({values_of(v), values_of(dense, true)});
-    project_input_grad({{four.q, q.view, {}}, {six.q, k.view, {}}, {dense.view, v.view, {}}}, dx.view);
+    project_grad({}, {{q.view, four.q}, {k.view, six.q}, {v.view, dense.view}}, dx.view);
     check_sum("dx", dx, expected);
   }
 }

@@ -2,8 +2,11 @@
 // the work.
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
+#include "mlx_fused/backend/cpu/kernels.h"
+#include "mlx_fused/backend/cpu/parallel.h"
 #include "mlx_fused/backend/cpu/projection.h"
 #include "mlx_fused/projection.h"
+#include "mlx_fused/routing.h"
 
 namespace mlx_fused {
 
@@ -137,48 +140,29 @@ void ProjectionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs);
   auto& forward = call_.forward;
   Operands operands(inputs, input_slots(call_)), grads(outputs, call_.wanted);
-  float alpha = forward.epilogue.alpha;
-
-  struct ParameterGrad {
-    View grad, out;
-  };
-  std::vector<cpu::GradSegment> input_grad;
-  std::vector<cpu::AdapterGrad> adapter_grads;
-  std::vector<ParameterGrad> weight_grads, bias_grads;
+  std::vector<cpu::GradSegment> segments;
   for (int i = 0; i < int(forward.segments.size()); ++i) {
-    auto grad = view_of(operands.get(Role::cotangent, i));
-    auto adapter = adapter_of(operands, i, forward);
+    auto& segment =
+        segments.emplace_back(cpu::GradSegment{.grad = view_of(operands.get(Role::cotangent, i))});
     if (call_.wants(Role::input)) {
-      input_grad.push_back({weight_of(operands, i, forward.quantization, stream()), grad, adapter});
+      segment.weight = weight_of(operands, i, forward.quantization, stream());
     }
-    if (auto* dw = grads.find(Role::weight, i)) {
-      weight_grads.push_back({grad, view_of(*dw)});
-    }
-    if (auto* dbias = grads.find(Role::bias, i)) {
-      bias_grads.push_back({grad, view_of(*dbias)});
-    }
-    auto da = view_of(grads.find(Role::lora_a, i)), db = view_of(grads.find(Role::lora_b, i));
-    if (adapter && (da || db)) {
-      adapter->scale = call_.adapter_scale(i);
-      adapter_grads.push_back({grad, *adapter, da, db});
+    segment.dw = view_of(grads.find(Role::weight, i));
+    segment.dbias = view_of(grads.find(Role::bias, i));
+    segment.adapter = adapter_of(operands, i, forward);
+    if (segment.adapter) {
+      segment.da = view_of(grads.find(Role::lora_a, i));
+      segment.db = view_of(grads.find(Role::lora_b, i));
     }
   }
-
   auto x = view_of(operands.find(Role::input)), dx = view_of(grads.find(Role::input));
-  dispatch(stream(), inputs, outputs, [=] {
-    if (dx) {
-      cpu::project_input_grad(input_grad, *dx, alpha);
-    }
-    for (auto& [grad, dw] : weight_grads) {
-      cpu::project_weight_grad(*x, grad, dw, alpha);
-    }
-    for (auto& [grad, dbias] : bias_grads) {
-      cpu::project_bias_grad(grad, dbias, alpha);
-    }
-    if (!adapter_grads.empty()) {
-      cpu::project_adapter_grads(*x, adapter_grads);
-    }
-  });
+  float alpha = forward.epilogue.alpha;
+  dispatch(stream(), inputs, outputs, [=] { cpu::project_grad(x, segments, dx, alpha); });
+}
+
+void check_cpu_settings() {
+  cpu::num_threads();
+  cpu::allowed(cpu::Isa::baseline);
 }
 
 }  // namespace mlx_fused

@@ -8,6 +8,22 @@
 
 namespace mlx_fused::cpu {
 
+namespace {
+
+void bias_grad(const View& grad, const View& dbias, float alpha) {
+  constexpr int64_t block = 256;  // columns per task; reasoned: 1 KB of sums stays in the L1 cache
+  View v = flattened(grad);
+  parallel_for((v.cols() + block - 1) / block, [&](int64_t i) {
+    float total[block] = {};
+    int64_t col = i * block, cols = std::min(block, v.cols() - col);
+    add_rows(v, {.row = 0, .rows = v.rows(), .col = col, .cols = cols}, total);
+    std::for_each_n(total, cols, [&](float& sum) { sum *= alpha; });
+    store(flattened(dbias), {.row = 0, .rows = 1, .col = col, .cols = cols}, total, block);
+  });
+}
+
+}  // namespace
+
 void project(const View& x, const std::vector<Segment>& segments, const Epilogue& epilogue) {
   AdapterProducts xa{x, {}};
   for (const Segment& s : segments) {
@@ -28,69 +44,60 @@ void project(const View& x, const std::vector<Segment>& segments, const Epilogue
   product({x}, std::move(outputs));
 }
 
-void project_input_grad(const std::vector<GradSegment>& segments, const View& dx, float alpha) {
-  std::vector<View> grads;
-  std::vector<AdapterProducts> low_rank;
-  Output output{.right = {}, .out = dx};
-  output.epilogue.alpha = alpha;
+void project_grad(
+    const std::optional<View>& x,
+    const std::vector<GradSegment>& segments,
+    const std::optional<View>& dx,
+    float alpha) {
+  Epilogue epilogue{.alpha = alpha};
+  std::vector<AdapterProducts> low_rank;  // scale grad b^T of the segments, then scale x a of all together
+  AdapterProducts xa{};
   for (const GradSegment& s : segments) {
-    grads.push_back(s.grad);
-    output.right.push_back(transposed(s.weight));
-    if (s.adapter) {
+    if (s.adapter && (dx || s.da)) {
       low_rank.push_back({s.grad, {{transposed(s.adapter->b), s.adapter->scale}}});
     }
+    if (s.db) {
+      xa.left = *x;
+      xa.matrices.push_back({s.adapter->a, s.adapter->scale});
+    }
   }
-  auto lefts = adapter_products(low_rank);
-  auto left = lefts.begin();
+  size_t count = low_rank.size();
+  low_rank.push_back(std::move(xa));
+  auto results = adapter_products(low_rank);
+  auto next_gb = results.begin(), next_xa = next_gb + count;
+
+  std::vector<View> grads;
+  Output input_grad{.right = {}, .out = dx.value_or(View{}), .epilogue = epilogue};
+  std::vector<Output> of_x;  // x^T times these
   for (const GradSegment& s : segments) {
-    if (s.adapter) {
-      output.low_rank.push_back({*left++, transposed(s.adapter->a)});
+    if (s.adapter && (dx || s.da)) {
+      input_grad.low_rank.push_back({*next_gb, transposed(s.adapter->a)});
+      if (s.da) {
+        of_x.push_back({.right = {transposed(*next_gb)}, .out = *s.da, .epilogue = epilogue});
+      }
+      ++next_gb;
+    }
+    if (s.db) {
+      product(
+          {transposed(*next_xa++)}, {{.right = {transposed(s.grad)}, .out = *s.db, .epilogue = epilogue}});
+    }
+    if (s.dw) {
+      product({transposed(s.grad)}, {{.right = {transposed(*x)}, .out = *s.dw, .epilogue = epilogue}});
+    }
+    if (s.dbias) {
+      bias_grad(s.grad, *s.dbias, alpha);
+    }
+    if (dx) {
+      grads.push_back(s.grad);
+      input_grad.right.push_back(transposed(*s.weight));
     }
   }
-  product(std::move(grads), {std::move(output)});
-}
-
-void project_weight_grad(const View& x, const View& grad, const View& dw, float alpha) {
-  Output output{.right = {transposed(x)}, .out = dw};
-  output.epilogue.alpha = alpha;
-  product({transposed(grad)}, {std::move(output)});
-}
-
-void project_bias_grad(const View& grad, const View& dbias, float alpha) {
-  constexpr int64_t block =
-      256;  // columns per task; reasoned, not measured: 1 KB of sums stays in the L1 cache
-  View v = flattened(grad);
-  parallel_for((v.cols() + block - 1) / block, [&](int64_t i) {
-    float total[block] = {};
-    int64_t col = i * block, cols = std::min(block, v.cols() - col);
-    add_rows(v, {.row = 0, .rows = v.rows(), .col = col, .cols = cols}, total);
-    std::for_each_n(total, cols, [&](float& sum) { sum *= alpha; });
-    store(flattened(dbias), {.row = 0, .rows = 1, .col = col, .cols = cols}, total, block);
-  });
-}
-
-void project_adapter_grads(const View& x, const std::vector<AdapterGrad>& grads) {
-  std::vector<AdapterProducts> products{{x, {}}};
-  for (const AdapterGrad& g : grads) {
-    if (g.db) {
-      products[0].matrices.push_back({g.adapter.a, g.adapter.scale});
-    }
-    if (g.da) {
-      products.push_back({g.grad, {{transposed(g.adapter.b), g.adapter.scale}}});
-    }
+  if (dx) {
+    product(std::move(grads), {std::move(input_grad)});
   }
-  auto results = adapter_products(products);
-  auto xa = results.begin(), gb = xa + products[0].matrices.size();
-  std::vector<Output> das;
-  for (const AdapterGrad& g : grads) {
-    if (g.da) {
-      das.push_back({.right = {transposed(*gb++)}, .out = *g.da});
-    }
-    if (g.db) {
-      product({transposed(*xa++)}, {{.right = {transposed(g.grad)}, .out = *g.db}});
-    }
+  if (!of_x.empty()) {
+    product({transposed(*x)}, std::move(of_x));
   }
-  product({transposed(x)}, std::move(das));
 }
 
 }  // namespace mlx_fused::cpu

@@ -73,28 +73,21 @@ struct Epilogue {
 // out = residual + alpha (x weight^T + bias + adapter) for every segment.
 void project(const View& x, const std::vector<Segment>& segments, const Epilogue& epilogue);
 
+// A segment's gradients that are wanted, and what they are made of.
 struct GradSegment {
-  Weight weight;
-  View grad;  // [rows, out_features]
-  std::optional<Adapter> adapter;
+  View grad;                            // of its output, [rows, out_features]
+  std::optional<Weight> weight = {};    // read for dx alone
+  std::optional<Adapter> adapter = {};  // read for dx, da and db
+  std::optional<View> dw = {}, dbias = {}, da = {}, db = {};
 };
 
-// dx = alpha * the sum over the segments of grad weight + scale (grad b^T) a^T.
-void project_input_grad(const std::vector<GradSegment>& segments, const View& dx, float alpha = 1);
-
-// dw = alpha grad^T x.
-void project_weight_grad(const View& x, const View& grad, const View& dw, float alpha = 1);
-
-// dbias = alpha * the sum of the rows of grad.
-void project_bias_grad(const View& grad, const View& dbias, float alpha = 1);
-
-struct AdapterGrad {
-  View grad;
-  Adapter adapter;
-  std::optional<View> da, db;
-};
-
-// da = x^T (scale grad b^T) and db = scale (x a)^T grad.
-void project_adapter_grads(const View& x, const std::vector<AdapterGrad>& grads);
+// With g = alpha grad: dx = the sum over the segments of g weight + scale (g b^T) a^T, dw = g^T x, dbias =
+// the sum of the rows of g, da = x^T (scale g b^T), db = scale (x a)^T g. x may be missing if only dx or
+// dbias is wanted.
+void project_grad(
+    const std::optional<View>& x,
+    const std::vector<GradSegment>& segments,
+    const std::optional<View>& dx,
+    float alpha = 1);
 
 }  // namespace mlx_fused::cpu

@@ -33,7 +33,7 @@ class Launcher {
       bool readable = a.shape(-1) <= 1 || a.strides(-1) == 1;
       if (a.ndim() > 1) {
         int row_axis = a.shape(-2) == 1 ? 0 : static_cast<int>(a.ndim()) - 2;
-        readable &= a.shape(row_axis) == 1 || std::abs(a.strides(row_axis)) < metal::max_row_stride;
+        readable &= a.shape(row_axis) == 1 || std::abs(a.strides(row_axis)) < max_row_stride;
       }
       tensors.push_back(add(readable || a.size() == 0 ? a : copy(a)));
     }

@@ -40,9 +40,6 @@ struct Plan {
   std::vector<int64_t> temporaries;  // the sizes, in bytes, of arrays between them
 };
 
-// Tiles step through up to 64 rows in 32 bits.
-constexpr int64_t max_row_stride = (int64_t{1} << 31) / 64;
-
 // The inputs are those of the call's slots; there is an output for each segment.
 Plan plan_projection(
     const Call& call,
