@@ -17,9 +17,10 @@ std::optional<Quantization> quantization(const Linear& layer) {
   return with_defaults(mode, layer.bits, layer.group_size, layer.biases.has_value());
 }
 
-// A format is known, or else MLX's to judge; but what MLX makes of another under a format's name is none.
+// Sizes that we do not know are left for MLX to judge. But a mode with a fixed format accepts no other sizes,
+// which MLX does not check.
 void check_quantization(const Check& check, const Linear& layer, const Quantization& q) {
-  auto* format = only_format(q.mode);
+  auto* format = fixed_format(q.mode);
   auto check_size = [&](const char* name, const std::optional<int>& given, int Quantization::* size) {
     if (given) {
       check.positive(name, *given);
@@ -39,7 +40,7 @@ void check_quantization(const Check& check, const Linear& layer, const Quantizat
   }
 }
 
-// The layer's arrays by role. `suffix` follows their names in messages.
+// Checks one layer and lists its arrays by role. `suffix` is appended to argument names in messages.
 class Layer {
  public:
   Layer(const Check& check, const Linear& layer, int in_features, int features, const std::string& suffix)
@@ -93,7 +94,7 @@ class Layer {
     }
     auto add = [&](Role role, const char* name, const mx::array& array, int columns, bool is_affine) {
       if (!known) {
-        check_.rows(name + suffix_, array, features_);  // alone certain, and unchecked by MLX
+        check_.rows(name + suffix_, array, features_);  // true of every format, and MLX does not check it
       } else if (is_affine) {
         add_floating(role, name, array, {features_, columns});
         return;
@@ -118,11 +119,11 @@ class Layer {
   std::vector<std::pair<Role, mx::array>> arrays_;
 };
 
-// Each segment's part of a packed layer's array.
+// Splits an array of a packed layer into the segments' parts. They share lora_a; lora_b is split by columns.
 Arrays unpacked(
     Role role, const mx::array& array, const std::vector<int>& features, const Products& products) {
   if (role == Role::lora_a) {
-    return Arrays(features.size(), array);  // the segments share it
+    return Arrays(features.size(), array);
   }
   if (role != Role::lora_b) {
     return products.split(array, features);

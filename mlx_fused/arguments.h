@@ -8,12 +8,12 @@
 #include "mlx_fused/check.h"
 #include "mlx_fused/products.h"
 
-// What callers give a projection, and its validation.
+// The arguments of a projection as callers pass them, and their validation.
 namespace mlx_fused {
 
-// The operands of a linear layer, as Python's LinearOperands has them: y = x weight^T + bias, and with an
-// adapter + lora_scale (x lora_a) lora_b. A quantized weight has scales, and what belongs to them is as
-// mx.quantize has it.
+// The operands of a linear layer, the C++ side of Python's LinearOperands: y = x weight^T + bias, plus
+// lora_scale (x lora_a) lora_b if there is an adapter. A quantized weight comes with scales; scales, biases,
+// group_size, bits and mode then mean what they mean to mx.quantize.
 struct Linear {
   mx::array weight;
   std::optional<mx::array> bias = std::nullopt, scales = std::nullopt, biases = std::nullopt;
@@ -25,11 +25,12 @@ struct Linear {
 
 using Linears = std::vector<Linear>;
 
-// Why layers of one input cannot be one operation, if they cannot.
+// Why these layers, which read the same input, cannot be computed by one operation; nullopt if they can.
 std::optional<std::string> difference(const Linears& layers);
 
-// The arrays of a call in its order; completes the call, whose segments' features are right already. Layers
-// are one for each segment, or a single one that packs the rows of all, which are views of it then.
+// Checks the arguments and returns them as the call's inputs, in the order of input_slots(call). The caller
+// has set the features of the call's segments; this fills in bias, quantization, adapters and residual. Takes
+// one layer per segment, or a single layer that packs the rows of all segments and is split into views.
 Arrays check_arguments(
     const Check& check,
     const mx::array& input,

@@ -9,7 +9,7 @@
 #include "mlx/array.h"
 #include "mlx_fused/quantization.h"
 
-// A projection as plain data: what it computes, and in which order its arrays are a primitive's inputs.
+// A projection as plain data: what it computes, and the order of its arrays among a primitive's inputs.
 namespace mlx_fused {
 
 namespace mx = mlx::core;
@@ -19,8 +19,8 @@ using Arrays = std::vector<mx::array>;
 // One linear layer of a call, y = x W^T + bias + scale (x A) B.
 struct Segment {
   int features;
-  int heads = 0;  // its output is [B, heads, S, features / heads], or with 0 heads [B, S, features]
-  std::optional<float> adapter_scale = std::nullopt;  // if it has an adapter
+  int heads = 0;  // the output is [B, heads, S, features / heads], or [B, S, features] if heads is 0
+  std::optional<float> adapter_scale = std::nullopt;  // unset if the segment has no adapter
 
   bool operator==(const Segment&) const = default;
 };
@@ -29,15 +29,15 @@ struct Segment {
 struct Epilogue {
   bool has_residual = false;
   float alpha = 1;
-  bool exact = false;  // round where mlx-lm's modules do, and not once
+  bool exact = false;  // round after every step, as mlx-lm's modules do, instead of once at the end
 
   bool operator==(const Epilogue&) const = default;
 };
 
-// Several linear layers of one input, all with a bias or none, quantized alike or not at all.
+// Several linear layers of one input. Either all have a bias or none has, and all share one quantization.
 struct Call {
-  std::string operation;  // for messages
-  std::string node;       // its name in graphs
+  std::string operation;  // the Python function's name, for error messages
+  std::string node;       // the primitive's name in graphs
   std::vector<Segment> segments;
   bool has_bias = false;
   std::optional<Quantization> quantization = std::nullopt;
@@ -50,7 +50,7 @@ struct Call {
 
 enum class Role { cotangent, input, weight, group_scales, group_biases, bias, lora_a, lora_b, residual };
 
-// One array of a call. Those that all segments share are of segment 0.
+// Names one array of a call. Arrays that all segments share (input, residual) have segment 0.
 struct Slot {
   Role role;
   int segment = 0;
@@ -62,10 +62,11 @@ using Slots = std::vector<Slot>;
 
 bool contains(const Slots& slots, const Slot& slot);
 
-// The gradients of some of a call's arrays, each of which is an output.
+// The gradients of some of a call's arrays; each wanted slot is one output.
 struct GradCall {
   Call forward;
-  Slots wanted;  // never quantized weights, nor the residual, whose gradient is the cotangent
+  // Never a quantized weight, which has no gradient, nor the residual, whose gradient is the cotangent.
+  Slots wanted;
 
   bool operator==(const GradCall&) const = default;
 
@@ -73,28 +74,29 @@ struct GradCall {
     return contains(wanted, {role, segment});
   }
 
-  // What a segment's low-rank products are multiplied by on the way back, 0 without an adapter.
+  // The factor of a segment's low-rank products in the gradients; 0 if the segment has no adapter.
   float adapter_scale(int segment) const {
     return forward.segments[segment].adapter_scale.value_or(0) * forward.epilogue.alpha;
   }
 };
 
-// The order of a primitive's inputs. A gradient has only those that it reads.
+// The slots of a primitive's inputs, in order. A gradient primitive takes only the arrays that it reads.
 Slots input_slots(const Call& call);
 Slots input_slots(const GradCall& call);
 
-// A primitive's arrays, or what stands for them, by what they are.
+// Looks up values by slot: a primitive's arrays, or what describes them.
 template <typename T>
 class BySlot {
  public:
   BySlot(const std::vector<T>& values, Slots slots) : values_(values), slots_(std::move(slots)) {}
 
+  // Null if there is no value for the slot.
   const T* find(Role role, int segment = 0) const {
     auto it = std::find(slots_.begin(), slots_.end(), Slot{role, segment});
     return it == slots_.end() ? nullptr : &values_[it - slots_.begin()];
   }
 
-  // Of an array that is there.
+  // The slot must have a value.
   const T& get(Role role, int segment = 0) const {
     return *find(role, segment);
   }

@@ -4,7 +4,8 @@
 
 #include "mlx/array.h"
 
-// Argument checks that raise ValueError with the operation, the argument, what was expected and what came.
+// Argument checks. They throw (Python: ValueError) with the operation, the argument, what it must be and what
+// it is.
 namespace mlx_fused {
 
 namespace mx = mlx::core;
@@ -15,7 +16,7 @@ class Check {
 
   void ndim(const std::string& name, const mx::array& a, int expected) const;
   void shape(const std::string& name, const mx::array& a, const mx::Shape& expected) const;
-  // A matrix of so many rows.
+  // The array must be a matrix with this many rows.
   void rows(const std::string& name, const mx::array& a, int expected) const;
   void floating(const std::string& name, const mx::array& a) const;
   void dtype(const std::string& name, const mx::array& a, mx::Dtype expected) const;

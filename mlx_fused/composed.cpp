@@ -24,7 +24,7 @@ mx::array quantized_product(
       transpose);
 }
 
-// A segment's product with the activations, and its bias, as mlx.nn.Linear or QuantizedLinear computes it.
+// x weight^T + bias of a segment, computed as mlx.nn.Linear or QuantizedLinear does.
 mx::array linear(const Operands& operands, const Call& call, int segment, const Products& products) {
   auto s = products.stream;
   auto& x = operands.get(Role::input);
@@ -37,12 +37,12 @@ mx::array linear(const Operands& operands, const Call& call, int segment, const 
   if (!bias) {
     return products.matmul(x, wt);
   }
-  // What is exact rounds once here, exported or not.
+  // exact must round product and bias together, as mx.addmm in mlx.nn.Linear does, even in an export.
   bool one_node = call.epilogue.exact || !products.are_exportable();
   return one_node ? products.addmm(*bias, x, wt) : mx::add(products.matmul(x, wt), *bias, s);
 }
 
-// y plus a segment's low-rank product, as mlx-lm's LoRALinear adds it.
+// Adds a segment's adapter to y, as mlx-lm's LoRALinear does.
 mx::array add_adapter(
     const mx::array& y, const Operands& operands, const Call& call, int segment, const Products& products) {
   auto& scale = call.segments[segment].adapter_scale;
@@ -56,7 +56,7 @@ mx::array add_adapter(
   return mx::add(y, mx::astype(scaled(z, *scale, s), x.dtype(), s), s);
 }
 
-// grad^T x over all rows of a batch.
+// grad^T x, summed over batch and sequence.
 mx::array weight_grad(const mx::array& grad, const mx::array& x, const Products& products) {
   auto s = products.stream;
   return products.matmul(mx::transpose(mx::flatten(grad, 0, 1, s), s), mx::flatten(x, 0, 1, s));
@@ -99,7 +99,7 @@ Arrays project_grad(const Arrays& inputs, const GradCall& call, const Products& 
   auto s = products.stream;
   auto& forward = call.forward;
   Operands operands(inputs, input_slots(call));
-  Arrays grads;  // of the segments' outputs, [B, S, features]
+  Arrays grads;  // each segment's cotangent as [B, S, features], times alpha
   for (int i = 0; i < int(forward.segments.size()); ++i) {
     auto grad = operands.get(Role::cotangent, i);
     if (forward.segments[i].heads) {
@@ -108,7 +108,7 @@ Arrays project_grad(const Arrays& inputs, const GradCall& call, const Products& 
     grads.push_back(scaled(grad, forward.epilogue.alpha, s));
   }
 
-  // The gradient of x A.
+  // The gradient of x A of segment i.
   auto low_rank_grad = [&](int i) {
     auto b = mx::transpose(operands.get(Role::lora_b, i), s);
     return scaled(products.matmul(grads[i], b), *forward.segments[i].adapter_scale, s);

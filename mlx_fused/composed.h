@@ -3,7 +3,7 @@
 #include "mlx_fused/call.h"
 #include "mlx_fused/products.h"
 
-// Calls in MLX's own operations: what they mean, and what runs where no kernel of ours does.
+// Calls written in MLX's own operations. This defines what a call means, and runs where we have no kernel.
 namespace mlx_fused::composed {
 
 Arrays project(const Arrays& inputs, const Call& call, const Products& products);

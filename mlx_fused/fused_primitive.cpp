@@ -19,7 +19,7 @@ Arrays select(const Arrays& arrays, const std::vector<int>& indices) {
   return selected;
 }
 
-// The function of the arguments in argnums alone, the others held at their primals.
+// fun as a function of the arguments in argnums only; the others stay at their primals.
 Function restrict_to(const Function& fun, const Arrays& primals, const std::vector<int>& argnums) {
   return [fun, primals, argnums](const Arrays& args) {
     auto all = primals;

@@ -13,13 +13,14 @@ namespace mx = mlx::core;
 using Arrays = std::vector<mx::array>;
 using Function = std::function<Arrays(const Arrays&)>;
 
-// Gives each output of an evaluation its memory.
+// Allocates the memory of a primitive's outputs.
 void allocate(Arrays& outputs);
 
-// fun of every index along the mapped axes, stacked.
+// vmap as a loop: calls fun once per index of the mapped axes and stacks the results along axis 0.
 Arrays map_one_by_one(const Function& fun, const Arrays& inputs, const std::vector<int>& axes, mx::Stream s);
 
-// A primitive that has a composed form, and transforms by it where it knows no better way.
+// A primitive that can also be written in MLX's own operations (its composed form). Transforms go through
+// that form unless a subclass overrides them.
 class FusedPrimitive : public mx::Primitive {
  public:
   using mx::Primitive::Primitive;
@@ -33,13 +34,13 @@ class FusedPrimitive : public mx::Primitive {
   std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes) override;
 
  protected:
-  // The same function of the same inputs in MLX's own ops.
+  // The same function of the same inputs, in MLX's own operations.
   virtual Function composed() = 0;
 
-  // The same function of other inputs, by a primitive or by MLX's own ops as `routing` says.
+  // The same function of other inputs; routing chooses the primitive or MLX's own operations.
   virtual Arrays apply(const Arrays& inputs) = 0;
 
-  // Whether that has quantized products, which MLX cannot map.
+  // Whether the function has quantized products: MLX has no vmap for them, so vmap goes example by example.
   virtual bool is_quantized() const = 0;
 };
 

@@ -6,7 +6,7 @@ namespace mlx_fused {
 
 namespace {
 
-// Checks everything but the weights' dtypes.
+// Checks everything except the weight's dtype, which check_arguments does.
 Call make_call(const Check& check, const mx::array& x, const mx::array& weight) {
   check.ndim("attn_out", x, 3);
   check.floating("attn_out", x);
@@ -22,17 +22,17 @@ mx::array output_projection(
     const mx::array& residual,
     float alpha,
     bool exact,
-    const std::optional<std::string>& wish,
+    const std::optional<std::string>& route,
     mx::StreamOrDevice s) {
   Check check("fused_output_projection_residual");
   auto stream = mx::to_stream(s);
   auto call = make_call(check, x, layer.weight);
   call.epilogue.alpha = alpha;
   call.epilogue.exact = exact;
-  auto inputs = check_arguments(check, x, {layer}, residual, call, Products(stream, wish));
+  auto inputs = check_arguments(check, x, {layer}, residual, call, Products(stream, route));
   check.shape("residual", residual, {x.shape(0), x.shape(1), call.segments[0].features});
   check.floating("residual", residual);
-  return project(std::move(inputs), std::move(call), wish, stream)[0];
+  return project(std::move(inputs), std::move(call), route, stream)[0];
 }
 
 Arrays output_projection_bwd(
@@ -40,15 +40,15 @@ Arrays output_projection_bwd(
     const mx::array& x,
     const mx::array& weight,
     bool has_bias,
-    const std::optional<std::string>& wish,
+    const std::optional<std::string>& route,
     mx::StreamOrDevice s) {
   Check check("fused_output_projection_residual_bwd");
   auto stream = mx::to_stream(s);
   auto call = make_call(check, x, weight);
-  auto primals = check_arguments(check, x, {{.weight = weight}}, std::nullopt, call, Products(stream, wish));
+  auto primals = check_arguments(check, x, {{.weight = weight}}, std::nullopt, call, Products(stream, route));
   check.shape("d_output", d_output, {x.shape(0), x.shape(1), weight.shape(0)});
   check.floating("d_output", d_output);
-  auto grads = all_gradients({d_output}, primals, call, has_bias, wish, stream);
+  auto grads = all_gradients({d_output}, primals, call, has_bias, route, stream);
   grads.push_back(d_output);
   return grads;
 }

@@ -8,24 +8,24 @@
 
 namespace mlx_fused {
 
-// residual + alpha times the layer's output, [B, S, H], from x [B, S, K]. `wish` is routing's: "composed",
-// "fused" or nothing.
+// residual + alpha * layer(x): [B, S, H] from x [B, S, K]. `route` is "composed", "fused" or unset, as in
+// choose_route.
 mx::array output_projection(
     const mx::array& x,
     const Linear& layer,
     const mx::array& residual,
     float alpha,
     bool exact,
-    const std::optional<std::string>& wish,
+    const std::optional<std::string>& route,
     mx::StreamOrDevice s);
 
-// The gradients of x, weight, bias if has_bias, and residual, in this order.
+// The gradients of x, weight, bias (only if has_bias) and residual, in this order.
 Arrays output_projection_bwd(
     const mx::array& d_output,
     const mx::array& x,
     const mx::array& weight,
     bool has_bias,
-    const std::optional<std::string>& wish,
+    const std::optional<std::string>& route,
     mx::StreamOrDevice s);
 
 }  // namespace mlx_fused

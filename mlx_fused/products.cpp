@@ -11,7 +11,7 @@ namespace mlx_fused {
 
 namespace {
 
-// A node that another of MLX's evaluates.
+// A primitive that one of MLX's primitives evaluates.
 class Product : public mx::Primitive {
  public:
   explicit Product(std::shared_ptr<mx::Primitive> mlx) : Primitive(mlx->stream()), mlx_(std::move(mlx)) {}
@@ -38,7 +38,7 @@ class Product : public mx::Primitive {
   std::shared_ptr<mx::Primitive> mlx_;
 };
 
-// Of inputs a and b, and c if there is one: alpha a b + c, of matrices or stacks of as many.
+// alpha a b + c of the inputs a, b and, optionally, c: matrices, or equally long stacks of matrices.
 class DenseProduct : public Product {
  public:
   DenseProduct(std::shared_ptr<mx::Primitive> mlx, float alpha) : Product(std::move(mlx)), alpha_(alpha) {}
@@ -92,7 +92,7 @@ class DenseProduct : public Product {
   float alpha_;
 };
 
-// Of inputs x, codes, scales and, in mode affine, biases.
+// The inputs are x, codes, scales and, in mode affine, biases.
 class QuantizedProduct : public Product {
  public:
   QuantizedProduct(std::shared_ptr<mx::Primitive> mlx, Quantization q, bool transpose)
@@ -104,7 +104,7 @@ class QuantizedProduct : public Product {
       const std::vector<int>& argnums,
       const Arrays& outputs) override {
     if (!are_differentiable(argnums)) {
-      return mlx_->vjp(primals, cotangents, argnums, outputs);  // an error, in MLX's words
+      return mlx_->vjp(primals, cotangents, argnums, outputs);  // throws MLX's own error
     }
     Arrays grads;
     for (int argnum : argnums) {
@@ -119,7 +119,7 @@ class QuantizedProduct : public Product {
     if (!are_differentiable(argnums)) {
       return mlx_->jvp(primals, tangents, argnums);
     }
-    // Linear in x, and in scales and biases together.
+    // The product is linear in x, and in scales and biases together.
     std::optional<mx::array> sum;
     auto add = [&](const mx::array& term) { sum = sum ? mx::add(*sum, term, stream()) : term; };
     auto tangent_of = [&](int argnum) -> std::optional<mx::array> {
@@ -163,7 +163,8 @@ class QuantizedProduct : public Product {
     return Products(stream()).quantized_matmul(x, inputs[1], inputs[2], biases(inputs), q_, transpose);
   }
 
-  // Of scales or biases: the sums over each group of the matrix's gradient, for scales times the codes.
+  // The gradient of biases is the dense matrix's gradient summed over each group; for scales, each term is
+  // first multiplied by its code.
   mx::array group_grad(const Arrays& primals, const mx::array& cotangent, bool of_scales) {
     auto s = stream();
     auto x = mx::flatten(primals[0], 0, -2, s), grad = mx::flatten(cotangent, 0, -2, s);
@@ -186,8 +187,8 @@ class QuantizedProduct : public Product {
   bool transpose_;
 };
 
-// MLX's array of a product, its node one of ours. MLX may have made matrices of stacks, by views of one
-// input.
+// The product y that MLX built, with its primitive wrapped in a Node. MLX may have reshaped stacks into
+// matrices first: then y is a view with one input, and the product is below it.
 template <typename Node, typename... Args>
 mx::array with_transforms(const mx::array& y, const Args&... args) {
   Arrays inputs = y.inputs();
@@ -226,7 +227,7 @@ mx::array Products::quantized_matmul(
   auto group_size = given(q.group_size), bits = given(q.bits);
   auto y = mx::quantized_matmul(x, codes, scales, biases, transpose, group_size, bits, q.mode, stream);
   if (y.size() == 0 || x.size() == 0) {
-    return mx::zeros(y.shape(), y.dtype(), stream);  // on the CPU MLX divides by the size of what is empty
+    return mx::zeros(y.shape(), y.dtype(), stream);  // MLX's CPU code would divide by the size 0
   }
   return are_exportable() ? y : with_transforms<QuantizedProduct>(y, q, transpose);
 }

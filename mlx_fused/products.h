@@ -12,26 +12,27 @@ namespace mx = mlx::core;
 
 mx::array scaled(const mx::array& x, float scale, mx::Stream s);
 
-// Products by MLX's kernels, for the composed form. Not all of MLX's transforms of them are right: AddMM's
-// jvp drops alpha and its vmap needs more mapped than c, Matmul's jvp makes such an AddMM, and
-// QuantizedMatmul has no vmap. So each is a node of ours that MLX's own evaluates, or, where a graph is to be
-// exported, MLX's own.
+// Matrix products by MLX's kernels, for the composed form. MLX evaluates them correctly but some of its
+// transforms are wrong: AddMM's jvp drops alpha and its vmap fails if only c is mapped, Matmul's jvp makes
+// such an AddMM, and QuantizedMatmul has no vmap. So each product is a primitive of ours that evaluates by
+// MLX's primitive and has its own transforms. Only MLX's own primitives can be exported, so a graph that is
+// to be exported gets those.
 class Products {
  public:
   enum Nodes { ours, exportable };
 
   explicit Products(mx::Stream s, Nodes nodes = ours) : stream(s), nodes_(nodes) {}
 
-  // For a call that was routed: a wish for the composed form is one for MLX's own operations.
-  Products(mx::Stream s, const std::optional<std::string>& wish)
-      : Products(s, wish == "composed" ? exportable : ours) {}
+  // route="composed" asks for MLX's own primitives and nothing else.
+  Products(mx::Stream s, const std::optional<std::string>& route)
+      : Products(s, route == "composed" ? exportable : ours) {}
 
   mx::array matmul(const mx::array& a, const mx::array& b) const;
 
-  // c + alpha a b, in one launch on GPUs and rounded once; never exportable.
+  // c + alpha a b, in one launch on GPUs and rounded once. Always a primitive of ours, so not exportable.
   mx::array addmm(const mx::array& c, const mx::array& a, const mx::array& b, float alpha = 1.0f) const;
 
-  // x times a quantized matrix or its transpose. Groups have biases in mode affine alone.
+  // x times a quantized matrix or its transpose. Only mode affine has biases.
   mx::array quantized_matmul(
       const mx::array& x,
       const mx::array& codes,
@@ -40,7 +41,7 @@ class Products {
       const Quantization& q,
       bool transpose) const;
 
-  // The segments' rows of a packed array, as views; their gradients are packed by a copy.
+  // The segments' rows of a packed array, as views of it. Its gradient is packed again by a copy.
   Arrays split(const mx::array& packed, const std::vector<int>& rows) const;
 
   bool are_exportable() const {

@@ -11,14 +11,14 @@ namespace mlx_fused {
 
 namespace {
 
-// What MLX promotes each segment's product to, and the sum with the residual.
+// The dtype MLX would promote each segment's output to and, last, that of the sum with the residual.
 std::vector<mx::Dtype> promoted_types(const Arrays& inputs, const Call& call) {
   auto slots = input_slots(call);
   std::vector<mx::Dtype> types(call.segments.size(), inputs[0].dtype());
   for (size_t i = 0; i < slots.size(); ++i) {
     auto [role, segment] = slots[i];
-    bool of_product = role == Role::weight || role == Role::group_scales || role == Role::group_biases;
-    if ((of_product && mx::issubdtype(inputs[i].dtype(), mx::floating)) || role == Role::bias) {
+    bool is_weight = role == Role::weight || role == Role::group_scales || role == Role::group_biases;
+    if ((is_weight && mx::issubdtype(inputs[i].dtype(), mx::floating)) || role == Role::bias) {
       types[segment] = mx::promote_types(types[segment], inputs[i].dtype());
     } else if (role == Role::residual) {
       types.push_back(mx::promote_types(types[0], inputs[i].dtype()));
@@ -40,7 +40,7 @@ Workload workload(const Arrays& inputs, const Call& call) {
       .has_adapters = call.has_adapters()};
 }
 
-// The input's features, as far as what a gradient reads can tell.
+// The number of input features, from whichever array the gradient reads; nullopt if none of them tells.
 std::optional<int> in_features(const Operands& operands, const Call& forward) {
   if (auto* x = operands.find(Role::input)) {
     return x->shape(2);
@@ -67,20 +67,21 @@ Workload workload(const Arrays& inputs, const GradCall& call) {
       .quantization = forward.quantization,
       .has_adapters = forward.has_adapters()};
   for (int i = 0; i < work.segments; ++i) {
-    // On Metal a bias's gradient is a by-product of its weight's.
+    // On Metal only the kernel of the weight's gradient computes the bias's.
     work.no_metal_kernel |= call.wants(Role::bias, i) && !call.wants(Role::weight, i);
   }
   return work;
 }
 
-// As a number is rounded that multiplies an array of this dtype.
+// MLX rounds a scalar to the dtype of the array that it multiplies; this rounds alike.
 float round_to(mx::Dtype dtype, float value) {
   return dtype == mx::float16    ? static_cast<float>(mx::float16_t(value))
          : dtype == mx::bfloat16 ? static_cast<float>(mx::bfloat16_t(value))
                                  : value;
 }
 
-// What a gradient reads; `primals` are the arrays of `slots`.
+// The inputs of a gradient primitive, from the cotangents and from `primals`, which are the arrays of
+// `slots`.
 Arrays grad_inputs(
     const Arrays& cotangents, const Arrays& primals, const Slots& slots, const GradCall& call) {
   Operands operands(primals, slots);
@@ -93,14 +94,14 @@ Arrays grad_inputs(
 
 }  // namespace
 
-Arrays project(Arrays inputs, Call call, const std::optional<std::string>& wish, mx::Stream stream) {
+Arrays project(Arrays inputs, Call call, const std::optional<std::string>& route, mx::Stream stream) {
   auto work = workload(inputs, call);
   auto dtype = work.promoted[0];
   if (call.epilogue.exact) {
     call.epilogue.alpha = round_to(dtype, call.epilogue.alpha);
   }
-  if (route(Check(call.operation), work, stream, wish) == Route::composed) {
-    return composed::project(inputs, call, Products(stream, wish));
+  if (choose_route(Check(call.operation), work, stream, route) == Route::composed) {
+    return composed::project(inputs, call, Products(stream, route));
   }
   auto slots = input_slots(call);
   for (size_t i = 0; i < inputs.size(); ++i) {
@@ -115,10 +116,10 @@ Arrays project(Arrays inputs, Call call, const std::optional<std::string>& wish,
 }
 
 Arrays project_grad(
-    const Arrays& inputs, const GradCall& call, const std::optional<std::string>& wish, mx::Stream stream) {
+    const Arrays& inputs, const GradCall& call, const std::optional<std::string>& route, mx::Stream stream) {
   auto work = workload(inputs, call);
-  if (route(Check(call.forward.operation), work, stream, wish) == Route::composed) {
-    return composed::project_grad(inputs, call, Products(stream, wish));
+  if (choose_route(Check(call.forward.operation), work, stream, route) == Route::composed) {
+    return composed::project_grad(inputs, call, Products(stream, route));
   }
   std::vector<mx::Dtype> dtypes;
   for (auto& slot : call.wanted) {
@@ -134,17 +135,17 @@ Arrays all_gradients(
     const Arrays& primals,
     Call call,
     bool has_bias,
-    const std::optional<std::string>& wish,
+    const std::optional<std::string>& route,
     mx::Stream stream) {
   auto slots = input_slots(call);
   call.has_bias = has_bias;
   GradCall grad{call, {{Role::input}}};
-  Arrays of = {primals[0]};
+  Arrays primal_of = {primals[0]};  // per gradient, the array whose dtype it gets
   Operands operands(primals, slots);
   for (auto role : {Role::weight, Role::bias}) {
     for (int i = 0; i < int(call.segments.size()) && (role == Role::weight || has_bias); ++i) {
       grad.wanted.push_back({role, i});
-      of.push_back(operands.get(Role::weight, i));
+      primal_of.push_back(operands.get(Role::weight, i));
     }
   }
   auto inputs = grad_inputs(cotangents, primals, slots, grad);
@@ -152,9 +153,9 @@ Arrays all_gradients(
   for (auto& x : inputs) {
     x = mx::astype(x, dtype, stream);
   }
-  auto grads = project_grad(inputs, grad, wish, stream);
+  auto grads = project_grad(inputs, grad, route, stream);
   for (size_t i = 0; i < grads.size(); ++i) {
-    grads[i] = mx::astype(grads[i], of[i].dtype(), stream);
+    grads[i] = mx::astype(grads[i], primal_of[i].dtype(), stream);
   }
   return grads;
 }
@@ -192,7 +193,7 @@ Arrays Projection::vjp(
     return FusedPrimitive::vjp(primals, cotangents, argnums, outputs);
   }
 
-  // A custom function after this call may have given cotangents of another dtype.
+  // A custom function that consumes this output may return cotangents of another dtype.
   auto given = cotangents;
   for (auto& cotangent : given) {
     cotangent = mx::astype(cotangent, primals[0].dtype(), stream());
@@ -219,7 +220,7 @@ std::pair<Arrays, std::vector<int>> Projection::vmap(const Arrays& inputs, const
     }
   }
 
-  // Shared weights: the mapped axis is more batch.
+  // Only activations are mapped and the weights are shared, so the mapped axis joins the batch.
   auto folded = inputs;
   mx::Shape batch;
   for (size_t i = 0; i < slots.size(); ++i) {

@@ -9,22 +9,24 @@
 
 namespace mlx_fused {
 
-// The outputs of a call, by a primitive or by MLX's own operations. `inputs` are in the call's order and of
-// any dtypes; `wish` is routing's.
-Arrays project(Arrays inputs, Call call, const std::optional<std::string>& wish, mx::Stream stream);
+// The outputs of a call, from a primitive or from MLX's own operations. `inputs` are in the order of
+// input_slots(call), of any dtypes. `route` is "composed", "fused" or unset, as in choose_route.
+Arrays project(Arrays inputs, Call call, const std::optional<std::string>& route, mx::Stream stream);
 
-// Its gradients, in the order wanted and of the cotangents' dtype, adapters' in float32.
+// The wanted gradients of a call, in the order of call.wanted. They have the cotangents' dtype, except those
+// of adapters, which are float32.
 Arrays project_grad(
-    const Arrays& inputs, const GradCall& call, const std::optional<std::string>& wish, mx::Stream stream);
+    const Arrays& inputs, const GradCall& call, const std::optional<std::string>& route, mx::Stream stream);
 
-// Those of the input, of every weight and, if has_bias, of every bias, in this order. `primals` are those of
-// a call with dense weights and nothing else, whose dtypes the gradients have; a bias has its weight's.
+// The gradients of the input, of every weight and, if has_bias, of every bias, in this order. `primals` are
+// the input and the dense weights of a call that has nothing else. Each gradient has the dtype of its primal,
+// a bias's that of its weight.
 Arrays all_gradients(
     const Arrays& cotangents,
     const Arrays& primals,
     Call call,
     bool has_bias,
-    const std::optional<std::string>& wish,
+    const std::optional<std::string>& route,
     mx::Stream stream);
 
 class Projection : public FusedPrimitive {

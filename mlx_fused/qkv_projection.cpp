@@ -9,7 +9,7 @@ namespace mlx_fused {
 
 namespace {
 
-// The features and heads of q, k and v.
+// The segments of q, k and v: their features and heads.
 std::vector<Segment> make_segments(const Check& check, const Linears& layers, const Heads& heads) {
   if (layers.size() != 1 && layers.size() != 3) {
     check.fail(
@@ -32,8 +32,7 @@ std::vector<Segment> make_segments(const Check& check, const Linears& layers, co
       check.fail(
           std::string(name) +
           " must be given but got None; heads may be left out, all of them, with split_heads=False and a "
-          "tuple "
-          "of three weights.");
+          "tuple of three weights.");
     }
     check.positive(name, *value);
     return *value;
@@ -54,11 +53,13 @@ std::vector<Segment> make_segments(const Check& check, const Linears& layers, co
         ", num_kv_heads " + std::to_string(num_kv_heads) + ", head_dim " + std::to_string(head_dim) +
         " and v_head_dim " + std::to_string(v_head_dim) + ".");
   }
-  auto segment = [&](int count, int dim) { return Segment{count * dim, heads.split ? count : 0}; };
+  auto segment = [&](int count, int dim) {
+    return Segment{.features = count * dim, .heads = heads.split ? count : 0};
+  };
   return {segment(num_heads, head_dim), segment(num_kv_heads, head_dim), segment(num_kv_heads, v_head_dim)};
 }
 
-// Checks everything but the layers' arrays.
+// Checks everything except the layers' arrays, which check_arguments does.
 Call make_call(const Check& check, const mx::array& input, const Linears& layers, const Heads& heads) {
   auto segments = make_segments(check, layers, heads);
   check.ndim("input", input, 3);
@@ -73,14 +74,14 @@ Arrays qkv_projection(
     const Linears& layers,
     const Heads& heads,
     bool exact,
-    const std::optional<std::string>& wish,
+    const std::optional<std::string>& route,
     mx::StreamOrDevice s) {
   Check check("fused_qkv_projection");
   auto call = make_call(check, input, layers, heads);
   call.epilogue.exact = exact;
   auto stream = mx::to_stream(s);
-  auto inputs = check_arguments(check, input, layers, std::nullopt, call, Products(stream, wish));
-  return project(std::move(inputs), std::move(call), wish, stream);
+  auto inputs = check_arguments(check, input, layers, std::nullopt, call, Products(stream, route));
+  return project(std::move(inputs), std::move(call), route, stream);
 }
 
 Arrays qkv_projection_bwd(
@@ -91,7 +92,7 @@ Arrays qkv_projection_bwd(
     const Arrays& weights,
     bool has_bias,
     const Heads& heads,
-    const std::optional<std::string>& wish,
+    const std::optional<std::string>& route,
     mx::StreamOrDevice s) {
   Check check("fused_qkv_projection_bwd");
   Linears layers;
@@ -100,7 +101,7 @@ Arrays qkv_projection_bwd(
   }
   auto stream = mx::to_stream(s);
   auto call = make_call(check, input, layers, heads);
-  auto primals = check_arguments(check, input, layers, std::nullopt, call, Products(stream, wish));
+  auto primals = check_arguments(check, input, layers, std::nullopt, call, Products(stream, route));
   const char* names[] = {"dq", "dk", "dv"};
   Arrays cotangents = {dq, dk, dv};
   for (int i = 0; i < 3; ++i) {
@@ -108,7 +109,7 @@ Arrays qkv_projection_bwd(
     check.shape(names[i], cotangents[i], {input.shape(0), num_heads, input.shape(1), features / num_heads});
     check.floating(names[i], cotangents[i]);
   }
-  auto grads = all_gradients(cotangents, primals, call, has_bias, wish, stream);
+  auto grads = all_gradients(cotangents, primals, call, has_bias, route, stream);
   if (weights.size() == 3) {
     return grads;
   }

@@ -8,25 +8,27 @@
 
 namespace mlx_fused {
 
-// The heads that a projection's features belong to. Without any, the segments are as large as their weights.
+// How the features of q, k and v divide into heads. If nothing is set, each segment has as many features as
+// its weight has rows.
 struct Heads {
   std::optional<int> num_heads, num_kv_heads, head_dim;
-  std::optional<int> v_head_dim = std::nullopt;  // if not head_dim
-  bool split = true;                             // whether they are an axis of the outputs
+  std::optional<int> v_head_dim = std::nullopt;  // head_dim if unset
+  bool split = true;                             // whether heads are an axis of the outputs
 };
 
-// q, k, v of shape [B, heads, S, head_dim], or [B, S, features] if heads are not split, from input [B, S, H]
-// and three layers, or one that packs them. `wish` is routing's: "composed", "fused" or nothing.
+// q, k and v from input [B, S, H] and three layers, or one layer that packs their rows. Their shape is [B,
+// heads, S, head_dim], or [B, S, features] if heads are not split. `route` is "composed", "fused" or unset,
+// as in choose_route.
 Arrays qkv_projection(
     const mx::array& input,
     const Linears& layers,
     const Heads& heads,
     bool exact,
-    const std::optional<std::string>& wish,
+    const std::optional<std::string>& route,
     mx::StreamOrDevice s);
 
-// The gradients of input, of every weight and, if has_bias, of every bias. Weights are three, or one that
-// packs them.
+// The gradients of input, of every weight and, if has_bias, of every bias. `weights` are three, or one that
+// packs their rows.
 Arrays qkv_projection_bwd(
     const mx::array& dq,
     const mx::array& dk,
@@ -35,7 +37,7 @@ Arrays qkv_projection_bwd(
     const Arrays& weights,
     bool has_bias,
     const Heads& heads,
-    const std::optional<std::string>& wish,
+    const std::optional<std::string>& route,
     mx::StreamOrDevice s);
 
 }  // namespace mlx_fused

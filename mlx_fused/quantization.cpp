@@ -2,8 +2,11 @@
 
 namespace mlx_fused {
 
-const Quantization* only_format(const std::string& mode) {
-  static const Quantization formats[] = {{"mxfp4", 4, 32}, {"mxfp8", 8, 32}, {"nvfp4", 4, 16}};
+const Quantization* fixed_format(const std::string& mode) {
+  static const Quantization formats[] = {
+      {.mode = "mxfp4", .bits = 4, .group_size = 32},
+      {.mode = "mxfp8", .bits = 8, .group_size = 32},
+      {.mode = "nvfp4", .bits = 4, .group_size = 16}};
   for (auto& format : formats) {
     if (mode == format.mode) {
       return &format;
@@ -14,9 +17,10 @@ const Quantization* only_format(const std::string& mode) {
 
 Quantization with_defaults(
     const std::string& mode, std::optional<int> bits, std::optional<int> group_size, bool has_biases) {
-  static const Quantization affine{"affine", 4, 64}, foreign{"", 0, 0};
-  auto* format = mode == affine.mode ? &affine : only_format(mode);
-  auto& defaults = format ? *format : foreign;
+  static const Quantization affine{.mode = "affine", .bits = 4, .group_size = 64};
+  static const Quantization unknown{.mode = "", .bits = 0, .group_size = 0};
+  auto* format = mode == affine.mode ? &affine : fixed_format(mode);
+  auto& defaults = format ? *format : unknown;
   return {mode, bits.value_or(defaults.bits), group_size.value_or(defaults.group_size), has_biases};
 }
 
@@ -29,7 +33,7 @@ bool is_known(const Quantization& q) {
     bool group_size = q.group_size == 32 || q.group_size == 64 || q.group_size == 128;
     return group_size && q.bits >= 2 && q.bits <= 8 && q.bits != 7;
   }
-  auto* format = only_format(q.mode);
+  auto* format = fixed_format(q.mode);
   return format && q.bits == format->bits && q.group_size == format->group_size;
 }
 

@@ -14,41 +14,42 @@ namespace mlx_fused {
 
 namespace mx = mlx::core;
 
-// Who computes a call: MLX's own ops, or a primitive of ours.
+// Who computes a call: MLX's own operations, or a primitive of ours.
 enum class Route { composed, primitive };
 
-// What routing knows of a device.
+// The properties of a device that routing depends on.
 struct DeviceInfo {
   enum Kind { cpu, metal, other_gpu } kind;
-  bool matmul_units;  // MLX's matmul reaches matrix units that simdgroup code does not (M5, A19 and later)
+  bool matmul_units;  // MLX's matmul uses matrix units that our kernels cannot reach (M5, A19 and later)
 };
 
-// What routing needs to know of a call, or of its gradient.
+// The properties of a call, or of its gradient, that routing depends on.
 struct Workload {
   bool is_grad = false;
   int segments;
   bool has_residual;
-  std::vector<mx::Dtype> promoted;  // what MLX promotes each product of the call to, and its residual
-  int64_t rows;                     // batch times sequence
+  std::vector<mx::Dtype> promoted;  // the dtypes MLX would give each segment's product and the residual sum
+  int64_t rows;                     // tokens: batch times sequence
   int64_t in_features;
   bool has_bias = false;
   std::optional<Quantization> quantization = std::nullopt;
   bool has_adapters = false;
-  bool no_metal_kernel = false;  // for a gradient that is asked for
+  bool no_metal_kernel = false;  // Metal has no kernel for one of the wanted gradients
 };
 
-// Whether there are kernels of ours for the call at all.
+// Whether we have kernels for the call on this device.
 bool has_kernels(const Workload& work, const DeviceInfo& device);
 
-// `wish`, "composed" or "fused", overrules the table wherever there is a choice; so does MLX_FUSED_ROUTE.
-Route route(
-    const Workload& work, const DeviceInfo& device, const std::optional<std::string>& wish = std::nullopt);
+// Where we have kernels, `route` ("composed" or "fused") decides, else MLX_FUSED_ROUTE, else the table of
+// best() in routing.cpp.
+Route choose_route(
+    const Workload& work, const DeviceInfo& device, const std::optional<std::string>& route = std::nullopt);
 
-// The same for a stream of this machine, once the wish is known and can be met.
-Route route(
-    const Check& check, const Workload& work, mx::Stream stream, const std::optional<std::string>& wish);
+// The same for a stream of this machine. Fails if `route` is unknown, or is "fused" without a kernel.
+Route choose_route(
+    const Check& check, const Workload& work, mx::Stream stream, const std::optional<std::string>& route);
 
-// Defined by the backends.
+// Implemented by each GPU backend (backend/metal, backend/no_metal).
 DeviceInfo describe(mx::Device device);
 
 }  // namespace mlx_fused

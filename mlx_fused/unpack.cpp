@@ -47,7 +47,7 @@ class Unpack : public FusedPrimitive {
     int64_t offset = 0;
     for (auto& out : outputs) {
       auto flags = packed.flags();
-      flags.contiguous = flags.row_contiguous;  // rows side by side
+      flags.contiguous = flags.row_contiguous;  // a slice of rows has no gaps only if the rows have none
       flags.col_contiguous &= packed.ndim() == 1;
       out.copy_shared_buffer(packed, packed.strides(), flags, out.size(), offset);
       offset += out.shape(0) * packed.strides(0);

@@ -10,7 +10,7 @@ from mlx_fused._ext import _internals
 HALVES = [mx.float32, mx.float16, mx.bfloat16]
 
 
-def route(operation, *promoted, device="metal", rows=128, **kwargs):
+def choose_route(operation, *promoted, device="metal", rows=128, **kwargs):
     promoted = promoted or (mx.bfloat16,)
     return _internals.route(operation, promoted, rows, device=device, **kwargs)
 
@@ -19,44 +19,44 @@ def route(operation, *promoted, device="metal", rows=128, **kwargs):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_call_is_fused_on_the_cpu(operation, dtype):
     for rows in (0, 1, 8, 9, 1000):
-        assert route(operation, dtype, dtype, device="cpu", rows=rows) == "fused"
+        assert choose_route(operation, dtype, dtype, device="cpu", rows=rows) == "fused"
 
 
 @pytest.mark.parametrize("device", ["cpu", "metal"])
 @pytest.mark.parametrize("operation", ["qkv", "qkv_grad", "output"])
 def test_dtypes_without_kernels_are_composed(device, operation):
-    assert route(operation, mx.float64, device=device) == "composed"
-    assert route(operation, mx.float32, mx.bfloat16, device=device) == "composed"
+    assert choose_route(operation, mx.float64, device=device) == "composed"
+    assert choose_route(operation, mx.float32, mx.bfloat16, device=device) == "composed"
 
 
 @pytest.mark.parametrize("operation", ["qkv", "qkv_grad", "output", "output_grad"])
 @pytest.mark.parametrize("rows", [1, 128])
-def test_other_gpus_are_composed_whatever_the_wish(operation, rows):
-    for wish in (None, "fused", "composed"):
-        assert route(operation, device="cuda", rows=rows, wish=wish) == "composed"
+def test_other_gpus_are_composed_whatever_the_route(operation, rows):
+    for route in (None, "fused", "composed"):
+        assert choose_route(operation, device="cuda", rows=rows, route=route) == "composed"
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9, 31, 32, 4096])
 def test_metal_fuses_what_saves_launches(rows):
-    assert route("qkv", rows=rows) == "fused"
-    assert route("qkv_grad", rows=rows) == "fused"
-    assert route("output", rows=rows, has_bias=True) == "fused"
+    assert choose_route("qkv", rows=rows) == "fused"
+    assert choose_route("qkv_grad", rows=rows) == "fused"
+    assert choose_route("output", rows=rows, has_bias=True) == "fused"
     # Without a bias MLX's addmm is one launch too, but reads the weights once per row for a few rows.
-    assert route("output", rows=rows) == ("fused" if rows == 8 else "composed")
-    assert route("output_grad", rows=rows) == "composed"
+    assert choose_route("output", rows=rows) == ("fused" if rows == 8 else "composed")
+    assert choose_route("output_grad", rows=rows) == "composed"
 
 
 @pytest.mark.parametrize("operation", ["qkv", "qkv_grad", "output"])
 def test_matmul_units_take_the_large_products(operation):
     for rows, expected in ((1, "fused"), (31, "fused"), (32, "composed"), (4096, "composed")):
-        assert route(operation, rows=rows, has_bias=True, matmul_units=True) == expected
+        assert choose_route(operation, rows=rows, has_bias=True, matmul_units=True) == expected
 
 
 def test_metal_has_no_kernel_for_an_empty_sum_or_a_bias_gradient_alone():
-    for wish in (None, "fused"):
-        assert route("qkv", in_features=0, wish=wish) == "composed"
-        assert route("qkv_grad", no_metal_kernel=True, wish=wish) == "composed"
-    assert route("qkv_grad", no_metal_kernel=True, device="cpu") == "fused"
+    for route in (None, "fused"):
+        assert choose_route("qkv", in_features=0, route=route) == "composed"
+        assert choose_route("qkv_grad", no_metal_kernel=True, route=route) == "composed"
+    assert choose_route("qkv_grad", no_metal_kernel=True, device="cpu") == "fused"
 
 
 def test_metal_fuses_quantized_projections_and_adapters():
@@ -64,28 +64,30 @@ def test_metal_fuses_quantized_projections_and_adapters():
     for rows in (1, 8, 31, 32, 4096):
         for kind in (quantized, adapted, quantized | adapted):
             for operation in ("qkv", "qkv_grad", "output"):
-                assert route(operation, rows=rows, **kind) == "fused"
+                assert choose_route(operation, rows=rows, **kind) == "fused"
                 expected = "composed" if rows >= 32 else "fused"
-                assert route(operation, rows=rows, matmul_units=True, **kind) == expected
+                assert choose_route(operation, rows=rows, matmul_units=True, **kind) == expected
             # MLX's quantized_matmul is one launch for the output's one segment; adapters are more.
-            assert route("output_grad", rows=rows, **kind) == ("composed" if kind == quantized else "fused")
+            assert choose_route("output_grad", rows=rows, **kind) == (
+                "composed" if kind == quantized else "fused"
+            )
 
 
 def test_metal_has_no_kernel_for_other_formats():
     for mode, bits, group_size in (("affine", 7, 64), ("affine", 4, 16), ("mxfp4", 4, 64), ("nvfp4", 4, 32)):
-        for wish in (None, "fused"):
-            assert route("qkv", quantization=(mode, bits, group_size), wish=wish) == "composed"
+        for route in (None, "fused"):
+            assert choose_route("qkv", quantization=(mode, bits, group_size), route=route) == "composed"
 
 
-def test_a_wish_overrules_the_table_and_the_variable(monkeypatch):
-    assert route("qkv", matmul_units=True, wish="fused") == "fused"
-    assert route("qkv", wish="composed") == "composed"
+def test_a_route_overrules_the_table_and_the_variable(monkeypatch):
+    assert choose_route("qkv", matmul_units=True, route="fused") == "fused"
+    assert choose_route("qkv", route="composed") == "composed"
     monkeypatch.setenv("MLX_FUSED_ROUTE", "fused")
-    assert route("qkv", matmul_units=True) == "fused"
-    assert route("qkv", matmul_units=True, wish="composed") == "composed"
+    assert choose_route("qkv", matmul_units=True) == "fused"
+    assert choose_route("qkv", matmul_units=True, route="composed") == "composed"
     monkeypatch.setenv("MLX_FUSED_ROUTE", "composed")
-    assert route("qkv") == route("qkv", device="cpu") == "composed"
-    assert route("qkv", wish="fused") == "fused"
+    assert choose_route("qkv") == choose_route("qkv", device="cpu") == "composed"
+    assert choose_route("qkv", route="fused") == "fused"
 
 
 def calls(route=None):
@@ -153,8 +155,8 @@ def test_a_misspelt_variable_is_refused(monkeypatch):
 
 
 def test_metal_refuses_rows_that_tiles_cannot_step_through():
-    assert route("qkv", in_features=2**25 - 1) == "fused"
-    assert route("qkv", in_features=2**25, wish="fused") == "composed"
+    assert choose_route("qkv", in_features=2**25 - 1) == "fused"
+    assert choose_route("qkv", in_features=2**25, route="fused") == "composed"
 
 
 def test_vmap_routes_all_rows_together(monkeypatch):
@@ -170,7 +172,7 @@ def test_vmap_routes_all_rows_together(monkeypatch):
     assert mx.array_equal(out, mx.full((3, 1, 2, 4), 5.0))
 
 
-def test_a_wish_that_cannot_be_met_is_refused():
+def test_a_route_that_cannot_be_met_is_refused():
     x, w = mx.ones((1, 2, 4)).astype(mx.float64, stream=mx.cpu), mx.ones((4, 4))
     with pytest.raises(ValueError, match=r"route must be 'composed' or None .* but got 'fused'\."):
         mlx_fused.fused_output_projection_residual(x, w, None, x, route="fused")

@@ -89,7 +89,7 @@ void bind_internals(nb::module_& m) {
          bool no_metal_kernel,
          const std::string& device,
          bool matmul_units,
-         const std::optional<std::string>& wish) {
+         const std::optional<std::string>& route) {
         auto kind = device == "cpu"     ? mlx_fused::DeviceInfo::cpu
                     : device == "metal" ? mlx_fused::DeviceInfo::metal
                                         : mlx_fused::DeviceInfo::other_gpu;
@@ -105,8 +105,8 @@ void bind_internals(nb::module_& m) {
             quantization(q),
             has_adapters,
             no_metal_kernel};
-        auto route = mlx_fused::route(work, {kind, matmul_units}, wish);
-        return route == mlx_fused::Route::composed ? "composed" : "fused";
+        auto chosen = mlx_fused::choose_route(work, {kind, matmul_units}, route);
+        return chosen == mlx_fused::Route::composed ? "composed" : "fused";
       },
       "operation"_a,
       "promoted"_a,
@@ -118,7 +118,7 @@ void bind_internals(nb::module_& m) {
       "no_metal_kernel"_a = false,
       "device"_a,
       "matmul_units"_a = false,
-      "wish"_a = nb::none());
+      "route"_a = nb::none());
   // Of a projection, or of gradients if there are cotangents: `outputs` are then those that are wanted.
   internals.def(
       "plan",

@@ -4,7 +4,7 @@
 
 namespace mlx_fused::cpu {
 
-// Accelerate has the matrix units that our loops cannot reach. Not measured.
+// Always. Reasoned, not measured: Accelerate uses matrix units that our loops cannot reach.
 const int64_t sgemm_min_rows = 0;
 
 void sgemm(

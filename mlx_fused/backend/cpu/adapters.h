@@ -6,18 +6,20 @@
 
 namespace mlx_fused::cpu {
 
-struct Factor {
+// A matrix of an adapter (A, or the transpose of B) and the factor its product is scaled by.
+struct AdapterMatrix {
   View matrix;  // [depth, rank], float32
   float scale;
 };
 
-// scale left matrix for every factor, reading left [rows, depth] once for all of them.
-struct FactorProducts {
+// The products scale * left * matrix of one left operand, [rows, depth], which is read once for all matrices.
+struct AdapterProducts {
   View left;
-  std::vector<Factor> factors;
+  std::vector<AdapterMatrix> matrices;
 };
 
-// The results in float32, in the order of all factors. They are this thread's until its next call.
-std::vector<View> multiply(const std::vector<FactorProducts>& all);
+// Computes all products in float32 and returns them in order. They lie in this thread's scratch memory, so
+// they are valid until the thread's next call.
+std::vector<View> adapter_products(const std::vector<AdapterProducts>& all);
 
 }  // namespace mlx_fused::cpu

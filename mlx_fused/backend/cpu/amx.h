@@ -4,8 +4,7 @@
 
 namespace mlx_fused::cpu {
 
-// Products of bfloat16 operands on Intel's matrix unit (AMX). Like the hardware it takes subnormal bfloat16
-// for zero.
+// Products of bfloat16 operands on Intel's matrix unit (AMX), which treats subnormal bfloat16 as zero.
 bool has_amx();
 void amx_product(const std::vector<View>& left, const std::vector<Output>& outputs);
 

@@ -10,7 +10,8 @@ namespace mlx_fused::cpu {
 
 namespace {
 
-// A tile seen as 16 x 16 words of two bfloat16 is in form pairs the transpose of what it is in form rows.
+// Transposes 16 x 16 words. As words of two bfloat16 each, a tile in form pairs is the transpose of the same
+// tile in form rows.
 AVX512 void transpose(__m512i (&v)[16]) {
   __m512i w[16];
   for (int i = 0; i < 16; i += 2) {
@@ -37,14 +38,15 @@ AVX512 void transpose(__m512i (&v)[16]) {
   }
 }
 
-// Takes the upper half of each float, a bfloat16, off it. The third time nothing is left.
+// Returns the upper half of each float (a bfloat16, in place) and subtracts it. A float32 has 24 significant
+// bits and a bfloat16 8, so three parts hold it exactly.
 AVX512 __m512i take_upper(__m512& v) {
   __m512i upper = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(-0x10000));
   v = _mm512_sub_ps(v, _mm512_castsi512_ps(upper));
   return upper;
 }
 
-// Some elements of a row, zeros where the matrix has ended.
+// n elements of a row, with zeros beyond the edges of the matrix.
 void dequantize(const Quantized& q, int64_t row, int64_t col, int64_t n, float* to) {
   int64_t there = row < q.rows ? std::min(n, q.cols - col) : 0;
   if (there > 0) {

@@ -4,24 +4,27 @@
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
 
-// Tiles of matrices in the forms that AMX reads.
+// Packs parts of matrices into the tiles that AMX reads, and unpacks its results.
 namespace mlx_fused::cpu {
 
-// The unit multiplies tiles of 1 KB: c[16 x 16, float32] += a b, where a holds 16 rows of 32 bfloat16 (form
-// rows), and b, the transpose of such rows, keeps two neighbours of the summed index side by side (form
-// pairs).
+// AMX multiplies tiles of 1 KB: c += a b, where c is 16 x 16 float32, a is 16 rows of 32 bfloat16 (form rows)
+// and b is 32 rows of 16 bfloat16, stored as 16 rows of pairs: row i interleaves rows 2 i and 2 i + 1 of b
+// (form pairs). "depth" is the length of the summed index in one tile. All sizes are the hardware's.
 constexpr int64_t side = 16, depth = 32, tile_bytes = 1024, row_bytes = 64;
 enum class Form { rows, pairs };
 
-// The largest block of a right operand.
+// The largest block of a right operand that is packed at a time, in panels (16 rows each) and in steps along
+// the summed index (32 elements each). Reasoned, not measured: it has 512 KB, a quarter of the 2 MB of
+// second-level cache that a core with AMX has.
 constexpr int64_t max_panels = 16, max_steps = 32;
 
-// Copies the tile of v at (row, col) to 1 KB at to, zeros where v has ended.
+// Copies the tile of v at (row, col) to the 1 KB at `to`, with zeros beyond the edges of v.
 void pack_tile(const View& v, int64_t row, int64_t col, Form form, char* to);
 
-// Panels of 16 rows of a quantized matrix from row on, steps of 32 columns from col on, in form rows. Weights
-// that are no bfloat16 are the sum of three: part p of panel r has its tiles at
-// to + (p * panels + r) * panel_bytes, zeros where the matrix has ended.
+// Dequantizes and packs, in form rows, `panels` panels of 16 rows from `row` on and `steps` steps of 32
+// columns from `col` on, with zeros beyond the edges. Weights that bfloat16 cannot hold exactly are split
+// into a sum of `parts` bfloat16; the tiles of part p of panel r begin at to + (p * panels + r) *
+// panel_bytes.
 void pack_quantized(
     const Quantized& q,
     int64_t row,
@@ -32,7 +35,7 @@ void pack_quantized(
     int64_t panel_bytes,
     char* to);
 
-// The same of its transpose, one step, in form pairs.
+// The same for the transpose of a quantized matrix: one step, in form pairs.
 void pack_quantized_step(
     const TransposedQuantized& q,
     int64_t row,
@@ -42,7 +45,7 @@ void pack_quantized_step(
     int64_t panel_bytes,
     char* to);
 
-// Puts a result tile, or its transpose, into a row-major matrix.
+// Copies a result tile, or its transpose, into a row-major matrix.
 void unpack_tile(const float* from, bool transposed, float* to, int64_t ld);
 
 }  // namespace mlx_fused::cpu

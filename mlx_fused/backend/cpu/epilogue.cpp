@@ -10,9 +10,9 @@ namespace mlx_fused::cpu {
 
 namespace {
 
-// Rounds floats to the type and back.
+// Rounds floats to the type and widens them again.
 void round(Type type, float* values, int64_t n) {
-  constexpr int64_t chunk = 256;
+  constexpr int64_t chunk = 256;  // reasoned, not measured: 512 bytes of stack, which stay in the L1 cache
   uint16_t narrow[chunk];
   if (type == Type::float32) {
     return;
@@ -24,7 +24,7 @@ void round(Type type, float* values, int64_t n) {
   }
 }
 
-// A tile of the sum of the low-rank products, in this thread's scratch.
+// The tile's part of the adapters' sum, in this thread's scratch memory.
 float* low_rank_tile(const std::vector<LowRank>& products, const Tile& t) {
   int64_t max_rank = 0;
   for (const LowRank& p : products) {
@@ -36,8 +36,8 @@ float* low_rank_tile(const std::vector<LowRank>& products, const Tile& t) {
   bool accumulate = false;
   for (const LowRank& p : products) {
     int64_t rank = p.left.cols();
-    BlasMatrix a = blas_matrix(p.left, {t.row, t.rows, 0, rank}, left_tile);
-    BlasMatrix b = blas_matrix(p.right, {0, rank, t.col, t.cols}, right_tile);
+    BlasMatrix a = blas_matrix(p.left, {.row = t.row, .rows = t.rows, .col = 0, .cols = rank}, left_tile);
+    BlasMatrix b = blas_matrix(p.right, {.row = 0, .rows = rank, .col = t.col, .cols = t.cols}, right_tile);
     sgemm(
         a.transposed,
         b.transposed,
@@ -58,18 +58,18 @@ float* low_rank_tile(const std::vector<LowRank>& products, const Tile& t) {
 
 }  // namespace
 
-void finish(const Output& output, const Tile& t, float* from, int64_t ld) {
+void apply_epilogue(const Output& output, const Tile& t, float* sums, int64_t ld) {
   const auto& [residual, alpha, exact] = output.epilogue;
   Type type = exact ? output.out.type : Type::float32;
   bool quantized = !output.right.empty() && std::holds_alternative<Quantized>(output.right[0]);
   float* low_rank = output.low_rank.empty() ? nullptr : low_rank_tile(output.low_rank, t);
   for (int64_t i = 0; i < t.rows; ++i) {
-    float* row = from + i * ld;
+    float* row = sums + i * ld;
     if (output.bias) {
       if (quantized) {
         round(type, row, t.cols);
       }
-      add_rows(*output.bias, {0, 1, t.col, t.cols}, row);
+      add_rows(*output.bias, {.row = 0, .rows = 1, .col = t.col, .cols = t.cols}, row);
     }
     round(type, row, t.cols);
     if (low_rank) {
@@ -85,10 +85,10 @@ void finish(const Output& output, const Tile& t, float* from, int64_t ld) {
       round(type, row, t.cols);
     }
     if (residual) {
-      add_rows(*residual, {t.row + i, 1, t.col, t.cols}, row);
+      add_rows(*residual, {.row = t.row + i, .rows = 1, .col = t.col, .cols = t.cols}, row);
     }
   }
-  store(output.out, t, from, ld);
+  store(output.out, t, sums, ld);
 }
 
 }  // namespace mlx_fused::cpu

@@ -4,7 +4,8 @@
 
 namespace mlx_fused::cpu {
 
-// Writes a tile of an output, given its sum of products at from[i * ld + j], which this spoils.
-void finish(const Output& output, const Tile& t, float* from, int64_t ld);
+// Applies bias, adapters, alpha and residual to the sums of products sums[i * ld + j] of a tile, in place,
+// and stores the result in the output.
+void apply_epilogue(const Output& output, const Tile& t, float* sums, int64_t ld);
 
 }  // namespace mlx_fused::cpu

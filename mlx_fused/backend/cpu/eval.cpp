@@ -1,4 +1,5 @@
-// The primitives' CPU evaluation: allocate the outputs, describe every array as a view, enqueue the work.
+// Evaluates the primitives on the CPU: allocates the outputs, describes every array as a view and enqueues
+// the work.
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
 #include "mlx_fused/backend/cpu/projection.h"
@@ -25,7 +26,8 @@ void* data_of(const mx::array& a) {
   return const_cast<char*>(a.data<char>());
 }
 
-// [B, heads, S, head_dim] as [B S, heads head_dim]; [B, S, features]; [rows, cols]; or [cols].
+// The array as a matrix. Its shape may be [B, heads, S, head_dim], which becomes [B * S, heads * head_dim],
+// [B, S, features], [rows, cols] or [cols].
 View view_of(const mx::array& a) {
   View v{.data = data_of(a), .type = type_of(a)};
   auto axis = [&](int i, int64_t& size, int64_t& stride) {
@@ -50,7 +52,7 @@ std::optional<View> view_of(const mx::array* a) {
   return a ? std::optional(view_of(*a)) : std::nullopt;
 }
 
-// The array, or a copy of it, with neighbours along its rows, as codes and scales are read.
+// The array, copied if its rows do not have the unit stride that codes, scales and biases must have.
 mx::array with_unit_rows(const mx::array& a, mx::Stream stream) {
   if (a.shape(-1) <= 1 || a.strides(-1) == 1) {
     return a;

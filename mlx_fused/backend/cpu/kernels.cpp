@@ -36,7 +36,7 @@ bool allowed(Isa isa) {
 
 const Kernels& kernels() {
 #ifdef __x86_64__
-  // What x86-64-v3 and v4 assume, as far as all compilers know it by name.
+  // The features that -march=x86-64-v3 and v4 imply, as far as every compiler has names for them.
   static const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
   static const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

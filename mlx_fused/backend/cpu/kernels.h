@@ -4,9 +4,9 @@
 
 namespace mlx_fused::cpu {
 
-// The vector loops, compiled once per instruction set. All arrays have unit stride along their rows.
+// The vector loops, a table of functions per instruction set. All rows have unit stride.
 struct Kernels {
-  // y[i * ldy + j] = the dot product of row i of x and row j of w, of length k
+  // y[i * ldy + j] = the dot product of row i of x and row j of w, both of length k, for i < m and j < n
   void (*dots)(
       const float* x,
       int64_t ldx,
@@ -18,8 +18,8 @@ struct Kernels {
       int64_t k,
       float* y,
       int64_t ldy);
-  // y[j * ldy + i] (+)= the sum over p < k of w[j * ldw + p] * x[p * cols + i], for i < cols and j < n; cols
-  // is one to three times lanes
+  // y[j * ldy + i] = the sum over p < k of w[j * ldw + p] * x[p * cols + i], plus its old value if
+  // accumulate, for i < cols and j < n; cols is one, two or three times lanes
   void (*panel)(
       const float* x,
       int64_t cols,
@@ -34,10 +34,10 @@ struct Kernels {
   void (*widen)(Type type, const void* from, float* to, int64_t n);   // to = from
   void (*add)(Type type, const void* from, float* to, int64_t n);     // to += from
   void (*narrow)(Type type, const float* from, void* to, int64_t n);  // to = from, rounded to nearest even
-  // to = n elements of a row from col on. Both are multiples of 32, but for a row's end.
+  // to = n elements of a row of w from col on. col and n are multiples of 32, except n at the end of a row.
   void (*dequantize)(const Quantized& w, int64_t row, int64_t col, int64_t n, float* to);
-  // A row of x as packed_dots reads it for such weights, where a word holds a whole number of codes; and how
-  // many floats it takes.
+  // pack copies a row of x in the order in which packed_dots reads it for weights of the format of w, whose
+  // bits must divide 32; packed_length is the number of floats that takes.
   int64_t (*packed_length)(const Quantized& w);
   void (*pack)(const Quantized& w, const float* x, float* to);
   // y[i * ldy + j] = the dot product of packed row i of x and row `row + j` of w, for i < m and j < n
@@ -45,14 +45,14 @@ struct Kernels {
       const float* x, int64_t m, const Quantized& w, int64_t row, int64_t n, float* y, int64_t ldy);
 };
 
-// The best ones this CPU can run.
+// The table of the best instruction set that this CPU has and MLX_FUSED_MAX_ISA allows.
 const Kernels& kernels();
 
-// The instruction sets of x86 that there is code for, each of which includes those before it.
+// The x86 instruction sets that we have code for, each including those before it.
 enum class Isa { baseline, avx2, avx512, amx };
 
-// Whether MLX_FUSED_MAX_ISA, the name of one of them, leaves this one in use. Unset, it leaves all; throws if
-// it is anything else.
+// Whether the environment variable MLX_FUSED_MAX_ISA, the name of an instruction set, allows this one. If
+// unset it allows all; throws if it is not a name.
 bool allowed(Isa isa);
 
 }  // namespace mlx_fused::cpu

@@ -9,7 +9,8 @@
 
 namespace mlx_fused::cpu {
 
-// It packs the weights anew in every call.
+// Never: OpenBLAS packs the weights anew in every call. On the "Zen 5" of product.cpp it took 1.0 to 2.1
+// times as long as panels_product for 32 to 2048 rows.
 const int64_t sgemm_min_rows = std::numeric_limits<int64_t>::max();
 
 void sgemm(
@@ -25,7 +26,7 @@ void sgemm(
     bool accumulate,
     float* c,
     int ldc) {
-  // The threads are ours; this is a setting of the whole library, made once.
+  // Our own pool calls this from several threads. The setting is global, so it is made once.
   static const bool single = (scipy_openblas_set_num_threads(1), true);
   (void)single;
   scipy_cblas_sgemm(

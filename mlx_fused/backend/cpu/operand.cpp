@@ -45,7 +45,7 @@ void load(const Operand& o, const Tile& t, float* to, int64_t ld) {
   }
 }
 
-std::optional<BlasMatrix> in_place(const Operand& o, const Tile& t) {
+std::optional<BlasMatrix> blas_view(const Operand& o, const Tile& t) {
   auto view = std::get_if<View>(&o);
   if (!view || view->type != Type::float32) {
     return std::nullopt;
@@ -63,7 +63,7 @@ std::optional<BlasMatrix> in_place(const Operand& o, const Tile& t) {
 }
 
 BlasMatrix blas_matrix(const Operand& o, const Tile& t, float* to) {
-  if (auto matrix = in_place(o, t)) {
+  if (auto matrix = blas_view(o, t)) {
     return *matrix;
   }
   if (auto q = std::get_if<TransposedQuantized>(&o)) {

@@ -7,7 +7,7 @@
 
 namespace mlx_fused::cpu {
 
-// The transpose of a quantized matrix; that of a view is a view.
+// The transpose of a quantized matrix. (The transpose of a View is just another View.)
 struct TransposedQuantized {
   Quantized matrix;
 };
@@ -18,23 +18,23 @@ using Operand = std::variant<View, Quantized, TransposedQuantized>;
 Operand operand(const Weight& weight);
 Operand transposed(const Weight& weight);
 
-// Whether the rows lie in memory one by one, packed.
+// Whether rows have unit stride and do not cross from one batch or head into another.
 bool has_unit_rows(const Operand& o);
 
-// to[i * ld + j] = element (row + i, col + j), in float32, of an operand with unit rows.
+// to[i * ld + j] = element (t.row + i, t.col + j), in float32. The operand must not be a TransposedQuantized.
 void load(const Operand& o, const Tile& t, float* to, int64_t ld);
 
-// A matrix as BLAS takes it.
+// A matrix as BLAS takes it; ld is its leading dimension.
 struct BlasMatrix {
   const float* data;
   int ld;
   bool transposed;
 };
 
-// The tile where it lies, if BLAS can read it there.
-std::optional<BlasMatrix> in_place(const Operand& o, const Tile& t);
+// The tile in its own memory, without a copy, if BLAS can read it there.
+std::optional<BlasMatrix> blas_view(const Operand& o, const Tile& t);
 
-// The tile where it lies, or else converted into memory at to.
+// The same, or else a copy of the tile in the memory at `to`.
 BlasMatrix blas_matrix(const Operand& o, const Tile& t, float* to);
 
 }  // namespace mlx_fused::cpu

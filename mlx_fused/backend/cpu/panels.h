@@ -4,8 +4,9 @@
 
 namespace mlx_fused::cpu {
 
-// The product of one left operand, in our own register blocks. The right ones are read once for every 512
-// rows of the left, and converted block by block; that is fast where they have unit stride along their rows.
+// The product of one left operand with the right ones of all outputs, in our own register blocks. Each right
+// operand is read once per 512 rows of the left one, and converted to float32 block by block. Right operands
+// must have unit rows.
 void panels_product(const View& left, const std::vector<Output>& outputs);
 
 }  // namespace mlx_fused::cpu

@@ -5,11 +5,13 @@
 
 namespace mlx_fused::cpu {
 
-// The CPUs this process may run on, or MLX_FUSED_NUM_THREADS; throws if that is no number of threads.
+// MLX_FUSED_NUM_THREADS or, if that is unset, the number of CPUs this process may run on. Throws if the
+// variable is not a number from 1 to 1024.
 int num_threads();
 
-// Calls task(0) ... task(count - 1), each once, on the calling thread and the pool's, and returns when all
-// are done. May be called from several threads at once and from inside a task. Tasks must not throw.
+// Calls task(0) ... task(count - 1), each once, on the calling thread and those of the pool, and returns when
+// all have ended. May be called from several threads at once and from inside a task. If tasks throw, the rest
+// is skipped and the first exception is thrown here.
 void parallel_for(int64_t count, const std::function<void(int64_t)>& task);
 
 }  // namespace mlx_fused::cpu

@@ -15,10 +15,41 @@ namespace mlx_fused::cpu {
 
 namespace {
 
-// A task's result and the parts of its operands that must be converted take at most 3 MB of scratch.
-constexpr int64_t tile_rows = 512, tile_cols = 512, tile_depth = 512;
+// "Zen 5" in this folder is an AMD EPYC (Zen 5, AVX-512, no AMX), 2 cores, 2026-11-21, shared with other
+// work: medians of 15 or more interleaved turns, weights of 2048 x 2048. Factors are times relative to the
+// value here.
 
-// Whether nothing remains to be done to the sum.
+// The tiles of blas_product. A result and the converted parts of its operands take at most 3 MB of scratch.
+// Zen 5: 256 took 0.93 to 1.17 times as long, 1024 0.95 to 1.10 times, which is within the noise.
+constexpr int64_t tile_rows = 512, tile_cols = 512, tile_depth = 512;
+constexpr int64_t min_tile_cols = 64;  // reasoned, not measured: below this, sgemm's own packing dominates
+
+// How many tasks split() makes per thread if it can. Zen 5: 1, 2 and 8 were within 3 %. Reasoned: with
+// several, a thread that another process holds up delays the result less.
+constexpr int64_t tasks_per_thread = 4;
+
+// The widths of the tasks of dots_product and packed_product: multiples of the six rows that one pass of
+// kernels().dots takes. Zen 5: no clear difference between 24 and 1024.
+constexpr int64_t min_stream_cols = 48, max_stream_cols = 96;
+
+// Up to this many multiplications a product runs on the calling thread. Zen 5, while busy: at 2^18 the pool
+// took twice as long if its threads were awake, 7 times if asleep, and it was not faster below 2^21.
+constexpr int64_t max_inline_work = 1 << 18;
+
+// Up to so many rows packed_product is faster than dots_product. Zen 5, 4 bits: at 6 rows dots took 1.3 to
+// 1.5 times as long, at 7 rows 0.9 to 1.0 times.
+constexpr int64_t max_packed_rows = 6;
+
+// Up to so many rows dots_product is taken rather than panels_product. No measurement is recorded of this
+// value. Zen 5, one thread: at 24 rows panels took 1.1 to 2.5 times as long, at 32 rows 1.0 to 1.4, at 64 0.9
+// to 1.3.
+constexpr int64_t max_dots_rows = 24;
+
+// The same where AMX is the alternative, for dense and for quantized weights. No measurement is recorded.
+// Reasoned: AMX computes 16 rows at a time, and quantized weights must be decoded and split for it first.
+constexpr int64_t max_dots_rows_amx = 4, max_dots_rows_amx_quantized = 12;
+
+// Whether the epilogue does nothing.
 bool is_plain(const Output& o) {
   return !o.bias && o.low_rank.empty() && !o.epilogue.residual && o.epilogue.alpha == 1;
 }
@@ -29,7 +60,7 @@ void blas_tile(const std::vector<View>& left, const Output& output, const Tile& 
   float* right_tile = left_tile + t.rows * tile_depth;
   float* out = acc;
   int64_t ld = t.cols;
-  auto target = in_place(output.out, t);
+  auto target = blas_view(output.out, t);
   bool direct = target && !target->transposed && is_plain(output);
   if (direct) {
     out = const_cast<float*>(target->data);
@@ -39,12 +70,18 @@ void blas_tile(const std::vector<View>& left, const Output& output, const Tile& 
   for (size_t p = 0; p < left.size(); ++p) {
     const Operand& right = output.right[p];
     int64_t depth = left[p].cols();
-    bool whole = in_place(left[p], {t.row, t.rows, 0, depth}) && in_place(right, {t.col, t.cols, 0, depth});
-    int64_t size = whole ? depth : tile_depth;
+    auto left_part = [&](int64_t k, int64_t n) {
+      return Tile{.row = t.row, .rows = t.rows, .col = k, .cols = n};
+    };
+    auto right_part = [&](int64_t k, int64_t n) {
+      return Tile{.row = t.col, .rows = t.cols, .col = k, .cols = n};
+    };
+    bool copies_none = blas_view(left[p], left_part(0, depth)) && blas_view(right, right_part(0, depth));
+    int64_t size = copies_none ? depth : tile_depth;
     for (int64_t k = 0; k < depth; k += size) {
       int64_t n = std::min(size, depth - k);
-      BlasMatrix a = blas_matrix(left[p], {t.row, t.rows, k, n}, left_tile);
-      BlasMatrix b = blas_matrix(right, {t.col, t.cols, k, n}, right_tile);
+      BlasMatrix a = blas_matrix(left[p], left_part(k, n), left_tile);
+      BlasMatrix b = blas_matrix(right, right_part(k, n), right_tile);
       sgemm(a.transposed, !b.transposed, t.rows, t.cols, n, a.data, a.ld, b.data, b.ld, accumulate, out, ld);
       accumulate = true;
     }
@@ -55,19 +92,19 @@ void blas_tile(const std::vector<View>& left, const Output& output, const Tile& 
     }
   }
   if (!direct) {
-    finish(output, t, acc, ld);
+    apply_epilogue(output, t, acc, ld);
   }
 }
 
 void blas_product(const std::vector<View>& left, const std::vector<Output>& outputs) {
-  auto tasks = split(outputs, tile_rows, 64, tile_cols);
+  auto tasks = split(outputs, tile_rows, min_tile_cols, tile_cols);
   parallel_for(tasks.size(), [&](int64_t i) { blas_tile(left, *tasks[i].output, tasks[i].tile); });
 }
 
-// The left operand's rows in float32, as they lie or converted.
+// The left operand in float32 with unit rows, copied if need be.
 BlasMatrix whole_left(const View& left) {
-  Tile all{0, left.rows(), 0, left.cols()};
-  auto x = in_place(left, all);
+  Tile all{.row = 0, .rows = left.rows(), .col = 0, .cols = left.cols()};
+  auto x = blas_view(left, all);
   if (x && !x->transposed) {
     return *x;
   }
@@ -76,28 +113,29 @@ BlasMatrix whole_left(const View& left) {
   return {to, static_cast<int>(left.cols()), false};
 }
 
-// A decoding step's tasks. A small one is over before another thread is awake, and a thread that is kept
-// awake takes a CPU from the one that prepares the next step.
+// Runs the tasks of a product with few rows, such as a decoding step. A small product ends before another
+// thread wakes up, and a spinning thread takes a CPU from the thread that prepares the next step.
 void run(const std::vector<Task>& tasks, int64_t depth, const std::function<void(const Task&)>& task) {
-  constexpr int64_t small = 1 << 18;  // products
   int64_t work = 0;
   for (const Task& t : tasks) {
     work += t.tile.rows * t.tile.cols * depth;
   }
-  if (work <= small) {
+  if (work <= max_inline_work) {
     std::ranges::for_each(tasks, task);
   } else {
     parallel_for(tasks.size(), [&](int64_t i) { task(tasks[i]); });
   }
 }
 
-// For few rows, where reading the right operand is the work: it is read once and in place, or converted a few
-// rows at a time.
+// For so few rows that the time goes into reading the right operand: it is read once, in place, or
+// dequantized a few rows at a time.
 void dots_product(const View& left, const std::vector<Output>& outputs) {
+  // The rows dequantized at a time, as many as one pass of kernels().dots takes. Zen 5: 1 took 1.9 to 2.3
+  // times as long, 12 and 24 took 1.02 to 1.11 times.
   constexpr int64_t block = 6;
   int64_t rows = left.rows(), depth = left.cols();
   BlasMatrix x = whole_left(left);
-  run(split(outputs, rows, 48, 96), depth, [&](const Task& task) {
+  run(split(outputs, rows, min_stream_cols, max_stream_cols), depth, [&](const Task& task) {
     const auto& [output, t] = task;
     float* acc = scratch(Holder::task, rows * t.cols + block * depth);
     if (auto w = std::get_if<View>(&output->right[0])) {
@@ -107,34 +145,35 @@ void dots_product(const View& left, const std::vector<Output>& outputs) {
       float* converted = acc + rows * t.cols;
       for (int64_t j = 0; j < t.cols; j += block) {
         int64_t n = std::min(block, t.cols - j);
-        load(output->right[0], {t.col + j, n, 0, depth}, converted, depth);
+        load(output->right[0], {.row = t.col + j, .rows = n, .col = 0, .cols = depth}, converted, depth);
         kernels().dots(x.data, x.ld, rows, Type::float32, converted, depth, n, depth, acc + j, t.cols);
       }
     }
-    finish(*output, t, acc, t.cols);
+    apply_epilogue(*output, t, acc, t.cols);
   });
 }
 
-// For the fewest rows, with weights all quantized alike: x is packed to meet the codes as they lie.
+// For still fewer rows, with quantized weights of one format: the left operand is reordered once so that the
+// codes need not be (see pack in kernels.h).
 void packed_product(const View& left, const std::vector<Output>& outputs) {
   const auto& format = std::get<Quantized>(outputs[0].right[0]);
   int64_t rows = left.rows(), depth = left.cols(), length = kernels().packed_length(format);
   float* packed = scratch(Holder::product, rows * length + depth);
   float* row = packed + rows * length;
   for (int64_t i = 0; i < rows; ++i) {
-    load(left, {i, 1, 0, depth}, row, depth);
+    load(left, {.row = i, .rows = 1, .col = 0, .cols = depth}, row, depth);
     kernels().pack(format, row, packed + i * length);
   }
-  run(split(outputs, rows, 48, 96), depth, [&](const Task& task) {
+  run(split(outputs, rows, min_stream_cols, max_stream_cols), depth, [&](const Task& task) {
     const auto& [output, t] = task;
     float* acc = scratch(Holder::task, rows * t.cols);
     const auto& w = std::get<Quantized>(output->right[0]);
     kernels().packed_dots(packed, rows, w, t.col, t.cols, acc, t.cols);
-    finish(*output, t, acc, t.cols);
+    apply_epilogue(*output, t, acc, t.cols);
   });
 }
 
-// Whether packed_product takes them.
+// Whether packed_product can compute these outputs.
 bool can_pack(const std::vector<Output>& outputs) {
   auto first = std::get_if<Quantized>(&outputs[0].right[0]);
   return first && 32 % first->bits == 0 && std::ranges::all_of(outputs, [&](const Output& o) {
@@ -151,13 +190,18 @@ std::vector<Task> split(
   for (const Output& o : outputs) {
     all_cols += o.out.cols();
   }
-  int64_t wanted = 4 * num_threads(), row_tiles = (all_rows + rows - 1) / rows;
+  int64_t wanted = tasks_per_thread * num_threads(), row_tiles = (all_rows + rows - 1) / rows;
   int64_t cols = std::clamp(all_cols * row_tiles / wanted / min_cols * min_cols, min_cols, max_cols);
   std::vector<Task> tasks;
   for (const Output& o : outputs) {
     for (int64_t col = 0; col < o.out.cols(); col += cols) {
       for (int64_t row = 0; row < all_rows; row += rows) {
-        tasks.push_back({&o, {row, std::min(rows, all_rows - row), col, std::min(cols, o.out.cols() - col)}});
+        Tile t{
+            .row = row,
+            .rows = std::min(rows, all_rows - row),
+            .col = col,
+            .cols = std::min(cols, o.out.cols() - col)};
+        tasks.push_back({&o, t});
       }
     }
   }
@@ -200,16 +244,16 @@ void product(std::vector<View> left, std::vector<Output> outputs) {
     }
   }
   bool amx = !left.empty() && left_bfloat16 && (dense_bfloat16 || quantized) && has_amx();
-  bool in_place = left.size() == 1 && unit_rows;
+  bool streams = left.size() == 1 && unit_rows;  // whether dots, packed and panels products can compute it
   int64_t rows = outputs[0].out.rows();
-  constexpr int64_t fewest_rows = 6, few_rows = 24, few_rows_amx = 4, few_rows_amx_quantized = 12;
-  if (in_place && rows <= fewest_rows && can_pack(outputs)) {
+  int64_t dots_rows = !amx ? max_dots_rows : quantized ? max_dots_rows_amx_quantized : max_dots_rows_amx;
+  if (streams && rows <= max_packed_rows && can_pack(outputs)) {
     packed_product(left[0], outputs);
-  } else if (in_place && rows <= (!amx ? few_rows : quantized ? few_rows_amx_quantized : few_rows_amx)) {
+  } else if (streams && rows <= dots_rows) {
     dots_product(left[0], outputs);
   } else if (amx) {
     amx_product(left, outputs);
-  } else if (in_place && rows < sgemm_min_rows) {
+  } else if (streams && rows < sgemm_min_rows) {
     panels_product(left[0], outputs);
   } else {
     blas_product(left, outputs);

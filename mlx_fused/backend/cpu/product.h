@@ -12,9 +12,9 @@ struct LowRank {
   View left, right;
 };
 
-// out[i, j] = residual[i, j] + alpha (sum over p of dot(row i of left[p], row j of right[p]) + bias[j] + the
-// low-rank products). All of a projection's products have this form once their operands are seen transposed
-// or not.
+// out[i, j] = residual[i, j] + alpha * (the sum over p of dot(row i of left[p], row j of right[p]) + bias[j]
+// + element (i, j) of the low-rank products). The left operands are given once for several outputs. Forward
+// and gradients all have this form, with operands transposed where needed.
 struct Output {
   std::vector<Operand> right;
   View out;
@@ -23,17 +23,17 @@ struct Output {
   Epilogue epilogue = {};
 };
 
-// A tile of an output for one thread to compute.
+// A tile of an output, computed by one thread.
 struct Task {
   const Output* output;
   Tile tile;
 };
 
-// Tiles that cover the outputs: at most rows high, and min_cols to max_cols wide, so that every thread gets a
-// few.
+// Splits the outputs into tiles of at most `rows` rows and of min_cols to max_cols columns, chosen so that
+// every thread gets several.
 std::vector<Task> split(const std::vector<Output>& outputs, int64_t rows, int64_t min_cols, int64_t max_cols);
 
-// Computes every output with the one left operand.
+// Computes every output. left[p] is multiplied with right[p] of each of them.
 void product(std::vector<View> left, std::vector<Output> outputs);
 
 }  // namespace mlx_fused::cpu

@@ -5,10 +5,10 @@
 #include <variant>
 #include <vector>
 
-// The products of a projection layer on strided views of memory: y = x W^T and its gradients, with dense or
-// quantized weights, and with low-rank adapters. Accumulates in float32 and rounds once, to nearest even.
-// Operands may be of different types. Every function may be called from several threads at once and returns
-// when its result is complete. Knows neither MLX nor attention, so it can be tested alone.
+// Linear layers on strided views of memory: y = x W^T and its gradients, with dense or quantized weights and
+// with low-rank adapters. Sums are accumulated in float32 and rounded once, to nearest even. Operands may
+// have different types. Every function may be called from several threads at once and returns when its result
+// is complete. Knows neither MLX nor attention, so it can be tested alone.
 namespace mlx_fused::cpu {
 
 enum class Type : uint8_t { float32, float16, bfloat16 };
@@ -30,15 +30,16 @@ struct View {
   }
 };
 
-// How mx.quantize stores a matrix.
+// The modes of mx.quantize.
 enum class Mode : uint8_t { affine, mxfp4, mxfp8, nvfp4 };
 
-// A plain matrix, quantized in groups along its rows. Unit stride along the rows of all three arrays.
+// A matrix quantized in groups along its rows. The rows of all three arrays have unit stride.
 struct Quantized {
-  const void* codes;   // 32-bit words, the first code in the lowest bits
-  const void* scales;  // [rows, cols / group_size]: of `type` for affine, else a byte, e8m0 or (nvfp4) e4m3
-  const void* biases = nullptr;                                        // as the scales; affine only
-  int64_t codes_row_stride, scales_row_stride, biases_row_stride = 0;  // in words and elements
+  const void* codes;  // 32-bit words, the first code in the lowest bits
+  const void*
+      scales;  // [rows, cols / group_size]: affine: `type`; mxfp4, mxfp8: e8m0 bytes; nvfp4: e4m3 bytes
+  const void* biases = nullptr;                                        // like the scales; affine only
+  int64_t codes_row_stride, scales_row_stride, biases_row_stride = 0;  // in words, elements, elements
   Type type;                                                           // of affine's scales and biases
   Mode mode;
   int bits, group_size;
@@ -47,7 +48,7 @@ struct Quantized {
 
 using Weight = std::variant<View, Quantized>;  // [out_features, in_features]
 
-// Adds scale (x a) b to a projection of x. Both float32, of rank 1 or more.
+// Adds scale (x a) b to a projection of x. a and b are float32, their rank at least 1.
 struct Adapter {
   View a;  // [in_features, rank]
   View b;  // [rank, out_features]
@@ -64,8 +65,8 @@ struct Segment {
 struct Epilogue {
   std::optional<View> residual;
   float alpha = 1;
-  // Rounds where the separate operations would: the product with quantized weights, that with its bias, the
-  // adapter's part, their sum, and alpha times it.
+  // Round to the output's type where separate operations would: after the product (if quantized), after
+  // adding the bias, the adapter's part before and after adding it, and after multiplying by alpha.
   bool exact = false;
 };
 
@@ -78,13 +79,13 @@ struct GradSegment {
   std::optional<Adapter> adapter;
 };
 
-// dx = alpha times the sum of grad weight + scale (grad b^T) a^T over the segments.
+// dx = alpha * the sum over the segments of grad weight + scale (grad b^T) a^T.
 void project_input_grad(const std::vector<GradSegment>& segments, const View& dx, float alpha = 1);
 
 // dw = alpha grad^T x.
 void project_weight_grad(const View& x, const View& grad, const View& dw, float alpha = 1);
 
-// dbias = alpha times the sum of grad over its rows.
+// dbias = alpha * the sum of the rows of grad.
 void project_bias_grad(const View& grad, const View& dbias, float alpha = 1);
 
 struct AdapterGrad {

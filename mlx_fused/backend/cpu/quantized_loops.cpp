@@ -1,4 +1,4 @@
-// Compiled once per instruction set, see vectors.h.
+// Compiled once per instruction set; see vectors.h.
 #include "mlx_fused/backend/cpu/quantized_loops.h"
 
 #include "mlx_fused/backend/cpu/vectors.h"
@@ -7,8 +7,8 @@ namespace mlx_fused::cpu::MLX_FUSED_ISA {
 
 namespace {
 
-// A float of one sign bit, some exponent and some mantissa bits, the lowest of each element; no subnormal
-// float32 on the way, for those are slow.
+// Decodes a small float, the lowest bits of each element: one sign bit, then the given numbers of exponent
+// and mantissa bits. Avoids subnormal float32 in between, which are slow.
 template <int exponent, int mantissa>
 Float minifloat(Word code) {
   constexpr uint32_t bias = 128 - (1 << (exponent - 1)), one = 1u << 23;
@@ -19,12 +19,12 @@ Float minifloat(Word code) {
   return bits<Float>(bits<Word>(value) | ((code << (31 - exponent - mantissa)) & 0x80000000));
 }
 
-// No infinities, and NaN where all other bits are ones.
+// e4m3 has no infinities; all ones below the sign bit is NaN.
 Float e4m3(Word code) {
   return (code & 0x7f) == 0x7f ? Float{} + __builtin_nanf("") : minifloat<4, 3>(code);
 }
 
-// v[index[i]] in lane i
+// v[index[i] % lanes] in lane i.
 Float spread(Float v, Word index) {
 #if defined(__AVX512F__)
   return (Float)_mm512_permutexvar_ps((__m512i)index, (__m512)v);
@@ -39,8 +39,9 @@ Float spread(Float v, Word index) {
 #endif
 }
 
-// What the codes stand for: code i of each word, a word holding as many as fit. The bits above the last one's
-// do not matter. `center` is taken off the codes, and put into the biases by those who ask for it.
+// The formats of codes. value(words, i) decodes code i of each word; bits above that code are ignored.
+// Integer codes are affine's. `center` is subtracted from every code; a caller that uses it must add scale *
+// center to the bias.
 template <int bits_, int center_ = 0>
 struct Integer {
   static constexpr int bits = bits_;
@@ -57,7 +58,7 @@ struct Integer {
   }
 };
 
-// Less cancels between the products with these codes and with the biases.
+// Codes around zero: without this, large products with codes and with biases of opposite sign would cancel.
 template <int bits>
 using Centered = Integer<bits, 1 << (bits - 1)>;
 
@@ -87,7 +88,7 @@ Word load_bytes(const uint8_t* p) {
 #endif
 }
 
-// Codes, or scales.
+// The codes of mxfp8, and the scales of nvfp4.
 struct E4m3 {
   static constexpr int bits = 8;
   static constexpr bool has_biases = false;
@@ -100,6 +101,7 @@ struct E4m3 {
   }
 };
 
+// The scales of mxfp4 and mxfp8.
 struct E8m0 {
   using Element = uint8_t;
   static Float load(const uint8_t* p) {
@@ -108,7 +110,7 @@ struct E8m0 {
   }
 };
 
-// Zeros beyond the n that there are.
+// A vector of which only the first n elements are read; the rest is zeros.
 template <typename T>
 Float load_some(const void* from, int64_t index, int64_t n) {
   auto p = (const typename T::Element*)from + index;
@@ -133,8 +135,8 @@ Word load_words(const uint32_t* p, int64_t n) {
 #endif
 }
 
-// A row of a quantized matrix. The formats of scales are told apart here, not by templates: that is once per
-// `lanes` groups, and far less code.
+// A row of a quantized matrix. The format of the scales is chosen at run time rather than by a template
+// parameter: that happens only once per `lanes` groups, and saves much code.
 struct Row {
   const Quantized& w;
   int64_t row, groups = w.cols / w.group_size;
@@ -168,7 +170,7 @@ int log2_of(int64_t n) {
   return __builtin_ctzll(n);
 }
 
-// 32 consecutive codes, a whole number of words.
+// Where each of 32 consecutive codes begins. 32 codes fill a whole number of words.
 template <int bits>
 struct Positions {
   uint32_t word[32], shift[32];
@@ -183,7 +185,7 @@ struct Positions {
 template <int bits>
 constexpr Positions<bits> positions;
 
-// The n words that hold up to 32 codes, as a code per lane, with anything above it.
+// Spreads the up to 32 codes in n words to one code per lane. The bits above each code are undefined.
 template <int bits>
 void unpack(const uint32_t* p, int64_t n, Word (&codes)[32 / lanes]) {
 #if defined(__AVX2__)
@@ -251,9 +253,9 @@ void dequantize_as(const Quantized& w, int64_t index, int64_t col, int64_t n, fl
   }
 }
 
-// Lane i of the word vector at word w / lanes * lanes + i holds codes of columns (w + i) * codes per word +
-// 0, 1, ... So x is packed to let vector s of each block meet code s of every word. Behind it come the sums
-// of x over the groups, which the biases multiply.
+// packed_dots decodes code s of `lanes` consecutive words at a time, which belong to columns that are 32 /
+// bits apart. So pack reorders each block of x (the columns of `lanes` words) such that its vector s holds
+// the elements of just those columns. The sums of x over each group, which the biases multiply, follow.
 int64_t block_length(const Quantized& w) {
   return 32 / w.bits * lanes;
 }
@@ -262,7 +264,8 @@ int64_t round_up(int64_t n, int64_t step) {
   return (n + step - 1) / step * step;
 }
 
-// The codes of a group add up before its scale multiplies them. Each code is decoded once for all rows of x.
+// The dot products of some rows of x and one row of w. A word's products are summed before the scale of their
+// group multiplies them, and each code is decoded once for all rows.
 template <typename Codes, int rows>
 void packed_dots_row(const float* x, int64_t ldx, const Quantized& w, int64_t index, float* y, int64_t ldy) {
   constexpr int per_word = 32 / Codes::bits, block = per_word * lanes;
@@ -312,11 +315,13 @@ void packed_dots_row(const float* x, int64_t ldx, const Quantized& w, int64_t in
 template <typename Codes>
 void packed_dots_as(
     const float* x, int64_t m, const Quantized& w, int64_t row, int64_t n, float* y, int64_t ldy) {
+  constexpr int max_rows =
+      4;  // reasoned, not measured: two accumulators per row leave registers for the codes
   int64_t ldx = packed_length(w);
   for (int64_t j = 0; j < n; ++j) {
     int64_t i = 0;
-    for (; i + 4 <= m; i += 4) {
-      packed_dots_row<Codes, 4>(x + i * ldx, ldx, w, row + j, y + i * ldy + j, ldy);
+    for (; i + max_rows <= m; i += max_rows) {
+      packed_dots_row<Codes, max_rows>(x + i * ldx, ldx, w, row + j, y + i * ldy + j, ldy);
     }
     const float* rest = x + i * ldx;
     float* to = y + i * ldy + j;

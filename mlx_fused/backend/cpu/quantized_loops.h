@@ -2,7 +2,7 @@
 
 #include "mlx_fused/backend/cpu/projection.h"
 
-// The loops on quantized weights, part of the table of kernels.h.
+// The loops on quantized weights; kernels.h documents them.
 namespace mlx_fused::cpu::MLX_FUSED_ISA {
 
 void dequantize(const Quantized& w, int64_t row, int64_t col, int64_t n, float* to);

@@ -6,12 +6,12 @@
 
 namespace mlx_fused::cpu {
 
-// Who holds a thread's scratch: an operation with adapters for all its products, a product for all its tasks,
-// one task, or what it does with its tile last.
+// Who uses a scratch buffer of a thread. Users nest, so each has its own buffer: an operation with adapters
+// holds one while its products run, a product while its tasks run, a task while its epilogue runs.
 enum class Holder { operation, product, task, epilogue };
 
-// Memory of this thread for floats, aligned for vectors. Kept, for fresh pages cost more than a small
-// product.
+// Memory of this thread for `count` floats, aligned for vectors. It is kept for the next call, because page
+// faults on fresh memory cost more than a small product.
 inline float* scratch(Holder holder, int64_t count) {
   struct alignas(64) Line {
     float values[16];

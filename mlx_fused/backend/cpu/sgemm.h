@@ -4,8 +4,8 @@
 
 namespace mlx_fused::cpu {
 
-// c[m, n] = op(a)[m, k] op(b)[k, n] (+ c where accumulate), row-major, on the calling thread alone.
-// The one thing asked of a BLAS library: one file per library implements it.
+// c[m, n] = op(a)[m, k] op(b)[k, n], plus the old c if accumulate; row-major, on the calling thread alone.
+// Implemented by one file per BLAS library: openblas.cpp, accelerate.cpp.
 void sgemm(
     bool transpose_a,
     bool transpose_b,
@@ -20,7 +20,7 @@ void sgemm(
     float* c,
     int ldc);
 
-// From this many rows on the library beats our own loops even where those need not pack the weights.
+// From this many rows of the left operand on, the library is faster than panels_product.
 extern const int64_t sgemm_min_rows;
 
 }  // namespace mlx_fused::cpu

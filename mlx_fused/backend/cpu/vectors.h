@@ -1,8 +1,8 @@
 #pragma once
 
-// The vectors of one instruction set, for the files that are compiled several times, each with other -m flags
-// and another MLX_FUSED_ISA. Those files call no inline function of the standard library: the linker would
-// keep any one copy of it, perhaps one that this CPU cannot run.
+// The vector types of one instruction set, for files that are compiled once per instruction set with its -m
+// flags and its MLX_FUSED_ISA. Those files must not call inline functions of the standard library: the linker
+// keeps only one copy of such a function, possibly one that this CPU cannot run.
 #include "mlx_fused/backend/cpu/kernels.h"
 
 #ifdef __F16C__
@@ -44,8 +44,8 @@ To bits(From from) {
   return read<To>(&from);
 }
 
-// How elements of each type are read and written, a vector or one at a time. With intrinsics where GCC 12
-// makes slow code of __builtin_convertvector.
+// How elements of each type are read and written: a vector (load, store) or one at a time (widen, narrow).
+// Uses intrinsics where GCC 12 compiles __builtin_convertvector to slow code.
 struct Float32 {
   using Element = float;
   static Float load(const float* p) {
@@ -107,7 +107,7 @@ struct BFloat16 {
   static void store(uint16_t* p, Float v) {
     Word w = bits<Word>(v);
     Word rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-    Word quiet = (w >> 16) | 0x40;  // rounding could carry a NaN into an infinity
+    Word quiet = (w >> 16) | 0x40;  // a NaN is not rounded: that could carry it into an infinity
     w = v == v ? rounded : quiet;
 #ifdef __AVX512F__
     write(p, _mm512_cvtepi32_epi16((__m512i)w));
@@ -135,7 +135,7 @@ float sum(Float v) {
   return parts[0];
 }
 
-// Calls f<T>(...) for the T of a Type.
+// Returns f<T>(...) for the T that belongs to `type`.
 #define FOR_TYPE(f, ...)               \
   switch (type) {                      \
     case Type::float32:                \

@@ -8,7 +8,7 @@ namespace mlx_fused::cpu {
 
 namespace {
 
-constexpr int64_t chunk = 256;
+constexpr int64_t chunk = 256;  // reasoned, not measured: 1 KB of stack, which stays in the L1 cache
 
 template <typename Word>
 void copy(const void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t n) {
@@ -24,7 +24,7 @@ void copy(Type type, const void* from, int64_t from_stride, void* to, int64_t to
 
 using Read = void (*)(Type, const void*, float*, int64_t);
 
-// Applies a kernel that reads unit stride to a stretch of any stride.
+// Applies a kernel that needs unit stride to elements of any stride, through a small buffer.
 void read(Read kernel, Type type, const char* from, int64_t stride, float* to, int64_t n) {
   if (stride == 1) {
     return kernel(type, from, to, n);

@@ -8,12 +8,12 @@
 
 namespace mlx_fused::cpu {
 
-// A rectangle of a View.
+// A rectangle of a matrix, by its first row and column and their numbers.
 struct Tile {
   int64_t row, rows, col, cols;
 
   Tile transposed() const {
-    return {col, cols, row, rows};
+    return {.row = col, .rows = cols, .col = row, .cols = rows};
   }
 };
 
@@ -29,19 +29,20 @@ inline int64_t size_of(Type type) {
 
 inline View transposed(const View& v) {
   return {
-      v.data,
-      v.type,
-      v.heads,
-      v.dim,
-      v.batch,
-      v.seq,
-      v.head_stride,
-      v.dim_stride,
-      v.batch_stride,
-      v.seq_stride};
+      .data = v.data,
+      .type = v.type,
+      .batch = v.heads,
+      .seq = v.dim,
+      .heads = v.batch,
+      .dim = v.seq,
+      .batch_stride = v.head_stride,
+      .seq_stride = v.dim_stride,
+      .head_stride = v.batch_stride,
+      .dim_stride = v.seq_stride};
 }
 
-// The same matrix with as few batches and heads as its strides allow, so that stretches of it are long.
+// The same matrix with batch merged into seq, and heads into dim, where the strides allow it. Rows and
+// columns then have one stride, and runs within a row are as long as possible.
 inline View flattened(View v) {
   if (v.batch == 1 || v.seq == 1 || v.batch_stride == v.seq * v.seq_stride) {
     v.seq_stride = v.seq == 1 ? v.batch_stride : v.seq_stride;
@@ -62,7 +63,7 @@ inline char* element(const View& v, int64_t row, int64_t col) {
   return static_cast<char*>(v.data) + offset * size_of(v.type);
 }
 
-// The tile as one Strided, where it does not cross from one batch or head into another.
+// The tile as one Strided; nullopt if it crosses from one batch or head into another.
 inline std::optional<Strided> strided(const View& v, const Tile& t) {
   if (t.row / v.seq != (t.row + t.rows - 1) / v.seq || t.col / v.dim != (t.col + t.cols - 1) / v.dim) {
     return std::nullopt;
@@ -70,7 +71,7 @@ inline std::optional<Strided> strided(const View& v, const Tile& t) {
   return Strided{element(v, t.row, t.col), v.seq_stride, v.dim_stride};
 }
 
-// Calls f(pointer, offset in the row of the tile, length) for each stretch of a row that lies in one head.
+// Calls f(pointer, offset from col, length) for each part of the row that lies within one head.
 template <typename F>
 void for_each_run(const View& v, int64_t row, int64_t col, int64_t cols, F&& f) {
   for (int64_t i = 0; i < cols;) {
@@ -80,13 +81,13 @@ void for_each_run(const View& v, int64_t row, int64_t col, int64_t cols, F&& f) 
   }
 }
 
-// to[i * ld + j] = element (row + i, col + j), in float32.
+// to[i * ld + j] = element (t.row + i, t.col + j), in float32.
 void load(const View& v, const Tile& t, float* to, int64_t ld);
 
 // to[j] += the sum over the tile's rows, in float32.
 void add_rows(const View& v, const Tile& t, float* to);
 
-// Element (row + i, col + j) = from[i * ld + j], rounded.
+// Element (t.row + i, t.col + j) = from[i * ld + j], rounded.
 void store(const View& v, const Tile& t, const float* from, int64_t ld);
 
 }  // namespace mlx_fused::cpu
