@@ -229,9 +229,7 @@ def adapted_linear(op):
     a = op.arguments
     names = ("weight", "scales", "biases", "bias", "lora_a", "lora_b")
     outputs = []
-    for w, s, z, b, lora_a, lora_b in zip(
-        *(metal_plan.listed(a.get(n), len(op.features)) for n in names), strict=True
-    ):
+    for w, s, z, b, lora_a, lora_b in zip(*map(op.parts, names), strict=True):
         if s is None:
             y = linear(op.x, w, b)
         else:

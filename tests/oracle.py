@@ -4,7 +4,6 @@ import mlx.core as mx
 import numpy as np
 
 import quantized
-from operands import segments
 
 UNIT_ROUNDOFF = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8, mx.float32: 2.0**-24, mx.float64: 2.0**-53}
 SMALLEST_NORMAL = {
@@ -13,39 +12,6 @@ SMALLEST_NORMAL = {
     mx.float32: 2.0**-126,
     mx.float64: 2.0**-1022,
 }
-
-
-def fused_qkv_projection(x, weight, bias, *heads):
-    batch, seq, _ = x.shape
-    weights, biases = _parts(weight, heads), _parts(bias, heads)
-    outputs = []
-    for (n, d), w, b in zip(segments(heads), weights, biases, strict=True):
-        y = np.einsum("bsi,oi->bso", x, w) + (0 if b is None else b)
-        outputs.append(y.reshape(batch, seq, n, d).transpose(0, 2, 1, 3))
-    return tuple(outputs)
-
-
-def fused_qkv_projection_bwd(dq, dk, dv, x, weight, has_bias, *heads):
-    batch, seq, _ = x.shape
-    cotangents = zip((dq, dk, dv), segments(heads), strict=True)
-    grads = [g.transpose(0, 2, 1, 3).reshape(batch, seq, n * d) for g, (n, d) in cotangents]
-    weights = _parts(weight, heads)
-    d_input = sum(np.einsum("bso,oi->bsi", g, w) for g, w in zip(grads, weights, strict=True))
-    d_weight = tuple(np.einsum("bso,bsi->oi", g, x) for g in grads)
-    d_bias = tuple(g.sum((0, 1)) for g in grads)
-    if not isinstance(weight, tuple):
-        d_weight, d_bias = np.concatenate(d_weight), np.concatenate(d_bias)
-    return d_input, d_weight, d_bias if has_bias else None
-
-
-def fused_output_projection_residual(attn_out, weight, bias, residual):
-    return np.einsum("bsi,oi->bso", attn_out, weight) + (0 if bias is None else bias) + residual
-
-
-def fused_output_projection_residual_bwd(d_output, attn_out, weight, has_bias):
-    d_attn_out = np.einsum("bso,oi->bsi", d_output, weight)
-    d_weight = np.einsum("bso,bsi->oi", d_output, attn_out)
-    return d_attn_out, d_weight, d_output.sum((0, 1)) if has_bias else None, d_output
 
 
 def product(a, b):
@@ -108,14 +74,6 @@ def quantized_terms(weight, scales, biases, *quantization):
     scaled = quantized.dequantize(weight, scales, None if biases is None else 0 * biases, *quantization)
     shift = np.zeros_like(scaled) if biases is None else np.repeat(exact(biases), quantization[0], -1)
     return np.stack([scaled, shift])
-
-
-def _parts(packed, heads):
-    if packed is None:
-        return (None, None, None)
-    if isinstance(packed, tuple):
-        return packed
-    return np.split(packed, np.cumsum([n * dims for n, dims in segments(heads)])[:2])
 
 
 def exact(tree):

@@ -10,11 +10,17 @@ import mlx_fused
 import oracle
 import quantized
 from mlx_fused import LinearOperands
-from operands import normal, segments
+from operands import normal
 
 HEADS = ("num_heads", "num_kv_heads", "head_dim", "v_head_dim")
 # What is an array, in the order of the primitives' inputs.
 NAMES = ("input", "attn_out", "weight", "scales", "biases", "bias", "lora_a", "lora_b", "residual")
+
+
+def segments(heads):
+    """q's, k's and v's heads and their size, of (num_heads, num_kv_heads, head_dim[, v_head_dim])."""
+    num_heads, num_kv_heads, head_dim, *v_head_dim = heads
+    return [(num_heads, head_dim), (num_kv_heads, head_dim), (num_kv_heads, *(v_head_dim or [head_dim]))]
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ class Call:
 
     @property
     def segments(self):
-        """As operands.segments has them, or None if there are no heads."""
+        """Each one's heads and their size, or None if there are no heads."""
         if "qkv" in self.operation:
             return segments([self.arguments[name] for name in HEADS if name in self.arguments])
 
@@ -130,33 +136,32 @@ class Call:
             return (self.arguments["residual"].shape[-1],)
         return tuple(n * dims for n, dims in self.segments)
 
+    def parts(self, name):
+        """Each segment's part of what is called ``name``, None where there is none."""
+        packed = self.leaves.get((name, None))
+        if self.segments is None:
+            return [packed]
+        if packed is None:
+            return [self.leaves.get((name, i)) for i in range(len(self.features))]
+        if name == "lora_a":
+            return [packed] * len(self.features)
+        return mx.split(packed, np.cumsum(self.features)[:-1].tolist(), -1 if name == "lora_b" else 0)
+
     # The formula takes NumPy's arrays in this order: x, weights, biases, A, B, scale, residual, alpha.
 
     @property
     def exact_operands(self):
-        a, segments = self.arguments, len(self.features)
-        weight, scales, biases = (_listed(a.get(n)) for n in ("weight", "scales", "biases"))
+        weight, scales, biases = map(self.parts, ("weight", "scales", "biases"))
         if self.quantization:
-            biases = biases or [None] * len(weight)
             parts = zip(weight, scales, biases, strict=True)
             terms = [oracle.quantized_terms(*part, *self.quantization) for part in parts]
         else:
             terms = [oracle.terms_of(w) for w in weight]
-        lora_a, lora_b = (
-            oracle.exact(tuple(_listed(a.get(n)) or (None,) * segments)) for n in ("lora_a", "lora_b")
-        )
-        scale = np.broadcast_to(np.array(a.get("lora_scale", 1.0), np.float64), segments).copy()
-        residual = None if self.segments else oracle.exact(a["residual"])
-        bias = tuple(oracle.exact(b) for b in _listed(a.get("bias")) or (None,) * segments)
-        if len(terms) < segments:
-            cuts = np.cumsum(self.features)[:-1]
-            terms = np.split(terms[0], cuts, -2)
-            bias = (None,) * segments if bias[0] is None else tuple(np.split(bias[0], cuts))
-            if lora_a[0] is not None:
-                lora_a, lora_b = lora_a * segments, tuple(np.split(lora_b[0], cuts, -1))
-        alpha = np.array(np.float32(a.get("alpha", 1.0)), np.float64)
-        scale = scale.astype(np.float32).astype(np.float64)
-        return oracle.exact(self.x), tuple(terms), bias, lora_a, lora_b, scale, residual, alpha
+        others = (oracle.exact(self.parts(name)) for name in ("bias", "lora_a", "lora_b"))
+        scale, alpha = (np.float64(np.float32(self.arguments.get(n, 1.0))) for n in ("lora_scale", "alpha"))
+        scale = np.broadcast_to(scale, len(terms)).copy()
+        residual = oracle.exact(self.leaves.get(("residual", None)))
+        return oracle.exact(self.x), tuple(terms), *others, scale, residual, np.array(alpha)
 
     def formula(self, x, weights, biases, lora_a, lora_b, scale, residual, alpha):
         segments = oracle.projection(x, weights, biases, lora_a, lora_b, scale)
@@ -376,7 +381,3 @@ def _call(operation, arguments, form):
     if form:
         arguments |= dict(zip(("mode", "group_size", "bits"), form, strict=True))
     return Call(f"fused_{operation}", arguments)
-
-
-def _listed(value):
-    return list(value) if isinstance(value, tuple) else None if value is None else [value]

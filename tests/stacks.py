@@ -23,29 +23,18 @@ def reference(call, keys, magnitudes=False):
             leaves = {key: positive(leaf) for key, leaf in leaves.items()}
         leaves |= dict(zip(keys, map(wide, values), strict=True))
 
-        def parts(name, axis=0):
-            count = len(call.features)
-            if (name, None) in leaves and count > 1:
-                packed = leaves[name, None]
-                return (
-                    [packed] * 3
-                    if axis is None
-                    else mx.split(packed, np.cumsum(call.features)[:-1].tolist(), axis)
-                )
-            return [leaves.get((name, None if call.segments is None else i)) for i in range(count)]
-
-        x = leaves.get(("input", None), leaves.get(("attn_out", None)))
+        now = call.with_leaves(leaves)
         scales = np.broadcast_to(np.float32(a.get("lora_scale", 1.0)), len(call.features)).tolist()
+        names = ("weight", "scales", "biases", "bias", "lora_a", "lora_b")
+        rows = zip(scales, *map(now.parts, names), strict=True)
         outputs = []
-        names = ("weight", "scales", "biases", "bias")
-        rows = zip(*map(parts, names), parts("lora_a", None), parts("lora_b", -1), strict=True)
-        for i, (w, group_scales, group_biases, bias, lora_a, lora_b) in enumerate(rows):
+        for scale, w, group_scales, group_biases, bias, lora_a, lora_b in rows:
             if call.quantization:
                 w = size(dequantized(w, group_scales, group_biases, *call.quantization))
-            y = times(x, w.T)
+            y = times(now.x, w.T)
             y = y if bias is None else y + bias
             if lora_a is not None:
-                y = y + size(mx.array(scales[i], mx.float64)) * times(times(x, lora_a), lora_b)
+                y = y + size(mx.array(scale, mx.float64)) * times(times(now.x, lora_a), lora_b)
             outputs.append(y)
         if call.segments is None:
             alpha = size(mx.array(float(np.float32(a["alpha"])), mx.float64))
