@@ -24,7 +24,7 @@ _NUMBERS = ("of its bound", "stock", "patched", "at most", "ratio")
 
 
 def _text(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Bytes that are no UTF-8 arrive as surrogates, which no tokenizer takes."""
+    """Rejects bytes that are not UTF-8: Python passes them as surrogates, which tokenizers do not accept."""
     try:
         (value or "").encode()
     except UnicodeEncodeError as error:
@@ -110,7 +110,7 @@ def _table(*titles: str) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in titles:
-        # Numbers and verdicts must not be cut where a terminal is narrow; names may be folded.
+        # In a narrow terminal names are folded, but numbers and verdicts must not be cut.
         number = title in _NUMBERS
         table.add_column(title, justify="right" if number else "left", no_wrap=number, overflow="fold")
     return table
@@ -166,7 +166,7 @@ def _costs(results: dict) -> Table:
 
 
 def _verdict(checks: Iterable[dict]) -> str:
-    """The worst verdict, and of how many checks."""
+    """The worst verdict of the checks, with how many of them have it."""
     verdicts = [check["verdict"] for check in checks]
     worst = max(verdicts, key=_BADNESS.index)
     count = f"{verdicts.count(worst)} " if len(verdicts) > 1 and worst != "passed" else ""
