@@ -141,7 +141,7 @@ class QKVProjection(_QKV):
 
 
 class QuantizedQKVProjection(_QKV):
-    """A :class:`QKVProjection` with quantized weights, frozen; made by ``QKVProjection.to_quantized``.
+    """A :class:`QKVProjection` with quantized weights, frozen; made by its ``to_quantized``.
 
     Its parameters have the names of the dense layer's. Each weight now holds codes and comes with scales
     (``q_scales``) and, in mode ``"affine"``, with group biases (``q_biases``).
@@ -221,15 +221,15 @@ class OutputProjection(_Output):
     def to_quantized(
         self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
     ) -> QuantizedOutputProjection:
-        """Quantize the weight; for ``mlx.nn.quantize``. The arguments are ``mlx.core.quantize``'s."""
+        """Quantize the weight; called by ``mlx.nn.quantize``. The arguments are those of ``mx.quantize``."""
         return QuantizedOutputProjection(self, group_size, bits, mode)
 
 
 class QuantizedOutputProjection(_Output):
-    """An :class:`OutputProjection` with a quantized weight, frozen, made by its ``to_quantized``.
+    """An :class:`OutputProjection` with a quantized weight, frozen; made by its ``to_quantized``.
 
-    Its parameters are ``weight`` (codes), ``scales``, in mode ``"affine"`` ``biases``, and ``bias`` if the
-    layer it was made of has one.
+    Its parameters are ``weight`` (codes), ``scales``, group ``biases`` in mode ``"affine"``, and ``bias`` if
+    the dense layer has one.
     """
 
     def __init__(self, layer: OutputProjection, group_size: int | None, bits: int | None, mode: str):
