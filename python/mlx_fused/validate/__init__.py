@@ -75,7 +75,7 @@ def validate(
     total = runs.count + 4 * sum(part.fused for part in parts)  # prompt and token, with and without adapters
     logits = runs.compare(lambda: {"logits": end_to_end.logits(model, tokens)}, sum_error(terms))
     operations = {"as loaded": check_operations(model, tokens, on_step)}
-    logits = {dtype: of["logits"] for dtype, of in logits.items()}
+    logits = {dtype: lines["logits"] for dtype, lines in logits.items()}
     runs.memory.clear()
     greedy, speed = end_to_end.generate(runs, tokens, num_tokens, logits)
     memory = {"generation": dict(runs.memory)}
@@ -86,7 +86,7 @@ def validate(
     runs.memory.clear()
     # The backward has two products for each product of the forward.
     gradients = runs.compare(lambda: end_to_end.training_step(model, tokens), sum_error(3 * terms))
-    after_a_step = {dtype: of.pop(end_to_end.AFTER_A_STEP) for dtype, of in gradients.items()}
+    after_a_step = {dtype: lines.pop(end_to_end.AFTER_A_STEP) for dtype, lines in gradients.items()}
     memory["LoRA step"] = runs.memory
     if not any(checks.count for checks in operations.values()):
         raise CannotValidate(f"Nothing of it ran fused, so there is nothing to compare.\n{report}")
@@ -116,8 +116,8 @@ def validate(
 def sum_terms(model: nn.Module, report: PatchReport) -> int:
     """The number of additions that patching reorders: the lengths of all dot products in the fused layers."""
     fused = [layer for layer in report.layers if layer.qkv.fused or layer.residual.fused]
-    of = linears(model, fused)
-    return sum(m["weight"].shape[-1] * (32 // m.bits if "scales" in m else 1) for m in of)
+    layers = linears(model, fused)
+    return sum(m["weight"].shape[-1] * (32 // m.bits if "scales" in m else 1) for m in layers)
 
 
 def _described(checks: OperationChecks) -> dict:

@@ -148,10 +148,10 @@ def training_step(model: nn.Module, tokens: mx.array) -> dict[str, mx.array]:
 
     model.train()
     mx.random.seed(0)  # the same dropout in every run
-    _, of_parameters = nn.value_and_grad(model, loss)(model)
+    _, gradients = nn.value_and_grad(model, loss)(model)
     model.eval()
     kinds = defaultdict(list)
-    for name, gradient in tree_flatten(of_parameters):
+    for name, gradient in tree_flatten(gradients):
         kind = re.sub(r"\.\d+\.", ".*.", name)
         # The gradient of k's bias almost cancels, so it is grouped with the other biases.
         kinds[re.sub(r"\w+(\.linear)?\.bias$", "*.bias", kind)].append(gradient.flatten())
@@ -200,9 +200,9 @@ def generate(
         if dtype == runs.dtype:
             speed = _speed(made, len(tokens), num_tokens)
         stock, patched = (made[name][0]["tokens"] for name in ("stock", "patched"))
-        of_logits = logits_lines[name_of(dtype)]
+        logits_line = logits_lines[name_of(dtype)]
         # The gap is between two logits, each with an error of this spread; 8 spreads are never reached.
-        largest_gap = 8 * of_logits["tolerance"] * of_logits["rms"]
+        largest_gap = 8 * logits_line["tolerance"] * logits_line["rms"]
         at, gap = next((i for i in range(num_tokens) if stock[i] != patched[i]), None), 0.0
         if at is not None:
             with runs.variant("stock", dtype):
@@ -212,8 +212,8 @@ def generate(
         elif not gap <= largest_gap:
             verdict = "failed"
         else:
-            told = at is None or of_logits["verdict"] == "passed"
-            verdict = "passed" if told else "inconclusive"
+            conclusive = at is None or logits_line["verdict"] == "passed"
+            verdict = "passed" if conclusive else "inconclusive"
         lines[name_of(dtype)] = {
             "tokens": num_tokens,
             "diverges_at": at,
@@ -226,9 +226,9 @@ def generate(
 
 def _speed(made: dict[str, list[dict]], num_prompt: int, num_tokens: int) -> dict:
     return {
-        "prefill": {name: num_prompt / median(run["prefill_s"] for run in of) for name, of in made.items()},
+        "prefill": {name: num_prompt / median(r["prefill_s"] for r in runs) for name, runs in made.items()},
         "decode": {
-            name: (num_tokens - 1) / median(run["decode_s"] for run in of) for name, of in made.items()
+            name: (num_tokens - 1) / median(r["decode_s"] for r in runs) for name, runs in made.items()
         },
     }
 

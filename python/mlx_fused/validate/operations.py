@@ -102,22 +102,22 @@ class OperationChecks:
         function = function_of(operation, arguments, list(operands))
         _, grads = mx.vjp(function, list(operands.values()), cotangents)
         arithmetic = _arithmetic(grads, arguments, "Grad")
-        of = {}
+        named_grads = {}
         for (argument, place), grad in zip(operands, grads, strict=True):
             if argument in _LABELS:
                 segment = call.segments[place].name
-                of[argument, segment] = f"{_LABELS[argument]} of {segment}", grad
+                named_grads[argument, segment] = f"{_LABELS[argument]} of {segment}", grad
             else:
-                of["residual" if argument == "residual" else "input", ""] = argument, grad
+                named_grads["residual" if argument == "residual" else "input", ""] = argument, grad
         segment_grads = _scaled(cotangents, call.alpha, arithmetic)
         for key, expected in formulas.gradients(call, segment_grads, arithmetic):
-            if key in of:  # a quantized weight has none
-                self._hold_gradient(layer, *of[key], expected, arithmetic)
+            if key in named_grads:  # a quantized weight has none
+                self._check_gradient(layer, *named_grads[key], expected, arithmetic)
         if call.residual is not None:
             copied = formulas.copied(_rows(cotangents[0]))
-            self._hold_gradient(layer, *of["residual", ""], copied, arithmetic)
+            self._check_gradient(layer, *named_grads["residual", ""], copied, arithmetic)
 
-    def _hold_gradient(
+    def _check_gradient(
         self, layer: str, name: str, grad: mx.array, expected: Expected, arithmetic: Arithmetic
     ) -> None:
         compared = compare(_rows(grad), grad.dtype, expected, arithmetic)
