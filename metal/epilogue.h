@@ -19,7 +19,7 @@ METAL_FUNC void add_low_rank(
     short cols,
     ushort lane) {
   const short2 place = Fragment::get_coord(lane);
-  for (int r = 0; r < segment.rank; r += 8) {
+  for (int r = 0; r < segment.rank; r += block_size) {
     const int ranks = segment.rank - r;
     mlx::steel::MMATile<float, Mma::TM, 1> left;
     mlx::steel::MMATile<float, 1, Mma::TN> right;

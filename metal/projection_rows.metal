@@ -4,7 +4,7 @@
 
 namespace mlx_fused {
 
-// sums[f][m] += the products of a chunk of each feature's weight, or depth values of it, with x.
+// sums[f][m] += the products with x of a chunk of each feature's weight, or of so many values as it is deep.
 template <typename T, typename Format, int M>
 METAL_FUNC void accumulate(
     const Weight<T, Format> weight,
@@ -15,6 +15,7 @@ METAL_FUNC void accumulate(
     int rows,
     int depth,
     thread float (&sums)[features_per_simdgroup][M]) {
+  constexpr int values_per_load = Chunk<T, Format>::values_per_load;
   Chunk<T, Format> chunks[features_per_simdgroup] = {};
   Group groups[features_per_simdgroup] = {};
   STEEL_PRAGMA_UNROLL
@@ -25,15 +26,15 @@ METAL_FUNC void accumulate(
     }
   }
   STEEL_PRAGMA_UNROLL
-  for (int first = 0; first < Format::chunk_size; first += Format::values_per_load) {
-    float x[M][Format::values_per_load];
+  for (int first = 0; first < Chunk<T, Format>::size; first += values_per_load) {
+    float x[M][values_per_load];
     float x_sum[M] = {};
     STEEL_PRAGMA_UNROLL
     for (int m = 0; m < M; ++m) {
       STEEL_PRAGMA_UNROLL
-      for (int j = 0; j < Format::values_per_load; ++j) {
-        const bool is_there = Format::is_quantized || (m < rows && first + j < depth);
-        x[m][j] = is_there ? static_cast<float>(input[row_offset[m] + column + first + j]) : 0.0f;
+      for (int j = 0; j < values_per_load; ++j) {
+        const bool is_there = Format::is_quantized || (rows > m && depth > first + j);
+        x[m][j] = is_there ? static_cast<float>(input[row_offset[m] + first + j]) : 0.0f;
         x_sum[m] += x[m][j];
       }
     }
@@ -45,7 +46,7 @@ METAL_FUNC void accumulate(
         products[m] = Format::is_quantized ? 0.0f : sums[f][m];
       }
       STEEL_PRAGMA_UNROLL
-      for (int j = 0; j < Format::values_per_load; ++j) {
+      for (int j = 0; j < values_per_load; ++j) {
         const float value = chunks[f][first + j];
         STEEL_PRAGMA_UNROLL
         for (int m = 0; m < M; ++m) {
@@ -89,13 +90,13 @@ template <typename T, typename Format, int M>
     row_offset[m] = offset_of(row / params.rows, row % params.rows, params.input);
   }
   float sums[features_per_simdgroup][M] = {};
-  constexpr int chunk_size = Format::chunk_size;
+  constexpr int chunk_size = Chunk<T, Format>::size;
   for (int i = lane * chunk_size; i < params.in_features; i += 32 * chunk_size) {
     const int depth = params.in_features - i;
     if (Format::is_quantized || depth >= chunk_size) {  // a constant depth: no test per value
-      accumulate<T, Format, M>(weight, i, count, input, row_offset, rows, chunk_size, sums);
+      accumulate<T, Format, M>(weight, i, count, input + i, row_offset, rows, chunk_size, sums);
     } else {
-      accumulate<T, Format, M>(weight, i, count, input, row_offset, rows, depth, sums);
+      accumulate<T, Format, M>(weight, i, count, input + i, row_offset, rows, depth, sums);
     }
   }
 

@@ -19,8 +19,6 @@ struct dense {
   static constant constexpr bool is_quantized = false;
   static constant constexpr bool has_biases = false;
   static constant constexpr int tile_depth = 16;
-  static constant constexpr int chunk_size = 4;
-  static constant constexpr int values_per_load = 4;
   template <typename T>
   using value_t = T;
   template <typename T>
@@ -32,29 +30,18 @@ struct dense {
   }
 };
 
-// What formats of mx.quantize share.
-struct Quantized {
-  static constant constexpr bool is_quantized = true;
-
-  // Of a tile's blocks, so that each of its threads decodes one chunk of a weight's block.
-  static constant constexpr int tile_depth = 32;
-
-  // Threads decode so many values at a time. They lie in one group, whose size is a multiple of it, and in as
-  // many words of 16 bits as a value has bits.
-  static constant constexpr int chunk_size = 16;
-
-  // Of every row, which live in registers: as large as a chunk there would be too many.
-  static constant constexpr int values_per_load = 8;
-
-  template <typename T>
-  using value_t = uint32_t;
-};
+// The depth of a tile's blocks, so that each of its threads decodes one chunk of a quantized weight's block.
+constant constexpr int quantized_depth = 32;
 
 // Integers, scaled and shifted by group.
 template <int bits_>
-struct Affine : Quantized {
+struct Affine {
+  static constant constexpr bool is_quantized = true;
+  static constant constexpr int tile_depth = quantized_depth;
   static constant constexpr int bits = bits_;
   static constant constexpr bool has_biases = true;
+  template <typename T>
+  using value_t = uint32_t;
   template <typename T>
   using scale_t = T;
 
@@ -70,9 +57,13 @@ struct Affine : Quantized {
 
 // Floats of 4 or 8 bits, scaled by group.
 template <typename Value, int bits_, typename Scale>
-struct Floats : Quantized {
+struct Floats {
+  static constant constexpr bool is_quantized = true;
+  static constant constexpr int tile_depth = quantized_depth;
   static constant constexpr int bits = bits_;
   static constant constexpr bool has_biases = false;
+  template <typename T>
+  using value_t = uint32_t;
   template <typename T>
   using scale_t = uint8_t;
 
@@ -96,13 +87,18 @@ using mxfp4 = Floats<fp4_e2m1, 4, fp8_e8m0>;
 using mxfp8 = Floats<fp8_e4m3, 8, fp8_e8m0>;
 using nvfp4 = Floats<fp4_e2m1, 4, fp8_e4m3>;
 
-// The values that a thread takes from a row at a time.
+// The values that a thread takes from a row at a time. Quantized ones lie in one group, whose size is a
+// multiple of theirs, and in as many words of 16 bits as a value has bits.
 template <typename T, typename Format>
 struct Chunk {
+  static constant constexpr int size = 16;
+  // Values of x are loaded for every row, and live in registers: for a whole chunk there would be too many.
+  static constant constexpr int values_per_load = 8;
+
   ushort words[Format::bits];
 
   METAL_FUNC void load(const device uint32_t* row, int column, int) thread {
-    const device ushort* from = (const device ushort*)row + column / Format::chunk_size * Format::bits;
+    const device ushort* from = (const device ushort*)row + column / size * Format::bits;
     STEEL_PRAGMA_UNROLL
     for (int i = 0; i < Format::bits; ++i) {
       words[i] = from[i];
@@ -122,11 +118,15 @@ struct Chunk {
 
 template <typename T>
 struct Chunk<T, dense> {
-  T values[dense::chunk_size];
+  static constant constexpr int size = 4;
+  static constant constexpr int values_per_load = 4;
 
+  T values[size];
+
+  // Of a row that has so many values from the column on.
   METAL_FUNC void load(const device T* row, int column, int depth) thread {
     STEEL_PRAGMA_UNROLL
-    for (int i = 0; i < dense::chunk_size; ++i) {
+    for (int i = 0; i < size; ++i) {
       values[i] = i < depth ? row[column + i] : T(0);
     }
   }
@@ -156,7 +156,7 @@ struct Weight {
         log2_group_size};
   }
 
-  // Of the first row; a dense one may have less than a chunk from the column on, which is its depth.
+  // Of the first row.
   METAL_FUNC Chunk<T, Format> chunk(int column, int depth) const thread {
     Chunk<T, Format> result;
     result.load(values, column, depth);
@@ -178,6 +178,7 @@ template <
     short block_stride,
     bool steps_along_row>
 struct Loader {
+  static constant constexpr int chunk_size = Chunk<T, Format>::size;
   const short row, col;
   threadgroup T* block;
   Weight<T, Format> weight;
@@ -185,17 +186,17 @@ struct Loader {
 
   METAL_FUNC Loader(
       Weight<T, Format> weight_, int first_column, threadgroup T* block_, ushort simdgroup, ushort lane)
-      thread : row((simdgroup * 32 + lane) * Format::chunk_size / block_cols),
-               col((simdgroup * 32 + lane) * Format::chunk_size % block_cols),
+      thread : row((simdgroup * 32 + lane) * chunk_size / block_cols),
+               col((simdgroup * 32 + lane) * chunk_size % block_cols),
                block(block_ + row * block_stride + col),
                weight(weight_.from_row(row)),
                column(first_column + col) {}
 
   METAL_FUNC void load_unsafe() const thread {
     const auto group = weight.group(column);
-    const auto chunk = weight.chunk(column, Format::chunk_size);
+    const auto chunk = weight.chunk(column, chunk_size);
     STEEL_PRAGMA_UNROLL
-    for (int i = 0; i < Format::chunk_size; ++i) {
+    for (int i = 0; i < chunk_size; ++i) {
       block[i] = static_cast<T>(group.scale * chunk[i] + group.bias);
     }
   }
@@ -205,7 +206,7 @@ struct Loader {
       load_unsafe();
     } else {
       STEEL_PRAGMA_UNROLL
-      for (int i = 0; i < Format::chunk_size; ++i) {
+      for (int i = 0; i < chunk_size; ++i) {
         block[i] = T(0);
       }
     }
@@ -220,16 +221,26 @@ struct Loader {
   }
 };
 
-// Dense ones are loaded by steel's own.
+// Dense ones by steel's own loader.
 template <typename T, short block_rows, short block_cols, short block_stride, bool steps_along_row>
-struct Loader<T, dense, block_rows, block_cols, block_stride, steps_along_row>
-    : mlx::steel::BlockLoader<T, block_rows, block_cols, block_stride, steps_along_row, tile_threads> {
-  using Base =
-      mlx::steel::BlockLoader<T, block_rows, block_cols, block_stride, steps_along_row, tile_threads>;
+struct Loader<T, dense, block_rows, block_cols, block_stride, steps_along_row> {
+  mlx::steel::BlockLoader<T, block_rows, block_cols, block_stride, steps_along_row, tile_threads> loader;
 
   METAL_FUNC Loader(
       Weight<T, dense> weight, int first_column, threadgroup T* block, ushort simdgroup, ushort lane) thread
-      : Base(weight.values + first_column, weight.segment->weight_row_stride, block, simdgroup, lane) {}
+      : loader(weight.values + first_column, weight.segment->weight_row_stride, block, simdgroup, lane) {}
+
+  METAL_FUNC void load_unsafe() const thread {
+    loader.load_unsafe();
+  }
+
+  METAL_FUNC void load_safe(short2 extent) const thread {
+    loader.load_safe(extent);
+  }
+
+  METAL_FUNC void next() thread {
+    loader.next();
+  }
 };
 
 }  // namespace mlx_fused

@@ -3,8 +3,6 @@
 
 namespace mlx_fused {
 
-constant constexpr int block_depth = 16;
-
 template <typename T, int BM, int BN>
 [[kernel, max_total_threads_per_threadgroup(tile_threads)]] void weight_grad(
     BUFFER(constant ProjectionParams&, params),
@@ -15,6 +13,7 @@ template <typename T, int BM, int BN>
     uint3 tile [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
+  constexpr int block_depth = 16;
   using Gemm = mlx::steel::GEMMKernel<T, T, BM, BN, block_depth, 2, 2, true, false, true, true>;
   threadgroup T grad_block[Gemm::tgp_mem_size_a];
   threadgroup T input_block[Gemm::tgp_mem_size_b];

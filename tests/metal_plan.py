@@ -69,14 +69,15 @@ class Call:
         self.buffers[name] = data
         return self._place(name, offset * data.itemsize, shape, strides or row_major(shape))
 
-    def split(self, tensor, features):
-        """The rows of every segment in one packed array."""
+    def split(self, tensor, features, axis=0):
+        """The rows, or columns, of every segment in one packed array."""
         array, shape, strides = tensor
         name, offset = self.places[array]
-        parts, row = [], offset
+        parts = []
         for size in features:
-            parts.append(self._place(name, row, [size, *shape[1:]], strides))
-            row += size * strides[0] * self.buffers[name].itemsize
+            part = [*shape[:axis], size, *shape[axis + 1 :]]
+            parts.append(self._place(name, offset, part, strides))
+            offset += size * strides[axis] * self.buffers[name].itemsize
         return parts
 
     def _place(self, name, offset, shape, strides):
@@ -152,16 +153,15 @@ def parts_of(call, packed, features):
 
 def adapters_of(call, op):
     """(A, B, scale) of every segment, or None."""
-    factors = [listed(op.arguments.get(name), len(op.features)) for name in ("lora_a", "lora_b")]
+    a, b = (op.arguments.get(name) for name in ("lora_a", "lora_b"))
     scales = np.broadcast_to(op.arguments.get("lora_scale", 1.0), len(op.features)).tolist()
-    return [
-        None if a is None else (call.input(a), call.input(b), scale)
-        for a, b, scale in zip(*factors, scales, strict=True)
-    ]
-
-
-def listed(value, count):
-    return list(value) if isinstance(value, tuple) else [value] * count
+    if isinstance(a, tuple):
+        adapters = zip(map(call.input, a), map(call.input, b), scales, strict=True)
+        return [adapter if adapter[0] else None for adapter in adapters]
+    if a is None:
+        return [None] * len(scales)
+    parts = call.split(call.input(b), op.features, axis=1)
+    return list(zip([call.input(a)] * len(parts), parts, scales, strict=True))
 
 
 # What plans call an argument of the operations that has another name there.

@@ -30,6 +30,7 @@ HARMLESS = {
     "only the second of min(features_per_simdgroup,": "the loop over them ends at four anyway",
     "< to <=": "one more block of zeros in a sum, or more of a tile than the guard after it lets through",
     "condition dropped: sums_bias": "sums that are not stored",
+    "condition dropped: rows > m": "sums that are not stored",
     ">= to >": "the path with a test per value gives the same sums",
     "always first: mlx_fused_has_adapter": "the sum of a rank of 0",
     "always true: mlx_fused_has_adapter": "the sum of a rank of 0",

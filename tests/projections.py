@@ -329,7 +329,10 @@ def qkv(
     arguments |= zip(HEADS, heads, strict=False)
     if ranks:
         made = adapters(rng, hidden, parts, ranks[: len(parts)], scale, adapter_dtype, draw)
-        arguments |= {n: made[n][0] for n in ("lora_a", "lora_b")} | {"lora_scale": scale} if packed else made
+        if packed:
+            made |= {n: made[n][0] for n in ("lora_a", "lora_b")}
+            made["lora_scale"] = scale[0] if isinstance(scale, tuple) else scale
+        arguments |= made
     return _call("qkv_projection", arguments, form)
 
 

@@ -5,8 +5,6 @@ from itertools import product
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import operands
 import oracle
@@ -16,21 +14,17 @@ from projections import check, cotangents
 from test_autodiff import subsets
 from test_backward import check_slopes
 from test_forward import dtypes
-from test_layouts import VIEWS, check_views, views
+from test_kinds import calls, named
 
 HEADS = (4, 2, 8)
 BASES = [None, ("affine", 64, 4), ("affine", 32, 8), *quantized.FLOATS]
-bases = pytest.mark.parametrize("form", BASES, ids=lambda f: "-".join(map(str, f)) if f else "dense")
+bases = pytest.mark.parametrize("form", BASES, ids=named)
 # None, or a rank, for q, k and v.
 SUBSETS = [tuple(8 if i in some else None for i in range(3)) for some in subsets(3)]
 
 
-def calls(rng, form, dtype=mx.float32, batch=2, seq=5, draw=operands.normal, **options):
-    """The two operations, with adapters of two ranks and of one."""
-    return [
-        projections.qkv(rng, batch, seq, 64, HEADS, form, dtype, ranks=(8, None, 3), draw=draw, **options),
-        projections.output(rng, batch, seq, 64, 40, form, dtype, rank=8, draw=draw, **options),
-    ]
+def adapted(rng, form, dtype=mx.float32, batch=2, seq=5, **options):
+    return calls(rng, form, True, batch, seq, 64, dtype=dtype, **options)
 
 
 @dtypes
@@ -71,40 +65,9 @@ def test_every_base_at_every_row_boundary(rng, form, dtype, ranks):
 
 
 @dtypes
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65])
-def test_row_boundaries(rng, dtype, rows):
-    for form in (None, ("affine", 64, 4)):
-        for batch, seq in ((1, rows), (rows, 1)) if rows else ((1, 0), (0, 3)):
-            check(rng, projections.qkv(rng, batch, seq, 64, (3, 1, 5), form, dtype, ranks=(8, 8, 8)))
-            check(rng, projections.output(rng, batch, seq, 64, 33, form, dtype, rank=8))
-
-
-@dtypes
 def test_sizes_of_one(rng, dtype):
     check(rng, projections.qkv(rng, 1, 1, 1, (1, 1, 1), None, dtype, ranks=(1, 1, 1)))
     check(rng, projections.output(rng, 1, 1, 1, 1, None, dtype, rank=1))
-
-
-@dtypes
-@pytest.mark.parametrize("ratio", range(1, 9))
-def test_every_query_group_size(rng, dtype, ratio):
-    for form in (None, ("affine", 64, 4)):
-        check(rng, projections.qkv(rng, 2, 3, 64, (2 * ratio, 2, 6), form, dtype, ranks=(4, 4, None)))
-
-
-@dtypes
-@pytest.mark.parametrize("head_dim", [1, 7, 64, 80, 128, 256])
-def test_head_dims(rng, dtype, head_dim):
-    for form in (None, ("affine", 64, 4)):
-        check(rng, projections.qkv(rng, 2, 9, 64, (4, 2, head_dim), form, dtype, ranks=(8, 8, 8)))
-
-
-@dtypes
-def test_decode_and_prefill_of_a_wide_layer(rng, dtype):
-    for seq in (1, 40):
-        for form in (None, ("affine", 64, 4)):
-            check(rng, projections.qkv(rng, 1, seq, 1024, (4, 2, 64), form, dtype, False, ranks=(8, 8, 8)))
-            check(rng, projections.output(rng, 1, seq, 1024, 300, form, dtype, False, rank=16))
 
 
 @dtypes
@@ -119,31 +82,8 @@ def test_scales(rng, dtype, scale):
 @dtypes
 @pytest.mark.parametrize("adapter_dtype", operands.DTYPES, ids=str)
 def test_adapters_of_any_dtype_are_computed_in_float32(rng, dtype, adapter_dtype):
-    for call in calls(rng, ("affine", 64, 4), dtype, adapter_dtype=adapter_dtype):
+    for call in adapted(rng, ("affine", 64, 4), dtype, adapter_dtype=adapter_dtype):
         check(rng, call)
-
-
-@dtypes
-@pytest.mark.parametrize("alpha", [0.22, -1.5, 0.0])
-def test_output_projection_with_alpha(rng, dtype, alpha):
-    for form in BASES:
-        check(rng, projections.output(rng, 2, 5, 64, 24, form, dtype, rank=8, alpha=alpha))
-
-
-@bases
-def test_composed_means_the_same(rng, form):
-    for call in calls(rng, form):
-        check(rng, call, roundings=6, route="composed")
-
-
-@bases
-@pytest.mark.parametrize("route", ["fused", "composed"])
-def test_integers_give_the_same_bits_however_they_are_computed(rng, form, route):
-    for call in calls(rng, form, draw=operands.integers):
-        oracle.assert_equal(call(route=route), call.formula(*call.exact_operands))
-        given, keys = cotangents(rng, call, operands.integers), call.trainable
-        expected = call.gradient_formula(keys)(oracle.exact(given), *call.exact_operands)
-        oracle.assert_equal(projections.gradients(call, keys, given, route=route), expected)
 
 
 def wide_integers(rng, shape, dtype=mx.float32):
@@ -160,17 +100,16 @@ EXACT += [(form, dtype, "composed") for form, dtype, _ in EXACT if form is None 
 def test_exact_mode_rounds_where_the_modules_of_mlx_lm_do(rng, form, dtype, route):
     for bias, alpha, seq in product((False, True), (1.0, 0.75), (1, 20)):
         options = {"bias": bias, "draw": wide_integers}
-        adapted = calls(rng, form, dtype, 1, seq, scale=1 / 64, **options)
-        adapted[1] = adapted[1].replace(alpha=alpha)
+        qkv, output = adapted(rng, form, dtype, 1, seq, scale=1 / 64, **options)
         plain = projections.output(rng, 1, seq, 64, 40, form, dtype, alpha=alpha, **options)
-        for call in (*adapted, plain):
+        for call in (qkv, output.replace(alpha=alpha), plain):
             oracle.assert_equal(call(exact=True, route=route), call.rounded_formula(dtype))
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 def test_exact_mode_is_another_result(rng, dtype):
     """The operands of the test above do tell the modes apart."""
-    for call in calls(rng, None, dtype, 1, 20, wide_integers, scale=1 / 64):
+    for call in adapted(rng, None, dtype, 1, 20, draw=wide_integers, scale=1 / 64):
         differ = [(a != b).any().item() for a, b in zip(call(), call(exact=True), strict=True)]
         assert all(differ) if call.segments is None else differ == [True, False, True]
 
@@ -178,7 +117,7 @@ def test_exact_mode_is_another_result(rng, dtype):
 @dtypes
 @bases
 def test_exact_mode_leaves_the_gradients_as_they_are(rng, form, dtype):
-    for call in calls(rng, form, dtype):
+    for call in adapted(rng, form, dtype):
         given = cotangents(rng, call)
         grads = [projections.gradients(call, call.trainable, given, exact=e) for e in (False, True)]
         oracle.assert_equal(*grads)
@@ -187,19 +126,11 @@ def test_exact_mode_leaves_the_gradients_as_they_are(rng, form, dtype):
 @pytest.mark.parametrize("form", [None, ("affine", 64, 4)], ids=str)
 def test_the_gradients_are_the_slopes_of_the_formula(rng, form):
     """The oracle's own backward against central differences, exact for what is linear in each operand."""
-    for call in calls(rng, form):
+    for call in adapted(rng, form):
         call = call.replace(alpha=-0.5) if call.segments is None else call
         given = cotangents(rng, call)
         grads = call.gradient_formula(call.trainable)(oracle.exact(given), *call.exact_operands)
         check_slopes(rng, call, given, grads, [[key] for key in call.trainable])
-
-
-@dtypes
-@views
-def test_views(rng, view, dtype):
-    for form in (None, ("affine", 64, 4)):
-        for call in calls(rng, form, dtype):
-            check_views(rng, call, view)
 
 
 @dtypes
@@ -226,7 +157,7 @@ def test_a_scale_of_nan_reaches_the_adapted_segments_alone(rng, form, dtype):
 @dtypes
 @bases
 def test_nan_and_infinity_in_the_input_stay_in_their_row(rng, form, dtype):
-    for value, call in product((np.nan, np.inf), calls(rng, form, dtype, 1, 5)):
+    for value, call in product((np.nan, np.inf), adapted(rng, form, dtype, 1, 5)):
         x = mx.array(call.x)
         x[0, 2, 33] = value
         name = "input" if call.segments else "attn_out"
@@ -235,28 +166,3 @@ def test_nan_and_infinity_in_the_input_stay_in_their_row(rng, form, dtype):
             y, clean = (np.moveaxis(oracle.exact(a), rows, 0) for a in (y, clean))
             assert not np.isfinite(y[2]).any()
             np.testing.assert_array_equal(np.delete(y, 2, 0), np.delete(clean, 2, 0))
-
-
-@given(
-    st.integers(0, 2**32 - 1),
-    st.sampled_from(BASES),
-    st.sampled_from(operands.DTYPES),
-    st.tuples(st.integers(0, 3), st.integers(0, 5) | st.integers(0, 40)),
-    st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 12)),
-    st.tuples(*[st.none() | st.integers(1, 20)] * 3).filter(any),
-    st.booleans(),
-    st.booleans(),
-    st.data(),
-)
-def test_any_call(seed, form, dtype, rows, shape, ranks, bias, packed, data):
-    rng = np.random.default_rng(seed)
-    ratio, kv_heads, head_dim = shape
-    heads = (ratio * kv_heads, kv_heads, head_dim)
-    layouts = st.sampled_from([lambda a: a, *VIEWS])
-    rank = next(filter(None, ranks))
-    for call in (
-        projections.qkv(rng, *rows, 64, heads, form, dtype, bias, packed, ranks),
-        projections.output(rng, *rows, 64, head_dim, form, dtype, bias, rank, alpha=0.5),
-    ):
-        views = {key: data.draw(layouts)(a) if a.size else a for key, a in call.leaves.items()}
-        check(rng, call.with_leaves(views))

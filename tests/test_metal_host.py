@@ -21,6 +21,7 @@ import oracle
 import projections
 import quantized
 from metal_plan import libraries
+from mlx_fused import operations
 from test_layouts import broadcast, sliced, strided
 
 ROOT = Path(__file__).parent.parent
@@ -59,9 +60,9 @@ def load(name, file):
 
 @pytest.fixture
 def gpu(built, monkeypatch):
-    """Lets the calls of `projections` make nodes of that build, and returns what evaluates one."""
+    """Lets the operations make nodes of that build, and returns what evaluates one."""
     host, extension = built
-    monkeypatch.setattr(projections, "mlx_fused", extension)
+    monkeypatch.setattr(operations, "_ext", extension)
     return lambda array: host.eval_gpu(array, simulate)
 
 

@@ -6,9 +6,8 @@ import sys
 import mlx.core as mx
 import pytest
 
-import mlx_fused
-import operands
 import oracle
+import projections
 from graph import primitives
 
 HEADS = (4, 2, 16)
@@ -20,27 +19,22 @@ mx.eval(read(inputs=[mx.ones(4096)], grid=(1, 1, 1), threadgroup=(1, 1, 1),
 """
 
 
-def calls(rng, rows):
-    """The operations that have kernels of ours, as (function, formula, arguments)."""
-    forward = *operands.qkv(rng, 1, rows, 48, HEADS), *HEADS
-    backward = *operands.qkv_cotangents(rng, 1, rows, HEADS), *forward[:2], True, *HEADS
-    output = operands.output(rng, 1, rows, 48, 40)
-    yield mlx_fused.fused_qkv_projection, oracle.fused_qkv_projection, forward
-    yield mlx_fused.fused_qkv_projection_bwd, oracle.fused_qkv_projection_bwd, backward
-    yield mlx_fused.fused_output_projection_residual, oracle.fused_output_projection_residual, output
-
-
 @pytest.mark.parametrize("rows", [1, 8, 9, 40])
 @pytest.mark.parametrize("keyword, variable", [(None, ""), ("fused", "composed"), ("composed", "fused")])
 def test_each_route_is_taken_and_right(rng, rows, keyword, variable, monkeypatch):
     monkeypatch.setenv("MLX_FUSED_ROUTE", variable)
-    for function, formula, args in calls(rng, rows):
-        results = function(*args, route=keyword)
-        first = results if isinstance(results, mx.array) else results[0]
+    qkv, output = projections.qkv(rng, 1, rows, 48, HEADS), projections.output(rng, 1, rows, 48, 40)
+    given = projections.cotangents(rng, qkv)
+    grads = oracle.leaves(projections.backward(qkv, given, route=keyword))
+    results = [(call, call(route=keyword)) for call in (qkv, output)]
+    for first, *_ in (grads, *(outputs for _, outputs in results)):
         if keyword:
             ours = any(node.startswith("Fused") for node in primitives(first))
             assert ours == (keyword == "fused")
-        oracle.assert_close(results, formula, *args, roundings=3)  # MLX rounds its products before it adds
+    # MLX rounds its products before it adds.
+    for call, outputs in results:
+        projections.check_outputs(call, outputs, roundings=3)
+    projections.check_grads(qkv, given, list(qkv.leaves), grads, roundings=3)
 
 
 def test_the_validation_layer_stops_a_read_out_of_bounds(device):

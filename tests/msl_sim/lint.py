@@ -18,6 +18,7 @@ DECLARATION = re.compile(
 SEVERAL = re.compile(r"\bthreadgroup\s+\w[^;(){}*&=]*?,[^;(){}]*;")
 INITIALISED = re.compile(r"\bthreadgroup\s+[^;(){}*&=]+=")
 LITERAL = re.compile(r"(?<![\w.])(?:(?:\d+\.\d*|\.\d+)(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+)(?![\w.])")
+DERIVED = re.compile(r"\b(?:struct|class)\s+\w+\s*(?:<[^;{}()]*>)?\s*:(?!:)")
 WORDS = re.compile(
     r"\b(?:double|long\s+long|new|delete|try|catch|throw|virtual|dynamic_cast|typeid|goto|thread_local)\b"
     r"|\bstd\s*::"
@@ -66,6 +67,8 @@ def check(flattened):
         report(v.start(), "several threadgroup variables in one declaration")
     for v in INITIALISED.finditer(plain):
         report(v.start(), "a threadgroup variable with an initialiser")
+    for d in DERIVED.finditer(text):
+        report(d.start(), "a derived class")
     for w in WORDS.finditer(text):
         report(w.start(), f"not in MSL: {w[0]}")
     for n in LITERAL.finditer(text):
