@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-import mlx.core  # noqa: F401 - the extension's types are those of mlx.core, which must be there first
+import mlx.core  # noqa: F401 - must be imported before the extension, which uses its types
 
 from mlx_fused._version import __version__, check_mlx
 

@@ -1,4 +1,6 @@
-"""What mlx_fused.operations and mlx_fused.patching call in C++."""
+"""
+The C++ functions that mlx_fused.operations and mlx_fused.patching call.
+"""
 
 from collections.abc import Sequence
 
@@ -14,17 +16,19 @@ def fused_output_projection_residual(attn_out: mlx.core.array, weight: tuple[mlx
 def fused_output_projection_residual_bwd(d_output: mlx.core.array, attn_out: mlx.core.array, weight: mlx.core.array, has_bias: bool, route: str | None, stream: mlx.core.Stream | mlx.core.ThreadLocalStream | mlx.core.Device | mlx.core.DeviceType | None) -> list[mlx.core.array]: ...
 
 def difference(layers: Sequence[tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, mlx.core.array | None, int | None, int | None, str, mlx.core.array | None, mlx.core.array | None, float]]) -> str | None:
-    """Why layers of one input cannot be one operation, or None if they can."""
+    """
+    Why one operation cannot compute these layers of the same input; None if it can.
+    """
 
 def has_quantized_kernels(group_size: int, bits: int, mode: str) -> bool:
     """
-    Whether weights of this format have kernels of ours; all others run on MLX's own operation.
+    Whether we have kernels for weights of this format; other formats run on MLX's own operation.
     """
 
 def is_same(a: mlx.core.array, b: mlx.core.array) -> bool:
-    """Whether two arrays are one value."""
+    """Whether two Python arrays are the same MLX array."""
 
 def alias(a: mlx.core.array) -> mlx.core.array:
     """
-    The same value as another object, which keeps it when ``a`` is changed in place.
+    A second Python object for the same MLX array. It keeps its value when ``a`` is changed in place.
     """

@@ -10,27 +10,26 @@ import mlx.nn as nn
 
 
 class LinearOperands(NamedTuple):
-    """What a linear layer computes with: ``x @ weight.T + bias``, and with LoRA
-    ``+ lora_scale * (x @ lora_a) @ lora_b``.
+    """The operands of a linear layer, which computes ``x @ weight.T + bias`` and, with LoRA, adds
+    ``lora_scale * (x @ lora_a) @ lora_b``.
 
-    The operations take it in the place of a weight. It may hold the rows of several layers, packed, if it
-    has no LoRA.
+    The operations accept it in place of a weight. It may pack the rows of several layers.
 
     Attributes:
-        weight (array): ``[output_dims, input_dims]``, float32, float16 or bfloat16; or, if there are
-            ``scales``, quantized as ``mx.quantize`` does it: uint32 ``[output_dims, input_dims * bits / 32]``.
+        weight (array): ``[output_dims, input_dims]``, float32, float16 or bfloat16; or, if ``scales`` are
+            given, the codes of ``mx.quantize``, uint32 ``[output_dims, input_dims * bits / 32]``.
         bias (array, optional): ``[output_dims]``.
-        scales (array, optional): Those of the groups of a quantized weight,
+        scales (array, optional): The group scales of a quantized weight,
             ``[output_dims, input_dims / group_size]``; uint8 unless ``mode`` is ``"affine"``.
-        biases (array, optional): Those of the groups, as ``scales``; for mode ``"affine"`` alone.
+        biases (array, optional): The group biases, of the shape of ``scales``; only in mode ``"affine"``.
         group_size (int, optional): 32, 64 or 128 for ``"affine"``. Default: the mode's own (affine 64, mxfp4
             and mxfp8 32, nvfp4 16).
         bits (int, optional): 2, 3, 4, 5, 6 or 8 for ``"affine"``. Default: the mode's own (4; mxfp8 8).
-        mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``; MLX computes other modes, sizes
-            and bits that it knows.
-        lora_a (array, optional): ``[input_dims, rank]``, computed with in float32.
-        lora_b (array, optional): ``[rank, output_dims]``, given where ``lora_a`` is.
-        lora_scale (float): What the low-rank product is multiplied by.
+        mode (str): ``"affine"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``. Other modes, group sizes and bits
+            that MLX supports run on MLX's own operation.
+        lora_a (array, optional): ``[input_dims, rank]``; cast to float32.
+        lora_b (array, optional): ``[rank, output_dims]``; required if ``lora_a`` is given.
+        lora_scale (float): The factor of the low-rank product.
     """
 
     weight: mx.array
@@ -46,21 +45,21 @@ class LinearOperands(NamedTuple):
 
     @classmethod
     def of(cls, layer: nn.Module) -> LinearOperands:
-        """The operands of a layer, as they are now; none is copied.
+        """The current operands of a layer; no array is copied.
 
         Args:
             layer (mlx.nn.Module): An ``mlx.nn.Linear``, an ``mlx.nn.QuantizedLinear``, or an mlx-lm
-                ``LoRALinear`` around one of them that has no dropout to apply.
+                ``LoRALinear`` around one of them, without active dropout.
 
         Raises:
-            TypeError: If ``layer`` is of any other type, for which the operations may not stand.
-            ValueError: If ``layer`` has a dropout to apply, or a ``scale`` that is no number.
+            TypeError: If ``layer`` is of any other type, which may compute something else.
+            ValueError: If ``layer`` has active dropout, or a ``scale`` that is not a number.
         """
         linear = layer["linear"] if is_lora(type(layer)) else layer
         if type(linear) not in (nn.Linear, nn.QuantizedLinear):
             raise TypeError(
-                "[LinearOperands.of] layer must be an mlx.nn.Linear or QuantizedLinear, or a LoRALinear of one, "
-                f"but got {type_name(layer)}."
+                "[LinearOperands.of] layer must be an mlx.nn.Linear or QuantizedLinear, or a LoRALinear of "
+                f"one, but got {type_name(layer)}."
             )
         operands = cls.of_base(linear)
         if linear is layer:
@@ -71,11 +70,11 @@ class LinearOperands(NamedTuple):
 
     @classmethod
     def of_base(cls, layer: nn.Module, prefix: str = "") -> LinearOperands:
-        """Those of a layer that has its parameters as ``mlx.nn.Linear`` or ``QuantizedLinear`` have them.
+        """The operands of any layer with the parameter names of ``mlx.nn.Linear`` or ``QuantizedLinear``.
 
         Args:
-            layer (mlx.nn.Module): Of any type.
-            prefix (str): What the parameters' names begin with. Default: ``""``.
+            layer (mlx.nn.Module): The layer, of any type.
+            prefix (str): A prefix of the parameters' names. Default: ``""``.
         """
         weight, bias, scales, biases = (
             layer.get(prefix + name) for name in ("weight", "bias", "scales", "biases")
@@ -85,12 +84,12 @@ class LinearOperands(NamedTuple):
         return cls(weight, bias, scales, biases, layer.group_size, layer.bits, layer.mode)
 
     def with_lora(self, layer: nn.Module) -> LinearOperands:
-        """These, and the adapter of an mlx-lm ``LoRALinear``."""
+        """These operands with the adapter of ``layer``, an mlx-lm ``LoRALinear``."""
         return self._replace(lora_a=layer["lora_a"], lora_b=layer["lora_b"], lora_scale=layer.scale)
 
 
 def lora_obstacle(layer: nn.Module) -> str | None:
-    """Why the operations cannot compute a ``LoRALinear``; None if they can."""
+    """Why the operations cannot compute the ``LoRALinear`` ``layer``; None if they can."""
     dropout = getattr(layer, "dropout", None)
     if type(dropout) not in (nn.Dropout, nn.Identity):
         return f"has a dropout of type {type(dropout).__name__}"
@@ -109,6 +108,6 @@ def is_lora(cls: type) -> bool:
 
 
 def type_name(layer: object) -> str:
-    """For messages, with what a ``LoRALinear`` is put around."""
+    """The name of a layer's type for messages; for a ``LoRALinear`` also the type of the layer it wraps."""
     name = type(layer).__name__
     return f"LoRALinear of {type(layer['linear']).__name__}" if is_lora(type(layer)) else name

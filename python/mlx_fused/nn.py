@@ -12,7 +12,7 @@ from mlx_fused.operations import fused_output_projection_residual, fused_qkv_pro
 
 
 class _QKV(Module):
-    """What dense and quantized layers have in common."""
+    """The call, which dense and quantized layers share."""
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Project ``x`` of shape ``[B, S, input_dims]``.
@@ -85,7 +85,7 @@ class QKVProjection(_QKV):
     def from_linear(
         cls, q: Linear, k: Linear, v: Linear, num_heads: int, num_kv_heads: int | None = None
     ) -> QKVProjection:
-        """Make a layer of the arrays of three linear layers; none is copied.
+        """Make a layer that shares the arrays of three linear layers; none is copied.
 
         Args:
             q (mlx.nn.Linear): The query projection.
@@ -96,7 +96,7 @@ class QKVProjection(_QKV):
 
         Raises:
             TypeError: If a layer is not an ``mlx.nn.Linear``.
-            ValueError: If the shapes do not belong together, or only some layers have a bias.
+            ValueError: If the shapes do not match, or only some layers have a bias.
         """
         linears = {"q": q, "k": k, "v": v}
         for name, linear in linears.items():
@@ -136,15 +136,15 @@ class QKVProjection(_QKV):
     def to_quantized(
         self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
     ) -> QuantizedQKVProjection:
-        """Quantize the weights; for ``mlx.nn.quantize``. The arguments are ``mlx.core.quantize``'s."""
+        """Quantize the weights; called by ``mlx.nn.quantize``. The arguments are those of ``mx.quantize``."""
         return QuantizedQKVProjection(self, group_size, bits, mode)
 
 
 class QuantizedQKVProjection(_QKV):
-    """A :class:`QKVProjection` with quantized weights, frozen, made by its ``to_quantized``.
+    """A :class:`QKVProjection` with quantized weights, frozen; made by its ``to_quantized``.
 
-    Its parameters are those of the layer it was made of, the weights as codes, and for each ``q_scales``
-    and, in mode ``"affine"``, ``q_biases``.
+    Its parameters have the names of the dense layer's. Each weight now holds codes and comes with scales
+    (``q_scales``) and, in mode ``"affine"``, with group biases (``q_biases``).
     """
 
     def __init__(self, layer: QKVProjection, group_size: int | None, bits: int | None, mode: str):
@@ -169,7 +169,7 @@ class QuantizedQKVProjection(_QKV):
 
 
 class _Output(Module):
-    """What dense and quantized layers have in common."""
+    """The call, which dense and quantized layers share."""
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         """Project ``x`` of shape ``[B, S, input_dims]`` and add ``residual``.
@@ -200,7 +200,7 @@ class OutputProjection(_Output):
 
     @classmethod
     def from_linear(cls, o: Linear) -> OutputProjection:
-        """Make a layer of the arrays of a linear layer; none is copied.
+        """Make a layer that shares the arrays of a linear layer; none is copied.
 
         Args:
             o (mlx.nn.Linear): The output projection.
@@ -221,15 +221,15 @@ class OutputProjection(_Output):
     def to_quantized(
         self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
     ) -> QuantizedOutputProjection:
-        """Quantize the weight; for ``mlx.nn.quantize``. The arguments are ``mlx.core.quantize``'s."""
+        """Quantize the weight; called by ``mlx.nn.quantize``. The arguments are those of ``mx.quantize``."""
         return QuantizedOutputProjection(self, group_size, bits, mode)
 
 
 class QuantizedOutputProjection(_Output):
-    """An :class:`OutputProjection` with a quantized weight, frozen, made by its ``to_quantized``.
+    """An :class:`OutputProjection` with a quantized weight, frozen; made by its ``to_quantized``.
 
-    Its parameters are ``weight`` (codes), ``scales``, in mode ``"affine"`` ``biases``, and ``bias`` if the
-    layer it was made of has one.
+    Its parameters are ``weight`` (codes), ``scales``, group ``biases`` in mode ``"affine"``, and ``bias`` if
+    the dense layer has one.
     """
 
     def __init__(self, layer: OutputProjection, group_size: int | None, bits: int | None, mode: str):

@@ -75,12 +75,11 @@ def fused_qkv_projection(
     Equivalent to ``input @ weight.T + bias`` split into three segments, each reshaped to
     ``[B, S, heads, head_dim]`` and transposed to put its heads before its tokens. Accumulates in float32 and
     rounds once. Quantized weights are decoded on the fly. With LoRA (Hu et al., "LoRA: Low-Rank Adaptation of
-    Large Language Models", 2021, arXiv:2106.09685) the products with all A are one, and the low-rank part is
-    added before the one rounding.
+    Large Language Models", 2021, arXiv:2106.09685) one product computes ``input @ A`` for all A, and the
+    low-rank part is added before the single rounding.
 
-    The gradients are one operation too, which keeps only ``input``, the weights and the adapters. Quantized
-    weights have none; those of the scales and biases of mode ``"affine"`` are as ``mx.quantized_matmul`` gives
-    them.
+    The gradients are one operation too, which needs only ``input``, the weights and the adapters. Quantized
+    weights have no gradient; the scales and biases of mode ``"affine"`` have that of ``mx.quantized_matmul``.
 
     With ``Hq = num_heads * head_dim``, ``Hk = num_kv_heads * head_dim`` and
     ``Hv = num_kv_heads * v_head_dim``:
@@ -96,26 +95,26 @@ def fused_qkv_projection(
             left out if ``split_heads`` is false and ``weight`` is a tuple, which says where the segments end.
         num_kv_heads (int, optional): Key and value heads.
         head_dim (int, optional): Features per head, at least 1.
-        v_head_dim (int, optional): Those of a value head. Default: ``None``, ``head_dim``.
+        v_head_dim (int, optional): Features per value head. Default: ``None``, ``head_dim``.
         split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the outputs are
             ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
         exact (bool): Round where the modules of MLX and mlx-lm do: after a quantized product, after the bias,
             after the scaled low-rank product, and after their sum. Default: ``False``.
-        route (str, optional): ``"composed"`` for MLX's own operations, which can be exported, ``"fused"`` for
-            ours, where there are any. Default: ``None``, whichever is expected to be faster (or what the
-            environment variable ``MLX_FUSED_ROUTE`` says).
-        stream (Stream or Device, optional): Where to run. Default: ``None``, the default stream of the default
-            device.
+        route (str, optional): ``"composed"`` for MLX's own operations, which can be exported; ``"fused"`` for
+            our kernel, an error if there is none. Default: ``None``, the one expected to be faster, unless
+            the environment variable ``MLX_FUSED_ROUTE`` names one.
+        stream (Stream or Device, optional): Where to run. Default: ``None``, the default stream of the
+            default device.
 
     Returns:
-        tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` of shape ``[B, num_kv_heads, S, head_dim]``
-        and ``v`` of shape ``[B, num_kv_heads, S, v_head_dim]``, or as ``split_heads`` says, of the dtype that
-        MLX promotes the arguments to, adapters aside.
+        tuple: ``q`` of shape ``[B, num_heads, S, head_dim]``, ``k`` of shape ``[B, num_kv_heads, S,
+        head_dim]`` and ``v`` of shape ``[B, num_kv_heads, S, v_head_dim]``, unless ``split_heads`` is false.
+        Their dtype is the one MLX promotes the arguments to; adapters do not count.
 
     Raises:
-        ValueError: If a rank, shape, dtype, head count or quantization is wrong, or the three layers are not
-            alike (all with a bias or none, quantized in one format or not at all); the message names the
-            argument, what was expected and what came. Also if the gradient of a quantized weight is asked for.
+        ValueError: If a rank, shape, dtype, head count or quantization is wrong, or if the three layers
+            differ in quantization or only some have a bias. The message names the argument, what it must be
+            and what it is. Also if the gradient of a quantized weight is asked for.
     """
     layers = _layers("fused_qkv_projection", weight, bias)
     heads = num_heads, num_kv_heads, head_dim, v_head_dim
@@ -139,8 +138,8 @@ def fused_qkv_projection_bwd(
 ) -> tuple[mx.array, mx.array | Three, mx.array | Three | None]:
     """All gradients of :func:`fused_qkv_projection` with dense weights.
 
-    ``mx.grad`` and ``mx.vjp`` compute only those they are asked for, of every kind of weights; this is the
-    backward pass by hand.
+    This is the backward pass to call by hand. ``mx.grad`` and ``mx.vjp`` compute only the gradients they are
+    asked for, and work with every kind of weight.
 
     Args:
         dq (array): Gradient of ``q``, ``[B, num_heads, S, head_dim]``.
@@ -152,13 +151,13 @@ def fused_qkv_projection_bwd(
         num_heads (int): Query heads.
         num_kv_heads (int): Key and value heads.
         head_dim (int): Features per head.
-        v_head_dim (int, optional): Those of a value head. Default: ``None``, ``head_dim``.
+        v_head_dim (int, optional): Features per value head. Default: ``None``, ``head_dim``.
         route (str, optional): As in the forward.
         stream (Stream or Device, optional): As in the forward.
 
     Returns:
-        tuple: ``d_input`` of shape ``[B, S, H]``, ``d_weight`` as ``weight`` came, and ``d_bias`` likewise (in
-        the weight's dtype), or ``None`` if ``has_bias`` is false.
+        tuple: ``d_input`` of shape ``[B, S, H]``, ``d_weight`` (packed or a tuple, as ``weight`` is), and
+        ``d_bias`` likewise, in the weight's dtype, or ``None`` if ``has_bias`` is false.
 
     Raises:
         ValueError: If a rank, shape, dtype or head count is wrong.
@@ -202,33 +201,31 @@ def fused_output_projection_residual(
 ):
     """Project attention's output and add the residual in one operation.
 
-    Equivalent to ``residual + alpha * (attn_out @ weight.T + bias)``, accumulated in float32 and rounded once;
-    with LoRA the low-rank part is added to the projection before ``alpha``. What
-    :func:`fused_qkv_projection` says of quantized weights, LoRA and gradients holds here.
+    Equivalent to ``residual + alpha * (attn_out @ weight.T + bias)``, accumulated in float32 and rounded
+    once; with LoRA the low-rank part is added before multiplying by ``alpha``. Quantized weights, LoRA and
+    gradients work as in :func:`fused_qkv_projection`.
 
     Args:
         attn_out (array): Attention output of shape ``[B, S, Hq]``, heads side by side, float32, float16 or
             bfloat16. Any strides.
         weight (array or LinearOperands): Output projection of shape ``[H, Hq]``.
         bias (array, optional): ``[H]``. Left out with :class:`LinearOperands`. Default: ``None``.
-        residual (array): What the attention block was given, ``[B, S, H]``.
-        alpha (float): What the projection is multiplied by. Default: ``1.0``.
+        residual (array): The array to add, usually the attention block's input, ``[B, S, H]``.
+        alpha (float): The factor of the projection. Default: ``1.0``.
         exact (bool): Round where separate operations do: after a quantized product, after the bias, after the
             scaled low-rank product, after their sum, after ``alpha`` and after the residual's sum.
             Default: ``False``.
-        route (str, optional): ``"composed"`` for MLX's own operations, which can be exported, ``"fused"`` for
-            ours, where there are any. Default: ``None``, whichever is expected to be faster (or what the
-            environment variable ``MLX_FUSED_ROUTE`` says).
-        stream (Stream or Device, optional): Where to run. Default: ``None``, the default stream of the default
-            device.
+        route (str, optional): As in :func:`fused_qkv_projection`.
+        stream (Stream or Device, optional): Where to run. Default: ``None``, the default stream of the
+            default device.
 
     Returns:
-        array: ``[B, S, H]``, of the dtype that MLX promotes the arguments to, adapters aside.
+        array: ``[B, S, H]``, of the dtype that MLX promotes the arguments to; adapters do not count.
 
     Raises:
         TypeError: If ``residual`` is left out.
-        ValueError: If a rank, shape, dtype or quantization is wrong; the message names the argument, what was
-            expected and what came. Also if the gradient of a quantized weight is asked for.
+        ValueError: If a rank, shape, dtype or quantization is wrong. The message names the argument, what it
+            must be and what it is. Also if the gradient of a quantized weight is asked for.
     """
     operation = "fused_output_projection_residual"
     if residual is None:
@@ -268,7 +265,7 @@ def fused_output_projection_residual_bwd(
 
 
 def _layers(operation: str, weight, bias) -> list[LinearOperands]:
-    """The layers of a call, of which each is given as one value, or its weight and its bias as arrays."""
+    """The layers of a call. Each was given as ``LinearOperands``, or as a weight array and a bias array."""
     packed = isinstance(weight, (mx.array, LinearOperands))
     weights = [weight] if packed else weight
     if not isinstance(weights, (list, tuple)):

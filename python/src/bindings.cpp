@@ -91,7 +91,7 @@ mx::array output_projection(
 }  // namespace
 
 NB_MODULE(_ext, m) {
-  m.doc() = "What mlx_fused.operations and mlx_fused.patching call in C++.";
+  m.doc() = "The C++ functions that mlx_fused.operations and mlx_fused.patching call.";
 
   m.def(
       "fused_qkv_projection",
@@ -144,7 +144,7 @@ NB_MODULE(_ext, m) {
       "difference",
       [](const std::vector<LinearTuple>& layers) { return mlx_fused::difference(linears(layers)); },
       "layers"_a,
-      "Why layers of one input cannot be one operation, or None if they can.");
+      "Why one operation cannot compute these layers of the same input; None if it can.");
   m.def(
       "has_quantized_kernels",
       [](int group_size, int bits, const std::string& mode) {
@@ -153,18 +153,18 @@ NB_MODULE(_ext, m) {
       "group_size"_a,
       "bits"_a,
       "mode"_a,
-      "Whether weights of this format have kernels of ours; all others run on MLX's own operation.");
+      "Whether we have kernels for weights of this format; other formats run on MLX's own operation.");
   m.def(
       "is_same",
       [](const mx::array& a, const mx::array& b) { return a.id() == b.id(); },
       "a"_a,
       "b"_a,
-      "Whether two arrays are one value.");
+      "Whether two Python arrays are the same MLX array.");
   m.def(
       "alias",
       [](const mx::array& a) { return a; },
       "a"_a,
-      "The same value as another object, which keeps it when ``a`` is changed in place.");
+      "A second Python object for the same MLX array. It keeps its value when ``a`` is changed in place.");
 
   bind_internals(m);
 }

@@ -33,7 +33,8 @@ constexpr int64_t tasks_per_thread = 4;
 constexpr int64_t min_stream_cols = 48, max_stream_cols = 96;
 
 // Up to this many multiplications a product runs on the calling thread. Zen 5, while busy: at 2^18 the pool
-// took twice as long if its threads were awake, 7 times if asleep, and it was not faster below 2^21.
+// took twice as long if its threads were awake and 7 times as long if they slept; it was faster from 2^21 or
+// 2^22 on.
 constexpr int64_t max_inline_work = 1 << 18;
 
 // Up to so many rows packed_product is faster than dots_product. Zen 5, 4 bits: at 6 rows dots took 1.3 to

@@ -25,7 +25,7 @@ from mlx_fused.patching.report import switched_off  # noqa: E402
 
 
 def _check_settings() -> None:
-    """Let a call, which is not evaluated, say what is wrong with the environment variables."""
+    """Report invalid environment variables, which making a call (without evaluating it) finds."""
     one = mx.ones((1, 1, 1))
     try:
         switched_off()
@@ -40,23 +40,23 @@ def _click_errors() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error}. {_INSTALL}") from error
-    except OSError as error:  # click would keep quiet about a broken pipe
+    except OSError as error:  # click would end without a message on a broken pipe
         raise click.ClickException(str(error)) from error
 
 
 class _Group(click.Group):
-    """Knows what to install, ends plainly, and leaves mlx-lm's commands alone with their arguments."""
+    """Names missing packages, ends with one-line errors, and passes arguments on to mlx-lm's commands."""
 
     def main(self, args=None, *rest, **extra):
         args = sys.argv[1:] if args is None else list(args)
-        if sys.stderr is None:  # it is closed: the next file that is opened would get what is written to it
+        if sys.stderr is None:  # closed: file descriptor 2 would go to the next file that is opened
             sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
         with output.plain_ends():
             if not args or args[0] not in passthrough.COMMANDS:
                 if sys.stdout is None:
                     raise click.ClickException("stdout must be open but is closed.")
                 sys.exit(super().main(args, *rest, standalone_mode=False, **extra))
-            # Outside click, which has its own ways with "--", an interrupt and the end of the input.
+            # Not through click, which would handle "--", an interrupt and the end of the input its own way.
             _check_settings()
             with _click_errors():
                 command = passthrough.load(args[0])

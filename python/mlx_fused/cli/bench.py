@@ -17,8 +17,8 @@ from mlx_fused.cli.info import describe
 from mlx_fused.cli.output import console, json_option, print_json
 
 _ROUNDS = 5
-_LARGEST = 2**31 - 1  # size that MLX knows
-_TURN, _LIMIT = 0.02, 2  # seconds for a turn at least, and after which no further round begins
+_LARGEST = 2**31 - 1  # the largest size that an MLX shape can have
+_TURN, _LIMIT = 0.02, 2  # seconds: the least for a turn, and after which no further round begins
 
 
 @click.command()
@@ -58,7 +58,7 @@ def bench(model: Path | None, weights: tuple[str, ...], rows: tuple[int, ...], a
         raise click.UsageError(f"Widths of 4-bit weights must be divisible by {GROUP_SIZE} but got {widths}.")
     needed = max(peak_memory(sizes, kind, m) for kind in weights for m in rows)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:  # MLX would not come back from it
+    if needed > memory:  # MLX would make the machine swap, or be killed
         raise click.UsageError(
             f"What is timed must fit in this machine's {memory // 10**9} GB of memory "
             f"but got {max(rows)} tokens, {sizes}, which take {needed // 10**9} GB or more."
@@ -95,7 +95,7 @@ def side_by_side(call: Call) -> tuple[float, float]:
     start = time.perf_counter()
     while len(samples[0]) < _ROUNDS and (not samples[0] or time.perf_counter() - start < _LIMIT):
         for function, seconds in zip((call.stock, call.fused), samples, strict=True):
-            mx.eval(function(*call.inputs))  # wakes the threads and refills the caches
+            mx.eval(function(*call.inputs))  # not timed: wakes the threads and fills the caches
             seconds.append(_turn(lambda f=function: mx.eval(f(*call.inputs))))
     return median(samples[0]), median(samples[1])
 

@@ -1,4 +1,4 @@
-"""Calls of an attention block's two projections: as mlx-lm's modules make them, and fused."""
+"""Calls of an attention block's two projections, each as mlx-lm's modules compute it and fused."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import mlx.nn as nn
 import mlx_fused
 from mlx_fused import LinearOperands
 
-# What weights may be, and the activations that go with them.
+# The kinds of weights, with the dtype of the activations.
 WEIGHTS = {
     "float32": mx.float32,
     "float16": mx.float16,
@@ -25,7 +25,7 @@ _RANK, _SCALE = 8, 20.0  # mlx-lm's defaults
 
 @dataclass(frozen=True)
 class Sizes:
-    """Those of an attention block; the defaults are Llama-3.2-1B's."""
+    """The sizes of an attention block; the defaults are Llama-3.2-1B's."""
 
     hidden: int = 2048
     num_heads: int = 32
@@ -38,7 +38,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Call:
-    """One operation on given inputs, in both ways."""
+    """One operation and its inputs, as a stock and as a fused function."""
 
     name: str
     inputs: list[mx.array]
@@ -46,7 +46,7 @@ class Call:
     fused: Callable[..., list[mx.array]]
 
     def gradient(self) -> "Call":
-        """The gradients of the inputs, the weights being frozen."""
+        """The gradients of the inputs (the weights are frozen)."""
         cotangents = [mx.ones_like(y) for y in self.stock(*self.inputs)]
 
         def of(function: Callable[..., list[mx.array]]) -> Callable[..., list[mx.array]]:
@@ -89,7 +89,7 @@ def make_calls(sizes: Sizes, weights: str, rows: int) -> list[Call]:
 
 
 def make_block(sizes: Sizes, weights: str, rows: int) -> Call:
-    """A transformer block of mlx-lm's Llama, with next to no feed-forward part, stock and patched."""
+    """A transformer block of mlx-lm's Llama with a tiny feed-forward part, stock and patched."""
     from mlx_lm.models.llama import ModelArgs, TransformerBlock
     from mlx_lm.tuner.lora import LoRALinear
 
@@ -126,7 +126,7 @@ def make_block(sizes: Sizes, weights: str, rows: int) -> Call:
 
 
 def peak_memory(sizes: Sizes, weights: str, rows: int) -> int:
-    """The bytes that the calls take at least: a block's gradient has three of its attention's scores."""
+    """A lower bound of the bytes that the calls take. A block's gradient holds its scores three times."""
     q_dims, kv_dims = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
     parameters = 2 * sizes.hidden * (q_dims + kv_dims)
     tokens = rows * (sizes.hidden + q_dims)
@@ -135,7 +135,7 @@ def peak_memory(sizes: Sizes, weights: str, rows: int) -> int:
 
 
 class _Projection:
-    """A linear layer without bias, as it is or with an adapter."""
+    """A linear layer without bias, with or without an adapter."""
 
     def __init__(self, in_features: int, out_features: int, weights: str):
         self.base = nn.Linear(in_features, out_features, bias=False)

@@ -37,7 +37,7 @@ def info(as_json: bool) -> None:
 
 
 def describe() -> dict[str, object]:
-    """Versions, device and machine: what a reader of results needs to know."""
+    """Versions, device and machine, to accompany results."""
     return {
         "mlx-fused": mlx_fused.__version__,
         "mlx": version("mlx"),
@@ -66,7 +66,7 @@ def _kernels() -> str:
 def routes() -> Iterator[tuple[str, list[str]]]:
     """For each kind of call, who computes it at each of ``ROWS``: ``"fused"`` or ``"composed"``.
 
-    Read off the graphs of such calls, none of which is evaluated.
+    Found in the graphs of such calls, which are not evaluated.
     """
     for weights in ("bfloat16", "4-bit", "4-bit + LoRA"):
         by_rows = [make_calls(Sizes(), weights, rows) for rows in ROWS]

@@ -1,4 +1,4 @@
-"""Where results, what accompanies them and errors are printed."""
+"""Prints results, progress and errors of the commands."""
 
 import json
 import math
@@ -16,25 +16,25 @@ json_option = click.option(
 
 
 def console(as_json: bool):
-    """A ``rich`` console for people: on stdout, or on stderr if JSON is to have stdout to itself."""
+    """A ``rich`` console for people: on stdout, or on stderr if stdout is for JSON only."""
     from rich.console import Console
 
     class PlainConsole(Console):
         def on_broken_pipe(self) -> NoReturn:
-            raise  # what it is called for: the base class would end the process without a word
+            raise  # the exception it is called for; the base class would end the process silently
 
-    # The file is given so that what redirects stdout later does not redirect the console.
+    # With an explicit file, redirecting stdout later does not redirect the console.
     return PlainConsole(file=sys.stderr if as_json else sys.stdout, highlight=False)
 
 
 def say(line: str) -> None:
-    """Print to stderr, if that can be written: nobody is left to be told that it cannot."""
+    """Print to stderr; if that cannot be written, silently do nothing."""
     _print_if_possible(sys.stderr, lambda: print(line, file=sys.stderr))
 
 
 @contextmanager
 def plain_ends() -> Iterator[None]:
-    """Errors of use, and a stdout that cannot be written, end the process with a line and a status."""
+    """Usage errors, and a stdout that cannot be written, end the process with one line and an exit status."""
     try:
         try:
             yield
@@ -61,7 +61,7 @@ def _print_if_possible(stream: TextIO, show: Callable[[], None]) -> None:
         show()
         stream.flush()
     except OSError:
-        # What is left in the stream's buffer must go somewhere, or the interpreter complains as it ends.
+        # The interpreter flushes the stream's buffer as it ends; on /dev/null that cannot fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -70,7 +70,7 @@ def print_json(results: dict) -> None:
 
 
 def to_json(results: dict) -> str:
-    """JSON has no NaN and no infinity: null stands for them."""
+    """``results`` as JSON. NaN and infinities, which JSON does not have, become null."""
     return json.dumps(_finite(results), indent=2)
 
 

@@ -10,7 +10,7 @@ from importlib import import_module
 import mlx_fused
 from mlx_fused.cli.output import say
 
-# Where launchers say which of several processes this is: mlx.launch, Open MPI, and MPICH and its kin.
+# The variables in which launchers (mlx.launch, Open MPI, MPICH) tell a process its rank.
 _RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 COMMANDS = {
     "lora": "Fine-tune",
@@ -34,7 +34,7 @@ def load(name: str) -> Callable[[list[str]], None]:
 
 @contextmanager
 def _patching_loader() -> Iterator[None]:
-    """Patch what ``mlx_lm.utils.load_model`` loads: all ways to load a model end there."""
+    """Patch every model that ``mlx_lm.utils.load_model`` returns; all of mlx-lm's loaders call it."""
     utils = import_module("mlx_lm.utils")
     load_model = utils.load_model
 
@@ -42,7 +42,7 @@ def _patching_loader() -> Iterator[None]:
     def load_and_patch(*args, **kwargs):
         model, config = load_model(*args, **kwargs)
         report = mlx_fused.patch(model)
-        # Read off the environment, for asking MLX would start communication that mlx-lm may not want.
+        # Only the first process prints. Asking MLX for the rank would start communication between processes.
         if all(os.environ.get(name, "0") == "0" for name in _RANKS):
             say(report.summary)
         return model, config

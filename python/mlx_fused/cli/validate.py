@@ -24,7 +24,7 @@ _NUMBERS = ("of its bound", "stock", "patched", "at most", "ratio")
 
 
 def _text(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Bytes that are no UTF-8 arrive as surrogates, which no tokenizer takes."""
+    """Rejects bytes that are not UTF-8: Python passes them as surrogates, which tokenizers do not accept."""
     try:
         (value or "").encode()
     except UnicodeEncodeError as error:
@@ -68,7 +68,7 @@ def validate(model: str, adapter_path: Path | None, prompt: str | None, tokens: 
         with Progress(console=out, transient=True) as progress:
             task = progress.add_task("Validating")
             measured = checks.validate(
-                loaded, ids, tokens, lambda done, of: progress.update(task, completed=done, total=of)
+                loaded, ids, tokens, lambda done, total: progress.update(task, completed=done, total=total)
             )
     except checks.CannotValidate as error:
         raise click.BadParameter(str(error), param_hint="MODEL") from error
@@ -110,7 +110,7 @@ def _table(*titles: str) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in titles:
-        # Numbers and verdicts must not be cut where a terminal is narrow; names may be folded.
+        # In a narrow terminal names are folded, but numbers and verdicts must not be cut.
         number = title in _NUMBERS
         table.add_column(title, justify="right" if number else "left", no_wrap=number, overflow="fold")
     return table
@@ -133,13 +133,13 @@ def _operations(operations: dict) -> Table:
 
 def _end_to_end(lines: dict) -> Table:
     table = _table("end to end, errors", "stock", "patched", "at most", "")
-    for dtype, of in lines.items():
-        gradients, step, greedy = of["gradients"], of["logits_after_a_step"], of["greedy"]
+    for dtype, checks in lines.items():
+        gradients, step, greedy = checks["gradients"], checks["logits_after_a_step"], checks["greedy"]
         worst = max(gradients, key=lambda kind: _rank(gradients[kind], _share(gradients[kind])))
         table.add_section()
         table.add_row(dtype)
         for title, line, group in (
-            ("logits", of["logits"], [of["logits"]]),
+            ("logits", checks["logits"], [checks["logits"]]),
             (f"gradient of {'.'.join(worst.split('.')[-2:])}", gradients[worst], gradients.values()),
             ("logits after a step", step, [step]),
         ):
@@ -155,18 +155,18 @@ def _end_to_end(lines: dict) -> Table:
 
 def _costs(results: dict) -> Table:
     table = _table("cost", "stock", "patched", "ratio")
-    for phase, of in results["tokens_per_second"].items():
-        stock, patched = of["stock"], of["patched"]
+    for phase, speeds in results["tokens_per_second"].items():
+        stock, patched = speeds["stock"], speeds["patched"]
         table.add_row(f"{phase}, tokens/s", f"{stock:.1f}", f"{patched:.1f}", f"{patched / stock:.2f} x")
-    for phase, of in results["peak_memory"].items():
-        stock, patched = of["stock"] / 1e6, of["patched"] / 1e6
+    for phase, sizes in results["peak_memory"].items():
+        stock, patched = sizes["stock"] / 1e6, sizes["patched"] / 1e6
         ratio = f"{patched / stock:.2f} x"
         table.add_row(f"peak memory, {phase}, MB", f"{stock:.1f}", f"{patched:.1f}", ratio)
     return table
 
 
 def _verdict(checks: Iterable[dict]) -> str:
-    """The worst verdict, and of how many checks."""
+    """The worst verdict of the checks, with how many of them have it."""
     verdicts = [check["verdict"] for check in checks]
     worst = max(verdicts, key=_BADNESS.index)
     count = f"{verdicts.count(worst)} " if len(verdicts) > 1 and worst != "passed" else ""

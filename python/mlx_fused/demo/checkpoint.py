@@ -71,16 +71,16 @@ def quantize(dense: Path, path: Path, settings: Settings) -> None:
 
 
 def _start_from_bigrams(model: llama.Model, tokens: np.ndarray) -> None:
-    """Let the embedding and the head alone predict the next token from the one before it.
+    """Make the embedding and the head predict the next token from the previous one, without the layers.
 
-    Counting finds in a second what gradient steps would need many minutes for.
+    Counting bigrams takes a second; gradient steps would need many minutes for the same.
     """
     vocab_size, hidden_size = model.model.embed_tokens.weight.shape
     counts = np.zeros((vocab_size, vocab_size))
     np.add.at(counts, (tokens[:-1], tokens[1:]), 1)
     seen = counts.sum(axis=1, keepdims=True)
     frequency = (counts.sum(axis=0) + 1) / (counts.sum() + vocab_size)
-    # How much likelier than usual a token is after another; smoothed, and cut off below 1/8.
+    # How much likelier than on average one token is after another: smoothed, and at least 1/8.
     lift = np.log(np.maximum((counts / frequency + 5) / (seen + 5), 1 / 8))
     lift -= (lift @ frequency)[:, None]
     _, basis = np.linalg.eigh(lift.T @ (lift * seen))
@@ -96,7 +96,7 @@ def _start_from_bigrams(model: llama.Model, tokens: np.ndarray) -> None:
     scale = radius * np.sqrt(2 / hidden_size)
     model.model.embed_tokens.weight = mx.array((embedding / scale).astype(np.float32))
     model.lm_head.weight = mx.array((head * scale).astype(np.float32))
-    for layer in model.layers:  # the layers begin by adding nothing
+    for layer in model.layers:  # at first the layers add nothing
         for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
             projection.weight = mx.zeros_like(projection.weight)
 

@@ -1,4 +1,4 @@
-"""The demo from an empty directory to the verdict."""
+"""Runs the demo, from an empty directory to the verdict."""
 
 import shlex
 import time
@@ -31,13 +31,13 @@ def run(out: Path, settings: Settings, console: Console) -> dict:
     """Build a checkpoint in ``out``, fine-tune it stock and patched, compare and generate.
 
     Args:
-        out (Path): A directory of an earlier demo, an empty or a new one.
-        settings (Settings): The sizes.
+        out (Path): A directory that is new, empty, or an earlier demo's.
+        settings (Settings): The sizes of the model and its trainings.
         console (rich.console.Console): Where to print.
 
     Returns:
-        dict: What was measured, as written to ``results.json`` in ``out``; ``passed`` tells
-        whether all losses of the two runs agree within their tolerances.
+        dict: The results, as written to ``results.json`` in ``out``. ``passed`` tells whether all losses of
+        the two runs agree within their tolerances.
 
     Raises:
         FileExistsError: If ``out`` holds files that are not the demo's.
@@ -111,7 +111,7 @@ def _claim(out: Path) -> None:
 def _progress(
     console: Console, title: str, total: int, seconds: dict[str, float]
 ) -> Iterator[Callable[[int, float], None]]:
-    """A bar for one training, and a line for about every eighth of it; times it into ``seconds``."""
+    """Show a bar for one training, print a line for every eighth of it, and add its time to ``seconds``."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     start = time.perf_counter()
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
@@ -127,7 +127,7 @@ def _progress(
 
 
 def _sizes(model: nn.Module) -> tuple[int, float]:
-    """The number of parameters, and the share of the QKV projections in those used in products."""
+    """The number of parameters, and the QKV projections' share of those that are used in matrix products."""
     sizes = {name: weight.size for name, weight in tree_flatten(model.parameters())}
     in_products = sum(n for name, n in sizes.items() if "proj" in name or "lm_head" in name)
     qkv = sum(n for name, n in sizes.items() if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj"))
@@ -142,10 +142,10 @@ def _generate(model_path: Path, adapter_path: Path | None, settings: Settings) -
 
 
 def compare(stock: Run, patched: Run) -> list[dict]:
-    """Each loss of both runs, their relative difference, and the one that reordered sums may make.
+    """Each loss of both runs, their relative difference, and the largest that reordered sums explain.
 
-    Those sums are in the forward of the loss itself, and in the forward and the two products of the
-    backward of each step before it.
+    The sums behind a loss are those of its own forward, and of the forward and backward (two products for
+    each of the forward) of every step before it.
     """
     return [
         {

@@ -39,9 +39,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def help_texts(modules: dict[str, str], seed: int) -> list[str]:
-    """What ``help()`` would begin with for each documented function, in a seeded random order.
+    """The beginning of ``help()``'s output for each documented function, in a seeded random order.
 
-    None of this layout is in the source itself, so it is something for a fine-tuning run to teach.
+    The source, on which the model is pretrained, does not have this layout, so fine-tuning can teach it.
     """
     texts = [
         text

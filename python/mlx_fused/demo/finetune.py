@@ -1,4 +1,4 @@
-"""mlx-lm's own LoRA training of a checkpoint, with its model patched or as it is."""
+"""Runs mlx-lm's own LoRA training of a checkpoint, with the model stock or patched."""
 
 import io
 import json
@@ -26,18 +26,18 @@ _VAL_BATCHES = 4
 
 @dataclass
 class Run(TrainingCallback):
-    """What one training run reported; losses by iteration."""
+    """The reports of one training run; losses are by iteration."""
 
     on_report: Callable[[int, float], None]
     train_losses: dict[int, float] = field(default_factory=dict)
     val_losses: dict[int, float] = field(default_factory=dict)
     speeds: list[float] = field(default_factory=list)
     peak_memory: int = 0
-    terms: int = 0  # of the sums that patching reorders
+    terms: int = 0  # the number of terms in the sums that patching reorders
 
     @property
     def tokens_per_second(self) -> float:
-        """The median of the reports, which a pause of the machine does not move."""
+        """The median of the reported speeds, which a pause of the machine does not change."""
         return median(self.speeds)
 
     def on_train_loss_report(self, train_info: dict) -> None:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the model and of its two trainings: a few minutes on two CPU cores.
+    """Sizes of the model and of its two trainings, which take a few minutes on two CPU cores.
 
-    The feed-forward part is small beside the attention, so that the part this package changes is
-    a visible share of a step.
+    The feed-forward part is small compared with attention, so that what this package changes is a visible
+    share of a step.
     """
 
     iters: int

@@ -19,8 +19,8 @@ from mlx_fused.patching.report import Calls, LayerReport, Part, PatchReport, swi
 
 __all__ = ["Calls", "LayerReport", "Part", "PatchReport", "patch", "patched", "unpatch"]
 
-# What models call the projections of queries, keys and values, that of the output, and the method that runs
-# them; and what they have instead of the three.
+# The names that models give to the projections of queries, keys and values, to the output projection, and to
+# the method that calls them; and the modules that stand instead of the three, with the reason to report.
 _INPUTS = (
     ("q_proj", "k_proj", "v_proj"),
     ("c_q", "c_k", "c_v"),
@@ -46,36 +46,34 @@ def patch(
     exact: bool = False,
     verbose: bool = False,
 ) -> PatchReport:
-    """Run the projections of ``model``'s attention layers as fused operations wherever it allows that.
+    """Run the projections of ``model``'s attention layers as fused operations, where possible.
 
-    Every attention module gets a subclass of its class, and nothing else changes: parameters and their
-    names, LoRA conversion, quantization, saving and loading work as before, before and after patching.
-    What cannot be fused runs the model's own code. Patching twice is patching once, with the options of
-    the second time. The environment variable ``MLX_FUSED=0`` turns every call into one of the model's own
-    code.
+    The class of every attention module becomes a subclass of its own class, and nothing else changes:
+    parameters keep their names, and LoRA conversion, quantization, saving and loading work as before. What
+    cannot be fused runs the model's own code. Patching a patched model only replaces its options. With the
+    environment variable ``MLX_FUSED=0`` every call runs the model's own code.
 
-    Other threads may be calling the model meanwhile: a running call of an attention module ends as it
-    began.
+    Other threads may be calling the model meanwhile: a call that is already running finishes the way it
+    started.
 
     Args:
         model (mlx.nn.Module): A model of mlx-lm, or any part of one.
         qkv (bool): Project to queries, keys and values in one operation. Default: ``True``.
-        o_residual (bool or str): Project attention's output and add the residual in one operation where
-            the layer's code adds them: ``"auto"`` with the kernels that are expected to be faster, ``True``
-            with ours wherever there are any, ``False`` not at all. Default: ``"auto"``.
-        lora (bool): Make LoRA adapters part of the operation. If ``False``, and for adapters with dropout,
-            mlx-lm's own code adds them to the QKV projection. Default: ``True``.
-        exact (bool): Round the results where mlx-lm rounds them, and not once at the end. Default:
-            ``False``.
+        o_residual (bool or str): Project attention's output and add the residual in one operation, if the
+            layer's code adds them: ``"auto"`` with whichever kernels are expected to be faster, ``True`` with
+            ours if there are any, ``False`` never. Default: ``"auto"``.
+        lora (bool): Make LoRA adapters part of the operation. If ``False``, or if an adapter has dropout,
+            mlx-lm's own code adds the adapters to the QKV projection. Default: ``True``.
+        exact (bool): Round after every step, as mlx-lm does, instead of once at the end. Default: ``False``.
         verbose (bool): Print the report to stderr. Default: ``False``.
 
     Returns:
-        PatchReport: Which layers are fused as the model is now, why the others are not, and counters of
-        their calls.
+        PatchReport: Which layers of the model in its present state are fused, why the others are not, and
+        counters of their calls.
 
     Raises:
         TypeError: If ``model`` is not an ``mlx.nn.Module``.
-        ValueError: If ``o_residual``, or the environment variable ``MLX_FUSED``, is none of its values.
+        ValueError: If ``o_residual`` or the environment variable ``MLX_FUSED`` has an unknown value.
     """
     report = _patch(model, qkv, o_residual, lora, exact)
     if verbose:
@@ -84,9 +82,9 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give every patched module of ``model`` its own class back.
+    """Restore the class of every patched module of ``model``.
 
-    A module that another thread is calling gets it back when that call ends.
+    If another thread is calling a module, its class is restored when that call ends.
 
     Args:
         model (mlx.nn.Module): A model, patched or not.
@@ -108,8 +106,8 @@ def patched(
 ) -> Iterator[PatchReport]:
     """Patch ``model`` for a ``with`` block, which receives the report of :func:`patch`.
 
-    Modules that were patched before the block are after it as they were. The arguments, and the errors
-    they raise, are those of :func:`patch`.
+    After the block every module is as it was before, patched or not. The arguments and errors are those of
+    :func:`patch`.
     """
     before = [(module, names, attention.patch_of(module)) for _, module, names, _ in _attentions(model)]
     try:
@@ -125,7 +123,7 @@ def patched(
 def _patch(model: nn.Module, qkv: bool, o_residual: str | bool, lora: bool, exact: bool) -> PatchReport:
     if o_residual != "auto" and not isinstance(o_residual, bool):
         raise ValueError(f"o_residual must be 'auto', True or False but got {o_residual!r}.")
-    switched_off()  # raises if MLX_FUSED is nonsense
+    switched_off()  # raises if MLX_FUSED has an unknown value
     options = Options(qkv, o_residual, lora, exact)
     layers = []
     for name, module, names, obstacles in _attentions(model):

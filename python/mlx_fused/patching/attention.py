@@ -1,8 +1,8 @@
-"""What an attention module becomes: a subclass of its class, with stand-ins for its projections.
+"""Patches an attention module: makes its class a subclass that replaces projections by stand-ins.
 
-While the module's ``__call__`` runs, its projections are stand-ins. The first of the queries', keys' and
-values' to meet an input projects it for all three; the output projection's gives an array that adds itself
-to the residual (see ``residual``). Outside of the call they are the modules themselves.
+The stand-ins replace the projections only while the module's ``__call__`` runs. The first of the three for
+queries, keys and values that is called with an input projects it for all three. The stand-in of the output
+projection returns an array that can add itself to the residual (see ``residual``).
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from mlx_fused.patching.stand_in import StandIn, module_of, unwrapped
 
 
 class Names(NamedTuple):
-    """What an attention module calls its projections."""
+    """The names of an attention module's projections."""
 
-    inputs: tuple[str, ...]  # of queries, keys and values; none if they are not three
+    inputs: tuple[str, ...]  # of queries, keys and values; empty if the module does not have all three
     output: str | None
-    entry: str | None  # the method that runs them
+    entry: str | None  # the method that calls the projections
 
 
 class Obstacles(NamedTuple):
-    """Why the code of a model keeps a part from being fused, None if it does not."""
+    """Why the model's code prevents a part from being fused; None if it does not."""
 
     qkv: str | None
     residual: str | None
@@ -44,7 +44,7 @@ class Obstacles(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """What :func:`patch` was asked for."""
+    """The arguments of :func:`patch`."""
 
     qkv: bool
     o_residual: Literal["auto"] | bool
@@ -72,17 +72,18 @@ class _State:
         self.owner = ref(attention, lambda _: _states.pop(key, None))
 
 
-# By the id of the module: what is kept in a module, others may be copying while it changes.
+# By the module's id, and not in the module itself, which another thread may be copying meanwhile.
 _states: dict[int, _State] = {}
-# Of the states, and of the modules' classes. What is collected while it is held may unpatch, too.
+# Guards the states and the modules' classes. Reentrant, because garbage collection while it is held may run
+# code that unpatches.
 _lock = RLock()
 
 
 class FusedAttention:
-    """Put before the class of an attention module."""
+    """The first base of every patched class; the second is the attention module's own class."""
 
     def __init_subclass__(cls) -> None:
-        """Keeps that of the attention module's class, which may want keywords or count its subclasses."""
+        """Hides the own class's ``__init_subclass__``, which may need keywords or register subclasses."""
 
 
 def fuse(attention: nn.Module, names: Names, options: Options, obstacles: Obstacles) -> Patch:
@@ -95,20 +96,21 @@ def fuse(attention: nn.Module, names: Names, options: Options, obstacles: Obstac
         raise NotFused(f"{type(attention).__name__} has no __call__")
     calls = ()
     if (patch := patch_of(attention)) is not None:
-        # A part of a model that is patched by itself does not show the layer around it.
+        # An earlier call may have seen the layer that adds the residual, where this one patches only a part
+        # of the model.
         residual = patch.obstacles.residual and obstacles.residual
         obstacles = obstacles._replace(residual=residual)
         calls = patch.qkv_calls, patch.residual_calls
     patch = Patch(options, obstacles, *calls)
     try:
         set_patch(attention, names, patch)
-    except Exception as error:  # whatever the class or its metaclass has against it
+    except Exception as error:  # the class or its metaclass may refuse subclasses with any error
         raise NotFused(f"{type(attention).__name__} cannot be subclassed: {error}") from error
     return patch
 
 
 def set_patch(attention: nn.Module, names: Names, patch: Patch) -> None:
-    """Make ``attention`` one that is patched as ``patch`` says."""
+    """Patch ``attention`` with ``patch``, or replace its patch."""
     with _lock:
         if not isinstance(attention, FusedAttention):
             _set_class(attention, _fused_class(type(attention), names))
@@ -118,7 +120,7 @@ def set_patch(attention: nn.Module, names: Names, patch: Patch) -> None:
 
 
 def restore(attention: nn.Module) -> None:
-    """Give ``attention`` its own class back, as soon as no call of it is running."""
+    """Restore the class of ``attention`` as soon as no call of it is running."""
     with _lock:
         if (state := _states.get(id(attention))) is not None:
             state.patch = None
@@ -134,7 +136,7 @@ def _end_patching(attention: nn.Module) -> None:
 
 
 def _set_class(attention: nn.Module, cls: type) -> None:
-    object.__setattr__(attention, "__class__", cls)  # whatever the class does when attributes are set
+    object.__setattr__(attention, "__class__", cls)  # bypasses the class's own __setattr__
 
 
 def patch_of(attention: nn.Module) -> Patch | None:
@@ -143,13 +145,13 @@ def patch_of(attention: nn.Module) -> Patch | None:
 
 
 def names_of(attention: nn.Module) -> Names | None:
-    """Those that ``attention`` was patched with, None if it is not patched."""
+    """The names that ``attention`` was patched with; None if it is not patched."""
     names = getattr(type(attention), "_mlx_fused_names", None)
     return names if isinstance(names, Names) else None
 
 
 def report(name: str, attention: nn.Module, names: Names, patch: Patch) -> LayerReport:
-    """How ``attention`` is fused as it is now."""
+    """Which parts of ``attention`` are fused in its present state."""
     qkv_obstacle = note = output_obstacle = None
     try:
         qkv = _qkv(attention, names, patch)
@@ -190,7 +192,7 @@ def _output(attention: nn.Module, names: Names, patch: Patch) -> Callable:
 
 
 class _Call:
-    """One running call of an attention module, and the projections of its latest input."""
+    """One running call of an attention module, with the projections of its latest input."""
 
     def __init__(self, attention: nn.Module, names: Names, patch: Patch):
         self.attention, self.names, self.patch = attention, names, patch
@@ -200,11 +202,11 @@ class _Call:
         self.unknown: set[str] = set()  # parts with a projection of a type that the operations do not know
         self.input = None
         self.outputs: dict[str, mx.array] = {}
-        self.operands: dict[str, projections.Operands] = {}  # of the layers that gave the outputs
+        self.operands: dict[str, projections.Operands] = {}  # that the outputs were computed with
         self.adapters_apart = False
 
     def run(self, name: str, module: nn.Module, x: mx.array) -> mx.array:
-        """What a stand-in does when it is called."""
+        """The call of a stand-in."""
         if _running_call() is not self or not isinstance(x, mx.array):
             return module(x)
         if name in self.names.inputs:
@@ -212,7 +214,7 @@ class _Call:
         return self._add(module, x)
 
     def _project(self, name: str, module: nn.Module, x: mx.array) -> mx.array:
-        """One of queries, keys and values."""
+        """The call of the projection of queries, keys or values."""
         if self.input is None or not is_same(x, self.input):
             self._project_all(x, name)
         y = self.outputs.pop(name, None)
@@ -220,12 +222,12 @@ class _Call:
             return module(x)
         if not (self.adapters_apart and "lora_a" in module):
             return y
-        # The adapter's own code, on a layer that differs only in having its base product already.
+        # Runs the adapter's own code on a copy of the layer whose base layer returns the known product.
         layer = SimpleNamespace(**vars(module), **{**module, "linear": lambda _: y})
         return type(module).__call__(layer, x)
 
     def _project_all(self, x: mx.array, first: str) -> None:
-        self.input, self.outputs = alias(x), {}  # `x += 1` changes x
+        self.input, self.outputs = alias(x), {}  # an alias, since `x += 1` changes x in place
         attention = self.attention
         try:
             if x.dtype not in projections.DTYPES:
@@ -237,11 +239,11 @@ class _Call:
         self._count("qkv", fused=1)
         self.adapters_apart = qkv.adapters_apart is not None
         self.outputs = projections.project(attention, qkv, x, self.patch.options.exact)
-        # Between two projections the model's code may change the layer of the second.
+        # The model's code may change a layer before it calls it, which then makes its output invalid.
         self.operands = {name: projections.kept(attention[name]) for name in qkv.names if name != first}
 
     def _add(self, module: nn.Module, x: mx.array) -> mx.array:
-        """The output projection."""
+        """The call of the output projection."""
         self._count("residual")
         y = module(x)
         if x.ndim != 3 or x.dtype not in projections.DTYPES:
@@ -261,18 +263,18 @@ class _Call:
             self._count(part)
 
 
-# Per thread; a call inside a call puts the outer one back when it ends.
+# Per thread. A call inside another call restores the outer one when it ends.
 _running: ContextVar[_Call | None] = ContextVar("mlx_fused_running_call", default=None)
 
 
 def _running_call() -> _Call | None:
     call = _running.get()
-    # A context may be copied, and its copy run by another thread or after the call.
+    # A copy of this context may be run by another thread, or after the call has ended.
     return call if call and not call.has_ended and call.thread == get_ident() else None
 
 
 class _Slot:
-    """A projection of a patched module: a stand-in during its calls, or else the projection itself."""
+    """The attribute of a projection in a patched class: a stand-in during calls, else the projection."""
 
     def __init__(self, name: str):
         self._name = name
@@ -285,7 +287,7 @@ class _Slot:
             raise AttributeError(f"{type(attention).__name__} has no {name}")
         call = _running_call()
         if call is None or call.attention is not attention:
-            return module  # to code outside the call, or of a module called inside it
+            return module  # asked by code outside of the call, or by another module that is called inside it
         if not projections.is_known(module):
             call.unknown.add("qkv" if name in call.names.inputs else "residual")
             return module
@@ -294,7 +296,7 @@ class _Slot:
             stand_in = call.stand_ins[name] = StandIn(module, partial(call.run, name, module))
         return stand_in
 
-    # What is not a module is kept where it would be without a slot.
+    # MLX stores modules as dictionary items; anything else goes to the instance's __dict__ as usual.
     def __set__(self, attention, value):
         vars(attention)[self._name] = value
 
@@ -324,7 +326,7 @@ def _entry(original: type, names: Names) -> Callable:
 
 
 def _begin(attention: nn.Module, names: Names) -> _Call | None:
-    """A call that is to end as it begins, None if it is to run the model's own code."""
+    """Registers a call, which keeps the present patch until it ends; None to run the model's own code."""
     if switched_off():
         return None
     with _lock:
@@ -344,7 +346,7 @@ def _end(call: _Call) -> None:
 
 def _storing(original: type) -> Callable:
     def __setitem__(self, key, value):
-        # A module that was made of stand-ins must outlive them.
+        # The model's code may store a stand-in in a module. Stand-ins are only for this call.
         original.__setitem__(self, key, value if _running_call() is None else unwrapped(value))
 
     return __setitem__
@@ -352,7 +354,7 @@ def _storing(original: type) -> Callable:
 
 def _reducing(original: type, names: Names) -> Callable:
     def __reduce_ex__(self, protocol):
-        # Pickle finds classes by name, and this one, made on demand, has a name but no place.
+        # Pickle finds classes by module and name, where it would find the original class instead of this one.
         cls, patch = type(self), patch_of(self)
         value = original.__reduce_ex__(self, max(protocol, 2))
         if isinstance(value, str):
@@ -373,7 +375,7 @@ def _copy(names: Names, patch: Patch | None, make: Callable, args: tuple) -> nn.
 
 @cache
 def _fused_class(original: type, names: Names) -> type:
-    # One class for all layers: mlx-lm's grad_checkpoint edits the class of the first, to reach all.
+    # Cached, so that all layers share one class: mlx-lm's grad_checkpoint edits only the first layer's class.
     members = {name: _Slot(name) for name in (*names.inputs, names.output) if name}
     members |= {
         names.entry: _entry(original, names),

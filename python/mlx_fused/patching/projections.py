@@ -1,4 +1,4 @@
-"""What the linear layers of an attention module are now, and the one operation that does their work."""
+"""Reads the linear layers of an attention module and runs them as one operation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KNOWN = (nn.Linear, nn.QuantizedLinear, *_SHARDED)
 
 
 class NotFused(Exception):
-    """Why a part of a layer runs the model's own code."""
+    """A part of a layer runs the model's own code; the message says why."""
 
 
 class QKV(NamedTuple):
@@ -35,39 +35,39 @@ class QKV(NamedTuple):
 
     names: tuple[str, str, str]
     layers: tuple[LinearOperands, LinearOperands, LinearOperands]
-    group: mx.distributed.Group | None  # whose members each have some of the outputs
-    adapters_apart: str | None  # why mlx-lm's own code adds the adapters, if it does
+    group: mx.distributed.Group | None  # of sharded layers: each member has some of the output features
+    adapters_apart: str | None  # why mlx-lm's own code adds the adapters; None if the operation does
 
 
 def is_known(module: nn.Module) -> bool:
-    """Whether ``module`` is of one of the types whose code the operations stand for, to the last line."""
+    """Whether the operations compute exactly what the class of ``module`` does. Subclasses may differ."""
     return type(module) in _KNOWN or is_lora(type(module))
 
 
-# The arrays that a layer of a known type computes with, and the types and settings of its parts.
+# All that a layer of a known type computes with: its arrays, and the types and settings of its modules.
 Operands = tuple[list[mx.array], list]
 
 
 def operands(module: nn.Module) -> Operands:
-    """Those of now; the arrays are others once they are changed in place."""
+    """The present operands of ``module``. If an array is later changed in place, so is the one in here."""
     arrays, settings = [], [type(module), *vars(module).values()]
     for value in module.values():
         if isinstance(value, mx.array):
             arrays.append(value)
-        elif isinstance(value, nn.Module):  # what an adapter is put around, and its dropout
+        elif isinstance(value, nn.Module):  # of a LoRALinear: the layer it wraps, and its dropout
             settings += type(value), *vars(value).values()
             arrays += [a for a in value.values() if isinstance(a, mx.array)]
     return arrays, settings
 
 
 def kept(module: nn.Module) -> Operands:
-    """Those of now, for good."""
+    """The present operands of ``module``, safe from later changes in place."""
     arrays, settings = operands(module)
     return [alias(a) for a in arrays], settings
 
 
 def is_unchanged(module: nn.Module, before: Operands) -> bool:
-    """Whether ``module`` still has the operands that :func:`kept` gave."""
+    """Whether ``module`` still has the operands that :func:`kept` returned."""
     arrays, settings = operands(module)
     arrays_before, settings_before = before
     if len(arrays) != len(arrays_before) or settings != settings_before:
@@ -76,10 +76,10 @@ def is_unchanged(module: nn.Module, before: Operands) -> bool:
 
 
 def read_qkv(attention: nn.Module, names: tuple[str, ...], lora: bool, exact: bool) -> QKV:
-    """The three projections as they are now.
+    """The three projections in their present state.
 
     Raises:
-        NotFused: If they cannot be one operation.
+        NotFused: If one operation cannot compute them.
     """
     modules = [attention.get(name) for name in names]
     layers = [_read(name, module) for name, module in zip(names, modules, strict=True)]
@@ -101,14 +101,14 @@ def read_qkv(attention: nn.Module, names: tuple[str, ...], lora: bool, exact: bo
     return QKV(names, tuple(adapted), groups[0], None)
 
 
-# (attention module, operation, its arguments by name, what it gave)
+# Called with (attention module, operation, its arguments by name, its result).
 Watcher = Callable[[nn.Module, Callable, dict, object], None]
 _watcher: ContextVar[Watcher | None] = ContextVar("mlx_fused_watcher", default=None)
 
 
 @contextmanager
 def watching(watcher: Watcher) -> Iterator[None]:
-    """Show ``watcher`` every fused operation that patched models run in the block, on this thread."""
+    """Call ``watcher`` for every fused operation that patched models run in the block, on this thread."""
     token = _watcher.set(watcher)
     try:
         yield
@@ -124,8 +124,8 @@ def _run(attention: nn.Module, operation: Callable, **arguments):
 
 
 def project(attention: nn.Module, qkv: QKV, x: mx.array, exact: bool) -> dict[str, mx.array]:
-    """What the three projections make of ``x``, without adapters if mlx-lm's own code runs them."""
-    # Token by token, as the model's code goes on with it; heads it splits off itself.
+    """The outputs of the three projections for ``x``; without adapters if mlx-lm's own code adds them."""
+    # Heads are not split here: the model's code expects the plain outputs and splits them itself.
     tokens = x if x.ndim == 3 else x.reshape(1, prod(x.shape[:-1]), x.shape[-1])
     if qkv.group is not None:
         tokens = sum_gradients(qkv.group)(tokens)
@@ -138,25 +138,25 @@ def project(attention: nn.Module, qkv: QKV, x: mx.array, exact: bool) -> dict[st
 
 
 def read_output(attention: nn.Module, name: str, lora: bool, exact: bool) -> Callable:
-    """The operation ``(attn_out=, residual=, alpha=)`` of the output projection.
+    """The output projection as a function of ``attn_out``, ``residual`` and ``alpha``.
 
     Raises:
-        NotFused: If there is none.
+        NotFused: If our operation cannot compute it.
     """
     module = attention.get(name)
     layer = _read(name, module)
     if type(module) in _SHARDED:
         raise NotFused(f"{name} is {type(module).__name__}")
     layer = _with_lora(name, module, layer, lora, exact)
-    # The residual is added later: what the model's code changes until then, in place, it changes too late.
+    # The operation runs later, when the residual is added. Changes in place until then must not affect it.
     kept = LinearOperands(*(alias(a) if isinstance(a, mx.array) else a for a in layer))
     return partial(_run, attention, fused_output_projection_residual, weight=kept, exact=exact)
 
 
 def _read(name: str, module: nn.Module | None) -> LinearOperands:
-    """A layer's operands as they are now, those of its adapter aside."""
+    """The present operands of a layer without its adapter."""
     base = module["linear"] if is_lora(type(module)) else module
-    # Adapters of sharded layers are not sharded themselves.
+    # An adapter around a sharded layer is not sharded itself, so that combination is not fused.
     if type(base) not in _KNOWN or (base is not module and type(base) in _SHARDED):
         raise NotFused(f"{name} is {type_name(module)}")
     layer = LinearOperands.of_base(base)
@@ -170,12 +170,12 @@ def _read(name: str, module: nn.Module | None) -> LinearOperands:
 
 
 def _dtype(layer: LinearOperands) -> mx.Dtype | None:
-    """Of all that is not quantized, if there is any."""
+    """The dtype of the layer's floating-point arrays; None if it has none."""
     if layer.scales is None:
         return layer.weight.dtype
     if layer.biases is not None:
         return layer.scales.dtype
-    # The scales of mxfp4 and its like are no numbers.
+    # The scales of the other modes (mxfp4, ...) are encoded in bytes and have no dtype to compare.
     return None if layer.bias is None else layer.bias.dtype
 
 

@@ -1,4 +1,4 @@
-"""What patching did to a model, and what it does as the model runs."""
+"""Reports which layers of a model are fused, and counts their calls as the model runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _OFF = dict.fromkeys(("0", "false", "off", "no"), True) | dict.fromkeys(("1", "t
 
 
 def switched_off() -> bool:
-    """Whether patched models run their own code."""
+    """Whether ``MLX_FUSED`` makes patched models run their own code."""
     value = os.environ.get("MLX_FUSED", "")
     try:
         return _OFF[value.lower()]
@@ -23,16 +23,16 @@ def switched_off() -> bool:
 
 @dataclass
 class Calls:
-    """How often a part of a layer ran, and how often as one operation.
+    """How often a part of a layer was called, and how often it ran as one operation.
 
-    A call under ``mx.compile`` counts when it is traced, not when the compiled function runs.
+    Under ``mx.compile`` a call counts when it is traced, not when the compiled function runs.
     """
 
     total: int = 0
     fused: int = 0
 
     def add(self, total: int = 0, fused: int = 0) -> None:
-        with _lock:  # all threads that call the model count here
+        with _lock:  # several threads may call the model
             self.total += total
             self.fused += fused
 
@@ -46,7 +46,7 @@ class Calls:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of an attention layer: why it is not fused, if so, and its calls, counted on and on."""
+    """One part of an attention layer: why it is not fused, or None, and the counter of its calls."""
 
     obstacle: str | None = None
     note: str | None = None
@@ -63,7 +63,7 @@ class Part:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One attention layer: its name in the model, its QKV projection, its output projection + residual."""
+    """One attention layer: its name in the model, QKV projection, and output projection with residual."""
 
     name: str
     qkv: Part
@@ -74,8 +74,8 @@ class LayerReport:
 class PatchReport:
     """What :func:`patch` did, layer by layer; prints as a table.
 
-    What is fused, and why the rest is not, is as things were when ``patch`` was called; the calls are
-    counted as they happen.
+    What is fused, and why the rest is not, was determined when ``patch`` was called; calls are counted as
+    they happen.
     """
 
     layers: tuple[LayerReport, ...]

@@ -1,10 +1,9 @@
-"""Adding the residual inside the output projection: where a model does it, and how to do it there.
+"""Adds the residual inside the output projection, without changing the layer's code.
 
-An output projection gives an array like any other, of a class of its own that overloads ``+``: adding it
-to the residual makes one operation of both, and doing anything else with it does what it always did. So
-the layer's code stays as it is, and what is not an addition cannot be mistaken for one. What the layer's
-class says in its source tells beforehand which models add it, and keeps the work from being done twice
-where it is used for more than that.
+A patched output projection returns a ``Projected``: a normal array whose class overloads ``+``. Adding the
+residual to it runs one operation that projects and adds; any other use works on the array as usual. If a
+layer used the array in other ways as well, the projection would be computed twice. So ``obstacle`` reads the
+source of the layer's class beforehand, and only layers that just add the array are patched.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from mlx_fused.patching.report import Calls
 
 
 class Projected(mx.array):
-    """The output of a projection, which ``+`` computes anew together with what is added."""
+    """The output of a projection. ``+`` computes the projection anew, together with the addition."""
 
     _add: Callable | None = None  # (residual, alpha) -> residual + alpha * self
     _alpha = 1.0
@@ -47,7 +46,7 @@ class Projected(mx.array):
         product = super().__mul__(other)
         if type(other) not in (int, float) or self._add is None or self._alpha != 1:
             return product
-        # As MLX does: a number takes the array's type.
+        # MLX rounds a Python number to the array's dtype.
         return Projected.of(product, self._add, self._calls, mx.array(other, self.dtype).item())
 
     __rmul__ = __mul__
@@ -55,7 +54,7 @@ class Projected(mx.array):
 
 def _changing(name: str) -> Callable:
     def change(self, *args):
-        self._add = None  # no longer the projection's output
+        self._add = None  # the array changes, so it is no longer the projection's output
         return getattr(mx.array, name)(self, *args)
 
     return change
@@ -68,7 +67,7 @@ for _name in dir(mx.array):
 
 @cache
 def obstacle(layer: type[nn.Module], name: str) -> str | None:
-    """Why a ``layer`` does not just add what its module ``name`` returns to an array, None if it does."""
+    """Why it is not certain that ``layer`` only adds the output of its module ``name``; None if it is."""
     owner, code = _find_call(layer)
     if code is None:
         return f"the code of {owner.__name__} cannot be read"
@@ -80,8 +79,9 @@ def obstacle(layer: type[nn.Module], name: str) -> str | None:
 
 
 def _find_call(layer: type[nn.Module]) -> tuple[type, ast.FunctionDef | None]:
-    """The ``__call__`` in the source of ``layer``, and whose it is; None if that cannot be read."""
-    # The class and not its function, which grad_checkpoint may have replaced, or put where there was none.
+    """The class that defines ``__call__`` for ``layer``, and its code; None if the source cannot be read."""
+    # Reads the source of the class rather than of the function: mlx-lm's grad_checkpoint replaces the
+    # function, or adds one to a class that inherited it.
     for owner in layer.__mro__:
         if "__call__" not in vars(owner):
             continue
@@ -114,7 +114,7 @@ class _Flow:
         self.names = [node for node in ast.walk(code) if isinstance(node, ast.Name)]
 
     def other_use(self, value: ast.expr) -> str | None:
-        """What is done with ``value`` but adding it, None if nothing."""
+        """What the function does with ``value`` other than adding it; None if nothing."""
         parent = self.parents[value]
         match parent:
             case ast.BinOp(op=ast.Add()):
@@ -134,7 +134,7 @@ class _Flow:
                 return "does not add its output"
 
     def _loads(self, name: str, assignment: ast.Assign) -> Iterator[ast.Name]:
-        """Where the value that ``assignment`` gives to ``name`` is read."""
+        """Where the function reads ``name`` while it holds the value from ``assignment``."""
         after = [
             n
             for n in self.names

@@ -1,4 +1,4 @@
-"""What stands in for a projection while its attention module runs."""
+"""The object that stands in for a projection while its attention module runs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import mlx.nn as nn
 
 
 class StandIn:
-    """A projection of a running attention module: the module itself in everything but its call.
+    """Replaces a projection of a running attention module: calls go to ``call``, all else to the module.
 
-    ``type`` alone can tell them apart. Whatever else is asked of it goes on to the module.
+    Only ``type`` can tell the two apart; even ``isinstance`` sees the module's class.
     """
 
     __slots__ = ("__weakref__", "_call", "_module")
@@ -23,7 +23,7 @@ class StandIn:
     def __call__(self, x: mx.array) -> mx.array:
         return _call_of(self)(x)
 
-    def __getattribute__(self, name: str):  # __class__ too, by which isinstance goes
+    def __getattribute__(self, name: str):  # also __class__, which isinstance reads
         return getattr(module_of(self), name)
 
 
@@ -38,7 +38,7 @@ def _itself(value):
     return module_of(value) if type(value) is StandIn else value
 
 
-# Those that Python looks up in the type.
+# Special methods that Python looks up in the type, not through __getattribute__.
 for _name in (
     *("__contains__", "__delattr__", "__delitem__", "__dir__", "__eq__", "__format__", "__getitem__"),
     *("__ior__", "__iter__", "__len__", "__ne__", "__or__", "__repr__", "__reversed__", "__ror__"),
@@ -49,7 +49,7 @@ StandIn.__hash__ = lambda self: hash(module_of(self))
 
 
 def unwrapped(value, seen: tuple = ()):
-    """``value`` with modules in the place of their stand-ins, inside of it too."""
+    """``value`` with stand-ins replaced by their modules, also inside containers."""
     if type(value) is StandIn:
         return module_of(value)
     if isinstance(value, tuple):

@@ -1,8 +1,8 @@
-"""Holds a patched model against float64, operation by operation, and against the stock model, end to end.
+"""Compares a patched model with float64, operation by operation, and with the stock model, end to end.
 
-Each fused operation is checked where it runs, with its gradients (``operations``): no later layer dilutes or
-amplifies its errors. What the operations cannot show, whether they are put in the right places, the whole
-model does: logits, gradients of adapters, greedy tokens (``end_to_end``).
+``operations`` checks each fused operation and its gradients right where it runs, so that no later layer
+dilutes or amplifies its errors. ``end_to_end`` checks that the operations are used in the right places, by
+the whole model's logits, gradients of adapters and greedy tokens.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ def validate(
     num_tokens: int,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict:
-    """Check ``model`` patched, and compare it with ``model`` as it is.
+    """Check ``model`` patched, and compare it with the unpatched model.
 
     Args:
-        model (mlx.nn.Module): What :func:`load` gives. It is given adapters if it has none.
+        model (mlx.nn.Module): A model from :func:`load`. If it has no adapters, it gets some.
         prompt (list): The tokens to compute logits and gradients for, and to continue, at least 2.
         num_tokens (int): How many tokens to generate, at least 2.
-        on_progress (callable): Called with how many steps are done, and of how many.
+        on_progress (callable): Called with the number of steps that are done, and the number of all steps.
 
     Returns:
-        dict: What was measured; ``passed`` is the verdict.
+        dict: The measurements; ``passed`` is the verdict.
 
     Raises:
-        CannotValidate: If the model fails unpatched, nothing of it runs fused, or it does not compute in
-            float32 when its embeddings are float32.
+        CannotValidate: If the unpatched model fails, if nothing runs fused, or if the model does not compute
+            in float32 when its embeddings are float32.
     """
     tokens = mx.array(prompt)
     with mlx_fused.patched(model) as report:
@@ -75,7 +75,7 @@ def validate(
     total = runs.count + 4 * sum(part.fused for part in parts)  # prompt and token, with and without adapters
     logits = runs.compare(lambda: {"logits": end_to_end.logits(model, tokens)}, sum_error(terms))
     operations = {"as loaded": check_operations(model, tokens, on_step)}
-    logits = {dtype: of["logits"] for dtype, of in logits.items()}
+    logits = {dtype: lines["logits"] for dtype, lines in logits.items()}
     runs.memory.clear()
     greedy, speed = end_to_end.generate(runs, tokens, num_tokens, logits)
     memory = {"generation": dict(runs.memory)}
@@ -84,9 +84,9 @@ def validate(
         attach_adapters(model, tokens, report.layers)
     operations["LoRA step"] = check_operations(model, tokens, on_step)
     runs.memory.clear()
-    # Each product of the forward has two in the backward.
+    # The backward has two products for each product of the forward.
     gradients = runs.compare(lambda: end_to_end.training_step(model, tokens), sum_error(3 * terms))
-    after_a_step = {dtype: of.pop(end_to_end.AFTER_A_STEP) for dtype, of in gradients.items()}
+    after_a_step = {dtype: lines.pop(end_to_end.AFTER_A_STEP) for dtype, lines in gradients.items()}
     memory["LoRA step"] = runs.memory
     if not any(checks.count for checks in operations.values()):
         raise CannotValidate(f"Nothing of it ran fused, so there is nothing to compare.\n{report}")
@@ -114,10 +114,10 @@ def validate(
 
 
 def sum_terms(model: nn.Module, report: PatchReport) -> int:
-    """The terms of one number of each product in the fused layers: the additions patching reorders."""
+    """The number of additions that patching reorders: the lengths of all dot products in the fused layers."""
     fused = [layer for layer in report.layers if layer.qkv.fused or layer.residual.fused]
-    of = linears(model, fused)
-    return sum(m["weight"].shape[-1] * (32 // m.bits if "scales" in m else 1) for m in of)
+    layers = linears(model, fused)
+    return sum(m["weight"].shape[-1] * (32 // m.bits if "scales" in m else 1) for m in layers)
 
 
 def _described(checks: OperationChecks) -> dict:
@@ -139,7 +139,7 @@ def _described(checks: OperationChecks) -> dict:
 
 
 def _verdicts(results: dict) -> Iterator[str]:
-    """Every verdict somewhere in ``results``."""
+    """All verdicts in ``results``, at any depth."""
     for key, value in results.items():
         if key == "verdict":
             yield value

@@ -1,4 +1,4 @@
-"""How far a result may be from float64, number by number and in the direction of each of its components."""
+"""Bounds on how far a result may be from float64, for each number and in the direction of each component."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 
 from mlx_fused.validate.formulas import Arithmetic, Expected
 
-NOTICEABLE = 0.01  # the relative error that a check must notice, or else it says nothing
-_CERTAIN = 8  # spreads, which errors pass with a chance below 3e-14
-_FLOOR = 2.0**-126  # hardware may take smaller numbers for zero
+NOTICEABLE = 0.01  # a check that would not notice a relative error of this size is inconclusive
+_CERTAIN = 8  # an error exceeds this many spreads with a probability below 3e-14
+_FLOOR = 2.0**-126  # hardware may treat smaller numbers as zero
 
 
 class _DType(NamedTuple):
-    """What rounding to a dtype does."""
+    """How a dtype rounds."""
 
-    unit: float  # roundoff
+    unit: float  # the unit roundoff
     smallest_exponent: int
     largest: float
 
     def step(self, values: np.ndarray) -> np.ndarray:
-        """The distance between neighbours."""
+        """The distance between neighbouring numbers at ``values``."""
         exponents = np.where(values == 0, self.smallest_exponent, np.frexp(values)[1] - 1)
         return np.ldexp(2 * self.unit, np.maximum(exponents, self.smallest_exponent))
 
@@ -32,8 +32,8 @@ class _DType(NamedTuple):
         return np.rint(values / step) * step
 
     def beyond_rounding(self, actual: np.ndarray, exact: np.ndarray) -> np.ndarray:
-        """How far at least the number was off that was rounded to ``actual``."""
-        # A power of two has a nearer neighbour below; the mean is on the side that counts.
+        """A lower bound of the error that the number had before it was rounded to ``actual``."""
+        # The neighbour below a power of two is nearer; the mean of both values lies on the relevant side.
         return np.maximum(np.abs(actual - exact) - self.step((actual + exact) / 2) / 2, 0)
 
 
@@ -52,8 +52,8 @@ class Component(NamedTuple):
     """The error of a result in the direction of one of its components.
 
     Attributes:
-        share: Of what rounding may come to; above 1 it is no rounding error.
-        noticeable: Whether this component 1 % off would surely be found.
+        share: The error, as a share of what rounding explains; above 1 it is not a rounding error.
+        noticeable: Whether the check would surely find this component to be off by 1 %.
     """
 
     share: float
@@ -61,7 +61,7 @@ class Component(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The largest error of a number as a share of its bound, beyond rounding it; and each component's."""
+    """The largest error of a number before rounding, as a share of its bound; and the components' errors."""
 
     share: float
     components: dict[str, Component]
@@ -74,11 +74,11 @@ def compare(
     arithmetic: Arithmetic,
     rows: np.ndarray | slice = slice(None),
 ) -> Comparison:
-    """Hold ``actual`` against what it must be.
+    """Compare ``actual`` with what it must be.
 
     Args:
-        actual (numpy.ndarray): The result, in float64.
-        dtype (mlx.core.Dtype): What it was rounded to.
+        actual (numpy.ndarray): The result, converted to float64.
+        dtype (mlx.core.Dtype): The dtype it was rounded to.
         expected (Expected): What it must be.
         arithmetic (Arithmetic): How it was computed.
         rows (numpy.ndarray, optional): The rows whose errors are independent. Default: all.
@@ -99,15 +99,15 @@ def compare(
     finite = np.isfinite(actual) & np.isfinite(value)
     overflown = np.isinf(actual) & (actual * value > 0)
     overflown &= largest_part + bound + kind.step(largest_part) / 2 >= kind.largest
-    # A NaN or an infinity among the operands may become either in the result.
+    # Where the exact value is NaN or infinite, the result may be either.
     explained = finite | overflown | ~(np.isfinite(actual) | np.isfinite(value))
     if not explained.all():
         return Comparison(inf, {})
     actual, value, spread, bound = (np.where(finite, a, 0.0) for a in (actual, value, spread, bound))
     share = np.max(kind.beyond_rounding(actual, value) / np.maximum(bound, _FLOOR), initial=0.0)
 
-    # How the exact value is rounded is no chance. A number rounded otherwise lies within its bound of where
-    # that changes, and few do in 16 bits.
+    # The rounding of the exact value is deterministic. Only a number within its bound of a rounding boundary
+    # can be rounded differently, and in 16 bits few are.
     rounded = kind.round(value)
     reach = kind.round(value + bound) - kind.round(value - bound)
     noise = np.hypot(spread, 2 * sqrt(roundings) * kind.unit * np.where(finite, largest_part, 0.0))
@@ -117,16 +117,17 @@ def compare(
         kept = np.zeros_like(component)
         kept[rows] = np.where(finite, component, 0.0)[rows]
         if not kept.any():
-            continue  # an adapter whose B is zero
-        # A component that sums swallow decides how exact ties of the others are rounded: no chance either.
+            continue  # for example an adapter whose B is zero
+        # A component too small to survive the sum decides how exact ties of the others are rounded, so there
+        # rounding is not random either.
         tied = np.abs(kept) <= swallowed
         variance = np.sum((kept * noise) ** 2, where=~tied)
-        # Rows with a NaN or an infinity among their operands do not count.
+        # nansum skips rows that have a NaN or an infinity among their operands.
         variance += sum(np.nansum((s.adjoint(kept) * s.spread) ** 2) for s in expected.shared)
         limit = _CERTAIN * sqrt(variance) + np.sum(np.abs(kept) * (np.where(tied, reach, 0) + _FLOOR))
 
         error = NOTICEABLE * kept
-        # Even if rounding errors work against it
+        # The error that remains even if rounding works against it.
         surely = value + np.sign(error) * np.maximum(np.abs(error) - bound, 0)
         noticeable = np.any(kind.beyond_rounding(kind.round(surely), value) > bound)
         noticeable |= np.sum((kind.round(value + error) - rounded) * kept) > 2 * limit

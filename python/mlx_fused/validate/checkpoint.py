@@ -1,4 +1,4 @@
-"""The model to validate: loading it, computing in float32 with it, giving it adapters."""
+"""Loads the model to validate, makes it compute in float32, and gives it adapters."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, remove_lora_layers
 
 from mlx_fused.patching import LayerReport
 
-# mlx-lm starts B at zero, where A has no gradient; this makes an adapter add about as much as its layer has.
+# The standard deviation of a new B. mlx-lm starts B at zero, where A has no gradient; with this value an
+# adapter's output is about as large as its layer's.
 _LORA_B_SPREAD = 1e-2
 
 
 class CannotValidate(Exception):
-    """The model cannot be had, fails unpatched, is not fused, or never in float32; the message says which."""
+    """The model cannot be loaded or compared; the message says why."""
 
 
 def load(model: str, adapter_path: Path | None) -> tuple[nn.Module, TokenizerWrapper]:
-    """``mlx_lm.load`` of a directory, or of a name on the hub.
+    """Load a directory, or a name on the hub, by ``mlx_lm.load``.
 
     Raises:
-        CannotValidate: If there is none, or it cannot be had.
+        CannotValidate: If it does not exist or cannot be loaded.
     """
     try:
         return mlx_lm.load(model, adapter_path=str(adapter_path) if adapter_path else None)
@@ -42,14 +43,14 @@ def load(model: str, adapter_path: Path | None) -> tuple[nn.Module, TokenizerWra
             f"There is no directory {model} here, and the hub cannot be asked for a model of this name. "
             f"Where it can be, run: hf download {model} --local-dir DIR. Then give the path of DIR."
         ) from error
-    except Exception as error:  # whatever mlx-lm and a model's code say to a checkpoint that is not theirs
+    except Exception as error:  # mlx-lm and the models' code raise all kinds of errors for an unsuitable one
         adapters = f" with the adapters of {adapter_path}" if adapter_path else ""
         raise CannotValidate(f"{model}{adapters} cannot be loaded: {_one_line(error)}") from error
 
 
 @contextmanager
 def unpatched() -> Iterator[None]:
-    """What fails here says nothing of patching."""
+    """Turns errors of the unpatched model, which are not patching's, into ``CannotValidate``."""
     try:
         yield
     except Exception as error:
@@ -58,7 +59,7 @@ def unpatched() -> Iterator[None]:
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Let the embeddings be float32: by promotion all that follows is, and no weight is copied."""
+    """Make the embeddings return float32. By promotion all later results are float32; no weight is copied."""
     embeddings = [(module, type(module)) for module in _embeddings(model)]
     for module, cls in embeddings:
         module.__class__ = _float32_class(cls)
@@ -70,7 +71,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 
 def dtype_of(model: nn.Module) -> mx.Dtype:
-    """What ``model`` computes in: by promotion, what its embeddings give."""
+    """The dtype that ``model`` computes in, which by promotion is that of its embeddings' output."""
     dtypes = {module(mx.array([0])).dtype for module in _embeddings(model)}
     return next((dtype for dtype in dtypes if dtype != mx.float32), mx.float32)
 
@@ -86,22 +87,22 @@ def _float32_class(cls: type) -> type:
 
 
 def linears(model: nn.Module, layers: Iterable[LayerReport]) -> list[nn.Module]:
-    """The linear layers of these attention layers."""
+    """The linear layers inside the given attention layers."""
     modules = dict(model.named_modules())
     inside = (module for layer in layers for module in modules[layer.name].modules())
     return [module for module in inside if isinstance(module, nn.Linear | nn.QuantizedLinear)]
 
 
 def two_rows(tokens: mx.array) -> mx.array:
-    """A batch of ``tokens`` and of the same, shifted by one."""
+    """A batch of two rows: ``tokens``, and the same shifted by one."""
     return mx.stack([tokens, mx.roll(tokens, 1)])
 
 
 def attach_adapters(model: nn.Module, tokens: mx.array, layers: Iterable[LayerReport]) -> None:
     """Make the adapters trainable; a model without any gets those that mlx-lm makes by default.
 
-    A B that is zero, which hides its A, is drawn at random. What is dense in the last fused layer becomes
-    trainable too.
+    An adapter whose B is zero, where A has no gradient, gets a random B. The dense parameters of the last
+    fused layer become trainable too.
     """
     model.freeze()
     mx.random.seed(0)
@@ -112,7 +113,7 @@ def attach_adapters(model: nn.Module, tokens: mx.array, layers: Iterable[LayerRe
         linear_to_lora_layers(model, num_layers, config)
         try:
             model(tokens[None])
-        except AttributeError:  # of code that reads a layer's weight, which an adapter hides
+        except AttributeError:  # some code reads a layer's weight, which an adapter around it hides
             remove_lora_layers(model)
             named = (pair for layer in model.layers for pair in layer.named_modules())
             keys = {name for name, module in named if id(module) in of_attention}
@@ -123,7 +124,7 @@ def attach_adapters(model: nn.Module, tokens: mx.array, layers: Iterable[LayerRe
     model.unfreeze(keys=["lora_a", "lora_b"])
     last = [[x for x in layers if getattr(x, part).fused][-1:] for part in ("qkv", "residual")]
     for module in linears(model, chain(*last)):
-        # Quantized layers would freeze themselves again.
+        # Not module.unfreeze: quantized layers override it and freeze themselves again.
         keys = ["bias"] if "scales" in module else ["weight", "bias"]
         nn.Module.unfreeze(module, recurse=False, keys=keys)
     mx.eval(model.parameters())

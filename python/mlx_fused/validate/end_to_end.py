@@ -1,7 +1,7 @@
-"""A model's numbers, tokens, speed and memory: stock and patched, in float32 and in its own type.
+"""Compares a model's numbers, tokens, speed and memory, stock and patched, in float32 and in its own dtype.
 
-The error of an array is its distance to what the stock model computes in float32, as a share of the norm of
-that. See docs/cli.md for the bounds.
+The error of an array is its distance from the stock model's float32 result, divided by the norm of that
+result. docs/cli.md explains the bounds.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from mlx_fused.validate.checkpoint import (
 from mlx_fused.validate.operations import exact
 
 AFTER_A_STEP = "logits after a step"
-_ROUNDS = 3  # of timing
-_STEP = 0.1  # as a share of the parameters' size, which moves logits by far more than rounding
+_ROUNDS = 3  # how often generation is timed
+_STEP = 0.1  # the change of parameters relative to their size; moves logits by far more than rounding
 _LEAST_SIZE = 0.01
 
 
 class Runs:
-    """Runs functions of the model: stock or patched, in float32 or in the type it has.
+    """Runs functions of the model: stock or patched, in float32 or in its own dtype.
 
-    Keeps the peak memory in its own type, and how many calls of patched layers were fused.
+    Records the peak memory of runs in its own dtype, and how many calls of patched layers were fused.
     """
 
     def __init__(self, model: nn.Module, on_step: Callable[[], None]):
@@ -53,7 +53,7 @@ class Runs:
 
     @property
     def count(self) -> int:
-        """How many runs a validation has."""
+        """The number of runs in a validation."""
         return 2 * len(self.dtypes) * 2 + 2 * (_ROUNDS + len(self.dtypes) - 1)
 
     @contextmanager
@@ -81,8 +81,8 @@ class Runs:
     def compare(
         self, function: Callable[[], dict[str, mx.array]], bound: float
     ) -> dict[str, dict[str, dict]]:
-        """What is to be said of each array that ``function`` gives, by type and name."""
-        # In its own type first: what fails there is not to be validated.
+        """The comparison of each array that ``function`` returns, by dtype and name."""
+        # Its own dtype comes first: a model that fails in it cannot be validated.
         stock = {dtype: self.run("stock", dtype, function) for dtype in reversed(self.dtypes)}
         if not all(mx.isfinite(result).all() for result in stock[mx.float32].values()):
             raise CannotValidate("The model's own results are not finite.")
@@ -104,14 +104,14 @@ def error(actual: mx.array, reference: mx.array) -> float:
     right = exact(reference)
     with np.errstate(invalid="ignore"):
         off = exact(actual) - right
-    # Hardware may take smaller numbers for zero.
+    # Hardware may treat smaller numbers as zero.
     distance = float(np.linalg.norm(np.where(np.abs(off) < 2.0**-126, 0.0, off)))
     norm = float(np.linalg.norm(right))
     return distance / norm if norm else inf if distance else 0.0
 
 
 def line(stock: mx.array, patched: mx.array, reference: mx.array, bound: float) -> dict:
-    """What is to be said of two results, where sums in another order explain an error of ``bound``."""
+    """The comparison of two results, whose errors may be ``bound`` because sums are reordered."""
     stock_error, patched_error = error(stock, reference), error(patched, reference)
     if reference.dtype != mx.float32:  # a gradient of 16-bit adapters: both round it
         bound += 2 * unit_roundoff(reference.dtype)
@@ -136,9 +136,9 @@ def logits(model: nn.Module, tokens: mx.array) -> mx.array:
 
 
 def training_step(model: nn.Module, tokens: mx.array) -> dict[str, mx.array]:
-    """The gradients on ``tokens``, and the logits when what is trained has changed.
+    """The gradients on ``tokens``, and the logits after a change of the trainable parameters.
 
-    Those of one kind of parameter in all layers are one array.
+    The gradients of one kind of parameter are concatenated over all layers.
     """
     batch = two_rows(tokens)
 
@@ -148,12 +148,12 @@ def training_step(model: nn.Module, tokens: mx.array) -> dict[str, mx.array]:
 
     model.train()
     mx.random.seed(0)  # the same dropout in every run
-    _, of_parameters = nn.value_and_grad(model, loss)(model)
+    _, gradients = nn.value_and_grad(model, loss)(model)
     model.eval()
     kinds = defaultdict(list)
-    for name, gradient in tree_flatten(of_parameters):
+    for name, gradient in tree_flatten(gradients):
         kind = re.sub(r"\.\d+\.", ".*.", name)
-        # Next to nothing is left of that of k's bias, so it is no kind of its own.
+        # The gradient of k's bias almost cancels, so it is grouped with the other biases.
         kinds[re.sub(r"\w+(\.linear)?\.bias$", "*.bias", kind)].append(gradient.flatten())
     found = {kind: mx.concatenate(arrays) for kind, arrays in kinds.items()}
     with _changed(model):
@@ -162,10 +162,10 @@ def training_step(model: nn.Module, tokens: mx.array) -> dict[str, mx.array]:
 
 @contextmanager
 def _changed(model: nn.Module) -> Iterator[None]:
-    """Change what is trained, by the same in every run, and in the end back."""
+    """Change the trainable parameters, equally in every run, and restore them at the end."""
 
     def step(parameter: mx.array) -> mx.array:
-        # Zeros change too.
+        # At least _LEAST_SIZE, so that parameters that are zero change too.
         size = mx.maximum(mx.abs(parameter.astype(mx.float32)).mean(), _LEAST_SIZE)
         return parameter + (_STEP * size * mx.random.normal(parameter.shape)).astype(parameter.dtype)
 
@@ -181,13 +181,13 @@ def _changed(model: nn.Module) -> Iterator[None]:
 def generate(
     runs: Runs, tokens: mx.array, num_tokens: int, logits_lines: dict[str, dict]
 ) -> tuple[dict[str, dict], dict]:
-    """Continue ``tokens`` greedily, stock and patched in turns: what comes out, and how fast.
+    """Continue ``tokens`` greedily, stock and patched in turns; returns comparisons by dtype, and speeds.
 
     Args:
-        runs (Runs): Of the model.
+        runs (Runs): The model's runs.
         tokens (mlx.core.array): The prompt.
         num_tokens (int): How many tokens to generate.
-        logits_lines (dict): What was said of the logits, by type.
+        logits_lines (dict): The comparisons of the logits, by dtype.
     """
     lines, speed = {}, {}
     for dtype in runs.dtypes:
@@ -200,9 +200,9 @@ def generate(
         if dtype == runs.dtype:
             speed = _speed(made, len(tokens), num_tokens)
         stock, patched = (made[name][0]["tokens"] for name in ("stock", "patched"))
-        of_logits = logits_lines[name_of(dtype)]
-        # Two logits of two models each have an error of this spread: 8 times that is out of reach.
-        largest_gap = 8 * of_logits["tolerance"] * of_logits["rms"]
+        logits_line = logits_lines[name_of(dtype)]
+        # The gap is between two logits, each with an error of this spread; 8 spreads are never reached.
+        largest_gap = 8 * logits_line["tolerance"] * logits_line["rms"]
         at, gap = next((i for i in range(num_tokens) if stock[i] != patched[i]), None), 0.0
         if at is not None:
             with runs.variant("stock", dtype):
@@ -212,8 +212,8 @@ def generate(
         elif not gap <= largest_gap:
             verdict = "failed"
         else:
-            told = at is None or of_logits["verdict"] == "passed"
-            verdict = "passed" if told else "inconclusive"
+            conclusive = at is None or logits_line["verdict"] == "passed"
+            verdict = "passed" if conclusive else "inconclusive"
         lines[name_of(dtype)] = {
             "tokens": num_tokens,
             "diverges_at": at,
@@ -226,15 +226,15 @@ def generate(
 
 def _speed(made: dict[str, list[dict]], num_prompt: int, num_tokens: int) -> dict:
     return {
-        "prefill": {name: num_prompt / median(run["prefill_s"] for run in of) for name, of in made.items()},
+        "prefill": {name: num_prompt / median(r["prefill_s"] for r in runs) for name, runs in made.items()},
         "decode": {
-            name: (num_tokens - 1) / median(run["decode_s"] for run in of) for name, of in made.items()
+            name: (num_tokens - 1) / median(r["decode_s"] for r in runs) for name, runs in made.items()
         },
     }
 
 
 def _gap(model: nn.Module, tokens: mx.array, first: int, second: int) -> float:
-    """How much likelier, in logits, one token is than another after ``tokens``."""
+    """The difference between the logits of tokens ``first`` and ``second`` after ``tokens``."""
     last = logits(model, tokens)[-1].astype(mx.float32)
     return (last[first] - last[second]).item()
 
@@ -249,9 +249,9 @@ def continue_greedily(model: nn.Module, tokens: mx.array, num_tokens: int) -> di
 
 
 def sum_error(terms: int) -> float:
-    """How far two orders of float32 sums with so many terms in all may drive a result apart.
+    """How far a result may move if float32 sums with this many terms in all are reordered.
 
-    The rounding errors of n additions being as good as independent, together they pass 8 sqrt(n)
-    roundoffs with a probability below 3e-14 (Higham and Mary, 2019).
+    The rounding errors of n additions are practically independent, so their sum exceeds 8 sqrt(n) roundoffs
+    with a probability below 3e-14 (Higham and Mary, 2019).
     """
     return 8 * sqrt(terms) * 2.0**-24

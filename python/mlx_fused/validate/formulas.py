@@ -1,9 +1,9 @@
-"""The fused operations and their gradients in NumPy float64, and what rounding may do to the numbers.
+"""The fused operations and their gradients in NumPy float64, with the rounding errors to expect.
 
 A result is a sum of components (the projection, a bias, an adapter's product, the residual), each of them a
-product of the operands. Rounding errors are taken as independent with mean zero. Then what bounds a sum of
-them is the root of the sum of the squares of their sizes, here its spread: a chance below 3e-14 that it is
-passed eightfold (Hoeffding; Higham and Mary, 2019, for sums of products).
+product of operands. Rounding errors are assumed to be independent with mean zero. The root of the sum of
+their squared sizes, called spread here, then bounds their sum: it exceeds 8 spreads with a probability below
+3e-14 (Hoeffding; Higham and Mary, 2019, for sums of products).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-WHOLE = ""  # the component of a result that has no others
+WHOLE = ""  # the name of the only component of a result
 
 
 class Arithmetic(NamedTuple):
-    """How a call was computed."""
+    """How a call was computed. Units are unit roundoffs; 0 means not rounded."""
 
-    sum_unit: float = 2.0**-24  # unit roundoff of what sums are kept in
-    weight_unit: float = 0.0  # that weights are rounded with before they are multiplied
-    low_rank_unit: float = 0.0  # that x A and dy B^T are rounded with
-    composed: bool = False  # of several operations, which round each
+    sum_unit: float = 2.0**-24  # of the dtype that sums are accumulated in
+    weight_unit: float = 0.0  # of the dtype that weights are rounded to before they are multiplied
+    low_rank_unit: float = 0.0  # of the dtype that x A and dy B^T are rounded to
+    composed: bool = False  # whether several operations computed it, each of which rounds
 
 
 class Segment(NamedTuple):
@@ -32,7 +32,7 @@ class Segment(NamedTuple):
 
     name: str
     weight: np.ndarray
-    magnitude: np.ndarray  # of the weight, or of the two terms that a quantized one may be summed as
+    magnitude: np.ndarray  # |weight|, or |scale * code| + |bias| if that is how a quantized one is summed
     bias: np.ndarray | None
     a: np.ndarray | None
     b: np.ndarray | None
@@ -41,7 +41,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """The operands of a call, ``x`` as rows."""
+    """The operands of a call; ``x`` is a matrix of rows."""
 
     x: np.ndarray
     segments: tuple[Segment, ...]
@@ -50,18 +50,18 @@ class Call:
 
 
 class Shared(NamedTuple):
-    """Rounding errors of an intermediate result, which many numbers of a result share."""
+    """Rounding errors of an intermediate result, each of which affects many numbers of the result."""
 
     spread: np.ndarray
-    adjoint: Callable[[np.ndarray], np.ndarray]  # of the linear map from them to the result
-    effect: np.ndarray  # their spread in each number of the result
+    adjoint: Callable[[np.ndarray], np.ndarray]  # of the linear map from these errors to the result
+    effect: np.ndarray  # the spread that they cause in each number of the result
 
 
 @dataclass
 class Expected:
-    """A result, and what its errors are made of."""
+    """An exact result, and the sources of its rounding errors."""
 
-    terms: int  # the most roundings of sums between an operand and the result
+    terms: int  # how many additions round a number on its way from an operand to the result, at most
     components: dict[str, np.ndarray] = field(default_factory=dict)
     magnitude: np.ndarray | float = 0.0  # the sum of |products| behind each number
     shared: list[Shared] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Expected:
 
 
 def outputs(call: Call, arithmetic: Arithmetic) -> dict[str, Expected]:
-    """What each segment gives."""
+    """The output of each segment, by name."""
     x, x_size, alpha = call.x, np.abs(call.x), call.alpha
     found = {}
     for s in call.segments:
@@ -97,11 +97,11 @@ def outputs(call: Call, arithmetic: Arithmetic) -> dict[str, Expected]:
 def gradients(
     call: Call, grads: list[np.ndarray], arithmetic: Arithmetic
 ) -> Iterator[tuple[tuple[str, str], Expected]]:
-    """The gradients of all that the segments are made of, by the names of the operand and of the segment.
+    """The gradients of all operands except the residual, each with the names of the operand and the segment.
 
     Args:
         call (Call): The operands.
-        grads (list): The gradient of each segment, which is ``alpha`` times that of its output.
+        grads (list): For each segment, ``alpha`` times the gradient of its output.
         arithmetic (Arithmetic): How they were computed.
     """
     x, x_size, rows = call.x, np.abs(call.x), len(call.x)
@@ -131,7 +131,7 @@ def gradients(
 
 
 def copied(values: np.ndarray) -> Expected:
-    """The gradient of what is only added: that of the sum."""
+    """The gradient of an operand that is only added, which is the gradient of the sum."""
     return _single(1, values, np.abs(values))
 
 
@@ -148,12 +148,13 @@ class _LowRank(NamedTuple):
 
 
 def _low_rank(x: np.ndarray, a: np.ndarray, arithmetic: Arithmetic) -> _LowRank:
-    """``x A``, or ``dy B^T``, which all numbers of a row are made of."""
+    """``x A`` or ``dy B^T``, whose errors all numbers of a row share."""
     value, magnitude = x @ a, np.abs(x) @ np.abs(a)
     of_sums = sqrt(len(a) + 1) * arithmetic.sum_unit * magnitude
     return _LowRank(value, magnitude, np.hypot(of_sums, sqrt(2) * arithmetic.low_rank_unit * np.abs(value)))
 
 
 def _terms(segment: Segment, length: int) -> int:
-    # A quantized weight is decoded, and may be summed as two terms; then bias, scale, alpha, residual.
+    # Decoding a quantized weight rounds, and it may be summed as two terms. The last 5 are for bias, scale,
+    # alpha and residual.
     return 4 * length + (0 if segment.a is None else segment.a.shape[1]) + 5

@@ -1,8 +1,9 @@
-"""Every fused operation of a patched model, and its gradients, against float64 where it runs.
+"""Compares every fused operation of a patched model, and its gradients, with float64 where it runs.
 
-Two things are held to bounds. Each number, to what its sums and roundings explain; and the error as a whole,
-in the direction of each component of the result, where rounding errors cancel out. The second finds what the
-first cannot: in 16 bits each number is off by up to 0.4 %, which hides that a small bias is off by 1 %.
+Two things must stay within bounds: the error of each number, and the error of the whole result in the
+direction of each of its components (projection, bias, ...), where rounding errors cancel out. The second
+finds what the first cannot: in 16 bits each number is off by up to 0.4 %, which hides a small bias that is
+off by 1 %.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from mlx_fused.validate.bounds import Comparison, compare, unit_roundoff
 from mlx_fused.validate.checkpoint import two_rows
 from mlx_fused.validate.formulas import Arithmetic, Call, Expected, Segment
 
-_TF32_UNIT = 2.0**-11  # matrix units of GPUs may round float32 so
+_TF32_UNIT = 2.0**-11  # the matrix units of GPUs may round float32 operands to TF32
 _LABELS = {"weight": "weight", "bias": "bias", "lora_a": "A", "lora_b": "B"}
 
 
 @dataclass
 class Finding:
-    """The checks of one kind in all calls.
+    """The result of all checks of one kind.
 
     Attributes:
-        share: The largest error, as a share of its bound; what is above 1 is no rounding error.
-        layer: Whose error that is.
-        noticeable: Whether an error of 1 % would surely be found, layer by layer.
+        share: The largest error, as a share of its bound; above 1 it is not a rounding error.
+        layer: The layer with that error.
+        noticeable: By layer, whether the check would surely find an error of 1 %.
     """
 
     share: float = 0.0
@@ -64,8 +65,8 @@ class OperationChecks:
     Attributes:
         layers: The name of each attention module, by its ``id``.
         on_call: Called after each operation.
-        count: How many were checked.
-        findings: What was found: for results and gradients, and for their components, kind by kind.
+        count: How many operations were checked.
+        findings: The findings by kind, for results, for gradients, and for the components of both.
     """
 
     layers: dict[int, str]
@@ -78,19 +79,19 @@ class OperationChecks:
     )
 
     def __call__(self, attention: nn.Module, operation: Callable, arguments: dict, outputs) -> None:
-        with np.errstate(invalid="ignore"):  # a NaN or an infinity among the operands is no error of ours
+        with np.errstate(invalid="ignore"):  # operands may hold NaN or infinities
             self._check(self.layers[id(attention)], operation, arguments, outputs)
         self.count += 1
         self.on_call()
 
     def _check(self, layer: str, operation: Callable, arguments: dict, outputs) -> None:
-        # A graph ends at arrays that have their values, so what is left of it is this operation.
+        # Evaluated arrays end a graph, so the graph of the outputs then holds this operation alone.
         mx.eval([a for _, a in tree_flatten(arguments) if isinstance(a, mx.array)])
         outputs = _listed(outputs)
         arithmetic = _arithmetic(outputs, arguments, "")
         call = read(arguments, arithmetic.composed)
         given = call.x if call.residual is None else np.hstack([call.x, call.residual])
-        # Equal rows have equal errors, which do not cancel out.
+        # Equal rows have equal errors, which do not cancel out, so each row counts once.
         distinct = np.unique(given, axis=0, return_index=True)[1]
         for y, (name, expected) in zip(outputs, formulas.outputs(call, arithmetic).items(), strict=True):
             compared = compare(_rows(y), y.dtype, expected, arithmetic, distinct)
@@ -101,22 +102,22 @@ class OperationChecks:
         function = function_of(operation, arguments, list(operands))
         _, grads = mx.vjp(function, list(operands.values()), cotangents)
         arithmetic = _arithmetic(grads, arguments, "Grad")
-        of = {}
+        named_grads = {}
         for (argument, place), grad in zip(operands, grads, strict=True):
             if argument in _LABELS:
                 segment = call.segments[place].name
-                of[argument, segment] = f"{_LABELS[argument]} of {segment}", grad
+                named_grads[argument, segment] = f"{_LABELS[argument]} of {segment}", grad
             else:
-                of["residual" if argument == "residual" else "input", ""] = argument, grad
+                named_grads["residual" if argument == "residual" else "input", ""] = argument, grad
         segment_grads = _scaled(cotangents, call.alpha, arithmetic)
         for key, expected in formulas.gradients(call, segment_grads, arithmetic):
-            if key in of:  # a quantized weight has none
-                self._hold_gradient(layer, *of[key], expected, arithmetic)
+            if key in named_grads:  # a quantized weight has none
+                self._check_gradient(layer, *named_grads[key], expected, arithmetic)
         if call.residual is not None:
             copied = formulas.copied(_rows(cotangents[0]))
-            self._hold_gradient(layer, *of["residual", ""], copied, arithmetic)
+            self._check_gradient(layer, *named_grads["residual", ""], copied, arithmetic)
 
-    def _hold_gradient(
+    def _check_gradient(
         self, layer: str, name: str, grad: mx.array, expected: Expected, arithmetic: Arithmetic
     ) -> None:
         compared = compare(_rows(grad), grad.dtype, expected, arithmetic)
@@ -132,7 +133,7 @@ class OperationChecks:
 def check_operations(
     model: nn.Module, tokens: mx.array, on_call: Callable[[], None] = lambda: None
 ) -> OperationChecks:
-    """Check all operations of ``model``, patched, as it reads two prompts and continues one by a token."""
+    """Patch ``model`` and check its operations while it reads two prompts and continues one by one token."""
     with mlx_fused.patched(model) as report:
         modules = dict(model.named_modules())
         checks = OperationChecks({id(modules[layer.name]): layer.name for layer in report.layers}, on_call)
@@ -146,7 +147,7 @@ def check_operations(
 
 
 def read(arguments: dict, composed: bool) -> Call:
-    """The operands of a call, from the arguments by name that an operation takes."""
+    """The operands of a call, from an operation's keyword arguments."""
     x, layers = _input(arguments), _layers(arguments)
     segments = []
     for name, layer in zip("qkv" if len(layers) > 1 else "o", layers, strict=True):
@@ -156,7 +157,7 @@ def read(arguments: dict, composed: bool) -> Call:
         else:
             form = layer.group_size, layer.bits, layer.mode
             weight, magnitude = dequantized(layer.weight, layer.scales, layer.biases, *form)
-        # The composed form multiplies by the scale in the type that x A has.
+        # The composed form multiplies by the scale in the dtype of x A.
         dtype = mx.result_type(x, layer.lora_a) if composed and layer.lora_a is not None else mx.float32
         b, a, low = (None if m is None else exact(m) for m in (layer.bias, layer.lora_a, layer.lora_b))
         scale = mx.array(layer.lora_scale, dtype).item()
@@ -178,7 +179,7 @@ def _layers(arguments: dict) -> tuple[LinearOperands, ...]:
 def dequantized(
     weight: mx.array, scales: mx.array, biases: mx.array | None, group_size: int, bits: int, mode: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A quantized weight, exactly, and the sum of the sizes of the terms that it may be summed as."""
+    """The exact values of a quantized weight, and the sums of the magnitudes of their terms."""
     if biases is None:
         values = exact(mx.dequantize(weight, scales, None, group_size, bits, mode, dtype=mx.float32))
         return values, np.abs(values)
@@ -190,12 +191,12 @@ def dequantized(
 
 
 def exact(array: mx.array) -> np.ndarray:
-    """The same values in float64."""
+    """``array`` in float64."""
     return np.array(array.astype(mx.float64, stream=mx.cpu))
 
 
 def _rows(array: mx.array) -> np.ndarray:
-    """Activations as rows, and what has no more than two axes as it is."""
+    """``array`` in float64; activations as a matrix of rows."""
     values = exact(array)
     return values.reshape(-1, values.shape[-1]) if values.ndim > 2 else values
 
@@ -205,7 +206,7 @@ def _listed(value) -> list:
 
 
 def _arithmetic(results: Iterable[mx.array], arguments: dict, primitive: str) -> Arithmetic:
-    """How ``results`` are computed, by their graph: by a primitive of ours, or by MLX's own operations."""
+    """The arithmetic of ``results``; their graph shows whether our primitive or MLX's own computes them."""
     dot = io.StringIO()
     mx.export_to_dot(dot, *results)
     composed = re.search(rf'label ="Fused\w+{primitive}"', dot.getvalue()) is None
@@ -214,7 +215,7 @@ def _arithmetic(results: Iterable[mx.array], arguments: dict, primitive: str) ->
     unit = unit_roundoff(x.dtype)
     sum_unit = unit_roundoff(mx.float32)
     if composed and quantized and not gpu:
-        sum_unit = unit  # MLX's quantized_matmul on CPUs sums in the activations' type
+        sum_unit = unit  # MLX's quantized_matmul on CPUs sums in the activations' dtype
     elif composed and gpu:
         sum_unit = max(sum_unit, _TF32_UNIT if x.dtype == mx.float32 else 0.0)
     adapters = [layer.lora_a for layer in layers if layer.lora_a is not None]
@@ -228,14 +229,14 @@ def _arithmetic(results: Iterable[mx.array], arguments: dict, primitive: str) ->
 
 
 def _scaled(cotangents: list[mx.array], alpha: float, arithmetic: Arithmetic) -> list[np.ndarray]:
-    """``alpha`` times the cotangents, rounded where the composed form rounds that."""
+    """``alpha`` times the cotangents, rounded if the composed form computes it."""
     if arithmetic.composed and alpha != 1:
         return [_rows(mx.array(alpha, g.dtype) * g) for g in cotangents]
     return [alpha * _rows(g) for g in cotangents]
 
 
 def differentiable(arguments: dict) -> dict[tuple[str, int | None], mx.array]:
-    """The operands that may have a gradient, by their name and, of a layer's, its place."""
+    """The operands that may have a gradient, by name and, for a layer's operands, the layer's index."""
     found = {(n, None): arguments[n] for n in ("input", "attn_out", "residual") if n in arguments}
     for place, layer in enumerate(_layers(arguments)):
         frozen = ("scales", "biases") if layer.scales is None else ("weight", "scales", "biases")
@@ -246,7 +247,7 @@ def differentiable(arguments: dict) -> dict[tuple[str, int | None], mx.array]:
 
 
 def function_of(operation: Callable, arguments: dict, keys: list[tuple[str, int | None]]) -> Callable:
-    """``operation`` as a function of some of its operands."""
+    """``operation`` as a function of the operands ``keys``."""
 
     def function(*values: mx.array):
         changed, layers = dict(arguments), list(_layers(arguments))
