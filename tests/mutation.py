@@ -87,11 +87,7 @@ def projection(folder):
     check(folder, files, qkv(1, 64, 48, (4, 2, 32), bias=False))
     check(folder, files, output(2, 65, 20, 70), Embedded)
     check(folder, files, output(1, 64, 16, 64, bias=False))
-    quantized_projection(folder)
-
-
-def quantized_projection(folder):
-    files, form = ["projection.metal"], ("nvfp4", 16, 4)  # whose depth may end within a tile's block
+    form = ("nvfp4", 16, 4)  # whose depth may end within a tile's block
     check(folder, files, qkv(2, 66, 80, form=form), Embedded)
     for seq, hidden, head_dim in ((66, 32, 64), (64, 32, 50), (64, 48, 64)):  # one ragged edge each
         check(folder, files, qkv(1, seq, hidden, (2, 1, head_dim), form))
@@ -104,11 +100,7 @@ def projection_rows(folder):
     check(folder, files, output(2, 2, 20, 35), Embedded)
     for op in lora_calls(2, 2, 20):
         check(folder, files, op)
-    quantized_projection_rows(folder)
-
-
-def quantized_projection_rows(folder):
-    files, form = ["projection_rows.metal"], ("affine", 32, 4)
+    form = ("affine", 32, 4)
     check(folder, files, qkv(1, 3, 544, (2, 1, 20), form))  # more than lanes read together
     check(folder, files, qkv(2, 2, 64, form=form, ranks=RANKS), Embedded)
 
@@ -122,11 +114,7 @@ def input_grad(folder):
         qkv(2, 64, 64, (2, 1, 70)),
     ):
         check(folder, files, op, names=INPUT)
-    quantized_input_grad(folder)
-
-
-def quantized_input_grad(folder):
-    files, form = ["input_grad.metal"], ("affine", 32, 3)  # codes across two words
+    form = ("affine", 32, 3)  # codes across two words
     check(folder, files, qkv(2, 66, 96, form=form), Embedded, INPUT)
     for seq, hidden, head_dim in ((66, 64, 64), (64, 96, 64), (64, 64, 50)):
         check(folder, files, qkv(1, seq, hidden, (2, 1, head_dim), form), names=INPUT)
