@@ -91,6 +91,8 @@ def projection(folder):
     check(folder, files, qkv(2, 66, 80, form=form), Embedded)
     for seq, hidden, head_dim in ((66, 32, 64), (64, 32, 50), (64, 48, 64)):  # one ragged edge each
         check(folder, files, qkv(1, seq, hidden, (2, 1, head_dim), form))
+    for op in lora_calls(2, 66, 20):
+        check(folder, files, op)
 
 
 def projection_rows(folder):
@@ -103,6 +105,9 @@ def projection_rows(folder):
     form = ("affine", 32, 4)
     check(folder, files, qkv(1, 3, 544, (2, 1, 20), form))  # more than lanes read together
     check(folder, files, qkv(2, 2, 64, form=form, ranks=RANKS), Embedded)
+    op = qkv(1, 3, 130)
+    op.x[0, 1, 5] = np.inf  # which a bias of 0 would make NaN
+    check(folder, files, op)
 
 
 def input_grad(folder):
@@ -118,6 +123,8 @@ def input_grad(folder):
     check(folder, files, qkv(2, 66, 96, form=form), Embedded, INPUT)
     for seq, hidden, head_dim in ((66, 64, 64), (64, 96, 64), (64, 64, 50)):
         check(folder, files, qkv(1, seq, hidden, (2, 1, head_dim), form), names=INPUT)
+    for op in lora_calls(2, 66, 70):
+        check(folder, files, op, Embedded, INPUT)
 
 
 def weight_grad(folder):
@@ -192,8 +199,6 @@ def all_kernels(folder):
     check_unequal_segments(folder)
     weights(folder)
     weight_grad(folder)
-    for op in lora_calls(2, 9, 20):
-        check(folder, ["input_grad.metal"], op, names=INPUT)  # scaled
 
 
 TESTS = {
