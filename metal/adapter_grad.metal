@@ -15,7 +15,7 @@ template <typename T, int column_blocks>
     ushort lane [[thread_index_in_simdgroup]]) {
   const int index = segment_of(tile.x, params);
   constant SegmentParams& segment = params.segment[index];
-  const int blocks_per_head = (segment.head_dim + block_size - 1) / block_size;
+  const int blocks_per_head = blocks_of(segment.head_dim);
   const int feature_blocks = segment.features / segment.head_dim * blocks_per_head;
   const int feature_tiles = (feature_blocks + grad_simdgroups - 1) / grad_simdgroups;
   const int segment_tile = int(tile.x) - segment.first_tile;

@@ -12,6 +12,10 @@ struct ColumnBlock {
   int columns;  // that there are from it on
 };
 
+METAL_FUNC int blocks_of(int dims) {
+  return (dims + block_size - 1) / block_size;
+}
+
 METAL_FUNC ColumnBlock column_block(int column, int end_column, constant ProjectionParams& params) {
   int segment = 0;
   while (segment + 1 < params.segments && column >= params.segment[segment + 1].first_column) {

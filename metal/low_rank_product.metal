@@ -36,7 +36,7 @@ template <typename T, int column_blocks>
         OF_SEGMENT(blocks[n].segment, lora) + blocks[n].first * params.segment[blocks[n].segment].rank_stride;
   }
 
-  const int steps_per_head = (segment.head_dim + block_size - 1) / block_size;
+  const int steps_per_head = blocks_of(segment.head_dim);
   const int steps = segment.features / segment.head_dim * steps_per_head;
   for (int step = simdgroup; step < steps; step += product_simdgroups) {
     const int head = step / steps_per_head;

@@ -87,14 +87,12 @@ def projection(folder):
     check(folder, files, qkv(1, 64, 48, (4, 2, 32), bias=False))
     check(folder, files, output(2, 65, 20, 70), Embedded)
     check(folder, files, output(1, 64, 16, 64, bias=False))
-    quantized_projection(folder)
-
-
-def quantized_projection(folder):
-    files, form = ["projection.metal"], ("nvfp4", 16, 4)  # whose depth may end within a tile's block
+    form = ("nvfp4", 16, 4)  # whose depth may end within a tile's block
     check(folder, files, qkv(2, 66, 80, form=form), Embedded)
     for seq, hidden, head_dim in ((66, 32, 64), (64, 32, 50), (64, 48, 64)):  # one ragged edge each
         check(folder, files, qkv(1, seq, hidden, (2, 1, head_dim), form))
+    for op in lora_calls(2, 66, 20):
+        check(folder, files, op)
 
 
 def projection_rows(folder):
@@ -104,13 +102,12 @@ def projection_rows(folder):
     check(folder, files, output(2, 2, 20, 35), Embedded)
     for op in lora_calls(2, 2, 20):
         check(folder, files, op)
-    quantized_projection_rows(folder)
-
-
-def quantized_projection_rows(folder):
-    files, form = ["projection_rows.metal"], ("affine", 32, 4)
+    form = ("affine", 32, 4)
     check(folder, files, qkv(1, 3, 544, (2, 1, 20), form))  # more than lanes read together
     check(folder, files, qkv(2, 2, 64, form=form, ranks=RANKS), Embedded)
+    op = qkv(1, 3, 130)
+    op.x[0, 1, 5] = np.inf  # which a bias of 0 would make NaN
+    check(folder, files, op)
 
 
 def input_grad(folder):
@@ -122,14 +119,12 @@ def input_grad(folder):
         qkv(2, 64, 64, (2, 1, 70)),
     ):
         check(folder, files, op, names=INPUT)
-    quantized_input_grad(folder)
-
-
-def quantized_input_grad(folder):
-    files, form = ["input_grad.metal"], ("affine", 32, 3)  # codes across two words
+    form = ("affine", 32, 3)  # codes across two words
     check(folder, files, qkv(2, 66, 96, form=form), Embedded, INPUT)
     for seq, hidden, head_dim in ((66, 64, 64), (64, 96, 64), (64, 64, 50)):
         check(folder, files, qkv(1, seq, hidden, (2, 1, head_dim), form), names=INPUT)
+    for op in lora_calls(2, 66, 70):
+        check(folder, files, op, Embedded, INPUT)
 
 
 def weight_grad(folder):
@@ -204,8 +199,6 @@ def all_kernels(folder):
     check_unequal_segments(folder)
     weights(folder)
     weight_grad(folder)
-    for op in lora_calls(2, 9, 20):
-        check(folder, ["input_grad.metal"], op, names=INPUT)  # scaled
 
 
 TESTS = {

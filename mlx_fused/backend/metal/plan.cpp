@@ -59,11 +59,12 @@ Plan plan_gradients(
   Tensors tensors(in, input_slots(call)), grads(out, call.wanted);
   Planner planner(call.forward, dtype, tensors, scales);
   auto wants = [&](Role factor) {
-    bool wanted = false;
     for (int i = 0; i < segments; ++i) {
-      wanted |= call.wants(factor, i) && planner.rank(i) > 0;
+      if (call.wants(factor, i) && planner.rank(i) > 0) {
+        return true;
+      }
     }
-    return wanted;
+    return false;
   };
   auto* dx = grads.find(Role::input);
   bool wants_dx = dx && !is_empty(*dx);

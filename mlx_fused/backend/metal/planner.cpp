@@ -28,9 +28,14 @@ int64_t tile_rows(int64_t rows) {
 
 }  // namespace
 
-Rows::Rows(const Parts& tensors) : batch(tensors[0]->shape[0]), rows(tensors[0]->shape[2]) {
-  for (auto* t : tensors) {
-    strides.push_back({t->strides[0], t->strides[2]});
+Rows::Rows(const Parts& by_segment, const Parts& others)
+    : batch(by_segment[0]->shape[0]), rows(by_segment[0]->shape[2]) {
+  for (auto* tensors : {&by_segment, &others}) {
+    for (auto* t : *tensors) {
+      if (t) {
+        strides.push_back({t->strides[0], t->strides[2]});
+      }
+    }
   }
   bool one_row = rows == 1;
   bool mergeable = std::all_of(strides.begin(), strides.end(), [&](auto& s) {
@@ -99,12 +104,7 @@ void Planner::launch_on_weights(const std::string& name, Launch launch) {
 void Planner::add_projection(const Parts& outputs) {
   auto& x = inputs_.get(Role::input);
   auto* residual = inputs_.find(Role::residual);
-  auto tensors = outputs;
-  tensors.push_back(&x);
-  if (residual) {
-    tensors.push_back(residual);
-  }
-  Rows rows(tensors);
+  Rows rows(outputs, {&x, residual});
   bool few = rows.batch * rows.rows <= few_rows;
 
   auto params = call_params(rows, outputs);
@@ -154,9 +154,7 @@ void Planner::add_projection(const Parts& outputs) {
 
 void Planner::add_input_grad(const Tensor& dx) {
   auto grads = parts(inputs_, Role::cotangent), lora_a = parts(inputs_, Role::lora_a);
-  auto tensors = grads;
-  tensors.push_back(&dx);
-  Rows rows(tensors);
+  Rows rows(grads, {&dx});
   auto params = call_params(rows, grads);
   params.input_grad = rows.strides.back();
   params.in_features = dx.shape[3];
@@ -169,7 +167,7 @@ void Planner::add_input_grad(const Tensor& dx) {
   bindings.add_segments(buffer_lora, lora_a);
   bindings.add(buffer_output, &dx, true);
 
-  auto tile = call_.quantization ? 64 : tile_rows(rows.rows);
+  auto tile = call_.quantization ? 64 : tile_rows(rows.rows);  // of quantized weights there is one size
   auto tiles = ceil_div(params.in_features, tile_cols);
   launch_on_weights(
       "input_grad_" + std::to_string(tile),
@@ -193,9 +191,7 @@ void Planner::add_weight_grad(const Tensors& grads) {
     return;
   }
   auto& x = inputs_.get(Role::input);
-  auto tensors = cotangents;
-  tensors.push_back(&x);
-  Rows rows(tensors);
+  Rows rows(cotangents, {&x});
   auto params = call_params(rows, cotangents);
   params.input = rows.strides.back();
   params.in_features = x.shape[3];

@@ -20,13 +20,13 @@ inline bool is_empty(const Tensor& t) {
   return std::find(t.shape.begin(), t.shape.end(), 0) != t.shape.end();
 }
 
-// The batch and row axes of a launch's tensors: one axis of rows wherever all of them allow it, so that tiles
-// are full.
+// The batch and row axes of a launch's tensors, those of segments first and without others that there are
+// not: one axis of rows wherever all of them allow it, so that tiles are full.
 struct Rows {
   int64_t batch, rows;
   std::vector<RowStrides> strides;
 
-  explicit Rows(const Parts& tensors);
+  explicit Rows(const Parts& by_segment, const Parts& others = {});
 };
 
 // Every buffer that a kernel has is bound: what is not there, or is empty and so has no memory, to the
