@@ -37,82 +37,77 @@ void check_quantization(const Check& check, const Linear& layer, const Quantizat
   }
 }
 
-// Checks one layer and lists its arrays by role. `suffix` is appended to argument names in messages.
-class Layer {
- public:
-  Layer(const Check& check, const Linear& layer, int in_features, int features, const std::string& suffix)
-      : check_(check), layer_(layer), in_features_(in_features), features_(features), suffix_(suffix) {}
+// Checks one layer and lists its arrays by role.
+struct Layer {
+  const Check& check;
+  const Linear& layer;
+  const int in_features, features;
+  const std::string suffix;  // of argument names in messages
+  std::vector<std::pair<Role, mx::array>> arrays = {};
 
   std::vector<std::pair<Role, mx::array>> checked() {
-    auto q = quantization(layer_);
+    auto q = quantization(layer);
     q ? add_quantized(*q) : add_dense();
-    if (layer_.bias) {
-      add_floating(Role::bias, "bias", *layer_.bias, {features_});
+    if (layer.bias) {
+      add_floating(Role::bias, "bias", *layer.bias, {features});
     }
-    if (layer_.lora_a.has_value() != layer_.lora_b.has_value()) {
-      auto a = "lora_a" + suffix_, b = "lora_b" + suffix_;
-      auto& given = layer_.lora_a ? a : b;
-      check_.fail(a, " and ", b, " must both be arrays or both None but got ", given, " alone.");
+    if (layer.lora_a.has_value() != layer.lora_b.has_value()) {
+      auto a = "lora_a" + suffix, b = "lora_b" + suffix;
+      auto& given = layer.lora_a ? a : b;
+      check.fail(a, " and ", b, " must both be arrays or both None but got ", given, " alone.");
     }
-    if (layer_.lora_a) {
-      check_.ndim("lora_a" + suffix_, *layer_.lora_a, 2);
-      int rank = layer_.lora_a->shape(1);
-      add_floating(Role::lora_a, "lora_a", *layer_.lora_a, {in_features_, rank});
-      add_floating(Role::lora_b, "lora_b", *layer_.lora_b, {rank, features_});
+    if (layer.lora_a) {
+      check.ndim("lora_a" + suffix, *layer.lora_a, 2);
+      int rank = layer.lora_a->shape(1);
+      add_floating(Role::lora_a, "lora_a", *layer.lora_a, {in_features, rank});
+      add_floating(Role::lora_b, "lora_b", *layer.lora_b, {rank, features});
     }
-    return arrays_;
+    return arrays;
   }
 
- private:
   void add_floating(Role role, const char* name, const mx::array& array, const mx::Shape& shape) {
-    check_.floating(name + suffix_, array);
-    check_.shape(name + suffix_, array, shape);
-    arrays_.push_back({role, array});
+    check.floating(name + suffix, array);
+    check.shape(name + suffix, array, shape);
+    arrays.push_back({role, array});
   }
 
   void add_dense() {
-    const char* given = layer_.biases       ? "biases"
-                        : layer_.group_size ? "group_size"
-                        : layer_.bits       ? "bits"
-                                            : "mode";
-    if (layer_.biases || layer_.group_size || layer_.bits || layer_.mode != "affine") {
-      check_.fail(given, " must be left out if scales are None but got a value.");
+    const char* given = layer.biases       ? "biases"
+                        : layer.group_size ? "group_size"
+                        : layer.bits       ? "bits"
+                                           : "mode";
+    if (layer.biases || layer.group_size || layer.bits || layer.mode != "affine") {
+      check.fail(given, " must be left out if scales are None but got a value.");
     }
-    add_floating(Role::weight, "weight", layer_.weight, {features_, in_features_});
+    add_floating(Role::weight, "weight", layer.weight, {features, in_features});
   }
 
   void add_quantized(const Quantization& q) {
-    check_quantization(check_, layer_, q);
+    check_quantization(check, layer, q);
     bool known = is_known(q);
-    if (known && in_features_ % q.group_size != 0) {
+    if (known && in_features % q.group_size != 0) {
       auto must = "the input's features must be a multiple of group_size but got ";
-      check_.fail(must, in_features_, " and ", q.group_size, ".");
+      check.fail(must, in_features, " and ", q.group_size, ".");
     }
     auto add = [&](Role role, const char* name, const mx::array& array, int columns, bool is_affine) {
       if (!known) {
-        check_.rows(name + suffix_, array, features_);  // true of every format, and MLX does not check it
+        check.rows(name + suffix, array, features);  // true of every format, and MLX does not check it
       } else if (is_affine) {
-        add_floating(role, name, array, {features_, columns});
+        add_floating(role, name, array, {features, columns});
         return;
       } else {
-        check_.shape(name + suffix_, array, {features_, columns});
-        check_.dtype(name + suffix_, array, role == Role::weight ? mx::uint32 : mx::uint8);
+        check.shape(name + suffix, array, {features, columns});
+        check.dtype(name + suffix, array, role == Role::weight ? mx::uint32 : mx::uint8);
       }
-      arrays_.push_back({role, array});
+      arrays.push_back({role, array});
     };
-    int codes = int(int64_t(in_features_) * q.bits / 32), groups = known ? in_features_ / q.group_size : 0;
-    add(Role::weight, "weight", layer_.weight, codes, false);
-    add(Role::group_scales, "scales", *layer_.scales, groups, q.is_affine());
-    if (layer_.biases) {
-      add(Role::group_biases, "biases", *layer_.biases, groups, q.is_affine());
+    int codes = int(int64_t(in_features) * q.bits / 32), groups = known ? in_features / q.group_size : 0;
+    add(Role::weight, "weight", layer.weight, codes, false);
+    add(Role::group_scales, "scales", *layer.scales, groups, q.is_affine());
+    if (layer.biases) {
+      add(Role::group_biases, "biases", *layer.biases, groups, q.is_affine());
     }
   }
-
-  const Check& check_;
-  const Linear& layer_;
-  const int in_features_, features_;
-  const std::string suffix_;
-  std::vector<std::pair<Role, mx::array>> arrays_;
 };
 
 // Splits an array of a packed layer into the segments' parts. They share lora_a; lora_b is split by columns.
@@ -177,16 +172,14 @@ Arrays check_arguments(
   for (int i = 0; i < int(layers.size()); ++i) {
     int rows = packed ? std::accumulate(features.begin(), features.end(), 0) : features[i];
     auto suffix = layers.size() == 1 ? "" : "[" + std::to_string(i) + "]";
-    for (auto& [role, array] : Layer(check, layers[i], input.shape(-1), rows, suffix).checked()) {
+    for (auto& [role, array] : Layer{check, layers[i], input.shape(-1), rows, suffix}.checked()) {
       auto parts = packed ? unpacked(role, array, features, products) : Arrays{array};
       for (int j = 0; j < int(parts.size()); ++j) {
         slots.push_back({role, i + j});
         arrays.push_back(parts[j]);
-      }
-    }
-    if (layers[i].lora_a) {
-      for (int j = i; j < (packed ? int(features.size()) : i + 1); ++j) {
-        call.segments[j].adapter_scale = layers[i].lora_scale;
+        if (role == Role::lora_a) {
+          call.segments[i + j].adapter_scale = layers[i].lora_scale;
+        }
       }
     }
   }

@@ -46,6 +46,11 @@ struct Call {
   bool operator==(const Call&) const = default;
 
   bool has_adapters() const;
+
+  // Whether it is nothing but products with dense weights, and its epilogue.
+  bool is_plain() const {
+    return !quantization && !has_bias && !has_adapters();
+  }
 };
 
 enum class Role { cotangent, input, weight, group_scales, group_biases, bias, lora_a, lora_b, residual };

@@ -75,8 +75,7 @@ Arrays project(const Arrays& inputs, const Call& call, const Products& products)
   Operands operands(inputs, input_slots(call));
   auto* residual = operands.find(Role::residual);
   auto& epilogue = call.epilogue;
-  bool plain = !call.quantization && !call.has_bias && !call.has_adapters();
-  if (residual && plain && !epilogue.exact && !products.are_exportable()) {
+  if (residual && call.is_plain() && !epilogue.exact && !products.are_exportable()) {
     auto wt = mx::transpose(operands.get(Role::weight), s);
     return {products.addmm(*residual, operands.get(Role::input), wt, epilogue.alpha)};
   }

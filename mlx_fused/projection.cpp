@@ -29,15 +29,7 @@ std::vector<mx::Dtype> promoted_types(const Arrays& inputs, const Call& call) {
 
 Workload workload(const Arrays& inputs, const Call& call) {
   auto& x = inputs[0];
-  return {
-      .segments = int(call.segments.size()),
-      .has_residual = call.epilogue.has_residual,
-      .promoted = promoted_types(inputs, call),
-      .rows = int64_t(x.shape(0)) * x.shape(1),
-      .in_features = x.shape(2),
-      .has_bias = call.has_bias,
-      .quantization = call.quantization,
-      .has_adapters = call.has_adapters()};
+  return {call, promoted_types(inputs, call), int64_t(x.shape(0)) * x.shape(1), x.shape(2)};
 }
 
 // The number of input features, from whichever array the gradient reads; nullopt if none of them tells.
@@ -57,16 +49,12 @@ Workload workload(const Arrays& inputs, const GradCall& call) {
   Operands operands(inputs, input_slots(call));
   auto& cotangent = operands.get(Role::cotangent);
   Workload work{
-      .is_grad = true,
-      .segments = int(forward.segments.size()),
-      .has_residual = forward.epilogue.has_residual,
+      .call = forward,
       .promoted = {cotangent.dtype()},
       .rows = int64_t(cotangent.shape(0)) * cotangent.shape(-2),
       .in_features = in_features(operands, forward).value_or(0),
-      .has_bias = forward.has_bias,
-      .quantization = forward.quantization,
-      .has_adapters = forward.has_adapters()};
-  for (int i = 0; i < work.segments; ++i) {
+      .is_grad = true};
+  for (int i = 0; i < int(forward.segments.size()); ++i) {
     // On Metal only the kernel of the weight's gradient computes the bias's.
     work.no_metal_kernel |= call.wants(Role::bias, i) && !call.wants(Role::weight, i);
   }

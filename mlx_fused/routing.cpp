@@ -9,8 +9,7 @@ namespace mlx_fused {
 
 namespace {
 
-// From this many rows on, GPUs with matmul_units take MLX's matmul. Reasoned, not measured: at 32 rows a tile
-// kernel is limited by arithmetic rather than by reading weights. `make crossover` measures it on a Mac.
+// From this many rows on, GPUs with matmul_units take MLX's matmul (docs/thresholds.md).
 constexpr int64_t matmul_unit_rows = 32;
 
 Route best(const Workload& work, const DeviceInfo& device) {
@@ -22,23 +21,22 @@ Route best(const Workload& work, const DeviceInfo& device) {
     return Route::composed;
   }
   bool few = work.rows > 1 && work.rows <= few_rows;
-  bool plain = !work.quantization && !work.has_adapters && !work.has_bias;
-  if (!work.is_grad && work.has_residual && plain && !few) {
+  if (!work.is_grad && work.call.epilogue.has_residual && work.call.is_plain() && !few) {
     return Route::composed;  // mx.addmm adds the residual in its epilogue already
   }
-  // Reasoned, not measured: saves launches, for example two of the three of q, k and v, and those that add
-  // bias, residual and the parts of dx.
-  return Route::primitive;
+  return Route::primitive;  // saves launches: two of q, k and v, and those that add bias, residual, parts of
+                            // dx
 }
 
 }  // namespace
 
 bool has_kernels(const Workload& work, const DeviceInfo& device) {
-  if (device.kind == DeviceInfo::other_gpu || (work.quantization && !is_known(*work.quantization))) {
+  auto& quantization = work.call.quantization;
+  if (device.kind == DeviceInfo::other_gpu || (quantization && !is_known(*quantization))) {
     return false;
   }
   if (device.kind == DeviceInfo::metal) {
-    bool plain_matmuls = work.is_grad && work.segments == 1 && !work.has_adapters;
+    bool plain_matmuls = work.is_grad && work.call.segments.size() == 1 && !work.call.has_adapters();
     bool readable = work.in_features > 0 && work.in_features < max_row_stride;
     if (plain_matmuls || !readable || work.no_metal_kernel) {
       return false;

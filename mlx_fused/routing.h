@@ -7,8 +7,8 @@
 
 #include "mlx/array.h"
 #include "mlx/stream.h"
+#include "mlx_fused/call.h"
 #include "mlx_fused/check.h"
-#include "mlx_fused/quantization.h"
 
 namespace mlx_fused {
 
@@ -25,15 +25,11 @@ struct DeviceInfo {
 
 // The properties of a call, or of its gradient, that routing depends on.
 struct Workload {
-  bool is_grad = false;
-  int segments;
-  bool has_residual;
+  const Call& call;
   std::vector<mx::Dtype> promoted;  // the dtypes MLX would give each segment's product and the residual sum
   int64_t rows;                     // tokens: batch times sequence
   int64_t in_features;
-  bool has_bias = false;
-  std::optional<Quantization> quantization = std::nullopt;
-  bool has_adapters = false;
+  bool is_grad = false;
   bool no_metal_kernel = false;  // Metal has no kernel for one of the wanted gradients
 };
 

@@ -94,17 +94,17 @@ void bind_internals(nb::module_& m) {
                     : device == "metal" ? mlx_fused::DeviceInfo::metal
                                         : mlx_fused::DeviceInfo::other_gpu;
         bool is_output = operation.starts_with("output");
+        mlx_fused::Segment segment{.features = 64};
+        if (has_adapters) {
+          segment.adapter_scale = 1;
+        }
+        mlx_fused::Call call{
+            .segments = std::vector(is_output ? 1 : 3, segment),
+            .has_bias = has_bias,
+            .quantization = quantization(q),
+            .epilogue = {.has_residual = is_output}};
         mlx_fused::Workload work{
-            operation.ends_with("_grad"),
-            is_output ? 1 : 3,
-            is_output,
-            promoted,
-            rows,
-            in_features,
-            has_bias,
-            quantization(q),
-            has_adapters,
-            no_metal_kernel};
+            call, promoted, rows, in_features, operation.ends_with("_grad"), no_metal_kernel};
         auto chosen = mlx_fused::choose_route(work, {kind, matmul_units}, route);
         return chosen == mlx_fused::Route::composed ? "composed" : "fused";
       },

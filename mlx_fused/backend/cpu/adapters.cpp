@@ -11,12 +11,8 @@ namespace mlx_fused::cpu {
 
 namespace {
 
-// Reasoned, not measured: a tile of the left operand takes 64 KB, small beside a second-level cache.
+// docs/thresholds.md has the reasons of these numbers. The depth is split until there are so many tasks.
 constexpr int64_t tile_rows = 64, tile_depth = 256;
-
-// The depth is split until there are so many tasks. "Zen 5" (see product.cpp), rank 8: without splitting 1
-// and 8 rows took 1.35 and 1.55 times as long, but 0.3 to 0.8 times while other work kept the second CPU
-// busy. 2, 4 and 16 tasks did not differ by more than the noise.
 constexpr int64_t wanted_tasks = 8;
 
 int64_t tiles(int64_t size, int64_t tile) {

@@ -151,17 +151,13 @@ class AmxProduct {
   static constexpr int64_t max_parts = 3;  // how many bfloat16 hold a float32 exactly
   static constexpr int64_t tile_floats = side * side;
 
-  // Reasoned, not measured: a block of the left operand (1 MB), one of the right and their result (512 KB
-  // each) fit in the 2 MB of second-level cache of a core with AMX.
+  // docs/thresholds.md has the reasons of these numbers.
   static constexpr int64_t max_rows = 512, max_cols = max_panels * side;
 
-  // The steps of a block of a dense right operand that is packed: two panels of it and two of the left
-  // operand take 32 KB of the 48 KB first-level cache. The rows of a panel in place may compete for the same
-  // few lines of that cache, so it is packed if it meets more left panels than max_panels_in_place. Recorded
-  // for both together (2026-11-21, machine not named): 512 rows became 25 % faster. No other values are.
+  // A block's steps along a dense right operand that is packed; one that meets more panels of the left
+  // operand than max_panels_in_place is.
   static constexpr int64_t dense_steps = 8, max_panels_in_place = 4;
 
-  // Reasoned, not measured: the packed left operand, which all threads read, stays in the last-level cache.
   static constexpr int64_t left_bytes = 4 << 20;
 
   void pack_left(int64_t p) {

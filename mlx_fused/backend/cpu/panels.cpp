@@ -11,26 +11,14 @@ namespace mlx_fused::cpu {
 
 namespace {
 
-// "Zen 5" is the machine described in product.cpp.
-
-// A block of a panel takes 24 KB, half of a first-level cache, and stays there while the right operand
-// passes. Zen 5: 64 took 1.06 to 1.40 times as long, 256 0.82 to 0.99 times, 512 0.78 to 0.92 times.
-constexpr int64_t depth_block = 128;
-
-// With the rows of panel_rows_w in vector_loops.cpp this nearly fills the registers. Zen 5: 2 took 1.01 to
-// 1.11 times as long, 1 1.13 to 1.29 times.
-constexpr int64_t panel_vectors = 3;
-
-// The rows of the left operand that are packed at a time. Zen 5, 1024 and 2048 rows: 128 took 1.05 to 1.36
-// times as long, 256 1.02 to 1.11 times, 1024 0.95 to 1.10 times.
-constexpr int64_t max_rows = 512;
-
-// The width of a task. Zen 5: no clear difference between 64, 128 and 256.
-constexpr int64_t min_cols = 64, max_cols = 128;
+// docs/thresholds.md has the reasons of these numbers.
+constexpr int64_t depth_block = 128, panel_vectors = 3;
+constexpr int64_t max_rows = 512;                 // of the left operand, packed at a time
+constexpr int64_t min_cols = 64, max_cols = 128;  // of a task
 
 // to[j * to_ld + i] = from[i * ld + j]
 void transpose(const float* from, int64_t rows, int64_t cols, int64_t ld, float* to, int64_t to_ld) {
-  constexpr int64_t side = 16;  // reasoned, not measured: the floats of a cache line
+  constexpr int64_t side = 16;  // the floats of a cache line
   for (int64_t i = 0; i < rows; i += side) {
     for (int64_t j = 0; j < cols; ++j) {
       for (int64_t k = i; k < std::min(i + side, rows); ++k) {

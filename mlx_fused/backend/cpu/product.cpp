@@ -15,40 +15,15 @@ namespace mlx_fused::cpu {
 
 namespace {
 
-// "Zen 5" in this folder is an AMD EPYC (Zen 5, AVX-512, no AMX), 2 cores, 2026-11-21, shared with other
-// work: medians of 15 or more interleaved turns, weights of 2048 x 2048. Factors are times relative to the
-// value here.
-
-// The tiles of blas_product. A result and the converted parts of its operands take at most 3 MB of scratch.
-// Zen 5: 256 took 0.93 to 1.17 times as long, 1024 0.95 to 1.10 times, which is within the noise.
-constexpr int64_t tile_rows = 512, tile_cols = 512, tile_depth = 512;
-constexpr int64_t min_tile_cols = 64;  // reasoned, not measured: below this, sgemm's own packing dominates
-
-// How many tasks split() makes per thread if it can. Zen 5: 1, 2 and 8 were within 3 %. Reasoned: with
-// several, a thread that another process holds up delays the result less.
+// docs/thresholds.md has the reasons of these numbers.
+constexpr int64_t tile_rows = 512, tile_cols = 512, tile_depth = 512, min_tile_cols = 64;  // of blas_product
 constexpr int64_t tasks_per_thread = 4;
+constexpr int64_t min_stream_cols = 48, max_stream_cols = 96;  // a task of dots_product or packed_product
+constexpr int64_t max_inline_work = 1 << 18;  // multiplications that the calling thread does alone
 
-// The widths of the tasks of dots_product and packed_product: multiples of the six rows that one pass of
-// kernels().dots takes. Zen 5: no clear difference between 24 and 1024.
-constexpr int64_t min_stream_cols = 48, max_stream_cols = 96;
-
-// Up to this many multiplications a product runs on the calling thread. Zen 5, while busy: at 2^18 the pool
-// took twice as long if its threads were awake and 7 times as long if they slept; it was faster from 2^21 or
-// 2^22 on.
-constexpr int64_t max_inline_work = 1 << 18;
-
-// Up to so many rows packed_product is faster than dots_product. Zen 5, 4 bits: at 6 rows dots took 1.3 to
-// 1.5 times as long, at 7 rows 0.9 to 1.0 times.
+// The most rows that packed_product and dots_product take; panels_product, or AMX, takes more.
 constexpr int64_t max_packed_rows = 6;
-
-// Up to so many rows dots_product is taken rather than panels_product. No measurement is recorded of this
-// value. Zen 5, one thread: at 24 rows panels took 1.1 to 2.5 times as long, at 32 rows 1.0 to 1.4, at 64 0.9
-// to 1.3.
-constexpr int64_t max_dots_rows = 24;
-
-// The same where AMX is the alternative, for dense and for quantized weights. No measurement is recorded.
-// Reasoned: AMX computes 16 rows at a time, and quantized weights must be decoded and split for it first.
-constexpr int64_t max_dots_rows_amx = 4, max_dots_rows_amx_quantized = 12;
+constexpr int64_t max_dots_rows = 24, max_dots_rows_amx = 4, max_dots_rows_amx_quantized = 12;
 
 // Whether the epilogue does nothing.
 bool is_plain(const Output& o) {
