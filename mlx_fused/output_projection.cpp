@@ -46,9 +46,7 @@ Arrays output_projection_bwd(
   auto stream = mx::to_stream(s);
   auto call = make_call(check, x, weight);
   auto primals = check_arguments(check, x, {{.weight = weight}}, std::nullopt, call, Products(stream, route));
-  auto grads = all_gradients(check, {"d_output"}, {d_output}, primals, call, has_bias, route, stream);
-  grads.push_back(d_output);
-  return grads;
+  return all_gradients(check, {"d_output"}, {d_output}, primals, call, has_bias, route, stream);
 }
 
 }  // namespace mlx_fused

@@ -19,7 +19,7 @@ mx::array output_projection(
     const std::optional<std::string>& route,
     mx::StreamOrDevice s);
 
-// The gradients of x, weight, bias (only if has_bias) and residual, in this order.
+// The gradients of x, weight and, if has_bias, bias.
 Arrays output_projection_bwd(
     const mx::array& d_output,
     const mx::array& x,

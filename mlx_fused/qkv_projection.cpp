@@ -2,7 +2,6 @@
 
 #include <limits>
 
-#include "mlx/ops.h"
 #include "mlx_fused/projection.h"
 
 namespace mlx_fused {
@@ -99,15 +98,7 @@ Arrays qkv_projection_bwd(
   auto stream = mx::to_stream(s);
   auto call = make_call(check, input, layers, heads);
   auto primals = check_arguments(check, input, layers, std::nullopt, call, Products(stream, route));
-  auto grads = all_gradients(check, {"dq", "dk", "dv"}, {dq, dk, dv}, primals, call, has_bias, route, stream);
-  if (weights.size() == 3) {
-    return grads;
-  }
-  Arrays packed = {grads[0]};
-  for (size_t first = 1; first < grads.size(); first += 3) {
-    packed.push_back(mx::concatenate({grads.begin() + first, grads.begin() + first + 3}, 0, stream));
-  }
-  return packed;
+  return all_gradients(check, {"dq", "dk", "dv"}, {dq, dk, dv}, primals, call, has_bias, route, stream);
 }
 
 }  // namespace mlx_fused

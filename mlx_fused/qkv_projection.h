@@ -27,8 +27,8 @@ Arrays qkv_projection(
     const std::optional<std::string>& route,
     mx::StreamOrDevice s);
 
-// The gradients of input, of every weight and, if has_bias, of every bias. `weights` are three, or one that
-// packs their rows.
+// The gradients of input, of the three weights and, if has_bias, of the three biases. `weights` are three, or
+// one that packs their rows.
 Arrays qkv_projection_bwd(
     const mx::array& dq,
     const mx::array& dk,

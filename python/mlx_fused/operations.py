@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, TypeAlias, overload
 
 import mlx.core as mx
@@ -165,11 +166,12 @@ def fused_qkv_projection_bwd(
     packed = isinstance(weight, mx.array)
     weights = [weight] if packed else weight
     heads = num_heads, num_kv_heads, head_dim, v_head_dim
-    grads = _ext.fused_qkv_projection_bwd(dq, dk, dv, input, weights, has_bias, *heads, route, stream)
-    d_input, d_weight, d_bias = grads[0], tuple(grads[1 : 1 + len(weights)]), tuple(grads[1 + len(weights) :])
-    if packed:
-        return d_input, *d_weight, *(d_bias or (None,))
-    return d_input, d_weight, d_bias or None
+    d_input, *of_segments = _ext.fused_qkv_projection_bwd(
+        dq, dk, dv, input, weights, has_bias, *heads, route, stream
+    )
+    d_weight, d_bias = of_segments[:3], of_segments[3:]
+    form = partial(mx.concatenate, stream=stream) if packed else tuple
+    return d_input, form(d_weight), form(d_bias) if has_bias else None
 
 
 @overload
@@ -260,8 +262,10 @@ def fused_output_projection_residual_bwd(
     Raises:
         ValueError: If a rank, shape or dtype is wrong.
     """
-    grads = _ext.fused_output_projection_residual_bwd(d_output, attn_out, weight, has_bias, route, stream)
-    return grads[0], grads[1], grads[2] if has_bias else None, grads[-1]
+    d_attn_out, d_weight, *d_bias = _ext.fused_output_projection_residual_bwd(
+        d_output, attn_out, weight, has_bias, route, stream
+    )
+    return d_attn_out, d_weight, *(d_bias or (None,)), d_output
 
 
 def _layers(operation: str, weight, bias) -> list[LinearOperands]:

@@ -106,9 +106,7 @@ void run(const std::vector<Task>& tasks, int64_t depth, const std::function<void
 // For so few rows that the time goes into reading the right operand: it is read once, in place, or
 // dequantized a few rows at a time.
 void dots_product(const View& left, const std::vector<Output>& outputs) {
-  // The rows dequantized at a time, as many as one pass of kernels().dots takes. Zen 5: 1 took 1.9 to 2.3
-  // times as long, 12 and 24 took 1.02 to 1.11 times.
-  constexpr int64_t block = 6;
+  constexpr int64_t block = 6;  // rows dequantized at a time, as many as one pass of kernels().dots takes
   int64_t rows = left.rows(), depth = left.cols();
   BlasMatrix x = whole_left(left);
   run(split(outputs, rows, min_stream_cols, max_stream_cols), depth, [&](const Task& task) {

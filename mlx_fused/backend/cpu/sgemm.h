@@ -5,7 +5,7 @@
 namespace mlx_fused::cpu {
 
 // c[m, n] = op(a)[m, k] op(b)[k, n], plus the old c if accumulate; row-major, on the calling thread alone.
-// Implemented by one file per BLAS library: openblas.cpp, accelerate.cpp.
+// By Accelerate on macOS, else by OpenBLAS.
 void sgemm(
     bool transpose_a,
     bool transpose_b,
