@@ -37,10 +37,8 @@ nanobind_add_module(
   mlx_fused/check.cpp
   mlx_fused/composed.cpp
   mlx_fused/fused_primitive.cpp
-  mlx_fused/output_projection.cpp
   mlx_fused/products.cpp
   mlx_fused/projection.cpp
-  mlx_fused/qkv_projection.cpp
   mlx_fused/quantization.cpp
   mlx_fused/routing.cpp
   mlx_fused/unpack.cpp

@@ -157,22 +157,36 @@ std::optional<std::string> difference(const Linears& layers) {
 
 Arrays check_arguments(
     const Check& check,
+    const std::string& input_name,
     const mx::array& input,
     const Linears& layers,
     const std::optional<mx::array>& residual,
     Call& call,
     const Products& products) {
-  bool packed = layers.size() == 1 && call.segments.size() > 1;
+  check.ndim(input_name, input, 3);
+  check.floating(input_name, input);
+  auto& segments = call.segments;
+  bool packed = layers.size() == 1 && segments.size() > 1;
+  if (!packed && layers.size() != segments.size()) {
+    check.fail("weight must be one layer or a tuple of ", segments.size(), " but got ", layers.size(), ".");
+  }
+  auto suffix = [&](size_t i) { return layers.size() == 1 ? "" : "[" + std::to_string(i) + "]"; };
   std::vector<int> features;
-  for (auto& segment : call.segments) {
-    features.push_back(segment.features);
+  for (size_t i = 0; i < segments.size(); ++i) {
+    if (segments[i].features == 0) {
+      check.ndim("weight" + suffix(i), layers[i].weight, 2);
+      segments[i].features = layers[i].weight.shape(0);
+    }
+    if (segments.size() > 1) {
+      check.positive("the rows of weight" + suffix(i), segments[i].features);
+    }
+    features.push_back(segments[i].features);
   }
   Arrays arrays = {input};
   Slots slots = {{Role::input}};
   for (int i = 0; i < int(layers.size()); ++i) {
     int rows = packed ? std::accumulate(features.begin(), features.end(), 0) : features[i];
-    auto suffix = layers.size() == 1 ? "" : "[" + std::to_string(i) + "]";
-    for (auto& [role, array] : Layer{check, layers[i], input.shape(-1), rows, suffix}.checked()) {
+    for (auto& [role, array] : Layer{check, layers[i], input.shape(-1), rows, suffix(i)}.checked()) {
       auto parts = packed ? unpacked(role, array, features, products) : Arrays{array};
       for (int j = 0; j < int(parts.size()); ++j) {
         slots.push_back({role, i + j});
@@ -189,6 +203,8 @@ Arrays check_arguments(
   call.has_bias = layers[0].bias.has_value();
   call.quantization = quantization(layers[0]);
   if (residual) {
+    check.shape("residual", *residual, {input.shape(0), input.shape(1), features[0]});
+    check.floating("residual", *residual);
     slots.push_back({Role::residual});
     arrays.push_back(*residual);
     call.epilogue.has_residual = true;

@@ -28,11 +28,13 @@ using Linears = std::vector<Linear>;
 // Why these layers, which read the same input, cannot be computed by one operation; nullopt if they can.
 std::optional<std::string> difference(const Linears& layers);
 
-// Checks the arguments and returns them as the call's inputs, in the order of input_slots(call). The caller
-// has set the features of the call's segments; this fills in bias, quantization, adapters and residual. Takes
-// one layer per segment, or a single layer that packs the rows of all segments and is split into views.
+// Checks the arguments and returns them as the call's inputs, in the order of input_slots(call), and fills in
+// the call's bias, quantization, adapters, residual and, for segments that have 0 features, those of their
+// layer. Takes one layer per segment, or a single layer that packs the rows of all segments and is split into
+// views. Messages call the input by its name.
 Arrays check_arguments(
     const Check& check,
+    const std::string& input_name,
     const mx::array& input,
     const Linears& layers,
     const std::optional<mx::array>& residual,

@@ -83,9 +83,9 @@ WEIGHTS = [
     ({"input": zeros()}, ["input", "3", "0", "()"]),
 ]
 SEPARATE_WEIGHTS = [
-    ({"weight": SEPARATE["weight"][:2]}, ["weight", "three", "2"]),
-    ({"weight": SEPARATE["weight"] * 2}, ["weight", "three", "6"]),
-    ({"weight": ()}, ["weight", "three", "0"]),
+    ({"weight": SEPARATE["weight"][:2]}, ["weight", "3", "2"]),
+    ({"weight": SEPARATE["weight"] * 2}, ["weight", "3", "6"]),
+    ({"weight": ()}, ["weight", "3", "0"]),
     ({"weight": tensors((31, 12), (16, 12), (16, 12))}, ["weight", "(32, 12)", "(31, 12)"]),
     ({"weight": tensors((32, 12), (32, 12), (16, 12))}, ["weight", "(16, 12)", "(32, 12)"]),
     ({"weight": tensors((32, 12), (16, 12), (16, 13))}, ["weight", "(16, 12)", "(16, 13)"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from operator import index
 from typing import Literal, TypeAlias, overload
 
 import mlx.core as mx
@@ -117,9 +118,17 @@ def fused_qkv_projection(
             differ in quantization or only some have a bias. The message names the argument, what it must be
             and what it is. Also if the gradient of a quantized weight is asked for.
     """
-    layers = _layers("fused_qkv_projection", weight, bias)
+    operation = "fused_qkv_projection"
+    layers = _layers(operation, weight, bias)
     heads = num_heads, num_kv_heads, head_dim, v_head_dim
-    return tuple(_ext.fused_qkv_projection(input, layers, *heads, split_heads, exact, route, stream))
+    if split_heads or len(layers) == 1 or heads != (None,) * 4:
+        segments = _segments(operation, *heads, split_heads)
+    else:
+        segments = [_OF_LAYER] * 3
+    node = "FusedQKVProjection"
+    return tuple(
+        _ext.project(operation, node, "input", input, layers, segments, None, 1.0, exact, route, stream)
+    )
 
 
 def fused_qkv_projection_bwd(
@@ -163,14 +172,23 @@ def fused_qkv_projection_bwd(
     Raises:
         ValueError: If a rank, shape, dtype or head count is wrong.
     """
-    packed = isinstance(weight, mx.array)
-    weights = [weight] if packed else weight
-    heads = num_heads, num_kv_heads, head_dim, v_head_dim
-    d_input, *of_segments = _ext.fused_qkv_projection_bwd(
-        dq, dk, dv, input, weights, has_bias, *heads, route, stream
+    operation = "fused_qkv_projection_bwd"
+    layers = [LinearOperands(w) for w in ([weight] if isinstance(weight, mx.array) else weight)]
+    d_input, *of_segments = _ext.all_gradients(
+        operation,
+        "FusedQKVProjection",
+        ["dq", "dk", "dv"],
+        [dq, dk, dv],
+        "input",
+        input,
+        layers,
+        _segments(operation, num_heads, num_kv_heads, head_dim, v_head_dim, True),
+        has_bias,
+        route,
+        stream,
     )
     d_weight, d_bias = of_segments[:3], of_segments[3:]
-    form = partial(mx.concatenate, stream=stream) if packed else tuple
+    form = partial(mx.concatenate, stream=stream) if len(layers) == 1 else tuple
     return d_input, form(d_weight), form(d_bias) if has_bias else None
 
 
@@ -232,8 +250,11 @@ def fused_output_projection_residual(
     operation = "fused_output_projection_residual"
     if residual is None:
         raise TypeError(f"[{operation}] residual must be an array but got None.")
-    (layer,) = _layers(operation, weight, bias)
-    return _ext.fused_output_projection_residual(attn_out, layer, residual, alpha, exact, route, stream)
+    layers, node = _layers(operation, weight, bias), "FusedOutputProjection"
+    (out,) = _ext.project(
+        operation, node, "attn_out", attn_out, layers, [_OF_LAYER], residual, alpha, exact, route, stream
+    )
+    return out
 
 
 def fused_output_projection_residual_bwd(
@@ -262,8 +283,19 @@ def fused_output_projection_residual_bwd(
     Raises:
         ValueError: If a rank, shape or dtype is wrong.
     """
-    d_attn_out, d_weight, *d_bias = _ext.fused_output_projection_residual_bwd(
-        d_output, attn_out, weight, has_bias, route, stream
+    operation = "fused_output_projection_residual_bwd"
+    d_attn_out, d_weight, *d_bias = _ext.all_gradients(
+        operation,
+        "FusedOutputProjection",
+        ["d_output"],
+        [d_output],
+        "attn_out",
+        attn_out,
+        [LinearOperands(weight)],
+        [_OF_LAYER],
+        has_bias,
+        route,
+        stream,
     )
     return d_attn_out, d_weight, *(d_bias or (None,)), d_output
 
@@ -293,3 +325,43 @@ def _layers(operation: str, weight, bias) -> list[LinearOperands]:
             )
         layers.append(w)
     return layers
+
+
+# A segment's features and heads where its outputs are those of its layer, not split into heads.
+_OF_LAYER = (0, 0)
+
+
+def _segments(
+    operation: str,
+    num_heads: int | None,
+    num_kv_heads: int | None,
+    head_dim: int | None,
+    v_head_dim: int | None,
+    split_heads: bool,
+) -> list[tuple[int, int]]:
+    """The features and heads of q, k and v."""
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
+    named = {
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "v_head_dim": v_head_dim,
+    }
+    for name, value in named.items():
+        if value is None:
+            raise ValueError(
+                f"[{operation}] {name} must be given but got None; heads may be left out, all of them, with "
+                "split_heads=False and a tuple of three weights."
+            )
+        if index(value) < 1:
+            raise ValueError(f"[{operation}] {name} must be at least 1 but got {value}.")
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"[{operation}] num_heads must be a multiple of num_kv_heads "
+            f"but got {num_heads} and {num_kv_heads}."
+        )
+    sizes = [(num_heads, head_dim), (num_kv_heads, head_dim), (num_kv_heads, v_head_dim)]
+    if sum(heads * dim for heads, dim in sizes) >= 2**31:
+        given = " and".join(", ".join(f"{name} {value}" for name, value in named.items()).rsplit(",", 1))
+        raise ValueError(f"[{operation}] the features of all heads must be below 2^31 but got {given}.")
+    return [(heads * dim, heads if split_heads else 0) for heads, dim in sizes]

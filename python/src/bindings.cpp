@@ -1,12 +1,13 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
-#include "mlx_fused/output_projection.h"
-#include "mlx_fused/qkv_projection.h"
+#include "mlx_fused/arguments.h"
+#include "mlx_fused/projection.h"
 #include "python/src/bindings.h"
 
 namespace mx = mlx::core;
@@ -33,59 +34,69 @@ using LinearTuple = std::tuple<
     OptionalArray,
     float>;
 
-mlx_fused::Linear linear(const LinearTuple& layer) {
-  return std::apply([](auto&... operands) { return mlx_fused::Linear{operands...}; }, layer);
-}
-
 mlx_fused::Linears linears(const std::vector<LinearTuple>& layers) {
   mlx_fused::Linears result;
   for (auto& layer : layers) {
-    result.push_back(linear(layer));
+    result.push_back(std::apply([](auto&... of) { return mlx_fused::Linear{of...}; }, layer));
   }
   return result;
 }
 
-Arrays qkv_projection(
-    const mx::array& input,
-    const std::vector<LinearTuple>& weight,
-    OptionalInt num_heads,
-    OptionalInt num_kv_heads,
-    OptionalInt head_dim,
-    OptionalInt v_head_dim,
-    bool split_heads,
-    bool exact,
-    const Route& route,
-    mx::StreamOrDevice s) {
-  mlx_fused::Heads heads{num_heads, num_kv_heads, head_dim, v_head_dim, split_heads};
-  return mlx_fused::qkv_projection(input, linears(weight), heads, exact, route, s);
+// A call that has all but what check_arguments fills in. Segments are (features, heads).
+mlx_fused::Call make_call(
+    const std::string& operation, const std::string& node, const std::vector<std::pair<int, int>>& segments) {
+  mlx_fused::Call call{.operation = operation, .node = node};
+  for (auto [features, heads] : segments) {
+    call.segments.push_back({.features = features, .heads = heads});
+  }
+  return call;
 }
 
-Arrays qkv_projection_bwd(
-    const mx::array& dq,
-    const mx::array& dk,
-    const mx::array& dv,
+Arrays project(
+    const std::string& operation,
+    const std::string& node,
+    const std::string& input_name,
     const mx::array& input,
-    const Arrays& weight,
-    bool has_bias,
-    OptionalInt num_heads,
-    OptionalInt num_kv_heads,
-    OptionalInt head_dim,
-    OptionalInt v_head_dim,
-    const Route& route,
-    mx::StreamOrDevice s) {
-  mlx_fused::Heads heads{num_heads, num_kv_heads, head_dim, v_head_dim};
-  return mlx_fused::qkv_projection_bwd(dq, dk, dv, input, weight, has_bias, heads, route, s);
-}
-
-mx::array output_projection(
-    const mx::array& attn_out,
-    const LinearTuple& weight,
-    const mx::array& residual,
+    const std::vector<LinearTuple>& layers,
+    const std::vector<std::pair<int, int>>& segments,
+    const OptionalArray& residual,
     float alpha,
     bool exact,
     const Route& route,
     mx::StreamOrDevice s) {
-  return mlx_fused::output_projection(attn_out, linear(weight), residual, alpha, exact, route, s);
+  auto stream = mx::to_stream(s);
+  auto call = make_call(operation, node, segments);
+  call.epilogue = {.alpha = alpha, .exact = exact};
+  auto inputs = mlx_fused::check_arguments(
+      mlx_fused::Check(operation),
+      input_name,
+      input,
+      linears(layers),
+      residual,
+      call,
+      mlx_fused::Products(stream, route));
+  return mlx_fused::project(inputs, call, route, stream);
+}
+
+Arrays all_gradients(
+    const std::string& operation,
+    const std::string& node,
+    const std::vector<std::string>& names,
+    const Arrays& cotangents,
+    const std::string& input_name,
+    const mx::array& input,
+    const std::vector<LinearTuple>& layers,
+    const std::vector<std::pair<int, int>>& segments,
+    bool has_bias,
+    const Route& route,
+    mx::StreamOrDevice s) {
+  auto stream = mx::to_stream(s);
+  auto call = make_call(operation, node, segments);
+  mlx_fused::Check check(operation);
+  mlx_fused::Products products(stream, route);
+  auto primals =
+      mlx_fused::check_arguments(check, input_name, input, linears(layers), std::nullopt, call, products);
+  return mlx_fused::all_gradients(check, names, cotangents, primals, call, has_bias, route, stream);
 }
 
 }  // namespace
@@ -94,49 +105,30 @@ NB_MODULE(_ext, m) {
   m.doc() = "The C++ functions that mlx_fused.operations and mlx_fused.patching call.";
 
   m.def(
-      "fused_qkv_projection",
-      &qkv_projection,
+      "project",
+      &project,
+      "operation"_a,
+      "node"_a,
+      "input_name"_a,
       "input"_a,
-      "weight"_a,
-      "num_heads"_a,
-      "num_kv_heads"_a,
-      "head_dim"_a,
-      "v_head_dim"_a,
-      "split_heads"_a,
-      "exact"_a,
-      "route"_a,
-      "stream"_a.none());
-  m.def(
-      "fused_qkv_projection_bwd",
-      &qkv_projection_bwd,
-      "dq"_a,
-      "dk"_a,
-      "dv"_a,
-      "input"_a,
-      "weight"_a,
-      "has_bias"_a,
-      "num_heads"_a,
-      "num_kv_heads"_a,
-      "head_dim"_a,
-      "v_head_dim"_a,
-      "route"_a,
-      "stream"_a.none());
-  m.def(
-      "fused_output_projection_residual",
-      &output_projection,
-      "attn_out"_a,
-      "weight"_a,
+      "layers"_a,
+      "segments"_a,
       "residual"_a,
       "alpha"_a,
       "exact"_a,
       "route"_a,
       "stream"_a.none());
   m.def(
-      "fused_output_projection_residual_bwd",
-      &mlx_fused::output_projection_bwd,
-      "d_output"_a,
-      "attn_out"_a,
-      "weight"_a,
+      "all_gradients",
+      &all_gradients,
+      "operation"_a,
+      "node"_a,
+      "names"_a,
+      "cotangents"_a,
+      "input_name"_a,
+      "input"_a,
+      "layers"_a,
+      "segments"_a,
       "has_bias"_a,
       "route"_a,
       "stream"_a.none());

@@ -9,9 +9,8 @@
 #include "mlx/allocator.h"
 #include "mlx/backend/metal/device.h"
 #include "mlx/transforms.h"
-#include "mlx_fused/backend/cpu/kernels.h"
-#include "mlx_fused/backend/cpu/parallel.h"
 #include "mlx_fused/projection.h"
+#include "mlx_fused/routing.h"
 
 namespace mx = mlx::core;
 namespace nb = nanobind;
@@ -41,17 +40,8 @@ void ProjectionGrad::eval_cpu(const Arrays&, Arrays&) {
   throw std::runtime_error("[ProjectionGrad] was evaluated on the CPU.");
 }
 
-namespace cpu {
+void check_cpu_settings() {}
 
-int num_threads() {
-  return 1;
-}
-
-bool allowed(Isa) {
-  return true;
-}
-
-}  // namespace cpu
 }  // namespace mlx_fused
 
 namespace {
