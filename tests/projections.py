@@ -14,7 +14,8 @@ from operands import normal
 
 HEADS = ("num_heads", "num_kv_heads", "head_dim", "v_head_dim")
 # What is an array, in the order of the primitives' inputs.
-NAMES = ("input", "attn_out", "weight", "scales", "biases", "bias", "lora_a", "lora_b", "residual")
+INPUTS = ("input", "attn_out")
+NAMES = (*INPUTS, "weight", "scales", "biases", "bias", "lora_a", "lora_b", "residual")
 
 
 def segments(heads):
@@ -121,19 +122,19 @@ class Call:
 
     @property
     def x(self):
-        return self.arguments["input" if "qkv" in self.operation else "attn_out"]
+        return next(self.arguments[name] for name in INPUTS if name in self.arguments)
 
     @property
     def segments(self):
         """Each one's heads and their size, or None if there are no heads."""
-        if "qkv" in self.operation:
+        if HEADS[0] in self.arguments:
             return segments([self.arguments[name] for name in HEADS if name in self.arguments])
 
     @property
     def features(self):
         """Of each segment."""
         if self.segments is None:
-            return (self.arguments["residual"].shape[-1],)
+            return (self.arguments["weight"].shape[0],)
         return tuple(n * dims for n, dims in self.segments)
 
     def parts(self, name):
@@ -168,8 +169,9 @@ class Call:
         return self._laid_out(segments, residual, alpha)
 
     def _laid_out(self, outputs, residual, alpha):
-        if residual is not None:
-            return (residual + alpha * outputs[0],)
+        if self.segments is None:
+            y = alpha * outputs[0]
+            return (y if residual is None else residual + y,)
         by_head = zip(outputs, self.segments, strict=True)
         return tuple(y.reshape(*y.shape[:2], *heads).transpose(0, 2, 1, 3) for y, heads in by_head)
 
@@ -177,11 +179,11 @@ class Call:
         """What `exact` promises."""
         *operands, residual, alpha = self.exact_operands
         segments = oracle.exact_projection(*operands, dtype, bool(self.quantization))
-        if residual is None:
+        if self.segments:
             return self._laid_out(segments, residual, alpha)
         (y,) = segments
         y = y if alpha == 1 else oracle.rounded(alpha * y, dtype)
-        return (oracle.rounded(residual + y, dtype),)
+        return (y if residual is None else oracle.rounded(residual + y, dtype),)
 
     def gradient_formula(self, keys):
         """The function of the cotangents and the formula's operands that gives the gradients of ``keys``."""
@@ -199,7 +201,7 @@ class Call:
                 d_weight, d_bias = [np.concatenate(d_weight)], [np.concatenate(d_bias)]
                 if lora_a[0] is not None:
                     d_a, d_b = [sum(d_a)], [np.concatenate(d_b, -1)]
-            every = {"input": [d_x], "attn_out": [d_x], "residual": cotangents}
+            every = dict.fromkeys(INPUTS, [d_x]) | {"residual": cotangents}
             every |= {"weight": d_weight, "bias": d_bias, "lora_a": d_a, "lora_b": d_b}
             return tuple(every[name][place or 0] for name, place in keys)
 
@@ -237,7 +239,7 @@ def check_forward(call, roundings=1, **options):
 def cotangents(rng, call, draw=normal):
     batch, seq, _ = call.x.shape
     if call.segments is None:
-        return (draw(rng, call.arguments["residual"].shape, call.x.dtype),)
+        return (draw(rng, (batch, seq, *call.features), call.x.dtype),)
     return tuple(draw(rng, (batch, n, seq, dims), call.x.dtype) for n, dims in call.segments)
 
 
@@ -250,7 +252,7 @@ def gradients(call, keys, given, **options):
 def backward(call, given, **options):
     """The results of the backward operation, which dense calls have."""
     names = ("dq", "dk", "dv") if call.segments else ("d_output",)
-    arguments = {n: call.arguments[n] for n in ("input", "attn_out", "weight", *HEADS) if n in call.arguments}
+    arguments = {n: call.arguments[n] for n in (*INPUTS, "weight", *HEADS) if n in call.arguments}
     arguments |= dict(zip(names, given, strict=True)) | {"has_bias": call.has_bias}
     return getattr(mlx_fused, f"{call.operation}_bwd")(**arguments | options)
 
