@@ -179,15 +179,16 @@ template <
     bool steps_along_row>
 struct Loader {
   static constant constexpr int chunk_size = Chunk<T, Format>::size;
-  const short row, col;
+  const short first, row, col;  // of the thread's elements of a block
   threadgroup T* block;
   Weight<T, Format> weight;
   int column;
 
   METAL_FUNC Loader(
       Weight<T, Format> weight_, int first_column, threadgroup T* block_, ushort simdgroup, ushort lane)
-      thread : row((simdgroup * 32 + lane) * chunk_size / block_cols),
-               col((simdgroup * 32 + lane) * chunk_size % block_cols),
+      thread : first((simdgroup * 32 + lane) * chunk_size),
+               row(first / block_cols),
+               col(first % block_cols),
                block(block_ + row * block_stride + col),
                weight(weight_.from_row(row)),
                column(first_column + col) {}

@@ -36,7 +36,6 @@ HARMLESS = {
     "always true: mlx_fused_has_adapter": "the sum of a rank of 0",
     "always true: blocks[n].columns > 0": "a block of zeros",
     "> to >=": "a block of zeros",
-    "/ block_size dropped": "steps beyond a head, whose every load is masked",
 }
 
 
