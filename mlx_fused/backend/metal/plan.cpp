@@ -1,10 +1,30 @@
-#include "mlx_fused/backend/metal/plan.h"
-
 #include "mlx_fused/backend/metal/planner.h"
+
+#include <bit>
+#include <limits>
 
 namespace mlx_fused::metal {
 
 namespace {
+
+// Of an output, or its gradient.
+SegmentParams segment_params(const Tensor& tensor, const RowStrides& strides) {
+  SegmentParams p{.rows = strides, .head_stride = tensor.strides[1]};
+  p.head_dim = tensor.shape[3];
+  p.features = tensor.shape[1] * tensor.shape[3];
+  if (tensor.shape[1] == 1 || p.head_stride == p.head_dim) {
+    // Heads side by side are one.
+    p.head_dim = p.features;
+    p.head_stride = 0;
+  }
+  p.head_dim = std::max(p.head_dim, 1);  // a divisor
+  return p;
+}
+
+// Up to 32 rows half of the larger tile would be empty: reasoned, not measured on a Mac.
+int64_t tile_rows(int64_t rows) {
+  return rows <= 32 ? 32 : 64;
+}
 
 // [B, S, features] as one head.
 std::vector<Tensor> by_heads(std::vector<Tensor> tensors) {
@@ -18,6 +38,195 @@ std::vector<Tensor> by_heads(std::vector<Tensor> tensors) {
 }
 
 }  // namespace
+
+Rows::Rows(const Parts& by_segment, const Parts& others)
+    : batch(by_segment[0]->shape[0]), rows(by_segment[0]->shape[2]) {
+  for (auto* tensors : {&by_segment, &others}) {
+    for (auto* t : *tensors) {
+      if (t) {
+        strides.push_back({t->strides[0], t->strides[2]});
+      }
+    }
+  }
+  bool one_row = rows == 1;
+  bool mergeable = std::all_of(strides.begin(), strides.end(), [&](auto& s) {
+    return one_row || batch == 1 || s.batch == rows * s.row;
+  });
+  if (mergeable && batch * rows <= std::numeric_limits<int32_t>::max()) {
+    for (auto& s : strides) {
+      s.row = one_row ? s.batch : s.row;
+    }
+    rows *= batch;
+    batch = 1;
+  }
+}
+
+Parts Planner::parts(const Tensors& tensors, Role role) const {
+  Parts parts;
+  for (size_t i = 0; i < call_.segments.size(); ++i) {
+    parts.push_back(tensors.find(role, i));
+  }
+  return parts;
+}
+
+ProjectionParams Planner::call_params(const Rows& rows, const Parts& by_segment) const {
+  ProjectionParams p{};
+  p.batch = rows.batch;
+  p.rows = rows.rows;
+  p.segments = by_segment.size();
+  p.alpha = call_.epilogue.alpha;
+  for (size_t i = 0; i < by_segment.size(); ++i) {
+    p.segment[i] = segment_params(*by_segment[i], rows.strides[i]);
+  }
+  return p;
+}
+
+void Planner::bind_weights(ProjectionParams& params, Bindings& bindings) const {
+  auto weights = parts(inputs_, Role::weight), scales = parts(inputs_, Role::group_scales),
+       biases = parts(inputs_, Role::group_biases);
+  auto row_stride = [](const Tensor* t) { return t ? t->strides[0] : 0; };
+  for (size_t i = 0; i < weights.size(); ++i) {
+    params.segment[i].weight_row_stride = row_stride(weights[i]);
+    params.segment[i].scales_row_stride = row_stride(scales[i]);
+    params.segment[i].biases_row_stride = row_stride(biases[i]);
+  }
+  if (call_.quantization) {
+    params.log2_group_size = std::countr_zero(static_cast<uint32_t>(call_.quantization->group_size));
+  }
+  bindings.add_segments(buffer_weight, weights);
+  bindings.add_segments(buffer_scales, scales);
+  bindings.add_segments(buffer_biases, biases);
+}
+
+void Planner::launch(const std::string& name, Launch launch) {
+  launch.kernel = name + "_" + dtype_;
+  plan.launches.push_back(std::move(launch));
+}
+
+void Planner::launch_on_weights(const std::string& name, Launch launch) {
+  auto& q = call_.quantization;
+  if (q) {
+    launch.format = q->is_affine() ? "affine_" + std::to_string(q->bits) : q->mode;
+  }
+  auto of_format = name + "_" + launch.format;
+  this->launch(of_format, std::move(launch));
+}
+
+void Planner::add_projection(const Parts& outputs) {
+  auto& x = inputs_.get(Role::input);
+  auto* residual = inputs_.find(Role::residual);
+  Rows rows(outputs, {&x, residual});
+  bool few = rows.batch * rows.rows <= few_rows;
+
+  auto params = call_params(rows, outputs);
+  params.input = rows.strides[outputs.size()];
+  if (residual) {
+    params.residual = rows.strides.back();
+  }
+  params.in_features = x.shape[3];
+  uint32_t tiles = 0;
+  for (int i = 0; i < params.segments; ++i) {
+    auto& s = params.segment[i];
+    s.first_tile = tiles;
+    tiles += ceil_div(s.features, few ? projection_simdgroups * features_per_simdgroup : tile_cols);
+  }
+  auto lora_b = parts(inputs_, Role::lora_b);
+  set_adapters(params, Role::lora_b, lora_b);
+
+  Bindings bindings(*outputs[0]);
+  bindings.add(buffer_input, &x);
+  bind_weights(params, bindings);
+  bindings.add_segments(buffer_bias, parts(inputs_, Role::bias));
+  bindings.add(buffer_residual, residual);
+  bindings.add(buffer_low_rank, &low_rank_);
+  bindings.add_segments(buffer_lora, lora_b);
+  bindings.add_segments(buffer_output, outputs, true);
+
+  Launch launch{
+      .constants =
+          {{constant_has_bias, call_.has_bias},
+           {constant_has_residual, residual != nullptr},
+           {constant_has_adapter, has_adapters()},
+           {constant_exact, call_.epilogue.exact}},
+      .buffers = bindings.buffers,
+      .params = params};
+  if (few) {
+    auto slots = std::bit_ceil(static_cast<uint32_t>(rows.batch * rows.rows));
+    launch.grid = {tiles, 1, 1};
+    launch.threadgroup = {32 * projection_simdgroups, 1, 1};
+    launch_on_weights("projection_rows_" + std::to_string(slots), launch);
+  } else {
+    auto tile = tile_rows(rows.rows);
+    launch.grid = {tiles, ceil_div(rows.rows, tile), static_cast<uint32_t>(rows.batch)};
+    launch.threadgroup = {tile_threads, 1, 1};
+    launch_on_weights("projection_" + std::to_string(tile), launch);
+  }
+}
+
+void Planner::add_input_grad(const Tensor& dx) {
+  auto grads = parts(inputs_, Role::cotangent), lora_a = parts(inputs_, Role::lora_a);
+  Rows rows(grads, {&dx});
+  auto params = call_params(rows, grads);
+  params.input_grad = rows.strides.back();
+  params.in_features = dx.shape[3];
+  set_adapters(params, Role::lora_a, lora_a);
+
+  Bindings bindings(dx);
+  bindings.add_segments(buffer_gradient, grads);
+  bind_weights(params, bindings);
+  bindings.add(buffer_low_rank, &low_rank_);
+  bindings.add_segments(buffer_lora, lora_a);
+  bindings.add(buffer_output, &dx, true);
+
+  auto tile = call_.quantization ? 64 : tile_rows(rows.rows);  // of quantized weights there is one size
+  auto tiles = ceil_div(params.in_features, tile_cols);
+  launch_on_weights(
+      "input_grad_" + std::to_string(tile),
+      {.constants = {{constant_has_adapter, has_adapters()}},
+       .buffers = bindings.buffers,
+       .params = params,
+       .grid = {tiles, ceil_div(rows.rows, tile), static_cast<uint32_t>(rows.batch)},
+       .threadgroup = {tile_threads, 1, 1}});
+}
+
+void Planner::add_weight_grad(const Tensors& grads) {
+  Parts cotangents, weights, biases;  // of the segments whose weights' are wanted
+  for (size_t i = 0; i < call_.segments.size(); ++i) {
+    if (auto* dw = grads.find(Role::weight, i)) {
+      cotangents.push_back(&inputs_.get(Role::cotangent, i));
+      weights.push_back(dw);
+      biases.push_back(grads.find(Role::bias, i));
+    }
+  }
+  if (weights.empty() || is_empty(*weights[0])) {
+    return;
+  }
+  auto& x = inputs_.get(Role::input);
+  Rows rows(cotangents, {&x});
+  auto params = call_params(rows, cotangents);
+  params.input = rows.strides.back();
+  params.in_features = x.shape[3];
+  uint32_t tiles = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    auto& s = params.segment[i];
+    s.weight_row_stride = weights[i]->strides[0];
+    s.has_bias_grad = biases[i] != nullptr;
+    s.first_tile = tiles;
+    tiles += s.features / s.head_dim * ceil_div(s.head_dim, weight_grad_rows);
+  }
+
+  Bindings bindings(*weights[0]);
+  bindings.add(buffer_input, &x);
+  bindings.add_segments(buffer_gradient, cotangents);
+  bindings.add_segments(buffer_output, weights, true);
+  bindings.add_segments(buffer_bias, biases, true);
+  launch(
+      "weight_grad",
+      {.buffers = bindings.buffers,
+       .params = params,
+       .grid = {ceil_div(params.in_features, tile_cols), tiles, 1},
+       .threadgroup = {tile_threads, 1, 1}});
+}
 
 Plan plan_projection(
     const Call& call,
