@@ -33,7 +33,8 @@ class Check {
   template <typename... Parts>
   [[noreturn]] void fail(const Parts&... parts) const {
     std::ostringstream message;
-    (message << "[" << operation_ << "] " << ... << parts);
+    message << "[" << operation_ << "] ";
+    (message << ... << parts);
     throw std::invalid_argument(message.str());
   }
 

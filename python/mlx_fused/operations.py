@@ -353,8 +353,10 @@ def _segments(
                 f"[{operation}] {name} must be given but got None; heads may be left out, all of them, with "
                 "split_heads=False and a tuple of three weights."
             )
-        if index(value) < 1:
+        named[name] = index(value)
+        if value < 1:
             raise ValueError(f"[{operation}] {name} must be at least 1 but got {value}.")
+    num_heads, num_kv_heads, head_dim, v_head_dim = named.values()
     if num_heads % num_kv_heads:
         raise ValueError(
             f"[{operation}] num_heads must be a multiple of num_kv_heads "
