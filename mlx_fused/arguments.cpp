@@ -23,7 +23,7 @@ void check_quantization(const Check& check, const Linear& layer, const Quantizat
   auto* format = fixed_format(q.mode);
   auto check_size = [&](const char* name, const std::optional<int>& given, int Quantization::* size) {
     if (given) {
-      check.positive(name, *given);
+      check.positive({name}, *given);
     }
     if (format && q.*size != format->*size) {
       check.fail(name, " must be ", format->*size, " for mode '", q.mode, "' but got ", q.*size, ".");
@@ -38,36 +38,35 @@ void check_quantization(const Check& check, const Linear& layer, const Quantizat
 }
 
 // Checks one layer and lists its arrays by role.
-struct Layer {
+struct LayerCheck {
   const Check& check;
   const Linear& layer;
   const int in_features, features;
-  const std::string suffix;  // of argument names in messages
+  const int index;  // in a tuple of layers, -1 if there is one layer
   std::vector<std::pair<Role, mx::array>> arrays = {};
 
-  std::vector<std::pair<Role, mx::array>> checked() {
+  std::vector<std::pair<Role, mx::array>> arrays_by_role() {
     auto q = quantization(layer);
     q ? add_quantized(*q) : add_dense();
     if (layer.bias) {
       add_floating(Role::bias, "bias", *layer.bias, {features});
     }
     if (layer.lora_a.has_value() != layer.lora_b.has_value()) {
-      auto a = "lora_a" + suffix, b = "lora_b" + suffix;
-      auto& given = layer.lora_a ? a : b;
+      Name a{"lora_a", index}, b{"lora_b", index}, given = layer.lora_a ? a : b;
       check.fail(a, " and ", b, " must both be arrays or both None but got ", given, " alone.");
     }
     if (layer.lora_a) {
-      check.ndim("lora_a" + suffix, *layer.lora_a, 2);
+      check.ndim({"lora_a", index}, *layer.lora_a, 2);
       int rank = layer.lora_a->shape(1);
       add_floating(Role::lora_a, "lora_a", *layer.lora_a, {in_features, rank});
       add_floating(Role::lora_b, "lora_b", *layer.lora_b, {rank, features});
     }
-    return arrays;
+    return std::move(arrays);
   }
 
   void add_floating(Role role, const char* name, const mx::array& array, const mx::Shape& shape) {
-    check.floating(name + suffix, array);
-    check.shape(name + suffix, array, shape);
+    check.floating({name, index}, array);
+    check.shape({name, index}, array, shape);
     arrays.push_back({role, array});
   }
 
@@ -91,13 +90,13 @@ struct Layer {
     }
     auto add = [&](Role role, const char* name, const mx::array& array, int columns, bool is_affine) {
       if (!known) {
-        check.rows(name + suffix, array, features);  // true of every format, and MLX does not check it
+        check.rows({name, index}, array, features);  // true of every format, and MLX does not check it
       } else if (is_affine) {
         add_floating(role, name, array, {features, columns});
         return;
       } else {
-        check.shape(name + suffix, array, {features, columns});
-        check.dtype(name + suffix, array, role == Role::weight ? mx::uint32 : mx::uint8);
+        check.shape({name, index}, array, {features, columns});
+        check.dtype({name, index}, array, role == Role::weight ? mx::uint32 : mx::uint8);
       }
       arrays.push_back({role, array});
     };
@@ -130,7 +129,8 @@ Arrays unpacked(
 
 std::optional<std::string> difference(const Linears& layers) {
   auto differ = [&](auto&& of) {
-    return std::any_of(layers.begin(), layers.end(), [&](auto& l) { return of(l) != of(layers[0]); });
+    auto first = of(layers[0]);
+    return std::any_of(layers.begin() + 1, layers.end(), [&](auto& l) { return of(l) != first; });
   };
   auto list = [&](auto&& text) {
     std::string all;
@@ -163,39 +163,49 @@ Arrays check_arguments(
     const std::optional<mx::array>& residual,
     Call& call,
     const Products& products) {
-  check.ndim(input_name, input, 3);
-  check.floating(input_name, input);
+  check.ndim({input_name.c_str()}, input, 3);
+  check.floating({input_name.c_str()}, input);
   auto& segments = call.segments;
   bool packed = layers.size() == 1 && segments.size() > 1;
   if (!packed && layers.size() != segments.size()) {
     check.fail("weight must be one layer or a tuple of ", segments.size(), " but got ", layers.size(), ".");
   }
-  auto suffix = [&](size_t i) { return layers.size() == 1 ? "" : "[" + std::to_string(i) + "]"; };
+  auto index = [&](size_t i) { return layers.size() == 1 ? -1 : int(i); };
   std::vector<int> features;
   for (size_t i = 0; i < segments.size(); ++i) {
     if (segments[i].features == 0) {
-      check.ndim("weight" + suffix(i), layers[i].weight, 2);
+      check.ndim({"weight", index(i)}, layers[i].weight, 2);
       segments[i].features = layers[i].weight.shape(0);
     }
     if (segments.size() > 1) {
-      check.positive("the rows of weight" + suffix(i), segments[i].features);
+      check.positive({"the rows of weight", index(i)}, segments[i].features);
     }
     features.push_back(segments[i].features);
   }
-  Arrays arrays = {input};
-  Slots slots = {{Role::input}};
+  Arrays arrays;
+  Slots slots;
+  auto add = [&](Role role, int segment, mx::array array) {
+    slots.push_back({role, segment});
+    arrays.push_back(std::move(array));
+  };
+  add(Role::input, 0, input);
   for (int i = 0; i < int(layers.size()); ++i) {
     int rows = packed ? std::accumulate(features.begin(), features.end(), 0) : features[i];
-    for (auto& [role, array] : Layer{check, layers[i], input.shape(-1), rows, suffix(i)}.checked()) {
-      auto parts = packed ? unpacked(role, array, features, products) : Arrays{array};
+    for (auto& [role, array] :
+         LayerCheck{check, layers[i], input.shape(-1), rows, index(i)}.arrays_by_role()) {
+      if (!packed) {
+        add(role, i, std::move(array));
+        continue;
+      }
+      auto parts = unpacked(role, array, features, products);
       for (int j = 0; j < int(parts.size()); ++j) {
-        slots.push_back({role, i + j});
-        arrays.push_back(parts[j]);
-        if (role == Role::lora_a) {
-          call.segments[i + j].adapter_scale = layers[i].lora_scale;
-        }
+        add(role, j, std::move(parts[j]));
       }
     }
+  }
+  for (size_t i = 0; i < segments.size(); ++i) {
+    auto& layer = layers[packed ? 0 : i];
+    segments[i].adapter_scale = layer.lora_a ? std::optional(layer.lora_scale) : std::nullopt;
   }
   if (auto reason = difference(layers)) {
     check.fail("the layers in weight must be alike but ", *reason, ".");
@@ -203,10 +213,9 @@ Arrays check_arguments(
   call.has_bias = layers[0].bias.has_value();
   call.quantization = quantization(layers[0]);
   if (residual) {
-    check.shape("residual", *residual, {input.shape(0), input.shape(1), features[0]});
-    check.floating("residual", *residual);
-    slots.push_back({Role::residual});
-    arrays.push_back(*residual);
+    check.shape({"residual"}, *residual, {input.shape(0), input.shape(1), features[0]});
+    check.floating({"residual"}, *residual);
+    add(Role::residual, 0, *residual);
     call.epilogue.has_residual = true;
   }
 

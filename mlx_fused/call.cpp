@@ -32,7 +32,9 @@ bool contains(const Slots& slots, const Slot& slot) {
 }
 
 Slots input_slots(const Call& call) {
-  Slots slots = {{Role::input}};
+  Slots slots;
+  slots.reserve(2 + 6 * call.segments.size());
+  slots.push_back({Role::input});
   for (int i = 0; i < int(call.segments.size()); ++i) {
     add_weight(slots, call, i);
     if (call.has_bias) {

@@ -17,39 +17,44 @@ std::string to_string(const mx::Shape& shape) {
 
 }  // namespace
 
-void Check::ndim(const std::string& name, const mx::array& a, int expected) const {
+std::ostream& operator<<(std::ostream& os, const Name& name) {
+  os << name.text;
+  return name.index < 0 ? os : os << "[" << name.index << "]";
+}
+
+void Check::ndim(const Name& name, const mx::array& a, int expected) const {
   if (static_cast<int>(a.ndim()) != expected) {
     auto shape = to_string(a.shape());
     fail(name, " must have ", expected, " dimensions but got ", a.ndim(), " with shape ", shape, ".");
   }
 }
 
-void Check::shape(const std::string& name, const mx::array& a, const mx::Shape& expected) const {
+void Check::shape(const Name& name, const mx::array& a, const mx::Shape& expected) const {
   if (a.shape() != expected) {
     fail(name, " must have shape ", to_string(expected), " but got ", to_string(a.shape()), ".");
   }
 }
 
-void Check::rows(const std::string& name, const mx::array& a, int expected) const {
+void Check::rows(const Name& name, const mx::array& a, int expected) const {
   ndim(name, a, 2);
   if (a.shape(0) != expected) {
     fail(name, " must have ", expected, " rows but got shape ", to_string(a.shape()), ".");
   }
 }
 
-void Check::floating(const std::string& name, const mx::array& a) const {
+void Check::floating(const Name& name, const mx::array& a) const {
   if (!mx::issubdtype(a.dtype(), mx::floating)) {
     fail(name, " must be float32, float16 or bfloat16 but got ", a.dtype(), ".");
   }
 }
 
-void Check::dtype(const std::string& name, const mx::array& a, mx::Dtype expected) const {
+void Check::dtype(const Name& name, const mx::array& a, mx::Dtype expected) const {
   if (a.dtype() != expected) {
     fail(name, " must be ", expected, " but got ", a.dtype(), ".");
   }
 }
 
-void Check::positive(const std::string& name, int value) const {
+void Check::positive(const Name& name, int value) const {
   if (value < 1) {
     fail(name, " must be at least 1 but got ", value, ".");
   }

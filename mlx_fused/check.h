@@ -13,21 +13,26 @@ namespace mlx_fused {
 
 namespace mx = mlx::core;
 
+// What a message calls an argument: its name, with an index if it is one of a tuple.
+struct Name {
+  const char* text;
+  int index = -1;
+};
+
+std::ostream& operator<<(std::ostream& os, const Name& name);
+
 class Check {
  public:
-  explicit Check(std::string operation) : operation_(std::move(operation)) {}
+  // The operation's name must outlive it.
+  explicit Check(const std::string& operation) : operation_(operation) {}
 
-  void ndim(const std::string& name, const mx::array& a, int expected) const;
-  void shape(const std::string& name, const mx::array& a, const mx::Shape& expected) const;
+  void ndim(const Name& name, const mx::array& a, int expected) const;
+  void shape(const Name& name, const mx::array& a, const mx::Shape& expected) const;
   // The array must be a matrix with this many rows.
-  void rows(const std::string& name, const mx::array& a, int expected) const;
-  void floating(const std::string& name, const mx::array& a) const;
-  void dtype(const std::string& name, const mx::array& a, mx::Dtype expected) const;
-  void positive(const std::string& name, int value) const;
-
-  const std::string& operation() const {
-    return operation_;
-  }
+  void rows(const Name& name, const mx::array& a, int expected) const;
+  void floating(const Name& name, const mx::array& a) const;
+  void dtype(const Name& name, const mx::array& a, mx::Dtype expected) const;
+  void positive(const Name& name, int value) const;
 
   // The message is all that is given, in a row.
   template <typename... Parts>
@@ -39,7 +44,7 @@ class Check {
   }
 
  private:
-  std::string operation_;
+  const std::string& operation_;
 };
 
 }  // namespace mlx_fused

@@ -139,8 +139,8 @@ Arrays all_gradients(
     mx::Stream stream) {
   auto shapes = output_shapes_of(call, primals[0]);
   for (size_t i = 0; i < cotangents.size(); ++i) {
-    check.shape(names[i], cotangents[i], shapes[i]);
-    check.floating(names[i], cotangents[i]);
+    check.shape({names[i].c_str()}, cotangents[i], shapes[i]);
+    check.floating({names[i].c_str()}, cotangents[i]);
   }
   auto slots = input_slots(call);
   call.has_bias = has_bias;

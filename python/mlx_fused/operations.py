@@ -250,7 +250,7 @@ def fused_output_projection_residual(
     operation = "fused_output_projection_residual"
     if residual is None:
         raise TypeError(f"[{operation}] residual must be an array but got None.")
-    layers, node = _layers(operation, weight, bias), "FusedOutputProjection"
+    layers, node = [_layer(operation, weight, bias)], "FusedOutputProjection"
     (out,) = _ext.project(
         operation, node, "attn_out", attn_out, layers, [_OF_LAYER], residual, alpha, exact, route, stream
     )
@@ -300,34 +300,32 @@ def fused_output_projection_residual_bwd(
     return d_attn_out, d_weight, *(d_bias or (None,)), d_output
 
 
-def _layers(operation: str, weight, bias) -> list[LinearOperands]:
-    """The layers of a call. Each was given as ``LinearOperands``, or as a weight array and a bias array."""
-    packed = isinstance(weight, (mx.array, LinearOperands))
-    weights = [weight] if packed else weight
-    if not isinstance(weights, (list, tuple)):
-        got = type(weight).__name__
-        raise TypeError(f"[{operation}] weight must be an array, LinearOperands or a tuple but got {got}.")
+def _layer(operation: str, weight: mx.array | LinearOperands, bias: mx.array | None) -> LinearOperands:
+    if isinstance(weight, LinearOperands):
+        if bias is None:
+            return weight
+        raise ValueError(f"[{operation}] bias must be left out where weight is LinearOperands but was given.")
+    if isinstance(weight, mx.array):
+        return LinearOperands(weight, bias)
+    got = type(weight).__name__
+    raise TypeError(f"[{operation}] weight must be an array, LinearOperands or a tuple but got {got}.")
+
+
+def _layers(operation: str, weight: QKVWeight, bias: mx.array | Three | None) -> list[LinearOperands]:
+    """The layers of a call: one that packs all segments, or one for each."""
+    packed = isinstance(weight, LinearOperands) or not isinstance(weight, (list, tuple))
     if bias is None:
-        biases = [None] * len(weights)
-    elif isinstance(bias, mx.array) != packed or (not packed and len(bias) != len(weights)):
+        return [_layer(operation, w, None) for w in ([weight] if packed else weight)]
+    if isinstance(bias, (list, tuple)) == packed or (not packed and len(bias) != len(weight)):
         expected = "one array" if packed else "a tuple of three arrays (q, k, v)"
-        got = "one array" if isinstance(bias, mx.array) else f"a tuple of {len(bias)}"
+        got = f"a tuple of {len(bias)}" if isinstance(bias, (list, tuple)) else "one array"
         raise ValueError(f"[{operation}] bias must be {expected} as weight is but got {got}.")
-    else:
-        biases = [bias] if packed else bias
-    layers = []
-    for w, b in zip(weights, biases, strict=True):
-        if not isinstance(w, LinearOperands):
-            w = LinearOperands(w, b)
-        elif b is not None:
-            raise ValueError(
-                f"[{operation}] bias must be left out where weight is LinearOperands but was given."
-            )
-        layers.append(w)
-    return layers
+    if packed:
+        return [_layer(operation, weight, bias)]
+    return [_layer(operation, w, b) for w, b in zip(weight, bias, strict=True)]
 
 
-# A segment's features and heads where its outputs are those of its layer, not split into heads.
+# The features and heads of a segment that is as wide as its layer, and not split into heads.
 _OF_LAYER = (0, 0)
 
 
@@ -340,30 +338,28 @@ def _segments(
     split_heads: bool,
 ) -> list[tuple[int, int]]:
     """The features and heads of q, k and v."""
-    v_head_dim = head_dim if v_head_dim is None else v_head_dim
-    named = {
-        "num_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "v_head_dim": v_head_dim,
-    }
-    for name, value in named.items():
-        if value is None:
-            raise ValueError(
-                f"[{operation}] {name} must be given but got None; heads may be left out, all of them, with "
-                "split_heads=False and a tuple of three weights."
-            )
-        named[name] = index(value)
-        if value < 1:
-            raise ValueError(f"[{operation}] {name} must be at least 1 but got {value}.")
-    num_heads, num_kv_heads, head_dim, v_head_dim = named.values()
+    given = num_heads, num_kv_heads, head_dim, head_dim if v_head_dim is None else v_head_dim
+    if None in given:
+        raise ValueError(
+            f"[{operation}] {_HEADS[given.index(None)]} must be given but got None; heads may be left out, all "
+            "of them, with split_heads=False and a tuple of three weights."
+        )
+    num_heads, num_kv_heads, head_dim, v_head_dim = heads = tuple(map(index, given))
+    if min(heads) < 1:
+        name, value = next((n, v) for n, v in zip(_HEADS, heads, strict=True) if v < 1)
+        raise ValueError(f"[{operation}] {name} must be at least 1 but got {value}.")
     if num_heads % num_kv_heads:
         raise ValueError(
             f"[{operation}] num_heads must be a multiple of num_kv_heads "
             f"but got {num_heads} and {num_kv_heads}."
         )
-    sizes = [(num_heads, head_dim), (num_kv_heads, head_dim), (num_kv_heads, v_head_dim)]
-    if sum(heads * dim for heads, dim in sizes) >= 2**31:
-        given = " and".join(", ".join(f"{name} {value}" for name, value in named.items()).rsplit(",", 1))
-        raise ValueError(f"[{operation}] the features of all heads must be below 2^31 but got {given}.")
-    return [(heads * dim, heads if split_heads else 0) for heads, dim in sizes]
+    q, k, v = num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * v_head_dim
+    if q + k + v >= 2**31:
+        got = ", ".join(f"{name} {value}" for name, value in zip(_HEADS, heads, strict=True))
+        raise ValueError(f"[{operation}] the features of all heads must be below 2^31 but got {got}.")
+    if not split_heads:
+        return [(q, 0), (k, 0), (v, 0)]
+    return [(q, num_heads), (k, num_kv_heads), (v, num_kv_heads)]
+
+
+_HEADS = ("num_heads", "num_kv_heads", "head_dim", "v_head_dim")

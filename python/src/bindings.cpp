@@ -34,10 +34,10 @@ using LinearTuple = std::tuple<
     OptionalArray,
     float>;
 
-mlx_fused::Linears linears(const std::vector<LinearTuple>& layers) {
+mlx_fused::Linears linears(std::vector<LinearTuple>& layers) {
   mlx_fused::Linears result;
   for (auto& layer : layers) {
-    result.push_back(std::apply([](auto&... of) { return mlx_fused::Linear{of...}; }, layer));
+    result.push_back(std::apply([](auto&... of) { return mlx_fused::Linear{std::move(of)...}; }, layer));
   }
   return result;
 }
@@ -57,7 +57,7 @@ Arrays project(
     const std::string& node,
     const std::string& input_name,
     const mx::array& input,
-    const std::vector<LinearTuple>& layers,
+    std::vector<LinearTuple> layers,
     const std::vector<std::pair<int, int>>& segments,
     const OptionalArray& residual,
     float alpha,
@@ -75,7 +75,7 @@ Arrays project(
       residual,
       call,
       mlx_fused::Products(stream, route));
-  return mlx_fused::project(inputs, call, route, stream);
+  return mlx_fused::project(std::move(inputs), std::move(call), route, stream);
 }
 
 Arrays all_gradients(
@@ -85,7 +85,7 @@ Arrays all_gradients(
     const Arrays& cotangents,
     const std::string& input_name,
     const mx::array& input,
-    const std::vector<LinearTuple>& layers,
+    std::vector<LinearTuple> layers,
     const std::vector<std::pair<int, int>>& segments,
     bool has_bias,
     const Route& route,
@@ -134,7 +134,7 @@ NB_MODULE(_ext, m) {
       "stream"_a.none());
   m.def(
       "difference",
-      [](const std::vector<LinearTuple>& layers) { return mlx_fused::difference(linears(layers)); },
+      [](std::vector<LinearTuple> layers) { return mlx_fused::difference(linears(layers)); },
       "layers"_a,
       "Why one operation cannot compute these layers of the same input; None if it can.");
   m.def(

@@ -339,6 +339,7 @@ def _begin(attention: nn.Module, names: Names) -> _Call | None:
 def _end(call: _Call) -> None:
     call.count_unknown()
     call.has_ended = True
+    call.stand_ins.clear()  # they lead back to the call, whose arrays would wait for the garbage collector
     with _lock:
         _states[id(call.attention)].running -= 1
         _end_patching(call.attention)
