@@ -174,8 +174,9 @@ Arrays check_arguments(
   std::vector<int> features;
   for (size_t i = 0; i < segments.size(); ++i) {
     if (segments[i].features == 0) {
-      check.ndim({"weight", index(i)}, layers[i].weight, 2);
-      segments[i].features = layers[i].weight.shape(0);
+      auto& weight = layers.at(i).weight;
+      check.ndim({"weight", index(i)}, weight, 2);
+      segments[i].features = weight.shape(0);
     }
     if (segments.size() > 1) {
       check.positive({"the rows of weight", index(i)}, segments[i].features);

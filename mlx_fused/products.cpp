@@ -213,7 +213,8 @@ mx::array Products::matmul(const mx::array& a, const mx::array& b) const {
 }
 
 mx::array Products::addmm(const mx::array& c, const mx::array& a, const mx::array& b, float alpha) const {
-  return with_transforms<DenseProduct>(mx::addmm(c, a, b, alpha, 1.0f, stream), alpha);
+  auto y = mx::addmm(c, a, b, alpha, 1.0f, stream);
+  return are_exportable() ? y : with_transforms<DenseProduct>(y, alpha);
 }
 
 mx::array Products::quantized_matmul(

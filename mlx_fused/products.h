@@ -29,7 +29,7 @@ class Products {
 
   mx::array matmul(const mx::array& a, const mx::array& b) const;
 
-  // c + alpha a b, in one launch on GPUs and rounded once. Always a primitive of ours, so not exportable.
+  // c + alpha a b, in one launch on GPUs and rounded once.
   mx::array addmm(const mx::array& c, const mx::array& a, const mx::array& b, float alpha = 1.0f) const;
 
   // x times a quantized matrix or its transpose. Only mode affine has biases.

@@ -201,7 +201,7 @@ class Call:
                 d_weight, d_bias = [np.concatenate(d_weight)], [np.concatenate(d_bias)]
                 if lora_a[0] is not None:
                     d_a, d_b = [sum(d_a)], [np.concatenate(d_b, -1)]
-            every = dict.fromkeys(INPUTS, [d_x]) | {"residual": cotangents}
+            every = {name: [d_x] for name in INPUTS} | {"residual": cotangents}
             every |= {"weight": d_weight, "bias": d_bias, "lora_a": d_a, "lora_b": d_b}
             return tuple(every[name][place or 0] for name, place in keys)
 

@@ -16,7 +16,7 @@ def difference(layers: Sequence[tuple[mlx.core.array, mlx.core.array | None, mlx
     Why one operation cannot compute these layers of the same input; None if it can.
     """
 
-def has_quantized_kernels(group_size: int, bits: int, mode: str) -> bool:
+def has_quantized_kernels(group_size: int | None, bits: int | None, mode: str) -> bool:
     """
     Whether we have kernels for weights of this format; other formats run on MLX's own operation.
     """

@@ -13,7 +13,8 @@ class LinearOperands(NamedTuple):
     """The operands of a linear layer, which computes ``x @ weight.T + bias`` and, with LoRA, adds
     ``lora_scale * (x @ lora_a) @ lora_b``.
 
-    The operations accept it in place of a weight. It may pack the rows of several layers.
+    The operations accept it in place of a weight. It may pack the rows of several layers. ``mx.grad`` wants
+    arrays as arguments: make it of them inside the function.
 
     Attributes:
         weight (array): ``[output_dims, input_dims]``, float32, float16 or bfloat16; or, if ``scales`` are

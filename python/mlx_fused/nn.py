@@ -62,6 +62,11 @@ class QKVProjection(_QKV):
         v_head_dim: int | None = None,
     ):
         super().__init__()
+        if num_heads < 1 or (num_kv_heads is not None and num_kv_heads < 1):
+            raise ValueError(
+                f"[QKVProjection] num_heads and num_kv_heads must be at least 1 "
+                f"but got {num_heads} and {num_kv_heads}."
+            )
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_dim = input_dims // num_heads if head_dim is None else head_dim

@@ -125,9 +125,8 @@ def fused_qkv_projection(
         segments = _segments(operation, *heads, split_heads)
     else:
         segments = [_OF_LAYER] * 3
-    node = "FusedQKVProjection"
     return tuple(
-        _ext.project(operation, node, "input", input, layers, segments, None, 1.0, exact, route, stream)
+        _project(operation, "FusedQKVProjection", "input", input, layers, segments, exact, route, stream)
     )
 
 
@@ -173,8 +172,8 @@ def fused_qkv_projection_bwd(
         ValueError: If a rank, shape, dtype or head count is wrong.
     """
     operation = "fused_qkv_projection_bwd"
-    layers = [LinearOperands(w) for w in ([weight] if isinstance(weight, mx.array) else weight)]
-    d_input, *of_segments = _ext.all_gradients(
+    layers = _dense_layers(operation, weight)
+    d_input, *of_segments = _all_gradients(
         operation,
         "FusedQKVProjection",
         ["dq", "dk", "dv"],
@@ -251,8 +250,8 @@ def fused_output_projection_residual(
     if residual is None:
         raise TypeError(f"[{operation}] residual must be an array but got None.")
     layers, node = [_layer(operation, weight, bias)], "FusedOutputProjection"
-    (out,) = _ext.project(
-        operation, node, "attn_out", attn_out, layers, [_OF_LAYER], residual, alpha, exact, route, stream
+    (out,) = _project(
+        operation, node, "attn_out", attn_out, layers, [_OF_LAYER], exact, route, stream, residual, alpha
     )
     return out
 
@@ -284,20 +283,94 @@ def fused_output_projection_residual_bwd(
         ValueError: If a rank, shape or dtype is wrong.
     """
     operation = "fused_output_projection_residual_bwd"
-    d_attn_out, d_weight, *d_bias = _ext.all_gradients(
+    d_attn_out, d_weight, *d_bias = _all_gradients(
         operation,
         "FusedOutputProjection",
         ["d_output"],
         [d_output],
         "attn_out",
         attn_out,
-        [LinearOperands(weight)],
+        _dense_layers(operation, [weight]),
         [_OF_LAYER],
         has_bias,
         route,
         stream,
     )
     return d_attn_out, d_weight, *(d_bias or (None,)), d_output
+
+
+def _project(
+    operation, node, name, x, layers, segments, exact, route, stream, residual=None, alpha=1.0
+) -> list[mx.array]:
+    try:
+        return _ext.project(operation, node, name, x, layers, segments, residual, alpha, exact, route, stream)
+    except TypeError:
+        given = {
+            name: x,
+            "residual": residual,
+            "alpha": alpha,
+            "exact": exact,
+            "route": route,
+            "stream": stream,
+        }
+        _check_kinds(operation, given, layers)
+        raise
+
+
+def _all_gradients(operation, node, names, cotangents, name, x, layers, segments, has_bias, route, stream):
+    try:
+        return _ext.all_gradients(
+            operation, node, names, cotangents, name, x, layers, segments, has_bias, route, stream
+        )
+    except TypeError:
+        given = dict(zip(names, cotangents, strict=True))
+        _check_kinds(
+            operation, given | {name: x, "has_bias": has_bias, "route": route, "stream": stream}, layers
+        )
+        raise
+
+
+_KINDS = {
+    **dict.fromkeys(("weight", "bias", "scales", "biases", "lora_a", "lora_b", "residual"), mx.array),
+    **dict.fromkeys(("group_size", "bits"), int),
+    **dict.fromkeys(("alpha", "lora_scale"), (float, int)),
+    **dict.fromkeys(("exact", "has_bias"), bool),
+    **dict.fromkeys(("mode", "route"), str),
+    "stream": (mx.Stream, mx.Device, mx.DeviceType),
+}
+_OPTIONAL = {
+    "bias",
+    "scales",
+    "biases",
+    "lora_a",
+    "lora_b",
+    "group_size",
+    "bits",
+    "residual",
+    "route",
+    "stream",
+}
+
+
+def _check_kinds(operation: str, given: dict[str, object], layers: list[LinearOperands]) -> None:
+    """Say which argument is of the wrong type, if one is."""
+    of_layers = [item for layer in layers for item in layer._asdict().items()]
+    for name, value in [*of_layers, *given.items()]:
+        kinds = _KINDS.get(name, mx.array)
+        if not isinstance(value, kinds) and not (value is None and name in _OPTIONAL):
+            expected = " or ".join(k.__name__ for k in (kinds if isinstance(kinds, tuple) else (kinds,)))
+            raise TypeError(
+                f"[{operation}] {name} must be {expected} but got {type(value).__name__}."
+            ) from None
+
+
+def _dense_layers(operation: str, weight: mx.array | Three) -> list[LinearOperands]:
+    weights = weight if type(weight) in (list, tuple) else [weight]
+    for w in weights:
+        if not isinstance(w, mx.array):
+            got = type(w).__name__
+            raise TypeError(f"[{operation}] weight must be an array or a tuple of arrays but got {got}.")
+    return [LinearOperands(w) for w in weights]
 
 
 def _layer(operation: str, weight: mx.array | LinearOperands, bias: mx.array | None) -> LinearOperands:
@@ -314,6 +387,8 @@ def _layer(operation: str, weight: mx.array | LinearOperands, bias: mx.array | N
 def _layers(operation: str, weight: QKVWeight, bias: mx.array | Three | None) -> list[LinearOperands]:
     """The layers of a call: one that packs all segments, or one for each."""
     packed = isinstance(weight, LinearOperands) or not isinstance(weight, (list, tuple))
+    if not packed and len(weight) != 3:
+        raise ValueError(f"[{operation}] weight must be one layer or a tuple of 3 but got {len(weight)}.")
     if bias is None:
         return [_layer(operation, w, None) for w in ([weight] if packed else weight)]
     if isinstance(bias, (list, tuple)) == packed or (not packed and len(bias) != len(weight)):

@@ -139,11 +139,11 @@ NB_MODULE(_ext, m) {
       "Why one operation cannot compute these layers of the same input; None if it can.");
   m.def(
       "has_quantized_kernels",
-      [](int group_size, int bits, const std::string& mode) {
-        return mlx_fused::is_known({mode, bits, group_size});
+      [](OptionalInt group_size, OptionalInt bits, const std::string& mode) {
+        return mlx_fused::is_known(mlx_fused::with_defaults(mode, bits, group_size, mode == "affine"));
       },
-      "group_size"_a,
-      "bits"_a,
+      "group_size"_a.none(),
+      "bits"_a.none(),
       "mode"_a,
       "Whether we have kernels for weights of this format; other formats run on MLX's own operation.");
   m.def(

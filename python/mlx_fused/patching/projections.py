@@ -163,6 +163,8 @@ def _read(name: str, module: nn.Module | None) -> LinearOperands:
     group_size, bits, mode = layer.group_size, layer.bits, layer.mode
     if layer.scales is not None and not has_quantized_kernels(group_size, bits, mode):
         raise NotFused(f"{name} is quantized in a format without kernels: {mode} {bits} bits by {group_size}")
+    if layer.weight.ndim != 2 or (layer.bias is not None and layer.bias.shape != layer.weight.shape[:1]):
+        raise NotFused(f"{name} has parameters of unusual shapes")
     dtype = _dtype(layer)
     if dtype is not None and (dtype not in DTYPES or (layer.bias is not None and layer.bias.dtype != dtype)):
         raise NotFused(f"{name} has parameters of {', '.join(sorted({str(p.dtype) for p in base.values()}))}")
@@ -189,6 +191,9 @@ def _with_lora(
     if reason := lora_obstacle(module):
         raise NotFused(f"{name} {reason}")
     layer = layer.with_lora(module)
+    a, b = layer.lora_a, layer.lora_b
+    if not a.ndim == b.ndim == 2 or not {a.dtype, b.dtype} <= DTYPES:
+        raise NotFused(f"{name} has adapters of {a.dtype} {a.shape} and {b.dtype} {b.shape}")
     if exact and not layer.lora_a.dtype == layer.lora_b.dtype == mx.float32:
         raise NotFused(f"{name} has adapters of {layer.lora_a.dtype}, which are not rounded exactly")
     return layer
