@@ -3,6 +3,7 @@
 import re
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import mlx_fused
@@ -220,12 +221,55 @@ def test_errors_are_raised_by_the_call_and_inside_transforms(operation):
             transform(wrong)(a)
 
 
+WRONG_KINDS = [
+    ({"input": None}, "input must be array but got NoneType"),
+    ({"input": np.ones((2, 3, 12))}, "input must be array but got ndarray"),
+    ({"weight": "text"}, "weight must be an array, LinearOperands or a tuple but got str"),
+    ({"weight": (zeros(32, 12), None, zeros(16, 12)), "bias": None}, "but got NoneType"),
+    ({"bias": 5}, "bias must be array but got int"),
+    ({"exact": 1}, "exact must be bool but got int"),
+    ({"route": 1}, "route must be str but got int"),
+    ({"stream": "cpu"}, "stream must be Stream or Device or DeviceType but got str"),
+    ({"num_heads": 4.0}, "'float' object cannot be interpreted as an integer"),
+    ({"head_dim": "8"}, "'str' object cannot be interpreted as an integer"),
+]
+
+
+@pytest.mark.parametrize("changes,said", WRONG_KINDS, ids=[said for _, said in WRONG_KINDS])
+def test_arguments_of_the_wrong_kind(changes, said):
+    with pytest.raises(TypeError, match=re.escape(said)):
+        call("fused_qkv_projection", **changes)
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_operands_that_are_no_arrays(operation):
-    argument = "input" if "qkv" in operation else "attn_out"
-    for wrong in (None, "text", [[[1.0]]]):
-        with pytest.raises(TypeError):
-            call(operation, **{argument: wrong})
+@pytest.mark.parametrize("wrong", [None, "text", [[[1.0]]], np.ones((2, 3, 12))], ids=type)
+def test_operands_that_are_no_arrays(operation, wrong):
+    for argument, value in OPERATIONS[operation].items():
+        if isinstance(value, mx.array) and not (argument == "bias" and wrong is None):
+            with pytest.raises((TypeError, ValueError), match=rf"^\[{operation}\] (?=.*{argument})"):
+                call(operation, **{argument: wrong})
+
+
+def test_wrong_residuals_and_factors():
+    for changes, said in (({"alpha": None}, "alpha must be float or int"), ({"residual": 1.0}, "residual")):
+        with pytest.raises(TypeError, match=said):
+            call("fused_output_projection_residual", **changes)
+    with pytest.raises(TypeError, match="weight must be an array"):
+        call("fused_output_projection_residual", weight=(zeros(12, 32),), bias=None)
+
+
+@pytest.mark.parametrize("operation", ["fused_qkv_projection", "fused_qkv_projection_bwd"])
+def test_heads_of_numpys_small_integers_do_not_overflow(operation):
+    small = {
+        name: np.uint8(OPERATIONS[operation][name]) for name in ("num_heads", "num_kv_heads", "head_dim")
+    }
+    mx.eval(call(operation, **small))
+    wide = {name: np.uint8(64) for name in small}
+    with pytest.raises(ValueError, match=message(operation, ["weight", "(12288, 12)", "(64, 12)"])):
+        call(operation, **wide)
+    huge = {name: np.int32(65536) for name in small}
+    with pytest.raises(ValueError, match=message(operation, ["features", "2^31", "65536"])):
+        call(operation, **huge)
 
 
 def test_empty_batches_are_checked_as_well():

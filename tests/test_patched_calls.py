@@ -380,6 +380,27 @@ def test_a_projection_without_outputs():
     assert mlx_fused.patch(attention).layers[0].qkv.obstacle == obstacle
 
 
+@pytest.mark.parametrize("name, shape", [("bias", (1, 64)), ("bias", (1,)), ("bias", ())])
+def test_parameters_of_unusual_shapes(name, shape):
+    attention, x = with_q(nn.Linear(64, 64)), sample(1, 3, 64)
+    attention.q_proj[name] = sample(*shape)
+    expected = attention.q_proj(x)
+    assert mlx_fused.patch(attention).layers[0].qkv.obstacle == "q_proj has parameters of unusual shapes"
+    assert_same([attention(x)[0]], [expected])
+
+
+def test_quantization_by_default_sizes():
+    attention, x = Attention(), sample(1, 3, 64)
+    nn.quantize(attention, 64, 4)
+    mlx_fused.patch(attention)
+    expected = attention(x)
+    for name in PROJECTIONS:
+        attention[name].group_size = attention[name].bits = None
+    actual = attention(x)
+    assert calls(actual) == (1, 0)
+    assert_same(actual, expected)
+
+
 def test_input_sizes_that_differ():
     attention = with_q(nn.Linear(32, 64, bias=False))
     assert mlx_fused.patch(attention).layers[0].qkv.obstacle == "input sizes differ: (32, 64, 64)"

@@ -368,7 +368,8 @@ def test_a_chain_over_two_streams(rng):
 
 @operations
 @kinds
-def test_what_is_asked_to_be_composed_can_be_exported(rng, tmp_path, operation, kind):
-    call, path = make(rng, operation, kind), str(tmp_path / "call.mlxfn")
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_is_asked_to_be_composed_can_be_exported(rng, tmp_path, operation, kind, exact):
+    call, path = make(rng, operation, kind).replace(exact=exact), str(tmp_path / "call.mlxfn")
     mx.export_function(path, call.function(list(call.leaves), route="composed"), *call.leaves.values())
     oracle.assert_equal(mx.import_function(path)(*call.leaves.values()), call(route="composed"))

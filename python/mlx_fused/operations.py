@@ -416,8 +416,8 @@ def _segments(
     given = num_heads, num_kv_heads, head_dim, head_dim if v_head_dim is None else v_head_dim
     if None in given:
         raise ValueError(
-            f"[{operation}] {_HEADS[given.index(None)]} must be given but got None; heads may be left out, all "
-            "of them, with split_heads=False and a tuple of three weights."
+            f"[{operation}] {_HEADS[given.index(None)]} must be given but got None; heads may be left out, "
+            "all of them, with split_heads=False and a tuple of three weights."
         )
     num_heads, num_kv_heads, head_dim, v_head_dim = heads = tuple(map(index, given))
     if min(heads) < 1:
