@@ -44,7 +44,6 @@ nanobind_add_module(
   mlx_fused/unpack.cpp
   mlx_fused/backend/cpu/eval.cpp
   mlx_fused/backend/metal/plan.cpp
-  mlx_fused/backend/metal/plan_low_rank.cpp
   ${MLX_FUSED_GPU_SOURCES})
 target_include_directories(_ext PRIVATE "${CMAKE_SOURCE_DIR}")
 target_link_libraries(_ext PRIVATE mlx_fused_cpu mlx)

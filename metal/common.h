@@ -4,21 +4,8 @@
 
 #include "mlx/backend/metal/kernels/bf16.h"
 #include "mlx/backend/metal/kernels/complex.h"
-#include "mlx/backend/metal/kernels/steel/gemm/gemm.h"  // names the types of the two above
+#include "mlx/backend/metal/kernels/steel/gemm/gemm.h"  // uses the types of the two above
 #include "params.h"
-
-constant bool mlx_fused_has_bias [[function_constant(mlx_fused::constant_has_bias)]];
-constant bool mlx_fused_has_residual [[function_constant(mlx_fused::constant_has_residual)]];
-constant bool mlx_fused_has_adapter [[function_constant(mlx_fused::constant_has_adapter)]];
-constant bool mlx_fused_exact [[function_constant(mlx_fused::constant_exact)]];
-
-// A kernel's parameter for the buffer of its name, or three for what every segment has of its own, and one of
-// these.
-#define BUFFER(type, name) type name [[buffer(buffer_##name)]]
-#define PER_SEGMENT(type, name)                                                         \
-  type name##_0 [[buffer(buffer_##name)]], type name##_1 [[buffer(buffer_##name + 1)]], \
-      type name##_2 [[buffer(buffer_##name + 2)]]
-#define OF_SEGMENT(index, name) pick(index, name##_0, name##_1, name##_2)
 
 namespace mlx_fused {
 
@@ -65,8 +52,8 @@ METAL_FUNC void load_blocks(
   b.next();
 }
 
-// Gives the elements of a tile that this thread holds, and that exist, to store(row, column, element), the
-// last of which counts the thread's own.
+// Calls store(row, column, element) for each of this thread's elements that is inside the tile; `element` is
+// its index among the thread's own.
 template <typename Mma, typename Store>
 METAL_FUNC void store_results(const thread Mma& mma, short rows, short cols, Store store) {
   STEEL_PRAGMA_UNROLL
@@ -112,7 +99,8 @@ struct RowMajorStore {
   INSTANTIATE(name "_float16", kernel<half, __VA_ARGS__>)  \
   INSTANTIATE(name "_bfloat16", kernel<bfloat16_t, __VA_ARGS__>)
 
-// For dense weights alone. A device compiles the kernels of one format at run time, for all take it a minute.
+// For kernels that read no weight: they are compiled with the dense ones. At run time a device compiles one
+// format.
 #if !defined(MLX_FUSED_FORMAT) || defined(MLX_FUSED_FORMAT_dense)
 #define INSTANTIATE_DENSE(...) INSTANTIATE_TYPES(__VA_ARGS__)
 #else

@@ -1,6 +1,7 @@
 #pragma once
 
-// What a sum becomes before it is stored: its low-rank terms, and in a projection the rest.
+// What happens to sums before they are stored: low-rank products are added; in a projection also bias, alpha,
+// residual.
 #include "common.h"
 
 namespace mlx_fused {
@@ -96,7 +97,8 @@ struct Epilogue {
 
 }  // namespace mlx_fused
 
-// A kernel's parameters for the epilogue of a projection, and that of one segment.
+// EPILOGUE_PARAMETERS: a kernel's parameters. EPILOGUE_OF(index): one segment's; reads the names `segment`
+// and `params` where it stands.
 #define EPILOGUE_PARAMETERS(T)                                                       \
   PER_SEGMENT(const device T*, bias), BUFFER(const device T*, residual),             \
       BUFFER(const device float*, low_rank), PER_SEGMENT(const device float*, lora), \

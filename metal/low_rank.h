@@ -1,7 +1,7 @@
 #pragma once
 
-// What the narrow products of adapters share. All segments' columns lie side by side in the low-rank product,
-// each segment's from a new block of 8 on; a tile has several blocks.
+// Shared by low_rank_product.metal and adapter_grad.metal. All segments' columns lie side by side in the
+// low-rank product, each segment's from a multiple of 8 on; a tile has several blocks of 8.
 #include "common.h"
 
 namespace mlx_fused {
@@ -9,7 +9,7 @@ namespace mlx_fused {
 struct ColumnBlock {
   int segment;
   int first;    // of the segment's columns
-  int columns;  // that there are from it on
+  int columns;  // how many the segment has from there, 0 or less beyond its end
 };
 
 METAL_FUNC int blocks_of(int dims) {

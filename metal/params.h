@@ -13,20 +13,20 @@
 
 namespace mlx_fused {
 
-// The same in all kernels. What every segment has of its own takes three in a row.
+// The same in all kernels. A buffer that each segment has its own of takes three indices.
 enum BufferIndex : int32_t {
   buffer_params,
   buffer_input,
   buffer_residual,
   buffer_low_rank,  // the low-rank product
-  buffer_left,      // what that is a product of: the input, or gradients
+  buffer_left,      // the left operand of that product: the input, or gradients
   buffer_gradient = buffer_left + 3,
   buffer_weight = buffer_gradient + 3,
   buffer_scales = buffer_weight + 3,
   buffer_biases = buffer_scales + 3,
   buffer_bias = buffer_biases + 3,  // or its gradient
   buffer_lora = buffer_bias + 3,    // an adapter's A or B
-  buffer_output = buffer_lora + 3,  // an input gradient takes the first alone
+  buffer_output = buffer_lora + 3,  // dx is one buffer, the first
   buffer_count = buffer_output + 3,
 };
 
@@ -63,8 +63,8 @@ struct RowStrides {
   int64_t row;
 };
 
-// One of a projection's outputs: q, k or v, or the output projection's only one. Element (b, s, h, d) of it,
-// or of its gradient, is at b * rows.batch + s * rows.row + h * head_stride + d.
+// One segment's tensor: its output, that output's gradient or, in a low-rank product, the left operand.
+// Element (b, s, h, d) of it is at b * rows.batch + s * rows.row + h * head_stride + d.
 struct SegmentParams {
   RowStrides rows;
   int64_t head_stride;
@@ -75,11 +75,11 @@ struct SegmentParams {
   int64_t feature_stride;  // and along the other axis
   int32_t features;
   int32_t head_dim;
-  int32_t first_tile;  // in the direction of the grid that runs over all segments' features, or columns
+  int32_t first_tile;  // the segment's first, on the grid's axis of features or columns
   int32_t has_bias_grad;
   int32_t rank;          // 0 without an adapter
-  int32_t first_column;  // of this segment's in the low-rank product
-  int32_t end_column;    // of those that are products with the same left operand
+  int32_t first_column;  // where its columns begin in the low-rank product
+  int32_t end_column;    // where the columns of the same left operand end
   float scale;
 };
 
@@ -106,3 +106,18 @@ static_assert(sizeof(ProjectionParams) == 368 && offsetof(ProjectionParams, segm
 #endif
 
 }  // namespace mlx_fused
+
+#ifdef __METAL_VERSION__
+constant bool mlx_fused_has_bias [[function_constant(mlx_fused::constant_has_bias)]];
+constant bool mlx_fused_has_residual [[function_constant(mlx_fused::constant_has_residual)]];
+constant bool mlx_fused_has_adapter [[function_constant(mlx_fused::constant_has_adapter)]];
+constant bool mlx_fused_exact [[function_constant(mlx_fused::constant_exact)]];
+
+// BUFFER declares a parameter bound at buffer_<name>; PER_SEGMENT declares three; OF_SEGMENT picks one of
+// them.
+#define BUFFER(type, name) type name [[buffer(buffer_##name)]]
+#define PER_SEGMENT(type, name)                                                         \
+  type name##_0 [[buffer(buffer_##name)]], type name##_1 [[buffer(buffer_##name + 1)]], \
+      type name##_2 [[buffer(buffer_##name + 2)]]
+#define OF_SEGMENT(index, name) pick(index, name##_0, name##_1, name##_2)
+#endif

@@ -4,7 +4,8 @@
 
 namespace mlx_fused {
 
-// sums[f][m] += the products with x of a chunk of each feature's weight, or of so many values as it is deep.
+// sums[f][m] += the product of x's row m and feature f's weight over one chunk, or over `depth` values if fewer
+// are left.
 template <typename T, typename Format, int M>
 METAL_FUNC void accumulate(
     const Weight<T, Format> weight,
@@ -86,14 +87,14 @@ template <typename T, typename Format, int M>
   int64_t row_offset[M];
   STEEL_PRAGMA_UNROLL
   for (int m = 0; m < M; ++m) {
-    const int row = min(m, rows - 1);  // what the others add up is not stored
+    const int row = min(m, rows - 1);  // surplus rows repeat the last; their sums are not stored
     row_offset[m] = offset_of(row / params.rows, row % params.rows, params.input);
   }
   float sums[features_per_simdgroup][M] = {};
   constexpr int chunk_size = Chunk<T, Format>::size;
   for (int i = lane * chunk_size; i < params.in_features; i += 32 * chunk_size) {
     const int depth = params.in_features - i;
-    if (Format::is_quantized || depth >= chunk_size) {  // a constant depth: no test per value
+    if (Format::is_quantized || depth >= chunk_size) {  // the depth is then a constant, so the tests go away
       accumulate<T, Format, M>(weight, i, count, input + i, row_offset, rows, chunk_size, sums);
     } else {
       accumulate<T, Format, M>(weight, i, count, input + i, row_offset, rows, depth, sums);

@@ -3,7 +3,7 @@
 // Weights of every format: dense, and as mx.quantize packs them.
 #include "common.h"
 
-typedef half float16_t;  // as MLX has it in a header of much else, for the next two
+typedef half float16_t;  // the next two headers use this name
 
 #include "mlx/backend/metal/kernels/fp4.h"
 #include "mlx/backend/metal/kernels/fp8.h"
@@ -14,7 +14,7 @@ struct Group {
   float scale, bias;
 };
 
-// In the dtype of the activations.
+// Not quantized: in the dtype of the activations.
 struct dense {
   static constant constexpr bool is_quantized = false;
   static constant constexpr bool has_biases = false;
@@ -30,7 +30,7 @@ struct dense {
   }
 };
 
-// The depth of a tile's blocks, so that each of its threads decodes one chunk of a quantized weight's block.
+// The depth of a tile's blocks at which each of its 128 threads decodes one chunk of 16.
 constant constexpr int quantized_depth = 32;
 
 // Integers, scaled and shifted by group.
@@ -87,12 +87,12 @@ using mxfp4 = Floats<fp4_e2m1, 4, fp8_e8m0>;
 using mxfp8 = Floats<fp8_e4m3, 8, fp8_e8m0>;
 using nvfp4 = Floats<fp4_e2m1, 4, fp8_e4m3>;
 
-// The values that a thread takes from a row at a time. Quantized ones lie in one group, whose size is a
-// multiple of theirs, and in as many words of 16 bits as a value has bits.
+// The values of a row that a thread decodes at a time. 16 quantized ones lie in one group, and fill as many
+// words of 16 bits as a value has bits.
 template <typename T, typename Format>
 struct Chunk {
   static constant constexpr int size = 16;
-  // Values of x are loaded for every row, and live in registers: for a whole chunk there would be too many.
+  // x is kept in registers for every row; 16 values of each would be too many.
   static constant constexpr int values_per_load = 8;
 
   ushort words[Format::bits];
@@ -123,7 +123,7 @@ struct Chunk<T, dense> {
 
   T values[size];
 
-  // Of a row that has so many values from the column on.
+  // `depth` values are left in the row from the column on.
   METAL_FUNC void load(const device T* row, int column, int depth) thread {
     STEEL_PRAGMA_UNROLL
     for (int i = 0; i < size; ++i) {
@@ -136,7 +136,7 @@ struct Chunk<T, dense> {
   }
 };
 
-// Some rows of a segment's weight.
+// A segment's weight, from some row on.
 template <typename T, typename Format>
 struct Weight {
   using value_t = typename Format::template value_t<T>;
@@ -156,7 +156,7 @@ struct Weight {
         log2_group_size};
   }
 
-  // Of the first row.
+  // A chunk of its first row.
   METAL_FUNC Chunk<T, Format> chunk(int column, int depth) const thread {
     Chunk<T, Format> result;
     result.load(values, column, depth);
@@ -222,7 +222,7 @@ struct Loader {
   }
 };
 
-// Dense ones by steel's own loader.
+// Dense weights take steel's own loader.
 template <typename T, short block_rows, short block_cols, short block_stride, bool steps_along_row>
 struct Loader<T, dense, block_rows, block_cols, block_stride, steps_along_row> {
   mlx::steel::BlockLoader<T, block_rows, block_cols, block_stride, steps_along_row, tile_threads> loader;
@@ -246,7 +246,8 @@ struct Loader<T, dense, block_rows, block_cols, block_stride, steps_along_row> {
 
 }  // namespace mlx_fused
 
-// A kernel's parameters for the weights of all segments, and one of those.
+// WEIGHT_PARAMETERS: a kernel's parameters. WEIGHT_OF(index): one segment's; reads the names `segment` and
+// `params` where it stands.
 #define WEIGHT_PARAMETERS(T, Format)                                           \
   PER_SEGMENT(const device typename Format::template value_t<T>*, weight),     \
       PER_SEGMENT(const device typename Format::template scale_t<T>*, scales), \

@@ -28,10 +28,10 @@ using Linears = std::vector<Linear>;
 // Why these layers, which read the same input, cannot be computed by one operation; nullopt if they can.
 std::optional<std::string> difference(const Linears& layers);
 
-// Checks the arguments and returns them as the call's inputs, in the order of input_slots(call), and fills in
-// the call's bias, quantization, adapters, residual and, for segments that have 0 features, those of their
-// layer. Takes one layer per segment, or a single layer that packs the rows of all segments and is split into
-// views. Messages call the input by its name.
+// Checks the arguments and completes the call: bias, quantization, adapters, residual, and where a segment
+// has 0 features those of its layer. Returns the call's inputs in the order of input_slots(call). Takes one
+// layer per segment, or a single layer that packs the rows of all segments and is split into views. Messages
+// call the input by its name.
 Arrays check_arguments(
     const Check& check,
     const std::string& input_name,

@@ -47,7 +47,7 @@ struct Call {
 
   bool has_adapters() const;
 
-  // Whether it is nothing but products with dense weights, and its epilogue.
+  // Whether its layers have dense weights, no bias and no adapter; says nothing of the epilogue.
   bool is_plain() const {
     return !quantization && !has_bias && !has_adapters();
   }

@@ -55,7 +55,7 @@ Workload workload(const Arrays& inputs, const GradCall& call) {
       .in_features = in_features(operands, forward).value_or(0),
       .is_grad = true};
   for (int i = 0; i < int(forward.segments.size()); ++i) {
-    // On Metal only the kernel of the weight's gradient computes the bias's.
+    // On Metal a bias's gradient comes only with its weight's.
     work.no_metal_kernel |= call.wants(Role::bias, i) && !call.wants(Role::weight, i);
   }
   return work;

@@ -15,7 +15,7 @@ constexpr int64_t matmul_unit_rows = 32;
 Route best(const Workload& work, const DeviceInfo& device) {
   if (device.kind == DeviceInfo::cpu) {
     // On Linux 6.8 times as fast as MLX's matmul or more (docs/benchmarks.md); not measured on macOS.
-    return Route::primitive;
+    return Route::fused;
   }
   if (work.rows >= matmul_unit_rows && device.matmul_units) {
     return Route::composed;
@@ -24,8 +24,8 @@ Route best(const Workload& work, const DeviceInfo& device) {
   if (!work.is_grad && work.call.epilogue.has_residual && work.call.is_plain() && !few) {
     return Route::composed;  // mx.addmm adds the residual in its epilogue already
   }
-  return Route::primitive;  // saves launches: two of q, k and v, and those that add bias, residual, parts of
-                            // dx
+  return Route::fused;  // saves launches: two of q, k and v, and those that add bias, residual, parts of
+                        // dx
 }
 
 }  // namespace
@@ -58,7 +58,7 @@ Route choose_route(const Workload& work, const DeviceInfo& device, const std::op
   const char* variable = std::getenv("MLX_FUSED_ROUTE");
   auto wanted = route.value_or(variable ? variable : "");
   if (wanted == "composed" || wanted == "fused") {
-    return wanted == "composed" ? Route::composed : Route::primitive;
+    return wanted == "composed" ? Route::composed : Route::fused;
   }
   if (!wanted.empty()) {
     throw std::invalid_argument("MLX_FUSED_ROUTE must be 'composed' or 'fused' but got '" + wanted + "'.");

@@ -15,7 +15,7 @@ namespace mlx_fused {
 namespace mx = mlx::core;
 
 // Who computes a call: MLX's own operations, or a primitive of ours.
-enum class Route { composed, primitive };
+enum class Route { composed, fused };
 
 // The properties of a device that routing depends on.
 struct DeviceInfo {
@@ -36,7 +36,7 @@ struct Workload {
 // Whether we have kernels for the call on this device.
 bool has_kernels(const Workload& work, const DeviceInfo& device);
 
-// Where we have kernels, `route` ("composed" or "fused") decides, else MLX_FUSED_ROUTE, else the table of
+// Where we have kernels, `route` ("composed" or "fused") decides, else MLX_FUSED_ROUTE, else the rules of
 // best() in routing.cpp.
 Route choose_route(
     const Workload& work, const DeviceInfo& device, const std::optional<std::string>& route = std::nullopt);

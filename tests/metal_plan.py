@@ -190,7 +190,7 @@ def forward(op, kind=Call, **options):
     if op.segments:
         outputs = [call.output((batch, n, seq, dims)) for n, dims in op.segments]
     else:
-        outputs = [call.output(op.arguments["residual"].shape)]
+        outputs = [call.output((batch, seq, *op.features))]
     by_slot = {("output", i): out for i, out in enumerate(outputs)}
     call.run(tensors, by_slot, about | {"exact": op.arguments.get("exact", False)}, **options)
     return call, tuple(map(call.value, outputs))

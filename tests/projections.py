@@ -28,8 +28,8 @@ def segments(heads):
 class Call:
     """One call of an operation.
 
-    `arguments` are by name, those of linear layers as LinearOperands has them: tuples of one for each layer,
-    or what is packed and what they share by itself.
+    `arguments` are by name. Those of linear layers are named as in LinearOperands: a tuple with one for each
+    layer, or one value if they are packed or share it.
     """
 
     operation: str

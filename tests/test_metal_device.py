@@ -78,7 +78,7 @@ def test_a_rehearsal_reports_every_kernel(tmp_path):
 def test_a_wrong_result_is_a_failure_of_its_kernel(tmp_path):
     wrong = (
         "right = mlx_fused.fused_qkv_projection; "
-        "mlx_fused.fused_qkv_projection = lambda *a: (*right(*a)[:2], right(*a)[2] + 1)"
+        "mlx_fused.fused_qkv_projection = lambda **k: (*right(**k)[:2], right(**k)[2] + 1)"
     )
     status, said, report = rehearse(tmp_path, "projection_rows_1_dense_float32", before=wrong)
     assert status == pytest.ExitCode.TESTS_FAILED == report["exit_status"]

@@ -42,7 +42,7 @@ mlx_fused::Linears linears(std::vector<LinearTuple>& layers) {
   return result;
 }
 
-// A call that has all but what check_arguments fills in. Segments are (features, heads).
+// A call with its names and segments, (features, heads); check_arguments fills in the rest.
 mlx_fused::Call make_call(
     const std::string& operation, const std::string& node, const std::vector<std::pair<int, int>>& segments) {
   mlx_fused::Call call{.operation = operation, .node = node};

@@ -154,8 +154,8 @@ class AmxProduct {
   // docs/thresholds.md has the reasons of these numbers.
   static constexpr int64_t max_rows = 512, max_cols = max_panels * side;
 
-  // A block's steps along a dense right operand that is packed; one that meets more panels of the left
-  // operand than max_panels_in_place is.
+  // Steps per block of a packed dense right operand. It is packed if there are more than max_panels_in_place
+  // panels of the left operand, else read in place.
   static constexpr int64_t dense_steps = 8, max_panels_in_place = 4;
 
   static constexpr int64_t left_bytes = 4 << 20;

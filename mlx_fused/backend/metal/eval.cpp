@@ -21,12 +21,13 @@ namespace {
 using metal::Plan;
 using metal::Tensor;
 
-// Encodes one call: numbers its arrays for its plan, and launches what that says.
+// Numbers a call's arrays for its plan, and encodes the plan's launches.
 class Launcher {
  public:
   explicit Launcher(mx::Stream stream) : stream_(stream) {}
 
-  // Kernels read any strides, but want neighbours along the last axis, and a tile's rows not too far apart.
+  // Kernels need unit stride along the last axis and row strides below max_row_stride; other arrays are
+  // copied.
   std::vector<Tensor> inputs(const Arrays& arrays) {
     std::vector<Tensor> tensors;
     for (auto& a : arrays) {

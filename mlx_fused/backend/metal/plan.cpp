@@ -1,19 +1,104 @@
-#include "mlx_fused/backend/metal/planner.h"
+#include "mlx_fused/backend/metal/plan.h"
 
 #include <bit>
 #include <limits>
+#include <string>
+#include <utility>
+#include <vector>
 
 namespace mlx_fused::metal {
 
+// Activations and their gradients are [B, heads, S, head_dim] here.
 namespace {
 
-// Of an output, or its gradient.
+using Tensors = BySlot<Tensor>;
+using Parts = std::vector<const Tensor*>;  // one for each segment, null where it has none
+
+uint32_t ceil_div(int64_t a, int64_t b) {
+  return static_cast<uint32_t>((a + b - 1) / b);
+}
+
+bool is_empty(const Tensor& t) {
+  return std::find(t.shape.begin(), t.shape.end(), 0) != t.shape.end();
+}
+
+// The batch and row strides of a launch's tensors: the segments', then the others that exist. Batch and rows
+// become one axis if all strides allow it, so that tiles are full.
+struct Rows {
+  int64_t batch, rows;
+  std::vector<RowStrides> strides;
+
+  explicit Rows(const Parts& by_segment, const Parts& others = {});
+};
+
+// Every buffer of a kernel must be bound. For a tensor that is missing, or empty, the output is.
+class Bindings {
+ public:
+  explicit Bindings(const Tensor& output) : output_(output) {}
+
+  void add(int index, const Tensor* tensor, bool is_output = false) {
+    buffers.push_back({index, (tensor && !is_empty(*tensor) ? *tensor : output_).array, is_output});
+  }
+
+  // Three, whatever the number of segments.
+  void add_segments(int index, const Parts& parts, bool is_output = false) {
+    for (size_t i = 0; i < 3; ++i) {
+      add(index + i, parts[std::min(i, parts.size() - 1)], is_output);
+    }
+  }
+
+  std::vector<Binding> buffers;
+
+ private:
+  const Tensor& output_;
+};
+
+class Planner {
+ public:
+  // `scales` are what the segments' low-rank products are multiplied by.
+  Planner(const Call& call, const std::string& dtype, const Tensors& inputs, std::vector<float> scales)
+      : call_(call), dtype_(dtype), inputs_(inputs), scales_(std::move(scales)) {}
+
+  void add_projection(const Parts& outputs);
+  void add_input_grad(const Tensor& dx);
+  void add_weight_grad(const Tensors& grads);
+
+  // The low-rank product x A (lora_a) or dy B^T (lora_b), scaled, of all adapters side by side, in a
+  // temporary that the launches after it read.
+  void add_low_rank_product(Role factor);
+
+  // dA = x^T (dy B^T) or dB = (x A)^T dy, of those wanted.
+  void add_adapter_grad(Role factor, const Tensors& grads);
+
+  int64_t rank(int segment) const;  // 0 without an adapter
+  bool has_adapters() const;
+
+  Plan plan;
+
+ private:
+  Parts parts(const Tensors& tensors, Role role) const;
+  Parts multiplied_with(Role factor) const;
+  ProjectionParams call_params(const Rows& rows, const Parts& by_segment) const;
+  void set_adapters(ProjectionParams& params, Role factor, const Parts& factors) const;
+  void bind_weights(ProjectionParams& params, Bindings& bindings) const;
+
+  // Adds a launch of the kernel <name>_<dtype>, or of one for weights of a format, <name>_<format>_<dtype>.
+  void launch(const std::string& name, Launch launch);
+  void launch_on_weights(const std::string& name, Launch launch);
+
+  const Call& call_;
+  const std::string& dtype_;
+  const Tensors& inputs_;
+  const std::vector<float> scales_;
+  Tensor low_rank_{0, {0}, {1}};  // the latest low-rank product
+};
+
+// Adjacent heads are treated as one long head.
 SegmentParams segment_params(const Tensor& tensor, const RowStrides& strides) {
   SegmentParams p{.rows = strides, .head_stride = tensor.strides[1]};
   p.head_dim = tensor.shape[3];
   p.features = tensor.shape[1] * tensor.shape[3];
   if (tensor.shape[1] == 1 || p.head_stride == p.head_dim) {
-    // Heads side by side are one.
     p.head_dim = p.features;
     p.head_stride = 0;
   }
@@ -37,7 +122,22 @@ std::vector<Tensor> by_heads(std::vector<Tensor> tensors) {
   return tensors;
 }
 
-}  // namespace
+// Sets each segment's first_tile and end_column, and returns the number of tiles. Segments that share the
+// left operand share tiles of columns; a tile of columns counts tiles_of(segment) times.
+template <typename TilesOf>
+uint32_t set_tiles(ProjectionParams& params, bool shared, TilesOf&& tiles_of) {
+  uint32_t tiles = 0;
+  for (int i = 0; i < params.segments; ++i) {
+    auto& s = params.segment[i];
+    bool last = shared || i + 1 == params.segments;
+    s.first_tile = tiles;
+    s.end_column = last ? params.low_columns : params.segment[i + 1].first_column;
+    if (!shared || i == 0) {
+      tiles += ceil_div(s.end_column - s.first_column, blocks_per_tile * block_size) * tiles_of(s);
+    }
+  }
+  return tiles;
+}
 
 Rows::Rows(const Parts& by_segment, const Parts& others)
     : batch(by_segment[0]->shape[0]), rows(by_segment[0]->shape[2]) {
@@ -151,10 +251,10 @@ void Planner::add_projection(const Parts& outputs) {
       .buffers = bindings.buffers,
       .params = params};
   if (few) {
-    auto slots = std::bit_ceil(static_cast<uint32_t>(rows.batch * rows.rows));
+    auto max_rows = std::bit_ceil(static_cast<uint32_t>(rows.batch * rows.rows));
     launch.grid = {tiles, 1, 1};
     launch.threadgroup = {32 * projection_simdgroups, 1, 1};
-    launch_on_weights("projection_rows_" + std::to_string(slots), launch);
+    launch_on_weights("projection_rows_" + std::to_string(max_rows), launch);
   } else {
     auto tile = tile_rows(rows.rows);
     launch.grid = {tiles, ceil_div(rows.rows, tile), static_cast<uint32_t>(rows.batch)};
@@ -178,7 +278,8 @@ void Planner::add_input_grad(const Tensor& dx) {
   bindings.add_segments(buffer_lora, lora_a);
   bindings.add(buffer_output, &dx, true);
 
-  auto tile = call_.quantization ? 64 : tile_rows(rows.rows);  // of quantized weights there is one size
+  auto tile =
+      call_.quantization ? 64 : tile_rows(rows.rows);  // only these are compiled for quantized weights
   auto tiles = ceil_div(params.in_features, tile_cols);
   launch_on_weights(
       "input_grad_" + std::to_string(tile),
@@ -190,7 +291,7 @@ void Planner::add_input_grad(const Tensor& dx) {
 }
 
 void Planner::add_weight_grad(const Tensors& grads) {
-  Parts cotangents, weights, biases;  // of the segments whose weights' are wanted
+  Parts cotangents, weights, biases;  // of the segments whose weight gradient is wanted
   for (size_t i = 0; i < call_.segments.size(); ++i) {
     if (auto* dw = grads.find(Role::weight, i)) {
       cotangents.push_back(&inputs_.get(Role::cotangent, i));
@@ -227,6 +328,94 @@ void Planner::add_weight_grad(const Tensors& grads) {
        .grid = {ceil_div(params.in_features, tile_cols), tiles, 1},
        .threadgroup = {tile_threads, 1, 1}});
 }
+
+int64_t Planner::rank(int segment) const {
+  auto* a = inputs_.find(Role::lora_a, segment);
+  return a ? a->shape[1] : 0;
+}
+
+bool Planner::has_adapters() const {
+  for (size_t i = 0; i < call_.segments.size(); ++i) {
+    if (rank(i) > 0) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// A multiplies the input, which all segments share, and B^T each segment's gradient.
+Parts Planner::multiplied_with(Role factor) const {
+  return factor == Role::lora_a ? Parts(call_.segments.size(), &inputs_.get(Role::input))
+                                : parts(inputs_, Role::cotangent);
+}
+
+// `factors` are the adapters' A or B, or the gradients wanted of these.
+void Planner::set_adapters(ProjectionParams& params, Role factor, const Parts& factors) const {
+  int feature_axis = factor == Role::lora_a ? 0 : 1;
+  for (int i = 0; i < params.segments; ++i) {
+    auto& s = params.segment[i];
+    s.first_column = params.low_columns;
+    params.low_columns += ceil_div(rank(i), block_size) * block_size;
+    if (factors[i]) {
+      s.rank = rank(i);
+      s.feature_stride = factors[i]->strides[feature_axis];
+      s.rank_stride = factors[i]->strides[1 - feature_axis];
+    }
+  }
+}
+
+void Planner::add_low_rank_product(Role factor) {
+  auto left = multiplied_with(factor), factors = parts(inputs_, factor);
+  auto params = call_params(Rows(left), left);
+  set_adapters(params, factor, factors);
+  for (int i = 0; i < params.segments; ++i) {
+    params.segment[i].scale = scales_[i];
+  }
+  auto tiles = set_tiles(params, factor == Role::lora_a, [](auto&) { return 1; });
+
+  int64_t rows = int64_t{params.batch} * params.rows, columns = params.low_columns;
+  low_rank_ = {-1 - static_cast<int>(plan.temporaries.size()), {rows, columns}, {columns, 1}};
+  plan.temporaries.push_back(rows * columns * sizeof(float));
+  if (is_empty(low_rank_)) {
+    return;
+  }
+  Bindings bindings(low_rank_);
+  bindings.add_segments(buffer_left, left);
+  bindings.add_segments(buffer_lora, factors);
+  bindings.add(buffer_low_rank, &low_rank_, true);
+  launch(
+      "low_rank_product",
+      {.buffers = bindings.buffers,
+       .params = params,
+       .grid = {tiles, ceil_div(params.rows, block_size), static_cast<uint32_t>(params.batch)},
+       .threadgroup = {32 * product_simdgroups, 1, 1}});
+}
+
+void Planner::add_adapter_grad(Role factor, const Tensors& grads) {
+  auto left = multiplied_with(factor), wanted = parts(grads, factor);
+  auto first = std::find_if(wanted.begin(), wanted.end(), [](auto* g) { return g && !is_empty(*g); });
+  if (first == wanted.end()) {
+    return;
+  }
+  auto params = call_params(Rows(left), left);
+  set_adapters(params, factor, wanted);
+  auto tiles = set_tiles(params, factor == Role::lora_a, [](auto& s) {
+    return ceil_div(s.features / s.head_dim * ceil_div(s.head_dim, block_size), grad_simdgroups);
+  });
+
+  Bindings bindings(**first);
+  bindings.add_segments(buffer_left, left);
+  bindings.add(buffer_low_rank, &low_rank_);
+  bindings.add_segments(buffer_output, wanted, true);
+  launch(
+      "adapter_grad",
+      {.buffers = bindings.buffers,
+       .params = params,
+       .grid = {tiles, 1, 1},
+       .threadgroup = {32 * grad_simdgroups, 1, 1}});
+}
+
+}  // namespace
 
 Plan plan_projection(
     const Call& call,

@@ -12,9 +12,9 @@
 // What a call would encode on a GPU, as plain data: built and tested on every platform, encoded on macOS.
 namespace mlx_fused::metal {
 
-// One of a call's arrays; strides count elements.
+// The shape and strides, in elements, of one of a call's arrays.
 struct Tensor {
-  int array;
+  int array;  // its number: the inputs first, then the outputs
   std::vector<int64_t> shape, strides;
 };
 
