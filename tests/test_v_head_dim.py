@@ -63,5 +63,5 @@ def test_errors(rng):
         call(v_head_dim=None)
     with pytest.raises(ValueError, match="v_head_dim must be at least 1 but got 0"):
         call(v_head_dim=0)
-    with pytest.raises(ValueError, match=r"below 2\^31 but got .* head_dim 4 and v_head_dim 2000000000"):
+    with pytest.raises(ValueError, match=r"below 2\^31 but got .* head_dim 4, v_head_dim 2000000000"):
         call(v_head_dim=2_000_000_000)
