@@ -102,7 +102,10 @@ def test_exact_mode_rounds_where_the_modules_of_mlx_lm_do(rng, form, dtype, rout
         options = {"bias": bias, "draw": wide_integers}
         qkv, output = adapted(rng, form, dtype, 1, seq, scale=1 / 64, **options)
         plain = projections.output(rng, 1, seq, 64, 40, form, dtype, alpha=alpha, **options)
-        for call in (qkv, output.replace(alpha=alpha), plain):
+        without = (
+            projections.qkv(rng, 1, seq, 64, HEADS, form, dtype, packed=p, **options) for p in (False, True)
+        )
+        for call in (qkv, output.replace(alpha=alpha), plain, *without):
             oracle.assert_equal(call(exact=True, route=route), call.rounded_formula(dtype))
 
 
