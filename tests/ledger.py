@@ -12,11 +12,10 @@ from math import ceil
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 import metal_plan
-import mlx_fused
+import oracle
 import projections
 from mlx_fused._ext import _internals
 from mlx_kernels import FORM, Cost, Kernels
@@ -106,13 +105,14 @@ def reads(launch, case):
     """
     columns, row_tiles, batches = launch["grid"]
     kernel, constants, rows = launch["kernel"], launch["constants"], case.rows
-    features = features_of(case)
+    op = call_of(case)
+    features, in_features = op.features, op.x.shape[-1]
     if kernel.startswith("low_rank_product"):
         times = {"left": 1, "lora": row_tiles}
     elif kernel.startswith("adapter_grad"):
         # Of x there is one tile of columns; a block of 8 features reads the rows of P or G.
-        of_x = columns == ceil(case_input(case) / 64)
-        blocks = [case_input(case) / 8] if of_x else [n / 8 for n in features]
+        of_x = columns == ceil(in_features / 64)
+        blocks = [in_features / 8] if of_x else [n / 8 for n in features]
         times = {"left": 1, "low_rank": Fraction(sum(map(ceil, blocks)), len(blocks))}
     elif kernel.startswith("projection_rows"):
         times = {"input": columns * launch["threadgroup"][0] // 32, "weight": 1}
@@ -137,19 +137,6 @@ def reads(launch, case):
         times["scales"] = times["biases"] = times["weight"] * FORM[1] // 16
     names = bound(launch)
     return {name: n for role, n in times.items() for name in names[role]}
-
-
-def case_input(case):
-    """The projection's input features."""
-    return case.heads[0] * case.heads[2] if "output" in case.operation else case.hidden
-
-
-def features_of(case):
-    """Its output features, of each segment."""
-    num_heads, num_kv_heads, head_dim = case.heads
-    if "output" in case.operation:
-        return [case.hidden]
-    return [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
 
 
 def written(call, launch):
@@ -188,26 +175,6 @@ def planned(case) -> Cost:
 # MLX's
 
 
-def operands(case):
-    """(x, weight, bias, the rest) of zeros: costs depend on shapes alone."""
-
-    def zeros(*shape):
-        return mx.zeros(shape, DTYPE)
-
-    num_heads, num_kv_heads, head_dim = case.heads
-    features = [n * head_dim for n in (num_heads, num_kv_heads, num_kv_heads)]
-    if case.operation == "output":
-        bias = zeros(case.hidden) if case.bias else None
-        x, weight = zeros(1, case.rows, features[0]), zeros(case.hidden, features[0])
-        return x, weight, bias, (zeros(1, case.rows, case.hidden),)
-    if case.packed:
-        weight, bias = zeros(sum(features), case.hidden), zeros(sum(features))
-    else:
-        weight, bias = tuple(zeros(n, case.hidden) for n in features), tuple(map(zeros, features))
-    gradients = tuple(zeros(1, n, case.rows, head_dim) for n in (num_heads, num_kv_heads, num_kv_heads))
-    return zeros(1, case.rows, case.hidden), weight, bias if case.bias else None, gradients
-
-
 def zeros(rng, shape, dtype=DTYPE):
     return mx.zeros(shape, dtype)
 
@@ -218,137 +185,69 @@ def call_of(case):
     form = FORM if "quantized" in case.operation else None
     options = {"bias": case.bias, "dtype": DTYPE, "draw": zeros, "form": form}
     if "output" in case.operation:
-        shape = (1, case.rows, case_input(case), case.hidden)
+        shape = (1, case.rows, case.heads[0] * case.heads[2], case.hidden)
         return projections.output(rng, *shape, rank=rank, **options)
     shape = (1, case.rows, case.hidden, case.heads)
     return projections.qkv(rng, *shape, ranks=rank and (rank,) * 3, packed=case.packed, **options)
 
 
-def adapted_linear(op):
-    """As mlx-lm's models compute it with nn.QuantizedLinear, or its LoRALinear."""
+def stock(op):
+    """As mlx-lm's models compute it, with nn.Linear, nn.QuantizedLinear or LoRALinear."""
     a = op.arguments
-    names = ("weight", "scales", "biases", "bias", "lora_a", "lora_b")
-    outputs = []
-    for w, s, z, b, lora_a, lora_b in zip(*map(op.parts, names), strict=True):
-        if s is None:
-            y = linear(op.x, w, b)
-        else:
-            y = mx.quantized_matmul(op.x, w, s, z, group_size=FORM[1], bits=FORM[2])
-            y = y if b is None else y + b
-        if lora_a is not None:
-            y = y + (a["lora_scale"] * ((op.x @ lora_a) @ lora_b)).astype(op.x.dtype)
-        outputs.append(y)
+    if op.packed:
+        packed = linear(op.x, a["weight"], a["bias"])
+        outputs = mx.split(packed, np.cumsum(op.features)[:-1].tolist(), -1)
+    else:
+        names = ("weight", "bias", "scales", "biases", "lora_a", "lora_b")
+        layers = zip(*map(op.parts, names), strict=True)
+        outputs = [linear(op.x, *layer, a.get("lora_scale")) for layer in layers]
     if not op.segments:
         return (a["residual"] + outputs[0],)
     shape = (*op.x.shape[:2], -1, a["head_dim"])
     return tuple(y.reshape(shape).transpose(0, 2, 1, 3) for y in outputs)
 
 
-def linear(x, weight, bias):
-    layer = nn.Linear(1, 1, bias=bias is not None)
-    layer.weight = weight
-    if bias is not None:
-        layer.bias = bias
-    return layer(x)
-
-
-def linear_qkv(x, weight, bias, num_heads, num_kv_heads, head_dim):
-    """q, k and v as mlx-lm's models project them."""
-    if isinstance(weight, tuple):
-        parts = [linear(x, *wb) for wb in zip(weight, bias or (None,) * 3, strict=True)]
+def linear(x, weight, bias, scales=None, biases=None, lora_a=None, lora_b=None, lora_scale=None):
+    if scales is None:
+        y = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
     else:
-        ends = (num_heads * head_dim, (num_heads + num_kv_heads) * head_dim)
-        parts = mx.split(linear(x, weight, bias), ends, axis=-1)
-    return tuple(p.reshape(*x.shape[:2], -1, head_dim).transpose(0, 2, 1, 3) for p in parts)
+        y = mx.quantized_matmul(x, weight, scales, biases, group_size=FORM[1], bits=FORM[2])
+        y = y if bias is None else y + bias
+    return y if lora_a is None else y + (lora_scale * ((x @ lora_a) @ lora_b)).astype(x.dtype)
 
 
-def linear_output(x, weight, bias, residual):
-    return residual + linear(x, weight, bias)
+def composed(op):
+    """As routing composes it; what is dense is as in mlx-lm, but for a residual where there is no bias."""
+    if not op.plain:
+        return op(route="composed")
+    if op.segments or op.has_bias:
+        return stock(op)
+    return (mx.addmm(op.arguments["residual"], op.x, op.arguments["weight"].T),)
 
 
-def addmm_output(x, weight, bias, residual):
-    """As the composed form adds a residual where there is no bias to add."""
-    if bias is not None:
-        return linear_output(x, weight, bias, residual)
-    return mx.addmm(residual, x, weight.T)
-
-
-def gradients_of_linear(dq, dk, dv, x, weight, has_bias, *heads):
-    """What `mx.vjp` makes of `linear_qkv`, returned as `fused_qkv_projection_bwd` does."""
-    parts = weight if isinstance(weight, tuple) else (weight,)
-    biases = [mx.zeros(w.shape[:1], w.dtype) for w in parts] if has_bias else []
-
-    def project(x, *wb):
-        weights, biases = wb[: len(parts)], wb[len(parts) :] or None
-        if not isinstance(weight, tuple):
-            weights, biases = weights[0], biases and biases[0]
-        return linear_qkv(x, weights, biases, *heads)
-
-    _, (dx, *grads) = mx.vjp(project, [x, *parts, *biases], [dq, dk, dv])
-    return dx, tuple(grads[: len(parts)]), tuple(grads[len(parts) :])
-
-
-FORMS = {
-    "composed": (
-        linear_qkv,
-        addmm_output,
-        lambda *a: mlx_fused.fused_qkv_projection_bwd(*a, route="composed"),
-    ),
-    "mlx-lm": (linear_qkv, linear_output, gradients_of_linear),
-}
-
-
-def flatten(tree):
-    return [leaf for part in tree for leaf in flatten(part)] if isinstance(tree, tuple | list) else [tree]
-
-
-def unflatten(tree, leaves):
-    if isinstance(tree, tuple):
-        return tuple(unflatten(part, leaves) for part in tree)
-    return None if tree is None else next(leaves)
-
-
-def adapted_graph(case, form):
-    project = adapted_linear if form == "mlx-lm" else lambda op: op(route="composed")
-    op = call_of(case)
-    given = projections.cotangents(None, op, zeros)
-    is_grad = case.operation.endswith("grad")
-    wanted = wanted_of(case, op)
-
-    def run(*arrays):
-        of_leaves, cotangents = arrays[: len(op.leaves)], arrays[len(op.leaves) :]
-        call = op.with_leaves(dict(zip(op.leaves, of_leaves, strict=True)))
-        if not is_grad:
-            return project(call)
-        primals = [call.leaves[key] for key in wanted]
-        changed = lambda *values: project(call.with_leaves(dict(zip(wanted, values, strict=True))))  # noqa: E731
-        return tuple(mx.vjp(changed, primals, list(cotangents))[1])
-
-    nodes = []
-    mx.export_function(nodes.append, run, *op.leaves.values(), *(given if is_grad else ()))
-    return nodes
+FORMS = {"composed": composed, "mlx-lm": stock}
 
 
 def graph(case, form):
     """The nodes of the case's graph, in the order of their evaluation, as `mx.export_function` has them."""
-    if case.operation in ADAPTED:
-        return adapted_graph(case, form)
-    qkv, output, bwd = FORMS[form]
-    x, weight, bias, extra = operands(case)
+    op = call_of(case)
+    wanted = wanted_of(case, op)
+    given = projections.cotangents(None, op, zeros) if wanted else ()
 
     def run(*arrays):
-        left = iter(arrays)
-        x, weight, bias, extra = unflatten(args, left)
-        if case.operation == "qkv":
-            return qkv(x, weight, bias, *case.heads)
-        if case.operation == "output":
-            return output(x, weight, bias, *extra)
-        dx, dw, db = bwd(*extra, x, weight, case.bias, *case.heads)
-        return dx if case.operation == "dx" else tuple(a for a in flatten((dw, db)) if a is not None)
+        leaves, cotangents = arrays[: len(op.leaves)], list(arrays[len(op.leaves) :])
+        call = op.with_leaves(dict(zip(op.leaves, leaves, strict=True)))
+        if not wanted:
+            return FORMS[form](call)
+        if form == "composed" and op.plain:
+            dx, *of_weights = oracle.leaves(projections.backward(call, cotangents, route="composed"))
+            return dx if case.operation == "dx" else tuple(of_weights)
+        primals = [call.leaves[key] for key in wanted]
+        of_wanted = lambda *v: FORMS[form](call.with_leaves(dict(zip(wanted, v, strict=True))))  # noqa: E731
+        return tuple(mx.vjp(of_wanted, primals, cotangents)[1])
 
-    args = (x, weight, bias, extra)
     nodes = []
-    mx.export_function(nodes.append, run, *(a for a in flatten(args) if a is not None))
+    mx.export_function(nodes.append, run, *op.leaves.values(), *given)
     return nodes
 
 

@@ -13,10 +13,17 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchLinear
 
 import mlx_fused
+import oracle
 from mlx_fused import LinearOperands
 from mlx_fused.patching import projections
 from mlx_fused.validate.checkpoint import attach_adapters
-from mlx_fused.validate.operations import check_operations, differentiable, function_of
+from mlx_fused.validate.operations import (
+    check_operations,
+    differentiable,
+    function_of,
+    layers_of,
+    with_layers,
+)
 from tiny_models import shake
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "sabotage.md"
@@ -133,7 +140,7 @@ def targets(model):
         def run(**arguments):
             for operand, segment in _named(arguments):
                 found.append(Target(operand, segment))
-                if operand != "weight" or _layers(arguments)[0].scales is None:
+                if operand != "weight" or layers_of(arguments)[0].scales is None:
                     found.append(Target(operand, segment, operand))
                 if operand in ("weight", "lora_a"):  # its part of what all parts add up to
                     found.append(Target(operand, segment, _activations(arguments)))
@@ -182,12 +189,12 @@ def _sabotaged(operation, arguments, target, factor):
         if target.gradient:
             return honest(*values)
         outputs = operation(**changed)
-        outputs = [y.astype(arguments[_activations(arguments)].dtype) for y in _listed(outputs)]
+        outputs = [y.astype(arguments[_activations(arguments)].dtype) for y in oracle.leaves(outputs)]
         return outputs if len(outputs) > 1 else outputs[0]
 
     @run.vjp
     def run_vjp(values, cotangents, _):
-        values, cotangents = _listed(values), _listed(cotangents)
+        values, cotangents = oracle.leaves(values), oracle.leaves(cotangents)
         _, grads = mx.vjp(honest, values, cotangents)
         if target.gradient == target.operand:
             place = keys.index(_key(target, arguments))
@@ -203,10 +210,6 @@ def _sabotaged(operation, arguments, target, factor):
     return run(*operands.values())
 
 
-def _listed(values):
-    return list(values) if isinstance(values, tuple | list) else [values]
-
-
 def _in_float32(arguments):
     """A kernel's own mistake is made before it rounds."""
 
@@ -215,27 +218,18 @@ def _in_float32(arguments):
         return value.astype(mx.float32) if is_float else value
 
     wide = {name: cast(value) for name, value in arguments.items()}
-    return _with_layers(wide, [LinearOperands(*map(cast, layer)) for layer in _layers(arguments)])
+    return with_layers(wide, [LinearOperands(*map(cast, layer)) for layer in layers_of(arguments)])
 
 
 def _multiplied(arguments, target, factor):
     name, place = _key(target, arguments)
     if place is None:
         return arguments | {name: factor * arguments[name]}
-    layers = _layers(arguments)
+    layers = list(layers_of(arguments))
     names = ("scales", "biases") if name == "weight" and layers[place].scales is not None else (name,)
     values = {name: getattr(layers[place], name) for name in names}
     layers[place] = layers[place]._replace(**{n: factor * v for n, v in values.items() if v is not None})
-    return _with_layers(arguments, layers)
-
-
-def _layers(arguments):
-    weight = arguments["weight"]
-    return [weight] if isinstance(weight, LinearOperands) else list(weight)
-
-
-def _with_layers(arguments, layers):
-    return arguments | {"weight": tuple(layers) if len(layers) > 1 else layers[0]}
+    return with_layers(arguments, layers)
 
 
 def _activations(arguments):
@@ -256,7 +250,7 @@ def _named(arguments):
     """The operands of a call, and whose they are."""
     names = [n for n in ("input", "attn_out", "residual") if n in arguments]
     found = [(name, _segments(arguments)) for name in names]
-    for segment, layer in zip(_segments(arguments), _layers(arguments), strict=True):
+    for segment, layer in zip(_segments(arguments), layers_of(arguments), strict=True):
         for name in ("weight", "bias", "lora_a", "lora_b"):
             if getattr(layer, name) is not None:
                 found.append((name, segment))

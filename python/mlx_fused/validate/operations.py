@@ -148,7 +148,7 @@ def check_operations(
 
 def read(arguments: dict, composed: bool) -> Call:
     """The operands of a call, from an operation's keyword arguments."""
-    x, layers = _input(arguments), _layers(arguments)
+    x, layers = _input(arguments), layers_of(arguments)
     segments = []
     for name, layer in zip("qkv" if len(layers) > 1 else "o", layers, strict=True):
         if layer.scales is None:
@@ -171,9 +171,15 @@ def _input(arguments: dict) -> mx.array:
     return arguments.get("input", arguments.get("attn_out"))
 
 
-def _layers(arguments: dict) -> tuple[LinearOperands, ...]:
+def layers_of(arguments: dict) -> tuple[LinearOperands, ...]:
+    """The layers among the arguments by name that an operation takes."""
     weight = arguments["weight"]
     return (weight,) if isinstance(weight, LinearOperands) else weight
+
+
+def with_layers(arguments: dict, layers: list[LinearOperands]) -> dict:
+    """The arguments with other layers."""
+    return arguments | {"weight": tuple(layers) if len(layers) > 1 else layers[0]}
 
 
 def dequantized(
@@ -210,7 +216,7 @@ def _arithmetic(results: Iterable[mx.array], arguments: dict, primitive: str) ->
     dot = io.StringIO()
     mx.export_to_dot(dot, *results)
     composed = re.search(rf'label ="Fused\w+{primitive}"', dot.getvalue()) is None
-    x, layers = _input(arguments), _layers(arguments)
+    x, layers = _input(arguments), layers_of(arguments)
     gpu, quantized = mx.default_device() == mx.gpu, layers[0].scales is not None
     unit = unit_roundoff(x.dtype)
     sum_unit = unit_roundoff(mx.float32)
@@ -238,7 +244,7 @@ def _scaled(cotangents: list[mx.array], alpha: float, arithmetic: Arithmetic) ->
 def differentiable(arguments: dict) -> dict[tuple[str, int | None], mx.array]:
     """The operands that may have a gradient, by name and, for a layer's operands, the layer's index."""
     found = {(n, None): arguments[n] for n in ("input", "attn_out", "residual") if n in arguments}
-    for place, layer in enumerate(_layers(arguments)):
+    for place, layer in enumerate(layers_of(arguments)):
         frozen = ("scales", "biases") if layer.scales is None else ("weight", "scales", "biases")
         for name, value in layer._asdict().items():
             if isinstance(value, mx.array) and name not in frozen:
@@ -250,13 +256,12 @@ def function_of(operation: Callable, arguments: dict, keys: list[tuple[str, int 
     """``operation`` as a function of the operands ``keys``."""
 
     def function(*values: mx.array):
-        changed, layers = dict(arguments), list(_layers(arguments))
+        changed, layers = dict(arguments), list(layers_of(arguments))
         for (name, place), value in zip(keys, values, strict=True):
             if place is None:
                 changed[name] = value
             else:
                 layers[place] = layers[place]._replace(**{name: value})
-        changed["weight"] = tuple(layers) if len(layers) > 1 else layers[0]
-        return operation(**changed)
+        return operation(**with_layers(changed, layers))
 
     return function
