@@ -321,7 +321,7 @@ def qkv(
 ):  # fmt: skip
     """A call for q, k and v: quantized if it has a form, with adapters where ``ranks`` has a number.
 
-    What is packed has one adapter, of the first rank.
+    What is packed has one adapter, of the first of these ranks.
     """
     features = [n * dims for n, dims in segments(heads)]
     parts = [sum(features)] if packed else features
@@ -335,7 +335,9 @@ def qkv(
     arguments["bias"] = biases[0] if bias and packed else biases
     arguments |= zip(HEADS, heads, strict=False)
     if ranks:
-        made = adapters(rng, hidden, parts, ranks[: len(parts)], scale, adapter_dtype, draw)
+        if packed:
+            ranks = [rank for rank in ranks if rank is not None][:1]
+        made = adapters(rng, hidden, parts, ranks, scale, adapter_dtype, draw)
         if packed:
             made |= {n: made[n][0] for n in ("lora_a", "lora_b")}
             made["lora_scale"] = scale[0] if isinstance(scale, tuple) else scale
