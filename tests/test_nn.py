@@ -1,92 +1,80 @@
-"""The projections as layers."""
+"""The projections as layers, and mlx-lm's tools on models made of them."""
+
+import json
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.callbacks import TrainingCallback
+from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.trainer import TrainingArgs, train
+from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters, remove_lora_layers
 
 import mlx_fused
 import projections
 from graph import output_counts, primitives
 from mlx_fused.nn import OutputProjection, QKVProjection
 from operands import normal
+from test_autodiff import HEADS, kinds, make
+from test_forward import dtypes
+from test_stock_modules import layers, module
+
+LORA = {"rank": 4, "scale": 2.0, "dropout": 0.0}
 
 
 def parameters(layer):
     return dict(tree_flatten(layer.parameters()))
 
 
-def linears(bias, dtype=mx.float32):
-    q, k, v = nn.Linear(24, 32, bias), nn.Linear(24, 16, bias), nn.Linear(24, 16, bias)
-    for linear in (q, k, v):
-        linear.set_dtype(dtype)
-    return q, k, v
+def linears(bias=False):
+    return nn.Linear(64, 32, bias), nn.Linear(64, 16, bias), nn.Linear(64, 24, bias)
 
 
-def check_layer(rng, layer, dtype=mx.float32):
-    """One node of ours, whose outputs are those of the formula."""
-    bias = any("bias" in name for name in layer)
-    if isinstance(layer, QKVProjection):
-        call = projections.qkv(rng, 2, 5, 24, (4, 2, 8), dtype=dtype, bias=bias)
-        own = {key: layer[f"{'qkv'[key[1]]}_{key[0]}"] for key in call.leaves if key[0] != "input"}
-        outputs, node = layer(call.x), "FusedQKVProjection"
-    else:
-        call = projections.output(rng, 2, 5, 32, 24, dtype=dtype, bias=bias)
-        own = {key: layer[key[0]] for key in call.leaves if key[0] in ("weight", "bias")}
-        outputs, node = (layer(call.x, call.arguments["residual"]),), "FusedOutputProjection"
-    assert primitives(*outputs)[node] == 1
-    projections.check_outputs(call.with_leaves(own), outputs)
-    assert all(y.dtype == dtype for y in outputs)
+def fused(*outputs):
+    """How many operations of ours these are."""
+    found = primitives(*outputs)
+    return found["FusedQKVProjection"], found["FusedOutputProjection"]
 
 
+@kinds
+@dtypes
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-def test_qkv_projection(rng, bias, dtype):
-    layer = QKVProjection(24, 4, 2, 8, bias)
-    layer.set_dtype(dtype)
-    check_layer(rng, layer, dtype)
+def test_the_layers_are_the_operations_on_their_children(rng, kind, dtype, bias):
+    options = {"dtype": dtype, "bias": bias, "draw": normal}
+    qkv, output = make(rng, "qkv", kind, **options), make(rng, "output", kind, **options).replace(alpha=1.0)
+    q, k, v = map(module, layers(qkv))
+    layer = QKVProjection.from_linear(q, k, v, *HEADS[:2])
+    assert (layer.q, layer.k, layer.v) == (q, k, v)
+    outputs = layer(qkv.x)
+    assert fused(*outputs) == (1, 0)
+    projections.check_outputs(qkv, outputs)
 
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-def test_output_projection(rng, bias, dtype):
-    layer = OutputProjection(32, 24, bias)
-    layer.set_dtype(dtype)
-    check_layer(rng, layer, dtype)
+    layer = OutputProjection.from_linear(o := module(layers(output)[0]))
+    assert layer.o is o
+    y = layer(output.x, output.arguments["residual"])
+    assert fused(y) == (0, 1)
+    projections.check_outputs(output, (y,))
 
 
 def test_default_sizes():
     layer = QKVProjection(24, 4)
     shapes = {name: array.shape for name, array in parameters(layer).items()}
-    assert shapes == {"q_weight": (24, 24), "k_weight": (24, 24), "v_weight": (24, 24)}
+    assert shapes == {"q.weight": (24, 24), "k.weight": (24, 24), "v.weight": (24, 24)}
     q, k, _ = layer(mx.zeros((1, 2, 24)))
     assert q.shape == k.shape == (1, 4, 2, 6)
+    assert parameters(OutputProjection(32, 24, bias=True)).keys() == {"o.weight", "o.bias"}
 
 
-def test_starts_as_linear_does():
-    mx.random.seed(0)
-    for layer in (QKVProjection(400, 8, bias=True), OutputProjection(400, 400, bias=True)):
-        for array in parameters(layer).values():
-            assert 0.045 < mx.abs(array).max().item() <= 0.05  # 1 / sqrt(400)
-            assert abs(array.mean().item()) < 0.01
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_from_linear_shares_the_arrays(rng, bias):
-    q, k, v = linears(bias)
-    o = nn.Linear(32, 24, bias)
-    qkv, output = QKVProjection.from_linear(q, k, v, 4, 2), OutputProjection.from_linear(o)
-    assert (qkv.num_heads, qkv.num_kv_heads, qkv.head_dim) == (4, 2, 8)
-    for name, linear in (("q", q), ("k", k), ("v", v)):
-        assert qkv[f"{name}_weight"] is linear.weight
-        assert not bias or qkv[f"{name}_bias"] is linear.bias
-    assert output.weight is o.weight and (not bias or output.bias is o.bias)
-    assert len(parameters(qkv)) == (6 if bias else 3)
-    assert len(parameters(output)) == (2 if bias else 1)
-    for layer in (qkv, output):
-        check_layer(rng, layer)
+def test_values_of_another_size():
+    layer, x = QKVProjection(24, 4, 2, 8, bias=True, v_head_dim=3), mx.random.normal((2, 5, 24))
+    shapes = [(2, 4, 5, 8), (2, 2, 5, 8), (2, 2, 5, 3)]
+    assert [y.shape for y in layer(x)] == shapes
+    layer.v = DoRALinear.from_base(layer.v)
+    assert [y.shape for y in layer(x)] == shapes
 
 
 def test_training(rng):
@@ -96,77 +84,219 @@ def test_training(rng):
     def loss(layer):
         return sum(y.square().mean() for y in layer(x))
 
-    layer.freeze(keys=["q_weight", "q_bias"])
+    layer.q.freeze()
     before = parameters(layer)
     value, gradients = nn.value_and_grad(layer, loss)(layer)
-    assert sorted(gradients) == ["k_bias", "k_weight", "v_bias", "v_weight"]
-    assert output_counts("FusedQKVProjectionGrad", *gradients.values()) == [4]
+    trained = {"k.weight", "k.bias", "v.weight", "v.bias"}
+    assert {name for name, _ in tree_flatten(gradients)} == trained
+    assert output_counts("FusedQKVProjectionGrad", *dict(tree_flatten(gradients)).values()) == [4]
     optimizer = optim.Adam(0.01)
     optimizer.update(layer, gradients)
     assert loss(layer).item() < value.item()
-    changed = {name for name, array in parameters(layer).items() if array is not before[name]}
-    assert changed == {"k_bias", "k_weight", "v_bias", "v_weight"}
-
-
-@pytest.mark.parametrize(
-    "make", [lambda: QKVProjection(24, 4, 2, bias=True), lambda: OutputProjection(8, 24)]
-)
-def test_save_and_load(make, tmp_path):
-    layer, other = make(), make()
-    layer.save_weights(str(tmp_path / "weights.safetensors"))
-    other.load_weights(str(tmp_path / "weights.safetensors"))
-    assert parameters(layer).keys() == parameters(other).keys()
-    for name, array in parameters(layer).items():
-        assert np.array_equal(array, parameters(other)[name])
-
-
-def test_values_of_another_size():
-    layer, x = QKVProjection(24, 4, 2, 8, bias=True, v_head_dim=3), mx.random.normal((2, 5, 24))
-    assert [y.shape for y in layer(x)] == [(2, 4, 5, 8), (2, 2, 5, 8), (2, 2, 5, 3)]
-    assert "head_dim=8, v_head_dim=3" in repr(layer)
+    assert {name for name, array in parameters(layer).items() if array is not before[name]} == trained
 
 
 def test_repr():
-    assert repr(QKVProjection(24, 4, 2, bias=True)) == (
-        "QKVProjection(input_dims=24, num_heads=4, num_kv_heads=2, head_dim=6, v_head_dim=6, bias=True)"
+    assert repr(QKVProjection(24, 4, 2, bias=True)).startswith(
+        "QKVProjection(num_heads=4, num_kv_heads=2, head_dim=6, v_head_dim=6\n  (q): Linear(input_dims=24"
     )
-    assert repr(OutputProjection(32, 24)) == ("OutputProjection(input_dims=32, output_dims=24, bias=False)")
 
 
-@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
-@pytest.mark.parametrize("bias", [True, False])
-def test_quantize(mode, bias):
-    q, k, v, o = (nn.Linear(64, n, bias=bias) for n in (64, 32, 64, 64))
-    x = mx.random.normal((2, 3, 64))
-    model = nn.Sequential(QKVProjection.from_linear(q, k, v, 4, 2), OutputProjection.from_linear(o))
-    linears = nn.Sequential(q, k, v, o)
-    for module in (model, linears):
-        nn.quantize(module, 32, mode=mode)
-    fused_qkv, fused_o = model.layers
-    *qkv, o = linears.layers
-    for actual, linear, heads in zip(fused_qkv(x), qkv, (4, 2, 2), strict=True):
-        expected = linear(x).reshape(2, 3, heads, -1).transpose(0, 2, 1, 3)
-        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(fused_o(x, x), x + o(x), rtol=1e-5, atol=1e-5)
-    assert model.trainable_parameters()["layers"] == [{}, {}]
-    kinds = {"weight", "scales"} | ({"biases"} if mode == "affine" else set()) | ({"bias"} if bias else set())
-    assert set(fused_o.parameters()) == kinds
-    assert set(fused_qkv.parameters()) == {f"{name}_{kind}" for name in "qkv" for kind in kinds}
-    assert f"mode={mode}" in repr(fused_qkv) and f"bias={bias}" in repr(fused_o)
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (DoRALinear.from_base, "qkvo"),
+        (lambda layer: LoRALinear.from_base(layer, dropout=0.5), "qkvo"),
+        (nn.QuantizedLinear.from_linear, "qkv"),  # beside dense ones
+    ],
+    ids=["DoRA", "dropout", "formats that differ"],
+)
+def test_what_is_no_operation_runs_layer_by_layer(rng, change, names):
+    x, residual = normal(rng, (2, 3, 64)), normal(rng, (2, 3, 32))
+    for name in names:
+        if name == "o":
+            layer = OutputProjection.from_linear(nn.Linear(64, 32))
+            layer.o = change(layer.o)
+            mx.random.seed(1)
+            outputs = [layer(x, residual)]
+            mx.random.seed(1)
+            expected = [residual + layer.o(x)]
+        else:
+            layer = QKVProjection.from_linear(*linears(), 4, 2)
+            layer[name] = change(layer[name])
+            mx.random.seed(1)
+            outputs = layer(x)
+            mx.random.seed(1)
+            expected = [
+                y.reshape(2, 3, n, -1).swapaxes(1, 2)
+                for y, n in zip((layer.q(x), layer.k(x), layer.v(x)), (4, 2, 2), strict=True)
+            ]
+        assert fused(*outputs) == (0, 0)
+        for actual, y in zip(outputs, expected, strict=True):
+            assert np.array_equal(actual, y)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(64)
+        self.qkv, self.out = QKVProjection(64, 4, 2, bias=True), OutputProjection(64, 64)
+
+    def __call__(self, x):
+        q, k, v = self.qkv(self.norm(x))
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask="causal")
+        return self.out(y.swapaxes(1, 2).flatten(2), x)
+
+
+class Model(nn.Module):
+    """A transformer of one's own, with what mlx-lm's tools ask for: a list of layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(96, 64), nn.Linear(64, 96, bias=False)
+        self.layers = [Block() for _ in range(2)]
+
+    def __call__(self, tokens):
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+@pytest.fixture
+def tokens(rng):
+    return mx.array(rng.integers(0, 96, (2, 7)))
+
+
+def make_model(quantization=None):
+    mx.random.seed(0)
+    model = Model()
+    if quantization:
+        nn.quantize(model, **quantization)
+    model.freeze()
+    mx.eval(model.parameters())
+    return model
+
+
+def stock(model, tokens):
+    """What the model's plain layers compute."""
+    x = model.embedding(tokens)
+    for block in model.layers:
+        h = block.norm(x)
+        q, k, v = (
+            y.reshape(*x.shape[:2], n, 16).swapaxes(1, 2)
+            for y, n in zip((block.qkv.q(h), block.qkv.k(h), block.qkv.v(h)), (4, 2, 2), strict=True)
+        )
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask="causal")
+        x = x + block.out.o(y.swapaxes(1, 2).flatten(2))
+    return model.head(x)
+
+
+quantizations = pytest.mark.parametrize(
+    "quantization", [None, {"group_size": 32}, {"mode": "mxfp8"}], ids=["dense", "affine", "mxfp8"]
+)
+
+
+@quantizations
+@pytest.mark.parametrize("keys", [None, ["qkv.q", "qkv.v"], ["out.o"]], ids=["all", "q and v", "o"])
+def test_lora_conversion_of_mlx_lm(tokens, quantization, keys):
+    model = make_model(quantization)
+    linear_to_lora_layers(model, 1, LORA | {"keys": keys})  # of the last layer only
+    adapted = {name for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    assert {f"layers.1.{key}" for key in keys or ("qkv.q", "qkv.k", "qkv.v", "out.o")} == adapted
+    model.apply_to_modules(lambda _, m: isinstance(m, LoRALinear) and m.update({"lora_b": m.lora_b + 0.05}))
+    logits = model(tokens)
+    assert fused(logits) == (2, 2)
+    np.testing.assert_allclose(logits, stock(model, tokens), rtol=1e-4, atol=1e-4)
+    before = mx.array(logits)
+    remove_lora_layers(model)
+    assert fused(model(tokens)) == (2, 2) and mx.abs(model(tokens) - before).max() > 0.01
+
+
+def test_dora_conversion_of_mlx_lm(tokens):
+    model = make_model()
+    linear_to_lora_layers(model, 1, LORA, use_dora=True)
+    logits = model(tokens)
+    assert fused(logits) == (1, 1)
+    np.testing.assert_allclose(logits, stock(model, tokens), rtol=1e-4, atol=1e-4)
+
+
+class Data:
+    """Endless sentences of one word, as mlx-lm's trainer wants them: lists of tokens and where to begin."""
+
+    def __init__(self, rng):
+        self.sentences = [(np.full(20, word).tolist(), 0) for word in rng.integers(0, 96, 8)]
+
+    def __getitem__(self, i):
+        return self.sentences[i]
+
+    def __len__(self):
+        return len(self.sentences)
+
+
+class Losses(TrainingCallback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_loss_report(self, train_info):
+        self.values.append(train_info["train_loss"])
+
+
+@quantizations
+def test_qlora_with_mlx_lm_from_training_to_fusing(rng, tokens, quantization, tmp_path):
+    model = make_model(quantization)
+    linear_to_lora_layers(model, -1, LORA)
+    adapter = tmp_path / "adapters.safetensors"
+    args = TrainingArgs(batch_size=2, iters=30, steps_per_report=5, adapter_file=adapter, max_seq_length=32)
+    losses = Losses()
+    train(model, optim.Adam(2e-3), Data(rng), None, args, training_callback=losses)
+    assert losses.values[-1] < losses.values[0] - 0.5
+    trained = model(tokens)
+    assert fused(trained) == (2, 2)
+
+    config = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": LORA}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    other = load_adapters(make_model(quantization), str(tmp_path))
+    np.testing.assert_array_equal(other(tokens), trained)
+
+    fusible = [(name, m.fuse(dequantize=True)) for name, m in other.named_modules() if hasattr(m, "fuse")]
+    other.update_modules(tree_unflatten(fusible))  # as mlx_lm.fuse does
+    logits = other(tokens)
+    assert fused(logits) == (2, 2)
+    np.testing.assert_allclose(logits, stock(other, tokens), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits, trained, atol=0.05)  # mxfp8 weights become bfloat16 as they are fused
+
+
+def test_patching_leaves_the_layers_alone(tokens):
+    model = make_model()
+    logits = model(tokens)
+    report = mlx_fused.patch(model)
+    assert not report.layers
+    np.testing.assert_array_equal(model(tokens), logits)
 
 
 def test_errors():
-    q, k, v = linears(bias=False)
+    q, k, v = linears()
     with pytest.raises(ValueError, match=r"num_heads must be a multiple of num_kv_heads but got 4 and 3\."):
         QKVProjection(24, 4, 3)
-    with pytest.raises(TypeError, match=r"k must be an mlx\.nn\.Linear but got QuantizedLinear\."):
-        QKVProjection.from_linear(q, nn.QuantizedLinear(64, 32), v, 4, 2)
-    with pytest.raises(TypeError, match=r"o must be an mlx\.nn\.Linear but got Linear4\."):
+    for heads in ((0,), (4, 0), (-1,)):
+        with pytest.raises(ValueError, match=r"num_heads and num_kv_heads must be at least 1 but got"):
+            QKVProjection(24, *heads)
+        with pytest.raises(ValueError, match=r"num_heads and num_kv_heads must be at least 1 but got"):
+            QKVProjection.from_linear(q, k, v, *heads)
+    with pytest.raises(ValueError, match=r"head_dim and v_head_dim must be at least 1 but got 0 and 0\."):
+        QKVProjection(3, 4)
+    expected = r"k must be an mlx\.nn\.Linear or QuantizedLinear, or a LoRALinear of one, but got {}\."
+    with pytest.raises(TypeError, match=expected.format("DoRALinear")):
+        QKVProjection.from_linear(q, DoRALinear.from_base(k), v, 4, 2)
+    with pytest.raises(TypeError, match=expected.format("NoneType")):
+        QKVProjection.from_linear(q, None, v, 4, 2)
+    with pytest.raises(TypeError, match=r"\[OutputProjection\] o must be .* but got Linear4\."):
         OutputProjection.from_linear(type("Linear4", (nn.Linear,), {})(4, 4))
-    with pytest.raises(ValueError, match=r"q, k and v must all have a bias, or none, but got one for v\."):
-        QKVProjection.from_linear(q, k, nn.Linear(24, 16, bias=True), 4, 2)
-    with pytest.raises(ValueError, match=r"weight of v must have shape \(16, 24\) but got \(17, 24\)\."):
-        QKVProjection.from_linear(q, k, nn.Linear(24, 17, bias=False), 4, 2)
-    with pytest.raises(ValueError, match=r"weight of q must have shape \(30, 24\) but got \(32, 24\)\."):
+    with pytest.raises(ValueError, match=r"v must have a weight of shape \(24, 64\) but got \(25, 64\)\."):
+        QKVProjection.from_linear(q, k, nn.Linear(64, 25), 4, 2)
+    with pytest.raises(ValueError, match=r"q must have a weight of shape \(30, 64\) but got \(32, 64\)\."):
         QKVProjection.from_linear(q, k, v, 3, 3)
+    with pytest.raises(ValueError, match=r"k must have a weight of shape \(16, 64\) but got \(16, 128\)\."):
+        QKVProjection.from_linear(q, nn.QuantizedLinear(128, 16), v, 4, 2)
     assert mlx_fused.nn.QKVProjection is QKVProjection

@@ -70,16 +70,13 @@ class LinearOperands(NamedTuple):
         return operands.with_lora(layer)
 
     @classmethod
-    def of_base(cls, layer: nn.Module, prefix: str = "") -> LinearOperands:
+    def of_base(cls, layer: nn.Module) -> LinearOperands:
         """The operands of any layer with the parameter names of ``mlx.nn.Linear`` or ``QuantizedLinear``.
 
         Args:
             layer (mlx.nn.Module): The layer, of any type.
-            prefix (str): A prefix of the parameters' names. Default: ``""``.
         """
-        weight, bias, scales, biases = (
-            layer.get(prefix + name) for name in ("weight", "bias", "scales", "biases")
-        )
+        weight, bias, scales, biases = map(layer.get, ("weight", "bias", "scales", "biases"))
         if scales is None:
             return cls(weight, bias)
         return cls(weight, bias, scales, biases, layer.group_size, layer.bits, layer.mode)

@@ -1,43 +1,27 @@
-"""The fused projections as layers."""
+"""The fused projections as layers.
+
+Their children are ordinary linear layers, so whatever converts those, converts these: ``mlx.nn.quantize``,
+mlx-lm's LoRA conversion, adapter files and ``fuse``.
+"""
 
 from __future__ import annotations
 
-import math
-
 import mlx.core as mx
-from mlx.nn import Linear, Module
+from mlx.nn import Linear, Module, QuantizedLinear
 
-from mlx_fused.linear import LinearOperands
+from mlx_fused._ext import difference
+from mlx_fused.linear import LinearOperands, is_lora, type_name
 from mlx_fused.operations import fused_output_projection_residual, fused_qkv_projection
 
-
-class _QKV(Module):
-    """The call, which dense and quantized layers share."""
-
-    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Project ``x`` of shape ``[B, S, input_dims]``.
-
-        Returns:
-            tuple(array, array, array): Queries ``[B, num_heads, S, head_dim]``, keys
-            ``[B, num_kv_heads, S, head_dim]`` and values ``[B, num_kv_heads, S, v_head_dim]``.
-        """
-        layers = tuple(LinearOperands.of_base(self, f"{name}_") for name in "qkv")
-        return fused_qkv_projection(
-            x,
-            layers,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            v_head_dim=self.v_head_dim,
-        )
+__all__ = ["OutputProjection", "QKVProjection"]
 
 
-class QKVProjection(_QKV):
+class QKVProjection(Module):
     """Projects to queries, keys and values, split into heads, in one operation.
 
-    Its parameters are ``q_weight`` of shape ``[num_heads * head_dim, input_dims]``, ``k_weight`` of shape
-    ``[num_kv_heads * head_dim, input_dims]``, ``v_weight`` of shape
-    ``[num_kv_heads * v_head_dim, input_dims]`` and, with a bias, ``q_bias``, ``k_bias`` and ``v_bias``.
+    Its children ``q``, ``k`` and ``v`` are linear layers. Each may become a ``QuantizedLinear``, or an mlx-lm
+    ``LoRALinear`` around either. If one operation cannot compute them (DoRA, active dropout, or formats that
+    differ), they are called one by one.
 
     Args:
         input_dims (int): The size of the input features.
@@ -49,7 +33,7 @@ class QKVProjection(_QKV):
         v_head_dim (int, optional): The size of a value head. Default: ``head_dim``.
 
     Raises:
-        ValueError: If ``num_heads`` is not a multiple of ``num_kv_heads``.
+        ValueError: If ``num_heads`` is not a multiple of ``num_kv_heads``, or a number is less than 1.
     """
 
     def __init__(
@@ -62,134 +46,95 @@ class QKVProjection(_QKV):
         v_head_dim: int | None = None,
     ):
         super().__init__()
-        if num_heads < 1 or (num_kv_heads is not None and num_kv_heads < 1):
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if min(num_heads, num_kv_heads) < 1:
             raise ValueError(
-                f"[QKVProjection] num_heads and num_kv_heads must be at least 1 "
+                "[QKVProjection] num_heads and num_kv_heads must be at least 1 "
                 f"but got {num_heads} and {num_kv_heads}."
             )
-        self.num_heads = num_heads
-        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                "[QKVProjection] num_heads must be a multiple of num_kv_heads "
+                f"but got {num_heads} and {num_kv_heads}."
+            )
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = input_dims // num_heads if head_dim is None else head_dim
         self.v_head_dim = self.head_dim if v_head_dim is None else v_head_dim
-        if self.num_heads % self.num_kv_heads:
+        if min(self.head_dim, self.v_head_dim) < 1:
             raise ValueError(
-                f"[QKVProjection] num_heads must be a multiple of num_kv_heads "
-                f"but got {self.num_heads} and {self.num_kv_heads}."
+                "[QKVProjection] head_dim and v_head_dim must be at least 1 "
+                f"but got {self.head_dim} and {self.v_head_dim}."
             )
-        sizes = {
-            "q": self.num_heads * self.head_dim,
-            "k": self.num_kv_heads * self.head_dim,
-            "v": self.num_kv_heads * self.v_head_dim,
-        }
-        for name, dims in sizes.items():
-            self[f"{name}_weight"] = _uniform(input_dims, (dims, input_dims))
-            if bias:
-                self[f"{name}_bias"] = _uniform(input_dims, (dims,))
+        self.q = Linear(input_dims, num_heads * self.head_dim, bias)
+        self.k = Linear(input_dims, num_kv_heads * self.head_dim, bias)
+        self.v = Linear(input_dims, num_kv_heads * self.v_head_dim, bias)
 
     @classmethod
     def from_linear(
-        cls, q: Linear, k: Linear, v: Linear, num_heads: int, num_kv_heads: int | None = None
+        cls, q: Module, k: Module, v: Module, num_heads: int, num_kv_heads: int | None = None
     ) -> QKVProjection:
-        """Make a layer that shares the arrays of three linear layers; none is copied.
+        """Make a layer of three linear layers, which become its children; nothing is copied.
 
         Args:
-            q (mlx.nn.Linear): The query projection.
-            k (mlx.nn.Linear): The key projection.
-            v (mlx.nn.Linear): The value projection.
+            q (mlx.nn.Module): The query projection: an ``mlx.nn.Linear``, an ``mlx.nn.QuantizedLinear``, or
+                an mlx-lm ``LoRALinear`` around one of them.
+            k (mlx.nn.Module): The key projection.
+            v (mlx.nn.Module): The value projection.
             num_heads (int): The number of query heads.
             num_kv_heads (int, optional): The number of key and value heads. Default: ``num_heads``.
 
         Raises:
-            TypeError: If a layer is not an ``mlx.nn.Linear``.
-            ValueError: If the shapes do not match, or only some layers have a bias.
+            TypeError: If a layer is of another type.
+            ValueError: If the layers' sizes do not fit each other or the heads.
         """
         linears = {"q": q, "k": k, "v": v}
-        for name, linear in linears.items():
-            _check_linear("QKVProjection", name, linear)
-        (q_dims, input_dims), v_dims = q.weight.shape, v.weight.shape[0]
-        layer = cls(
-            input_dims,
-            num_heads,
-            num_kv_heads,
-            q_dims // num_heads,
-            "bias" in q,
-            v_dims // (num_kv_heads or num_heads),
-        )
-        for name, linear in linears.items():
-            if linear.keys() != q.keys():
-                given = ", ".join(n for n, linear in linears.items() if "bias" in linear)
+        sizes = {name: _sizes("QKVProjection", name, linear) for name, linear in linears.items()}
+        q_dims, input_dims = sizes["q"]
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        head_dim = q_dims // max(num_heads, 1)  # the constructor refuses 0
+        v_head_dim = sizes["v"][0] // max(num_kv_heads, 1)
+        layer = cls(input_dims, num_heads, num_kv_heads, head_dim, v_head_dim=v_head_dim)
+        for name, size in sizes.items():
+            if size != layer[name].weight.shape:
                 raise ValueError(
-                    f"[QKVProjection] q, k and v must all have a bias, or none, but got one for {given}."
+                    f"[QKVProjection] {name} must have a weight of shape {layer[name].weight.shape} "
+                    f"but got {size}."
                 )
-            for parameter, array in linear.items():
-                expected = layer[f"{name}_{parameter}"].shape
-                if array.shape != expected:
-                    raise ValueError(
-                        f"[QKVProjection] the {parameter} of {name} must have shape {expected} "
-                        f"but got {array.shape}."
-                    )
-                layer[f"{name}_{parameter}"] = array
+            layer[name] = linears[name]
         return layer
 
-    def _extra_repr(self) -> str:
-        return (
-            f"input_dims={self.q_weight.shape[1]}, num_heads={self.num_heads}, "
-            f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, v_head_dim={self.v_head_dim}, "
-            f"bias={'q_bias' in self}"
-        )
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Project ``x`` of shape ``[B, S, input_dims]``.
 
-    def to_quantized(
-        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
-    ) -> QuantizedQKVProjection:
-        """Quantize the weights; called by ``mlx.nn.quantize``. The arguments are those of ``mx.quantize``."""
-        return QuantizedQKVProjection(self, group_size, bits, mode)
-
-
-class QuantizedQKVProjection(_QKV):
-    """A :class:`QKVProjection` with quantized weights, frozen; made by its ``to_quantized``.
-
-    Its parameters have the names of the dense layer's. Each weight now holds codes and comes with scales
-    (``q_scales``) and, in mode ``"affine"``, with group biases (``q_biases``).
-    """
-
-    def __init__(self, layer: QKVProjection, group_size: int | None, bits: int | None, mode: str):
-        super().__init__()
-        self.num_heads = layer.num_heads
-        self.num_kv_heads = layer.num_kv_heads
-        self.head_dim = layer.head_dim
-        self.v_head_dim = layer.v_head_dim
-        self.group_size, self.bits, self.mode = group_size, bits, mode
-        for name in "qkv":
-            _quantize_into(self, f"{name}_", layer[f"{name}_weight"])
-            if f"{name}_bias" in layer:
-                self[f"{name}_bias"] = layer[f"{name}_bias"]
-        self.freeze()
+        Returns:
+            tuple(array, array, array): Queries ``[B, num_heads, S, head_dim]``, keys
+            ``[B, num_kv_heads, S, head_dim]`` and values ``[B, num_kv_heads, S, v_head_dim]``.
+        """
+        if (layers := _operands(self.q, self.k, self.v)) is not None:
+            return fused_qkv_projection(
+                x,
+                layers,
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                v_head_dim=self.v_head_dim,
+            )
+        heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
+        outputs = self.q(x), self.k(x), self.v(x)
+        return tuple(mx.unflatten(y, -1, (n, -1)).swapaxes(1, 2) for y, n in zip(outputs, heads, strict=True))
 
     def _extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
-            f"v_head_dim={self.v_head_dim}, bias={'q_bias' in self}, group_size={self.group_size}, "
-            f"bits={self.bits}, mode={self.mode}"
+            f"v_head_dim={self.v_head_dim}"
         )
 
 
-class _Output(Module):
-    """The call, which dense and quantized layers share."""
-
-    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        """Project ``x`` of shape ``[B, S, input_dims]`` and add ``residual``.
-
-        Returns:
-            array: Of the shape of ``residual``, ``[B, S, output_dims]``.
-        """
-        return fused_output_projection_residual(x, LinearOperands.of_base(self), residual=residual)
-
-
-class OutputProjection(_Output):
+class OutputProjection(Module):
     """Projects the output of attention and adds the residual in one operation.
 
-    Its parameters are ``weight`` of shape ``[output_dims, input_dims]`` and, with a bias, ``bias`` of
-    shape ``[output_dims]``.
+    Its child ``o`` is a linear layer. It may become a ``QuantizedLinear``, or an mlx-lm ``LoRALinear`` around
+    either. If one operation cannot compute it with the addition (DoRA, active dropout), they are two.
 
     Args:
         input_dims (int): The size of the attention output, all heads together.
@@ -199,68 +144,51 @@ class OutputProjection(_Output):
 
     def __init__(self, input_dims: int, output_dims: int, bias: bool = False):
         super().__init__()
-        self.weight = _uniform(input_dims, (output_dims, input_dims))
-        if bias:
-            self.bias = _uniform(input_dims, (output_dims,))
+        self.o = Linear(input_dims, output_dims, bias)
 
     @classmethod
-    def from_linear(cls, o: Linear) -> OutputProjection:
-        """Make a layer that shares the arrays of a linear layer; none is copied.
+    def from_linear(cls, o: Module) -> OutputProjection:
+        """Make a layer of a linear layer, which becomes its child; nothing is copied.
 
         Args:
-            o (mlx.nn.Linear): The output projection.
+            o (mlx.nn.Module): An ``mlx.nn.Linear``, an ``mlx.nn.QuantizedLinear``, or an mlx-lm
+                ``LoRALinear`` around one of them.
 
         Raises:
-            TypeError: If ``o`` is not an ``mlx.nn.Linear``.
+            TypeError: If ``o`` is of another type.
         """
-        _check_linear("OutputProjection", "o", o)
-        output_dims, input_dims = o.weight.shape
-        layer = cls(input_dims, output_dims, "bias" in o)
-        layer.update(o)
+        output_dims, input_dims = _sizes("OutputProjection", "o", o)
+        layer = cls(input_dims, output_dims)
+        layer.o = o
         return layer
 
-    def _extra_repr(self) -> str:
-        output_dims, input_dims = self.weight.shape
-        return f"input_dims={input_dims}, output_dims={output_dims}, bias={'bias' in self}"
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        """Project ``x`` of shape ``[B, S, input_dims]`` and add ``residual``.
 
-    def to_quantized(
-        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
-    ) -> QuantizedOutputProjection:
-        """Quantize the weight; called by ``mlx.nn.quantize``. The arguments are those of ``mx.quantize``."""
-        return QuantizedOutputProjection(self, group_size, bits, mode)
-
-
-class QuantizedOutputProjection(_Output):
-    """An :class:`OutputProjection` with a quantized weight, frozen; made by its ``to_quantized``.
-
-    Its parameters are ``weight`` (codes), ``scales``, group ``biases`` in mode ``"affine"``, and ``bias`` if
-    the dense layer has one.
-    """
-
-    def __init__(self, layer: OutputProjection, group_size: int | None, bits: int | None, mode: str):
-        super().__init__()
-        self.group_size, self.bits, self.mode = group_size, bits, mode
-        _quantize_into(self, "", layer.weight)
-        if "bias" in layer:
-            self.bias = layer.bias
-        self.freeze()
-
-    def _extra_repr(self) -> str:
-        return f"bias={'bias' in self}, group_size={self.group_size}, bits={self.bits}, mode={self.mode}"
+        Returns:
+            array: Of the shape of ``residual``, ``[B, S, output_dims]``.
+        """
+        if (layers := _operands(self.o)) is not None:
+            return fused_output_projection_residual(x, layers[0], residual=residual)
+        return residual + self.o(x)
 
 
-def _quantize_into(layer: Module, prefix: str, weight: mx.array) -> None:
-    codes, scales, *biases = mx.quantize(weight, layer.group_size, layer.bits, mode=layer.mode)
-    layer[f"{prefix}weight"], layer[f"{prefix}scales"] = codes, scales
-    if biases:
-        layer[f"{prefix}biases"] = biases[0]
+def _operands(*linears: Module) -> list[LinearOperands] | None:
+    """The present operands of ``linears``; None if one operation cannot compute them all."""
+    try:
+        layers = [LinearOperands.of(linear) for linear in linears]
+    except (TypeError, ValueError):  # another type of layer, or active dropout
+        return None
+    return None if difference(layers) else layers
 
 
-def _uniform(input_dims: int, shape: tuple[int, ...]) -> mx.array:
-    bound = 1 / math.sqrt(input_dims)  # the initial values of mlx.nn.Linear
-    return mx.random.uniform(-bound, bound, shape)
-
-
-def _check_linear(layer: str, name: str, linear: object) -> None:
-    if type(linear) is not Linear:
-        raise TypeError(f"[{layer}] {name} must be an mlx.nn.Linear but got {type(linear).__name__}.")
+def _sizes(owner: str, name: str, linear: Module) -> tuple[int, int]:
+    """The output and input size of a linear layer."""
+    base = linear["linear"] if is_lora(type(linear)) else linear
+    if type(base) not in (Linear, QuantizedLinear):
+        raise TypeError(
+            f"[{owner}] {name} must be an mlx.nn.Linear or QuantizedLinear, or a LoRALinear of one, "
+            f"but got {type_name(linear)}."
+        )
+    output_dims, columns = base.weight.shape
+    return output_dims, columns if type(base) is Linear else columns * 32 // base.bits
