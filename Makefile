@@ -39,7 +39,8 @@ test-mlx-lm: $(VENV)/installed  ## Run mlx-lm's own tests with every model patch
 models: $(VENV)/installed  ## Compare every model of mlx-lm, stock and patched, and write docs/models.md
 	PYTHONPATH=tests $(BIN)/python -m zoo
 
-bench: $(VENV)/installed  ## Time against MLX's own operations, and torch where it is installed
+bench: $(VENV)/installed  ## Time whole models, stock and patched, and the operations against MLX's and torch's
+	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/bench.py
 
 crossover: $(VENV)/installed  ## Time our kernels against MLX's on all that routing decides about

@@ -1,9 +1,9 @@
 """Times the fused projections against MLX's own operations and torch: ``make bench``."""
 
 import os
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ import report
 from cases import Case, Model, operands
 from contenders import contenders
 from reference import WrongResult, reference, verify
+from timing import FULL, QUICK, Effort, first_call, measure
 
 LLAMA = Model("Llama-3.2-1B", hidden=2048, num_heads=32, num_kv_heads=8, head_dim=64)
 TINY = Model("tiny", hidden=64, num_heads=4, num_kv_heads=2, head_dim=16)
@@ -37,51 +38,6 @@ QUANTIZED_GOALS = {
     "bfloat16": {1: 80, 128: 20},
     "float16": {1: 80, 128: 20},
 }
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How long to measure: seconds per cell, seconds per turn, and the pause between turns.
-
-    A contender whose first call takes longer than ``once`` is not called again, and one expected to take
-    longer than ``never`` not at all.
-    """
-
-    cell: float
-    turn: float
-    # Idle workers spin before they sleep: OpenBLAS for some 50 ms, OpenMP for 5 ms.
-    pause: float
-    ceiling_size: int
-    min_rounds: int = 3
-    once: float = 2
-    never: float = 45
-
-
-FULL = Effort(cell=4, turn=0.15, pause=0.06, ceiling_size=2048)
-QUICK = Effort(cell=0.02, turn=0.002, pause=0.001, ceiling_size=256)
-
-
-def measure(calls: dict[str, Callable], effort: Effort) -> dict[str, list[float]]:
-    """Lets the contenders take turns, so that drift hits all alike; returns seconds per call."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    deadline = time.perf_counter() + effort.cell
-    rounds = 0
-    while rounds < effort.min_rounds or time.perf_counter() < deadline:
-        for name, call in calls.items():
-            time.sleep(effort.pause)
-            samples[name] += _turn(call, effort.turn)
-        rounds += 1
-    return samples
-
-
-def _turn(call: Callable, seconds: float) -> list[float]:
-    times: list[float] = []
-    while sum(times) < seconds:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    # The first of several calls wakes the thread pool and refills the caches.
-    return times[1:] or times
 
 
 def goal(case: Case) -> int | None:
@@ -146,9 +102,7 @@ def run(
     for name, call in calls.items():
         if case.lora:
             call()  # compiles
-        start = time.perf_counter()
-        results = call()
-        seconds = time.perf_counter() - start
+        results, seconds = first_call(call)
         if seconds > effort.once:
             slow[name] = [seconds * length]
         error[name] = verify(case, name, [call.to_numpy(r) for r in results], expected)
@@ -261,7 +215,8 @@ def main(
     report.show(console, result)
     report.save(result, out)
     if docs:
-        report.document(result, out, docs)
+        report.document(docs, "measured", report.markdown(result))
+        shutil.copy(out / "bench.png", docs / "benchmarks.png")
     console.print(f"\nWritten: {out / 'bench.json'} and {out / 'bench.png'}")
 
 

@@ -17,10 +17,11 @@ from rich.progress import track
 
 import machine
 import mlx_fused
-from bench import DTYPES, FULL, LLAMA, QUICK, TINY, Effort, chain_length, measure
+from bench import DTYPES, LLAMA, TINY, chain_length
 from cases import Model
 from contenders import chain
 from report import make_table
+from timing import FULL, QUICK, Effort, measure
 
 ROWS = (1, 2, 4, 8, 9, 16, 32, 64, 128, 512, 2048)
 OPERATIONS = ("qkv", "qkv + bias", "output", "output + bias", "qkv gradients")

@@ -1,7 +1,6 @@
 """Shows a benchmark's result: tables, JSON and a plot."""
 
 import json
-import shutil
 from itertools import groupby
 from pathlib import Path
 
@@ -220,16 +219,15 @@ def _verdict(cell: dict) -> str:
 # The document
 
 
-def document(result: dict, folder: Path, docs: Path) -> None:
-    """Puts the table into ``benchmarks.md`` of ``docs`` and the plot beside it."""
+def document(docs: Path, name: str, table: str) -> None:
+    """Puts ``table`` between the comments called ``name`` in ``benchmarks.md`` of ``docs``."""
     path = docs / "benchmarks.md"
-    head, begin, tail = path.read_text().partition("<!-- measured -->\n")
+    head, begin, tail = path.read_text().partition(f"<!-- {name} -->\n")
     _, end, tail = tail.partition("<!-- end -->\n")
-    path.write_text(head + begin + _markdown(result) + end + tail)
-    shutil.copy(folder / "bench.png", docs / "benchmarks.png")
+    path.write_text(head + begin + table + end + tail)
 
 
-def _markdown(result: dict) -> str:
+def markdown(result: dict) -> str:
     about, ceilings, cells = result["machine"], result["ceilings"], result["cells"]
     versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
     judged = [c for c in cells if c["goal"]]
@@ -260,3 +258,50 @@ def _markdown(result: dict) -> str:
         row = [what, c["dtype"], _rows(c), *times, ratio, _ratio(c, "torch"), peak]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
+
+
+# Whole models
+
+_MODEL_COLUMNS = ("model", "weights", "", "stock", "patched", "speedup", "head", "results differ by")
+
+
+def show_models(console: Console, result: dict) -> None:
+    table = make_table("Whole models, added up of a layer and the head")
+    for i, column in enumerate(_MODEL_COLUMNS):
+        table.add_column(column, justify="left" if i < 3 else "right")
+    for record in result["records"]:
+        table.add_row(*_model_cells(record))
+    console.print(table)
+    console.print(_place(result["machine"]), highlight=False)
+
+
+def markdown_of_models(result: dict) -> str:
+    lines = [_place(result["machine"]), ""]
+    lines += [f"| {' | '.join(_MODEL_COLUMNS)} |", f"|{'---|' * 3}{'--:|' * 5}"]
+    lines += [f"| {' | '.join(_model_cells(record))} |" for record in result["records"]]
+    return "\n".join(lines) + "\n"
+
+
+def _model_cells(record: dict) -> tuple[str, ...]:
+    total = record["total_s"]
+    stock, patched = (f"{total[who]:.3g} s" for who in ("stock", "patched"))
+    head = f"{record['head_s'] / total['patched']:.0%}"
+    return (
+        record["model"],
+        record["weights"],
+        record["work"],
+        stock,
+        patched,
+        f"{record['ratio']:.2f}",
+        head,
+        f"{record['difference']:.0e}",
+    )
+
+
+def _place(about: dict) -> str:
+    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
+    return (
+        f"{about['date'][:10]}, {about['cpu']}, {about['cores']} cores, {about['system']}, "
+        f"device {about['device']}: {versions}, Python {about['python']}. "
+        f"Other processes used {about['CPU used by others']:.0%} of the CPU."
+    )

@@ -1,0 +1,57 @@
+"""Times calls that take turns."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: seconds per cell, seconds per turn, and the pause between turns.
+
+    A contender whose first call takes longer than ``once`` is not called again, and one expected to take
+    longer than ``never`` not at all.
+    """
+
+    cell: float
+    turn: float
+    # Idle workers spin before they sleep: OpenBLAS for some 50 ms, OpenMP for 5 ms.
+    pause: float
+    ceiling_size: int
+    min_rounds: int = 3
+    once: float = 2
+    never: float = 45
+
+
+FULL = Effort(cell=4, turn=0.15, pause=0.06, ceiling_size=2048)
+QUICK = Effort(cell=0.02, turn=0.002, pause=0.001, ceiling_size=256)
+
+
+def measure(calls: dict[str, Callable], effort: Effort) -> dict[str, list[float]]:
+    """Lets the contenders take turns, so that drift hits all alike; returns seconds per call."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    deadline = time.perf_counter() + effort.cell
+    rounds = 0
+    while rounds < effort.min_rounds or time.perf_counter() < deadline:
+        for name, call in calls.items():
+            time.sleep(effort.pause)
+            samples[name] += _turn(call, effort.turn)
+        rounds += 1
+    return samples
+
+
+def _turn(call: Callable, seconds: float) -> list[float]:
+    times: list[float] = []
+    while sum(times) < seconds:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    # The first of several calls wakes the thread pool and refills the caches.
+    return times[1:] or times
+
+
+def first_call(call: Callable) -> tuple[object, float]:
+    """Returns the result of ``call`` and its seconds."""
+    start = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - start
