@@ -26,8 +26,8 @@ model, tokenizer = mlx_lm.load("mlx-community/Qwen3-0.6B-4bit")
 print(mlx_fused.patch(model))
 ```
 
-Without loading the model: look here for the `model_type` of its `config.json`. What is not fused runs mlx-lm's own
-code. {unknown} could not be run here.
+Without loading the model: look here for the `model_type` of its `config.json`. What is not fused runs
+mlx-lm's own code. {unknown} could not be run here.
 
 {families}
 
@@ -38,12 +38,14 @@ code. {unknown} could not be run here.
 - **q, k, v** and **output + residual**: in how many attention layers these projections were one operation, at
   every call. Layers without attention, such as those of Mamba, do not count.
 - The numbers are the largest difference between the patched and the stock model's results, as a part of the
-  largest value. Differences of {tolerance:.1e} are rounding ([the bound](#the-bound)).
+  largest value. Up to {tolerance:.1e} they are rounding ([the bound](#the-bound)).
 
 {table}
 
-These model types are not in the table because mlx-lm runs them with the code of another: {aliases}. These files
-hold no models of their own: {helpers}.
+mlx-lm runs some model types with the code of another, which is the one in this table:
+{aliases}.
+
+No models of their own: {helpers}.
 
 ## How this was measured
 
@@ -61,9 +63,9 @@ The tests (`tests/test_parity.py`) measure every model anew and hold the page to
 
 ## The bound
 
-Allowed is 2u (8L sqrt(K) + sqrt(24L)) = {tolerance:.1e}, with u = 2^-24, L = {layers} layers and K = {widest} terms in
-the longest sum: a sum of K products in float32 is off by 8u sqrt(K) at most, some 12 roundings in a layer,
-there and back, add up as squares, and either model may be off.
+Allowed is 2u (8L sqrt(K) + sqrt(24L)) = {tolerance:.1e}, with u = 2^-24, L = {layers} layers and K = {widest}
+terms in the longest sum: a sum of K products in float32 is off by 8u sqrt(K) at most, some 12 roundings in a
+layer, there and back, add up as squares, and either model may be off.
 """
 
 # Families that users know, by how the names of their models begin; any other model is among the last row's.
@@ -189,6 +191,6 @@ def _summary(rows):
         totals.append(tuple(map(sum, zip(*dense, strict=True))))
     (qkv, layers), (output, _) = totals
     return (
-        f"{len(compared)} of {len(rows)} models are compared. Of their {layers} attention layers, q, k and v\n"
-        f"are one operation in {qkv}, the output projection and the residual in {output}."
+        f"{len(compared)} of {len(rows)} models are compared. Of their {layers} attention layers, q, k and\n"
+        f"v are one operation in {qkv}, the output projection and the residual in {output}."
     )
