@@ -9,7 +9,7 @@ namespace mlx_fused {
 
 namespace {
 
-// From this many rows on, GPUs with matmul_units take MLX's matmul (docs/thresholds.md).
+// From this many rows on, GPUs with matmul_units take MLX's matmul (docs/design/thresholds.md).
 constexpr int64_t matmul_unit_rows = 32;
 
 Route best(const Workload& work, const DeviceInfo& device) {

@@ -1,4 +1,4 @@
-"""Counts the nodes of a compiled QLoRA step, stock and patched, and writes docs/graph.md's table."""
+"""Counts the nodes of a compiled QLoRA step, stock and patched, and writes docs/design/graph.md's table."""
 
 from collections import Counter
 from pathlib import Path
@@ -14,7 +14,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 import mlx_fused
 from graph import primitives
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "graph.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "design" / "graph.md"
 HIDDEN, LORA = 64, {"rank": 8, "scale": 20.0, "dropout": 0.0}
 VIEWS = (
     "Broadcast",

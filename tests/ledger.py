@@ -2,7 +2,7 @@
 
 Ours are counted by the simulator that runs the call's launch plan. MLX's follow from the graph of the same
 call in MLX's own operations and the rules of mlx_kernels.py. ``python tests/ledger.py`` writes the counts
-anew, to tests/ledger.json and as tables to docs/ledger.md.
+anew, to tests/ledger.json and as tables to docs/design/ledger.md.
 """
 
 import json
@@ -21,7 +21,7 @@ from mlx_fused._ext import _internals
 from mlx_kernels import FORM, Cost, Kernels
 
 GOLDEN = Path(__file__).with_name("ledger.json")
-DOCUMENT = Path(__file__).parents[1] / "docs" / "ledger.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "design" / "ledger.md"
 DTYPE = mx.bfloat16
 
 # heads is (num_heads, num_kv_heads, head_dim), for the output projection the attention's.

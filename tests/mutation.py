@@ -1,6 +1,6 @@
 """Alters the Metal kernels one step at a time; the checker or the numbers must notice every one.
 
-`python tests/mutation.py` judges all mutants and writes docs/mutations.md.
+`python tests/mutation.py` judges all mutants and writes docs/design/mutations.md.
 """
 
 import re
@@ -19,7 +19,7 @@ from metal_plan import KERNELS, Call, Embedded, backward, forward, libraries
 from msl_sim import Library
 from msl_sim.mutate import generate, run
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "mutations.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "design" / "mutations.md"
 HEADS = (4, 2, 20)  # a head is neither a multiple of a tile's columns nor of its depth
 
 # Mutants that change no result and no access, by what their names hold, and why.
@@ -259,7 +259,7 @@ def described(found):
 
 
 def document(outcomes):
-    """docs/mutations.md."""
+    """docs/design/mutations.md."""
     everything = [o for found in outcomes.values() for o in found]
     lines = [
         "# Mutations of the Metal kernels",

@@ -1,6 +1,6 @@
 """Makes one operand or one gradient of the fused operations 1 % wrong; the checks must notice each.
 
-`python tests/sabotage.py` does it to every part of six families of models and writes docs/sabotage.md.
+`python tests/sabotage.py` does it to every part of six families of models and writes docs/design/sabotage.md.
 """
 
 import importlib
@@ -26,7 +26,7 @@ from mlx_fused.validate.operations import (
 )
 from tiny_models import shake
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "sabotage.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "design" / "sabotage.md"
 FACTOR = 1.01
 TOKENS = 24
 
@@ -289,7 +289,7 @@ def table_row(without, with_adapters):
 
 
 def document(outcomes):
-    """docs/sabotage.md."""
+    """docs/design/sabotage.md."""
     count = sum(len(o.targets) for pair in outcomes for o in pair)
     missed = sum(len(o.missed) for pair in outcomes for o in pair)
     lines = [

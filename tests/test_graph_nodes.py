@@ -1,4 +1,4 @@
-"""What a compiled QLoRA step is made of, and that docs/graph.md says so."""
+"""What a compiled QLoRA step is made of, and that docs/design/graph.md says so."""
 
 import graph_nodes
 

@@ -1,4 +1,4 @@
-"""What the operations cost, by their launch plans on the simulator, and that docs/ledger.md says so."""
+"""What the operations cost, by their launch plans on the simulator; docs/design/ledger.md says so."""
 
 import json
 import struct

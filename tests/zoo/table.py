@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from mlx_lm.utils import MODEL_REMAPPING
+
 from zoo import configs, parity
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
@@ -13,31 +15,83 @@ _NO_NUMBER = "-"
 
 _PAGE = """# Models
 
-What [`mlx_fused.patch`](patching.md) does to every model of mlx-lm {mlx_lm}, and how far the patched model's
-results are from the stock model's. `make models` writes this page, here with {versions}.
+What [`mlx_fused.patch`](patching.md) does to the models of mlx-lm {mlx_lm}.
+
+## Is my model covered?
+
+The report of `patch` says it, layer by layer, with the reason for what is not fused:
+
+```python
+model, tokenizer = mlx_lm.load("mlx-community/Qwen3-0.6B-4bit")
+print(mlx_fused.patch(model))
+```
+
+Without loading the model: look here for the `model_type` of its `config.json`. What is not fused runs
+mlx-lm's own code. {unknown} could not be run here.
+
+{families}
+
+## Every model
+
+{summary}
+
+- **q, k, v** and **output + residual**: in how many attention layers these projections were one operation, at
+  every call. Layers without attention, such as those of Mamba, do not count.
+- The numbers are the largest difference between the patched and the stock model's results, as a part of the
+  largest value. Up to {tolerance:.1e} they are rounding ([the bound](#the-bound)).
+
+{table}
+
+mlx-lm runs some model types with the code of another, which is the one in this table:
+{aliases}.
+
+No models of their own: {helpers}.
+
+## How this was measured
+
+`make models` writes this page, here with {versions}.
 The tests (`tests/test_parity.py`) measure every model anew and hold the page to what they find.
 
 - The models are tiny: what each file of `mlx_lm/models` makes of one table of sizes (`tests/zoo/configs.py`),
   {layers} layers of 64 dimensions with random float32 parameters.
-- **q, k, v** and **output + residual**: in how many attention layers these projections were one operation, at
-  every call.
 - **logits**: of {batch} sequences of {length} tokens at once, and again with a cache, {prompt} tokens and
   then one by one. **gradients**: of a cross-entropy loss, for all parameters.
 - **QLoRA**: the same model in 4 bits by groups of {group}, with adapters of rank {rank} on all linear layers
   of its blocks; the gradients are those of the adapters.
-- The numbers are the largest difference as a part of the stock model's largest value. Allowed is
-  {tolerance:.1e}, which is 2u (8L sqrt(K) + sqrt(24L)) with u = 2^-24, L = {layers} layers and K = {widest}
-  terms in the longest sum: a sum of K products in float32 is off by 8u sqrt(K) at most, some 12 roundings in
-  a layer, there and back, add up as squares, and either model may be off.
 - Every token goes to every expert, so that no choice hangs on the last bit. Where a model's code wants fewer
   (llama4) or its attention chooses among keys, another choice would show as a difference far beyond that.
 
-{summary}
+## The bound
 
-{table}
-
-No models of their own: {helpers}.
+Allowed is 2u (8L sqrt(K) + sqrt(24L)) = {tolerance:.1e}, with u = 2^-24, L = {layers} layers and K = {widest}
+terms in the longest sum: a sum of K products in float32 is off by 8u sqrt(K) at most, some 12 roundings in a
+layer, there and back, add up as squares, and either model may be off.
 """
+
+# Families that users know, by how the names of their models begin; any other model is among the last row's.
+_FAMILIES = {
+    "Cohere": ("cohere",),
+    "DeepSeek": ("deepseek",),
+    "ERNIE": ("ernie",),
+    "EXAONE": ("exaone",),
+    "Gemma": ("gemma",),
+    "GLM": ("glm",),
+    "GPT": ("gpt",),
+    "Granite": ("granite",),
+    "Hunyuan": ("hunyuan",),
+    "Kimi": ("kimi",),
+    "LFM": ("lfm",),
+    "Llama": ("llama",),
+    "MiniCPM": ("minicpm",),
+    "MiniMax": ("minimax",),
+    "Mistral": ("mistral", "ministral", "mixtral", "pixtral"),
+    "Nemotron": ("nemotron",),
+    "OLMo": ("olmo",),
+    "Phi": ("phi",),
+    "Qwen": ("qwen",),
+    "others": ("",),
+}
+_COVERAGES = ("q, k, v and output", "q, k, v only", "output only", "some layers only", "nothing")
 
 
 def row(result):
@@ -87,10 +141,46 @@ def page(rows, versions):
         rank=configs.RANK,
         tolerance=parity.TOLERANCE,
         widest=configs.WIDEST,
+        unknown=", ".join(f"`{name}`" for name, row in rows.items() if _coverage_of(row) is None),
+        families=_families(rows),
+        aliases=", ".join(f"`{name}` (`{target}`)" for name, target in sorted(_aliases(rows).items())),
         summary=_summary(rows.values()),
-        table="\n".join(f"| {' | '.join(line)} |" for line in lines),
+        table=_table(lines),
         helpers=", ".join(f"`{name}`" for name in configs.names() if name not in rows),
     )
+
+
+def _table(lines):
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _aliases(rows):
+    """The model types for which mlx-lm takes the code of another."""
+    return {name: target for name, target in MODEL_REMAPPING.items() if target in rows}
+
+
+def _families(rows):
+    """Which models of each family are covered, and how far."""
+    cells = {family: {coverage: [] for coverage in _COVERAGES} for family in _FAMILIES}
+    of_types = {name: name for name in rows} | _aliases(rows)
+    for name in sorted(of_types, key=str.lower):
+        if coverage := _coverage_of(rows[of_types[name]]):
+            family = next(f for f, beginnings in _FAMILIES.items() if name.startswith(beginnings))
+            cells[family][coverage].append(f"`{name}`")
+    header = [("family", *_COVERAGES), ["---"] * (1 + len(_COVERAGES))]
+    return _table([*header, *([family, *map(", ".join, of.values())] for family, of in cells.items())])
+
+
+def _coverage_of(row):
+    """How much of a model is fused; None if it does not run here."""
+    if row[1] == _NO_NUMBER:
+        return None
+    (qkv, layers), (output, _) = (map(int, re.findall(r"\d+", cell)[:2]) for cell in row[1:3])
+    if not qkv and not output:
+        return "nothing"
+    if 0 < qkv < layers or 0 < output < layers:
+        return "some layers only"
+    return "q, k, v and output" if qkv and output else "q, k, v only" if qkv else "output only"
 
 
 def _summary(rows):

@@ -11,7 +11,7 @@ namespace mlx_fused::cpu {
 
 namespace {
 
-// docs/thresholds.md has the reasons of these numbers. The depth is split until there are wanted_tasks.
+// docs/design/thresholds.md has these numbers' reasons. The depth is split until there are wanted_tasks.
 constexpr int64_t tile_rows = 64, tile_depth = 256;
 constexpr int64_t wanted_tasks = 8;
 

@@ -151,7 +151,7 @@ class AmxProduct {
   static constexpr int64_t max_parts = 3;  // how many bfloat16 hold a float32 exactly
   static constexpr int64_t tile_floats = side * side;
 
-  // docs/thresholds.md has the reasons of these numbers.
+  // docs/design/thresholds.md has the reasons of these numbers.
   static constexpr int64_t max_rows = 512, max_cols = max_panels * side;
 
   // Steps per block of a packed dense right operand. It is packed if there are more than max_panels_in_place

@@ -14,7 +14,7 @@ constexpr int64_t side = 16, depth = 32, tile_bytes = 1024, row_bytes = 64;
 enum class Form { rows, pairs };
 
 // The largest block of a right operand that is packed at a time, in panels (16 rows each) and in steps along
-// the summed index (32 elements each): 512 KB (docs/thresholds.md).
+// the summed index (32 elements each): 512 KB (docs/design/thresholds.md).
 constexpr int64_t max_panels = 16, max_steps = 32;
 
 // Copies the tile of v at (row, col) to the 1 KB at `to`, with zeros beyond the edges of v.

@@ -11,7 +11,7 @@ namespace mlx_fused::cpu {
 
 namespace {
 
-// docs/thresholds.md has the reasons of these numbers.
+// docs/design/thresholds.md has the reasons of these numbers.
 constexpr int64_t depth_block = 128, panel_vectors = 3;
 constexpr int64_t max_rows = 512;                 // of the left operand, packed at a time
 constexpr int64_t min_cols = 64, max_cols = 128;  // of a task

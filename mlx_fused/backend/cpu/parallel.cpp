@@ -24,7 +24,7 @@ namespace mlx_fused::cpu {
 
 namespace {
 
-// How long a thread spins before it sleeps (docs/thresholds.md).
+// How long a thread spins before it sleeps (docs/design/thresholds.md).
 constexpr auto spin_time = std::chrono::microseconds(200);
 
 constexpr int max_threads = 1024;  // the CPUs that a cpu_set_t can hold

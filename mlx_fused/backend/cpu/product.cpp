@@ -15,7 +15,7 @@ namespace mlx_fused::cpu {
 
 namespace {
 
-// docs/thresholds.md has the reasons of these numbers.
+// docs/design/thresholds.md has the reasons of these numbers.
 constexpr int64_t tile_rows = 512, tile_cols = 512, tile_depth = 512, min_tile_cols = 64;  // of blas_product
 constexpr int64_t tasks_per_thread = 4;
 constexpr int64_t min_stream_cols = 48, max_stream_cols = 96;  // a task of dots_product or packed_product

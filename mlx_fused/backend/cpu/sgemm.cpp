@@ -13,7 +13,7 @@
 
 namespace mlx_fused::cpu {
 
-// docs/thresholds.md: Accelerate always, OpenBLAS never.
+// docs/design/thresholds.md: Accelerate always, OpenBLAS never.
 #ifdef __APPLE__
 const int64_t sgemm_min_rows = 0;
 #else

@@ -11,7 +11,8 @@ import mlx.nn as nn
 class StandIn:
     """Replaces a projection of a running attention module: calls go to ``call``, all else to the module.
 
-    Almost nothing but ``type`` can tell the two apart; ``isinstance`` sees the module's class.
+    Almost nothing but ``type`` can tell the two apart (docs/design/patching.md); ``isinstance`` sees the
+    module's class.
     """
 
     __slots__ = ("__weakref__", "_call", "_module")
