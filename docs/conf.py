@@ -10,7 +10,7 @@ REPOSITORY = "https://github.com/mlx-fused/mlx-fused"
 ROOT = Path(__file__).parents[1]
 
 project = "mlx-fused"
-copyright = "the mlx-fused contributors"
+copyright = "2026, the mlx-fused authors"
 version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
