@@ -6,7 +6,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake mlx_fused python/src
 # A worker per CPU; one that has nothing left takes tests from the others.
 WORKERS := --numprocesses auto --dist worksteal
 
-.PHONY: help demo test test-slow test-metal test-mlx-lm models bench crossover sanitize lint stubs dist wheel-macos clean
+.PHONY: help demo test test-slow test-metal test-mlx-lm models bench crossover sanitize docs linkcheck lint stubs dist wheel-macos clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -52,6 +52,12 @@ sanitize: $(VENV)/installed  ## Test the C++ CPU path under ASan and UBSan (part
 	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS"
 	$(BIN)/cmake --build build/sanitize --parallel
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --parallel
+
+docs: $(VENV)/installed  ## Build the documentation site in build/docs, and check its links
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going docs build/docs
+
+linkcheck: $(VENV)/installed  ## Check the links of the documentation that lead to other sites
+	$(BIN)/python -m sphinx -b linkcheck --fail-on-warning --keep-going docs build/linkcheck
 
 lint: $(VENV)/bin/python  ## Check the formatting and style of all files
 	$(BIN)/python -m pip install --quiet pre-commit==4.7.0

@@ -10,13 +10,13 @@ import mlx.nn as nn
 
 
 class LinearOperands(NamedTuple):
-    """The operands of a linear layer, which computes ``x @ weight.T + bias`` and, with LoRA, adds
-    ``lora_scale * (x @ lora_a) @ lora_b``.
+    """The operands of a linear layer as one value.
 
-    The operations accept it in place of a weight. It may pack the rows of several layers. ``mx.grad`` wants
-    arrays as arguments: make it of them inside the function.
+    The layer computes ``x @ weight.T + bias`` and, with LoRA, adds ``lora_scale * (x @ lora_a) @ lora_b``.
+    The operations accept it in place of a weight, and check it then. It may pack the rows of several layers.
+    ``mx.grad`` wants arrays as arguments: make it of them inside the function.
 
-    Attributes:
+    Args:
         weight (array): ``[output_dims, input_dims]``, float32, float16 or bfloat16; or, if ``scales`` are
             given, the codes of ``mx.quantize``, uint32 ``[output_dims, input_dims * bits / 32]``.
         bias (array, optional): ``[output_dims]``.
@@ -52,6 +52,9 @@ class LinearOperands(NamedTuple):
             layer (mlx.nn.Module): An ``mlx.nn.Linear``, an ``mlx.nn.QuantizedLinear``, or an mlx-lm
                 ``LoRALinear`` around one of them, without active dropout.
 
+        Returns:
+            LinearOperands: Of the layer's arrays, as they are now.
+
         Raises:
             TypeError: If ``layer`` is of any other type, which may compute something else.
             ValueError: If ``layer`` has active dropout, or a ``scale`` that is not a number.
@@ -75,6 +78,9 @@ class LinearOperands(NamedTuple):
 
         Args:
             layer (mlx.nn.Module): The layer, of any type.
+
+        Returns:
+            LinearOperands: Of the layer's own weight, without an adapter.
         """
         weight, bias, scales, biases = map(layer.get, ("weight", "bias", "scales", "biases"))
         if scales is None:
@@ -82,7 +88,14 @@ class LinearOperands(NamedTuple):
         return cls(weight, bias, scales, biases, layer.group_size, layer.bits, layer.mode)
 
     def with_lora(self, layer: nn.Module) -> LinearOperands:
-        """These operands with the adapter of ``layer``, an mlx-lm ``LoRALinear``."""
+        """These operands with an adapter.
+
+        Args:
+            layer (mlx.nn.Module): An mlx-lm ``LoRALinear``, whose adapter it is.
+
+        Returns:
+            LinearOperands: With ``lora_a``, ``lora_b`` and ``lora_scale`` of ``layer``.
+        """
         return self._replace(lora_a=layer["lora_a"], lora_b=layer["lora_b"], lora_scale=layer.scale)
 
 

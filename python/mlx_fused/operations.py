@@ -114,9 +114,11 @@ def fused_qkv_projection(
         Their dtype is the one MLX promotes the arguments to; adapters do not count.
 
     Raises:
-        ValueError: If a rank, shape, dtype, head count or quantization is wrong, or if the three layers
-            differ in quantization or only some have a bias. The message names the argument, what it must be
-            and what it is. Also if the gradient of a quantized weight is asked for.
+        TypeError: If an argument is of a wrong type.
+        ValueError: If a rank, shape, dtype, head count or quantization is wrong; if the three layers differ
+            in quantization, or only some have a bias; if ``route`` is ``"fused"`` and we have no kernel, or
+            has an unknown value. The message names the argument, what it must be and what it is. Also if the
+            gradient of a quantized weight is asked for.
     """
     operation = "fused_qkv_projection"
     layers = _layers(operation, weight, bias)
@@ -155,7 +157,7 @@ def fused_qkv_projection_bwd(
         dk (array): Gradient of ``k``, ``[B, num_kv_heads, S, head_dim]``.
         dv (array): Gradient of ``v``, ``[B, num_kv_heads, S, v_head_dim]``.
         input (array): The forward's input, ``[B, S, H]``.
-        weight (array or tuple): The forward's weight, packed or a tuple.
+        weight (array or tuple): The forward's weight, packed ``[Hq + Hk + Hv, H]`` or a tuple.
         has_bias (bool): Whether the forward had a bias.
         num_heads (int): Query heads.
         num_kv_heads (int): Key and value heads.
@@ -169,7 +171,8 @@ def fused_qkv_projection_bwd(
         ``d_bias`` likewise, in the weight's dtype, or ``None`` if ``has_bias`` is false.
 
     Raises:
-        ValueError: If a rank, shape, dtype or head count is wrong.
+        TypeError: If an argument is of a wrong type, such as a :class:`LinearOperands`.
+        ValueError: If a rank, shape, dtype, head count or ``route`` is wrong.
     """
     operation = "fused_qkv_projection_bwd"
     layers = _dense_layers(operation, weight)
@@ -221,7 +224,7 @@ def fused_output_projection_residual(
     """Project attention's output and add the residual in one operation.
 
     Equivalent to ``residual + alpha * (attn_out @ weight.T + bias)``, accumulated in float32 and rounded
-    once; with LoRA the low-rank part is added before multiplying by ``alpha``. Quantized weights, LoRA and
+    once. With LoRA the low-rank part is added before multiplying by ``alpha``. Quantized weights, LoRA and
     gradients work as in :func:`fused_qkv_projection`.
 
     Args:
@@ -242,9 +245,9 @@ def fused_output_projection_residual(
         array: ``[B, S, H]``, of the dtype that MLX promotes the arguments to; adapters do not count.
 
     Raises:
-        TypeError: If ``residual`` is left out.
-        ValueError: If a rank, shape, dtype or quantization is wrong. The message names the argument, what it
-            must be and what it is. Also if the gradient of a quantized weight is asked for.
+        TypeError: If ``residual`` is left out, or an argument is of a wrong type.
+        ValueError: If a rank, shape, dtype, quantization or ``route`` is wrong. The message names the
+            argument, what it must be and what it is. Also if the gradient of a quantized weight is asked for.
     """
     operation = "fused_output_projection_residual"
     if residual is None:
@@ -267,6 +270,9 @@ def fused_output_projection_residual_bwd(
 ) -> tuple[mx.array, mx.array, mx.array | None, mx.array]:
     """All gradients of :func:`fused_output_projection_residual` with a dense weight and an ``alpha`` of 1.
 
+    This is the backward pass to call by hand. ``mx.grad`` and ``mx.vjp`` compute only the gradients they are
+    asked for, and work with every kind of weight and with ``alpha``.
+
     Args:
         d_output (array): Gradient of the output, ``[B, S, H]``.
         attn_out (array): The forward's ``attn_out``, ``[B, S, Hq]``.
@@ -280,7 +286,8 @@ def fused_output_projection_residual_bwd(
         ``[H]`` (in the weight's dtype) or ``None``, and ``d_residual``, which is ``d_output`` itself.
 
     Raises:
-        ValueError: If a rank, shape or dtype is wrong.
+        TypeError: If an argument is of a wrong type, such as a :class:`LinearOperands`.
+        ValueError: If a rank, shape, dtype or ``route`` is wrong.
     """
     operation = "fused_output_projection_residual_bwd"
     d_attn_out, d_weight, *d_bias = _all_gradients(

@@ -108,6 +108,9 @@ def patched(
 
     After the block every module is as it was before, patched or not. The arguments and errors are those of
     :func:`patch`.
+
+    Yields:
+        PatchReport: The report.
     """
     before = [(module, names, attention.patch_of(module)) for _, module, names, _ in _attentions(model)]
     try:

@@ -108,7 +108,12 @@ _watcher: ContextVar[Watcher | None] = ContextVar("mlx_fused_watcher", default=N
 
 @contextmanager
 def watching(watcher: Watcher) -> Iterator[None]:
-    """Call ``watcher`` for every fused operation that patched models run in the block, on this thread."""
+    """Call ``watcher`` for every fused operation that patched models run in a ``with`` block, on this thread.
+
+    Args:
+        watcher (callable): Called as ``watcher(module, operation, arguments, outputs)`` with the attention
+            module, the function of ``mlx_fused``, its arguments by name, and its result, an array or a tuple.
+    """
     token = _watcher.set(watcher)
     try:
         yield

@@ -25,7 +25,12 @@ def switched_off() -> bool:
 class Calls:
     """How often a part of a layer was called, and how often it ran as one operation.
 
-    Under ``mx.compile`` a call counts when it is traced, not when the compiled function runs.
+    Under ``mx.compile`` a call counts when it is traced, not when the compiled function runs. Prints as
+    ``fused/fallen back``.
+
+    Attributes:
+        total (int): All calls.
+        fused (int): Those that ran as one operation.
     """
 
     total: int = 0
@@ -38,6 +43,7 @@ class Calls:
 
     @property
     def fallen_back(self) -> int:
+        """How many calls ran the model's own code."""
         return self.total - self.fused
 
     def __str__(self) -> str:
@@ -46,7 +52,13 @@ class Calls:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of an attention layer: why it is not fused, or None, and the counter of its calls."""
+    """One part of an attention layer: the QKV projection, or the output projection with its residual.
+
+    Attributes:
+        obstacle (str or None): Why it is not fused; ``None`` if it is.
+        note (str or None): What else there is to know, such as adapters that mlx-lm's own code adds.
+        calls (Calls): The counter of its calls, which goes on.
+    """
 
     obstacle: str | None = None
     note: str | None = None
@@ -54,6 +66,7 @@ class Part:
 
     @property
     def fused(self) -> bool:
+        """Whether nothing hinders its fusion."""
         return self.obstacle is None
 
     def __str__(self) -> str:
@@ -63,7 +76,13 @@ class Part:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One attention layer: its name in the model, QKV projection, and output projection with residual."""
+    """One attention layer.
+
+    Attributes:
+        name (str): Its name in the model, such as ``model.layers.0.self_attn``.
+        qkv (Part): The projection to queries, keys and values.
+        residual (Part): The output projection with its residual.
+    """
 
     name: str
     qkv: Part
@@ -72,10 +91,13 @@ class LayerReport:
 
 @dataclass(frozen=True, repr=False)
 class PatchReport:
-    """What :func:`patch` did, layer by layer; prints as a table.
+    """What :func:`mlx_fused.patch` did, layer by layer; prints as a table.
 
     What is fused, and why the rest is not, was determined when ``patch`` was called; calls are counted as
     they happen.
+
+    Attributes:
+        layers (tuple): A :class:`LayerReport` for each attention layer.
     """
 
     layers: tuple[LayerReport, ...]
