@@ -101,6 +101,7 @@ def spoiled(checkpoint, tmp_path, monkeypatch):
     Path("broken/config.json").write_text("{")
     Path("broken.yaml").write_text("a: [")
     monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr("mlx_lm.server.run", lambda *_: pytest.fail("the server starts"))
 
 
 GENERATE = "generate --model model --max-tokens 2"
