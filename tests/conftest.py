@@ -58,6 +58,32 @@ def once(tmp_path_factory, worker_id):
     return once
 
 
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """The folder of ``tiny_demo``."""
+    import tiny_demo  # needs mlx-lm
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_demo.make(folder)
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs a command, ours or mlx-lm's, in this process and gives its exit code, stdout and stderr."""
+
+    def run(command, arguments):
+        monkeypatch.setattr(sys, "argv", ["mlx-fused", *arguments])
+        capfd.readouterr()
+        try:
+            code = command(arguments) or 0
+        except SystemExit as exit:
+            code = exit.code or 0
+        return code, *capfd.readouterr()
+
+    return run
+
+
 @pytest.fixture(autouse=True)
 def cpu():
     """Every test runs on the CPU device, float64 included, on any machine."""

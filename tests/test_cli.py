@@ -3,21 +3,16 @@ import math
 import os
 import subprocess
 import sys
-from importlib import import_module
 from importlib.metadata import version
 
 import mlx.core as mx
-import mlx_lm.utils
 import pytest
 from click.testing import CliRunner
 
 import mlx_fused
-import tiny_demo
-from mlx_fused.cli import calls, main, passthrough
+from mlx_fused.cli import calls, main
 from mlx_fused.cli.info import routes
 from mlx_fused.cli.output import to_json
-from mlx_fused.patching import _patch
-from mlx_fused.patching.attention import FusedAttention
 from mlx_fused.validate import sum_error
 
 EXTRA = ("mlx_lm", "click", "rich", "tokenizers", "transformers")
@@ -166,11 +161,18 @@ def test_missing_package_is_named_with_its_cure(package):
     assert "Traceback" not in result.stderr
 
 
-def test_mlx_lms_commands_say_how_to_get_mlx_lm():
-    result = without("mlx_lm", ["generate", "--model", "any"])
+@pytest.mark.parametrize(
+    ("package", "command", "cure"),
+    [
+        ("mlx_lm", "generate", "mlx-fused[lm]"),
+        ("lm_eval", "evaluate", "mlx-lm[evaluate]"),
+    ],
+)
+def test_mlx_lms_commands_say_what_they_need(package, command, cure):
+    result = without(package, [command, "--model", "any"])
     assert result.returncode == 1
-    assert "pip install 'mlx-fused[lm]'" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert f"pip install '{cure}'" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_info_works_without_mlx_lm():
@@ -183,32 +185,6 @@ def test_bad_options_are_refused(option):
     result = CliRunner().invoke(main, ["demo", *option])
     assert result.exit_code == 2
     assert option[0] in result.output
-
-
-# mlx-lm's own commands.
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tiny_demo.make(folder)
-    return folder
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Runs a command, ours or mlx-lm's, and gives its exit code, stdout and stderr."""
-
-    def run(command, arguments):
-        monkeypatch.setattr(sys, "argv", ["mlx-fused", *arguments])
-        capfd.readouterr()
-        try:
-            code = command(arguments) or 0
-        except SystemExit as exit:
-            code = exit.code or 0
-        return code, *capfd.readouterr()
-
-    return run
 
 
 # Streams that cannot be written.
@@ -271,127 +247,17 @@ def test_json_is_alone_on_stdout_where_stderr_is_broken(broken):
     assert done.returncode or "cells" in json.loads(done.stdout)
 
 
-def theirs(arguments):
-    sys.argv = [f"mlx-fused {arguments[0]}", *arguments[1:]]
-    import_module(f"mlx_lm.{arguments[0]}").main()
-
-
-@pytest.mark.parametrize("name", passthrough.COMMANDS)
-@pytest.mark.parametrize("option", ["--help", "--no-such-option"])
-def test_help_errors_and_exit_codes_are_mlx_lms(run, name, option):
-    ours = run(main.main, [name, option])
-    assert ours == run(theirs, [name, option])
-    assert ours[0] == (0 if option == "--help" else 2)
-    assert f"usage: mlx-fused {name} " in ours[1] + ours[2]
-
-
-@pytest.mark.parametrize("adapters", [False, True])
-def test_generate_prints_what_mlx_lm_prints_and_patches(run, checkpoint, adapters):
-    options = ["--adapter-path", str(checkpoint / "adapters")] if adapters else []
-    options += ["--max-tokens", "4", "--verbose", "False", "--prompt=-- -x"]
-    arguments = ["generate", "--model", str(checkpoint / "model-4bit"), *options]
-    code, out, err = run(main.main, arguments)
-    assert (code, out) == run(theirs, arguments)[:2]
-    assert code == 0
-    (line,) = {line for line in err.splitlines() if line.startswith("mlx-fused:")}
-    assert "2 attention layers" in line
-
-
-def test_lora_trains_what_mlx_lm_trains(run, checkpoint, tmp_path):
-    losses = {}
-    for name, command in (("ours", main.main), ("theirs", theirs)):
-        arguments = ["lora", "--model", checkpoint / "model-4bit", "--data", checkpoint / "data", "--train"]
-        arguments += [
-            "--iters",
-            2,
-            "--num-layers",
-            2,
-            "--batch-size",
-            1,
-            "--adapter-path",
-            tmp_path / name,
-            "--val-batches",
-            1,
-        ]
-        code, _, err = run(command, [str(argument) for argument in arguments])
-        assert code == 0
-        assert ("mlx-fused: " in err) == (name == "ours")
-        losses[name] = mx.load(str(tmp_path / name / "adapters.safetensors"))
-    assert losses["ours"].keys() == losses["theirs"].keys()
-    for key, array in losses["ours"].items():
-        assert mx.allclose(array, losses["theirs"][key], rtol=1e-3, atol=1e-6), key
-
-
-@pytest.fixture
-def loads_a_model(checkpoint, monkeypatch):
-    """Makes mlx-lm's chat load a model and end; patching by itself prints nothing."""
-    loaded = []
-    monkeypatch.setattr(mlx_fused, "patch", lambda model: _patch(model, True, "auto", True, False))
-    monkeypatch.setattr(
-        import_module("mlx_lm.chat"),
-        "main",
-        lambda: loaded.append(mlx_lm.utils.load(str(checkpoint / "model"))[0]),
-    )
-    return loaded
-
-
-@pytest.mark.parametrize(
-    ("environment", "lines"),
-    [
-        ({}, 1),
-        ({"MLX_RANK": "0"}, 1),
-        ({"MLX_RANK": "1"}, 0),
-        ({"OMPI_COMM_WORLD_RANK": "1"}, 0),
-        ({"PMI_RANK": "3"}, 0),
-    ],
-    ids=str,
-)
-def test_one_rank_says_what_is_fused_and_communication_is_not_started(
-    run, loads_a_model, monkeypatch, environment, lines
-):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(mx.distributed, "init", lambda *_: pytest.fail("communication was started"))
-    code, _, err = run(main.main, ["chat"])
-    assert code == 0
-    assert err.count("mlx-fused: of 2 attention layers") == lines
-
-
-def test_models_are_patched_where_stderr_is_broken(loads_a_model, monkeypatch):
-    with os.fdopen(pipe_without_reader(), "w") as broken:
-        monkeypatch.setattr(sys, "stderr", broken)
-        with pytest.raises(SystemExit) as end:
-            main.main(["chat"])
-    assert end.value.code is None
-    assert isinstance(loads_a_model[0].layers[0].self_attn, FusedAttention)
-
-
-@pytest.mark.parametrize("name", ["chat", "server"])
-def test_models_that_chat_and_server_load_are_patched(run, checkpoint, monkeypatch, name):
-    module = import_module(f"mlx_lm.{name}")
-    patched = []
-
-    def stop(*_, **__):
-        model, _ = mlx_lm.utils.load(str(checkpoint / "model"))
-        patched.append(type(model.layers[0].self_attn))
+@pytest.mark.parametrize("command", ["validate", "demo"])
+def test_an_interrupt_ends_a_command_as_a_shell_expects(monkeypatch, tmp_path, capsys, command):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "load" if name == "chat" else "run", stop)
-    with pytest.raises(KeyboardInterrupt):
-        main.main([name, "--model", str(checkpoint / "model")])
-    assert patched != [type(mlx_lm.utils.load(str(checkpoint / "model"))[0].layers[0].self_attn)]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, EOFError, ValueError])
-def test_what_ends_mlx_lms_command_ends_ours(monkeypatch, error):
-    def fail():
-        raise error
-
-    monkeypatch.setattr("mlx_lm.chat.main", fail)
-    load_model = mlx_lm.utils.load_model
-    with pytest.raises(error):
-        main.main(["chat"])
-    assert mlx_lm.utils.load_model is load_model
+    monkeypatch.setattr("mlx_fused.validate.load", interrupt)
+    monkeypatch.setattr("mlx_fused.demo.run", interrupt)
+    with pytest.raises(SystemExit) as end:
+        main.main([command, *(["--out", str(tmp_path)] if command == "demo" else ["a-model"])])
+    assert end.value.code == 130
+    assert capsys.readouterr().err.split() == ["Aborted!"]
 
 
 # The benchmark.

@@ -407,6 +407,19 @@ def test_frozen_weights_cost_no_gradient():
     assert sorted(output_counts("FusedQKVProjectionGrad", *arrays)) == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("options", "reasons"),
+    [({}, (None, None)), ({"qkv": False, "o_residual": False}, ("qkv=False", "o_residual=False"))],
+    ids=str,
+)
+def test_calls_tell_why_they_fell_back(options, reasons):
+    model = make("llama")
+    report = mlx_fused.patch(model, **options)
+    model(tokens(1, 3))
+    for layer in report.layers:
+        assert (layer.qkv.calls.reason, layer.residual.calls.reason) == reasons
+
+
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_keep_the_options_and_count_for_themselves(copy_of):
     model = make("llama")

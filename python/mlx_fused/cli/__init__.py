@@ -2,50 +2,23 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import mlx.core as mx
 
 import mlx_fused
-
-_INSTALL = "This needs more packages: pip install 'mlx-fused[lm]'"
 
 try:
     import click
 except ModuleNotFoundError:
-    sys.exit(_INSTALL)
+    sys.exit("This needs more packages: pip install 'mlx-fused[lm]'")
 
-from mlx_fused.cli import output, passthrough  # noqa: E402
-from mlx_fused.cli.bench import bench  # noqa: E402
-from mlx_fused.cli.demo import demo  # noqa: E402
-from mlx_fused.cli.info import info  # noqa: E402
-from mlx_fused.cli.validate import validate  # noqa: E402
-from mlx_fused.patching.report import switched_off  # noqa: E402
-
-
-def _check_settings() -> None:
-    """Report invalid environment variables, which making a call (without evaluating it) finds."""
-    one = mx.ones((1, 1, 1))
-    try:
-        switched_off()
-        mlx_fused.fused_output_projection_residual(one, one[0], None, one, stream=mx.cpu)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
-
-
-@contextmanager
-def _click_errors() -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise click.ClickException(f"{error}. {_INSTALL}") from error
-    except OSError as error:  # click would end without a message on a broken pipe
-        raise click.ClickException(str(error)) from error
+from mlx_fused.cli import failures, output, passthrough, settings
+from mlx_fused.cli.bench import bench
+from mlx_fused.cli.demo import demo
+from mlx_fused.cli.info import info
+from mlx_fused.cli.validate import validate
 
 
 class _Group(click.Group):
-    """Names missing packages, ends with one-line errors, and passes arguments on to mlx-lm's commands."""
+    """Ends with one-line errors, and passes arguments on to mlx-lm's commands."""
 
     def main(self, args=None, *rest, **extra):
         args = sys.argv[1:] if args is None else list(args)
@@ -56,24 +29,24 @@ class _Group(click.Group):
                 if sys.stdout is None:
                     raise click.ClickException("stdout must be open but is closed.")
                 sys.exit(super().main(args, *rest, standalone_mode=False, **extra))
-            # Not through click, which would handle "--", an interrupt and the end of the input its own way.
-            _check_settings()
-            with _click_errors():
-                command = passthrough.load(args[0])
-        try:
-            status = command(args[1:])
-        except SystemExit as end:
-            status = end.code
-        with output.plain_ends():
+            # Not through click, which would handle "--" and "--help" its own way.
+            settings.check()
+            with failures.of_mlx_lm():
+                status = passthrough.run(args[0], args[1:])
             sys.exit(status)
 
+    def resolve_command(self, ctx: click.Context, args: list[str]):
+        if reason := passthrough.UNPATCHED.get(args[0]):
+            ctx.fail(f"Patching has nothing to do in {args[0]}: {reason}. Run mlx_lm.{args[0]} instead.")
+        return super().resolve_command(ctx, args)
+
     def make_context(self, *args, **extra) -> click.Context:
-        with _click_errors():
+        with failures.of_the_machine():
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context):
-        _check_settings()
-        with _click_errors():
+        settings.check()
+        with failures.of_the_machine():
             return super().invoke(ctx)
 
 

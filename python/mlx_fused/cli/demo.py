@@ -1,13 +1,12 @@
 """``mlx-fused demo``: a small model fine-tuned twice."""
 
-import os
 import sys
 from pathlib import Path
 
 import click
 
 from mlx_fused.cli.output import console, json_option, print_json
-from mlx_fused.patching.report import switched_off
+from mlx_fused.cli.settings import must_be_on
 
 
 @click.command()
@@ -29,10 +28,7 @@ def demo(out: Path, iters: int, seed: int, dense: bool, as_json: bool) -> None:
     """
     from mlx_fused.demo import Settings, run
 
-    if switched_off():
-        raise click.UsageError(
-            f"MLX_FUSED must be unset or on for the demo but is {os.environ['MLX_FUSED']!r}."
-        )
+    must_be_on("the demo")
     people = console(as_json)
     results = run(out, Settings(iters=iters, seed=seed, dense=dense), people)
     if as_json:

@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn, TextIO
 
 import click
@@ -28,7 +30,10 @@ def console(as_json: bool):
 
 
 def say(line: str) -> None:
-    """Print to stderr; if that cannot be written, silently do nothing."""
+    """Print to stderr, after what stdout still holds; if that cannot be written, silently do nothing."""
+    with suppress(OSError):  # reported as the process ends, when it is flushed again
+        if sys.stdout:
+            sys.stdout.flush()
     _print_if_possible(sys.stderr, lambda: print(line, file=sys.stderr))
 
 
@@ -44,7 +49,7 @@ def plain_ends() -> Iterator[None]:
     except click.ClickException as error:
         _end(error.show, error.exit_code)
     except click.Abort:
-        _end(lambda: print("Aborted!", file=sys.stderr), 1)
+        _end(lambda: print("Aborted!", file=sys.stderr), 128 + signal.SIGINT)
     except OSError as error:
         _end(click.ClickException(str(error)).show, 1)
 
@@ -53,6 +58,8 @@ def _end(show: Callable[[], None], status: int) -> NoReturn:
     _print_if_possible(sys.stderr, show)
     if sys.stdout:
         _print_if_possible(sys.stdout, lambda: None)
+    if any(not t.daemon for t in threading.enumerate() if t is not threading.main_thread()):
+        os._exit(status)  # the interpreter would wait for these threads: for the server's forever
     sys.exit(status)
 
 

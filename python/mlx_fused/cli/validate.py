@@ -11,6 +11,7 @@ import click
 
 from mlx_fused.cli.info import describe
 from mlx_fused.cli.output import console, json_option, print_json
+from mlx_fused.cli.settings import must_be_on
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _BADNESS = ["passed", "inconclusive", "failed"]
 _STYLES = {"passed": "green", "inconclusive": "yellow", "failed": "red"}
+_WORST = "each line shows the worst of its checks; --json has them all"
 _NUMBERS = ("of its bound", "stock", "patched", "at most", "ratio")
 
 
@@ -59,6 +61,7 @@ def validate(model: str, adapter_path: Path | None, prompt: str | None, tokens: 
 
     from mlx_fused import validate as checks
 
+    must_be_on("validate")
     out = console(as_json)
     try:
         loaded, tokenizer = checks.load(model, adapter_path)
@@ -104,11 +107,11 @@ def _show(out: Console, results: dict) -> None:
     out.print(f"{word}: {counts}", soft_wrap=True)
 
 
-def _table(*titles: str) -> Table:
+def _table(*titles: str, caption: str | None = None) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
     for title in titles:
         # In a narrow terminal names are folded, but numbers and verdicts must not be cut.
         number = title in _NUMBERS
@@ -117,7 +120,7 @@ def _table(*titles: str) -> Table:
 
 
 def _operations(operations: dict) -> Table:
-    table = _table("operations against float64", "of its bound", "the worst", "")
+    table = _table("operations against float64", "of its bound", "the worst", "", caption=_WORST)
     for step, found in operations.items():
         table.add_section()
         table.add_row(f"{step}: {found['count']}")
@@ -132,7 +135,7 @@ def _operations(operations: dict) -> Table:
 
 
 def _end_to_end(lines: dict) -> Table:
-    table = _table("end to end, errors", "stock", "patched", "at most", "")
+    table = _table("end to end, errors", "stock", "patched", "at most", "", caption=_WORST)
     for dtype, checks in lines.items():
         gradients, step, greedy = checks["gradients"], checks["logits_after_a_step"], checks["greedy"]
         worst = max(gradients, key=lambda kind: _rank(gradients[kind], _share(gradients[kind])))

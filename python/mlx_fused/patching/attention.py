@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fused._ext import alias, is_same
+from mlx_fused.linear import type_name
 from mlx_fused.patching import projections
 from mlx_fused.patching.projections import NotFused
 from mlx_fused.patching.report import Calls, LayerReport, Part, switched_off
@@ -199,7 +200,7 @@ class _Call:
         self.thread, self.has_ended = get_ident(), False
         self.stand_ins: dict[str, StandIn] = {}
         self.counted: set[str] = set()  # "qkv", "residual"
-        self.unknown: set[str] = set()  # parts with a projection of a type that the operations do not know
+        self.unknown: dict[str, str] = {}  # parts with a projection of a type that the operations do not know
         self.input = None
         self.outputs: dict[str, mx.array] = {}
         self.operands: dict[str, projections.Operands] = {}  # that the outputs were computed with
@@ -233,8 +234,8 @@ class _Call:
             if x.dtype not in projections.DTYPES:
                 raise NotFused(f"its input is {x.dtype}")
             qkv = _qkv(attention, self.names, self.patch)
-        except NotFused:
-            self._count("qkv")
+        except NotFused as reason:
+            self._count("qkv", reason=str(reason))
             return
         self._count("qkv", fused=1)
         self.adapters_apart = qkv.adapters_apart is not None
@@ -250,17 +251,18 @@ class _Call:
             return y
         try:
             add = _output(self.attention, self.names, self.patch)
-        except NotFused:
+        except NotFused as reason:
+            self.patch.residual_calls.add(reason=str(reason))
             return y
         return Projected.of(y, partial(add, attn_out=alias(x)), self.patch.residual_calls)
 
-    def _count(self, part: str, fused: int = 0) -> None:
+    def _count(self, part: str, fused: int = 0, reason: str | None = None) -> None:
         self.counted.add(part)
-        (self.patch.qkv_calls if part == "qkv" else self.patch.residual_calls).add(1, fused)
+        (self.patch.qkv_calls if part == "qkv" else self.patch.residual_calls).add(1, fused, reason)
 
     def count_unknown(self) -> None:
-        for part in self.unknown - self.counted:
-            self._count(part)
+        for part in self.unknown.keys() - self.counted:
+            self._count(part, reason=self.unknown[part])
 
 
 # Per thread. A call inside another call restores the outer one when it ends.
@@ -289,7 +291,8 @@ class _Slot:
         if call is None or call.attention is not attention:
             return module  # asked by code outside of the call, or by another module that is called inside it
         if not projections.is_known(module):
-            call.unknown.add("qkv" if name in call.names.inputs else "residual")
+            part = "qkv" if name in call.names.inputs else "residual"
+            call.unknown.setdefault(part, f"{name} is {type_name(module)}")
             return module
         stand_in = call.stand_ins.get(name)
         if stand_in is None or module_of(stand_in) is not module:

@@ -35,11 +35,13 @@ class Calls:
 
     total: int = 0
     fused: int = 0
+    reason: str | None = None  # of the latest call that patching left to the model's own code
 
-    def add(self, total: int = 0, fused: int = 0) -> None:
+    def add(self, total: int = 0, fused: int = 0, reason: str | None = None) -> None:
         with _lock:  # several threads may call the model
             self.total += total
             self.fused += fused
+            self.reason = reason or self.reason
 
     @property
     def fallen_back(self) -> int:

@@ -11,7 +11,12 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from mlx.utils import tree_map
 from mlx_lm.lora import CONFIG_DEFAULTS
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -36,16 +41,30 @@ def load(model: str, adapter_path: Path | None) -> tuple[nn.Module, TokenizerWra
     """
     try:
         return mlx_lm.load(model, adapter_path=str(adapter_path) if adapter_path else None)
-    except HFValidationError as error:
-        raise CannotValidate(f"There is no directory {model}.") from error
-    except LocalEntryNotFoundError as error:
-        raise CannotValidate(
-            f"There is no directory {model} here, and the hub cannot be asked for a model of this name. "
-            f"Where it can be, run: hf download {model} --local-dir DIR. Then give the path of DIR."
-        ) from error
     except Exception as error:  # mlx-lm and the models' code raise all kinds of errors for an unsuitable one
         adapters = f" with the adapters of {adapter_path}" if adapter_path else ""
-        raise CannotValidate(f"{model}{adapters} cannot be loaded: {_one_line(error)}") from error
+        reason = why_missing(model, error) or f"{model}{adapters} cannot be loaded: {_one_line(error)}"
+        raise CannotValidate(reason) from error
+
+
+def why_missing(model: str, error: Exception) -> str | None:
+    """Why there is no ``model``, and what to do, if ``error`` is the hub's about that."""
+    match error:
+        case HFValidationError():
+            return f"There is no directory {model}."
+        case GatedRepoError():
+            return f"{model} is gated: accept its terms on the hub, and run: hf auth login."
+        case RepositoryNotFoundError():
+            return (
+                f"There is no directory {model} here, and the hub shows no model of this name. "
+                "If it is private, run: hf auth login."
+            )
+        case LocalEntryNotFoundError():
+            return (
+                f"There is no directory {model} here, and the hub cannot be asked for a model of this name. "
+                f"Where it can be, run: hf download {model} --local-dir DIR. Then give the path of DIR."
+            )
+    return None
 
 
 @contextmanager
