@@ -80,7 +80,6 @@ INSTEAD = (
         r"\1 --help",
         "compiles: are there such options?",
     ),
-    Instead(r"python3 -m venv .*|\. .venv/bin/activate", ":", "the tests' environment is made already"),
     Instead(
         r"mlx-fused server .*",
         # In the background until the page ends; the next command comes when it answers.

@@ -101,7 +101,7 @@ def run(page, made, folder, python=sys.executable, programs=os.environ["PATH"]):
             start_new_session=True,
         )
         try:
-            status = process.wait(timeout=600)
+            status = process.wait(timeout=300)
         finally:
             with suppress(ProcessLookupError):  # if nothing is left
                 os.killpg(process.pid, signal.SIGKILL)
