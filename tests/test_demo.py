@@ -92,6 +92,29 @@ def test_checkpoint_is_in_the_hugging_face_layout(demo):
     assert tokenizer.decode(tokenizer.encode(source)) == source
 
 
+def test_a_chat_is_what_the_fine_tuning_taught(demo):
+    _, results, _ = demo
+    _, tokenizer = mlx_lm.load(results["model"])
+    (text,) = corpus.help_texts({"m": 'def f(x):\n    """Do it."""\n'}, seed=0)
+    question, answer = (part + "\n" for part in text.rstrip().split("\n", 1))
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "help(m.f)"}]
+    assert question == ">>> help(m.f)\n"
+    assert tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) == question
+    chat += [{"role": "assistant", "content": answer}, chat[-1]]
+    asked_again = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+    assert asked_again == tokenizer.encode(text + tokenizer.eos_token + question)
+
+
+def test_valid_and_test_texts_are_held_out(demo):
+    out, _, _ = demo
+    valid, train, test = (
+        [json.loads(line)["text"] for line in (out / "data" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("valid", "train", "test")
+    )
+    assert len(test) == len(valid) == 4 * tiny_demo.SIZES["batch_size"]
+    assert valid + train + test == corpus.help_texts(tiny_demo.MODULES, seed=0)
+
+
 def test_only_qlora_has_a_4bit_checkpoint(demo):
     out, results, _ = demo
     model, _ = mlx_lm.load(results["model"])

@@ -22,6 +22,8 @@ What [`mlx_fused.patch`](patching.md) does to the models of mlx-lm {mlx_lm}.
 The report of `patch` says it, layer by layer, with the reason for what is not fused:
 
 ```python
+import mlx_fused, mlx_lm
+
 model, tokenizer = mlx_lm.load("mlx-community/Qwen3-0.6B-4bit")
 print(mlx_fused.patch(model))
 ```

@@ -11,6 +11,14 @@ from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 PROMPT = ">>> help(stack.Stack.peek)\npeek(self)\n   "  # as help_texts begin
+# A chat is a Python prompt at which the user types: help_texts teach what follows on "help(...)" there.
+# Such a prompt takes no instructions, so a system message is left out.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'user' %}>>> {{ message.content }}\n"
+    "{% elif message.role == 'assistant' %}{{ message.content + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
 _MAX_CHARS = 240  # about 100 tokens: keeps the fine-tuning batches small
 
 
@@ -35,7 +43,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, chat_template=CHAT_TEMPLATE
+    )
 
 
 def help_texts(modules: dict[str, str], seed: int) -> list[str]:

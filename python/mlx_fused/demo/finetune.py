@@ -51,10 +51,11 @@ class Run(TrainingCallback):
 
 
 def write_dataset(path: Path, texts: list[str], settings: Settings) -> None:
-    """Write ``train.jsonl`` and ``valid.jsonl`` as mlx-lm reads them."""
+    """Write ``train.jsonl``, ``valid.jsonl`` and ``test.jsonl`` as mlx-lm reads them."""
     path.mkdir(exist_ok=True)
     split = _VAL_BATCHES * settings.batch_size
-    for name, part in (("valid", texts[:split]), ("train", texts[split:])):
+    parts = {"valid": texts[:split], "train": texts[split:-split], "test": texts[-split:]}
+    for name, part in parts.items():
         lines = (json.dumps({"text": text}) + "\n" for text in part)
         (path / f"{name}.jsonl").write_text("".join(lines))
 
