@@ -71,7 +71,7 @@ def test_build_refuses_another_nanobind(check_mlx_module, tmp_path):
 
 def test_pins_agree():
     pins = set(re.findall(r"mlx(?:\[cpu\])?==([0-9.]+)", (ROOT / "pyproject.toml").read_text()))
-    cmake = re.search(r"MLX_FUSED_MLX_VERSION ([0-9.]+)", (ROOT / "cmake" / "extension.cmake").read_text())
+    cmake = re.search(r"MLX_FUSED_MLX_VERSION ([0-9.]+)", (ROOT / "mlx_fused" / "CMakeLists.txt").read_text())
     assert pins == {cmake[1]}
 
 
