@@ -15,8 +15,9 @@ case $version in
 *) lacks "Python 3.10 to 3.14 ($python is $version; another: make PYTHON=...)" ;;
 esac
 compiler=${CXX:-c++}
-printf '#include <concepts>\n#include <span>\ntemplate <std::integral T> T last(std::span<T> of) { return of.back(); }\n' |
-  $compiler -std=c++20 -fsyntax-only -x c++ - 2>/dev/null || lacks "a C++20 compiler ($compiler; another: make CXX=...)"
+printf '#include <span>\n#include "mlx_fused/backend/cpu/projection.h"\nstd::span<mlx_fused::cpu::half> values;\n' |
+  $compiler -std=c++20 -fsyntax-only -I. -x c++ - 2>/dev/null ||
+  lacks "a compiler of C++20 with _Float16: g++ 12, clang 15 or newer ($compiler is none; another: make CXX=...)"
 git --version >/dev/null 2>&1 || lacks "git"
 
 [ -z "$missing" ] && exit

@@ -1,8 +1,8 @@
 # keep(<result> <package> <folder>...)
 #
-# Copies folders of another package into the build folder, under a name made from their content. An isolated build
-# has them elsewhere each time, with new dates; what was compiled with the copies stays valid as long as their
-# content does.
+# Copies folders of another package into the build folder, under a name made from their content. An isolated
+# build has them elsewhere each time, with new dates; what was compiled with the copies stays valid as long as
+# their content does.
 function(keep result package)
   set(contents "")
   foreach(folder IN LISTS ARGN)

@@ -7,7 +7,9 @@ from importlib.metadata import files, version
 from pathlib import Path
 
 # First of all, for it must find libmlx and OpenBLAS by itself.
-(extension,) = [file.locate() for file in files("mlx-fused") if file.name.startswith("_ext.") and file.suffix == ".so"]
+(extension,) = [
+    file.locate() for file in files("mlx-fused") if file.name.startswith("_ext.") and file.suffix == ".so"
+]
 ctypes.CDLL(str(extension))
 
 import mlx.core as mx  # noqa: E402
@@ -28,7 +30,8 @@ def check(name: str, result: mx.array, factors: tuple[np.ndarray, np.ndarray], t
 assert mlx_fused.__version__ == version("mlx-fused")
 random = np.random.default_rng(0)
 x, weight, *cotangents = (
-    random.standard_normal(shape, np.float32) for shape in [(1, 5, 64), (96, 64), (1, 5, 64), (1, 5, 16), (1, 5, 16)]
+    random.standard_normal(shape, np.float32)
+    for shape in [(1, 5, 64), (96, 64), (1, 5, 64), (1, 5, 16), (1, 5, 16)]
 )
 outputs, gradients = mx.vjp(
     lambda x, weight: mlx_fused.fused_qkv_projection(x, weight, num_heads=4, num_kv_heads=1, head_dim=16),

