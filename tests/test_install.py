@@ -66,9 +66,11 @@ def test_build_refuses_another_nanobind(check_mlx_module, tmp_path):
     assert len(other) == len(key)
     wrong = tmp_path / "wrong.so"
     wrong.write_bytes(ours.read_bytes().replace(key, other))
+    stable = tmp_path / "stable.so"
+    stable.write_bytes(key + b"_stable")
     none = tmp_path / "none.so"
     none.write_bytes(b"compiled with an older nanobind")
-    for extension in (wrong, none):
+    for extension in (wrong, stable, none):
         with pytest.raises(SystemExit, match="Fix: build with the nanobind pinned"):
             check_mlx_module.check_abi(extension, core)
 
