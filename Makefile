@@ -6,13 +6,14 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake mlx_fused python/src
 # A worker per CPU; one that has nothing left takes tests from the others.
 WORKERS := --numprocesses auto --dist worksteal
 
-.PHONY: help demo test test-slow test-metal test-mlx-lm models bench crossover sanitize docs linkcheck lint stubs dist wheel-macos clean
+.PHONY: help demo test test-slow test-metal test-mlx-lm models bench crossover sanitize docs linkcheck lint stubs wheels wheel-macos clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
 
 $(VENV)/bin/python:
+	@sh cmake/check_tools.sh $(PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip==26.3
 
@@ -66,9 +67,9 @@ lint: $(VENV)/bin/python  ## Check the formatting and style of all files
 stubs: $(VENV)/installed  ## Write the type stubs anew from the bindings
 	$(BIN)/python -m nanobind.stubgen -q -m mlx_fused._ext -o python/mlx_fused/_ext.pyi
 
-dist: $(VENV)/bin/python  ## Build the sdist and the wheel
-	$(BIN)/python -m pip install --quiet build==1.6.1
-	$(BIN)/python -m build
+wheels: $(VENV)/bin/python  ## Build and test a wheel for every Python at hand: PYTHONS=<those alone>
+	$(BIN)/python -m pip install --quiet --group wheels
+	$(BIN)/python release/wheels.py $(PYTHONS)
 
 wheel-macos: $(VENV)/installed  ## Cross-build the wheel for macOS; it is not run
 	$(BIN)/python tests/macos/wheel.py

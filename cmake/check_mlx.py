@@ -10,7 +10,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-KEY = re.compile(rb"nanobind_[a-z0-9_]+_a\d+_v\d+")
+KEY = re.compile(rb"nanobind_[a-z0-9_]+_a\d+_v\d+[a-z_]*")
 
 
 def nanobind_key(library: Path) -> str:

@@ -1,9 +1,13 @@
 """The guards around the one MLX that a build fits, and what is installed."""
 
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -62,17 +66,105 @@ def test_build_refuses_another_nanobind(check_mlx_module, tmp_path):
     assert len(other) == len(key)
     wrong = tmp_path / "wrong.so"
     wrong.write_bytes(ours.read_bytes().replace(key, other))
+    stable = tmp_path / "stable.so"
+    stable.write_bytes(key + b"_stable")
     none = tmp_path / "none.so"
     none.write_bytes(b"compiled with an older nanobind")
-    for extension in (wrong, none):
+    for extension in (wrong, stable, none):
         with pytest.raises(SystemExit, match="Fix: build with the nanobind pinned"):
             check_mlx_module.check_abi(extension, core)
 
 
 def test_pins_agree():
     pins = set(re.findall(r"mlx(?:\[cpu\])?==([0-9.]+)", (ROOT / "pyproject.toml").read_text()))
-    cmake = re.search(r"MLX_FUSED_MLX_VERSION ([0-9.]+)", (ROOT / "cmake" / "extension.cmake").read_text())
+    cmake = re.search(r"MLX_FUSED_MLX_VERSION ([0-9.]+)", (ROOT / "mlx_fused" / "CMakeLists.txt").read_text())
     assert pins == {cmake[1]}
+
+
+@pytest.fixture
+def isolated_build(tmp_path):
+    """Builds three objects as pip does: CMake starts afresh, the required packages are new copies elsewhere."""
+    build = tmp_path / "build"
+
+    def compiled(*options, changed=None):
+        site = Path(tempfile.mkdtemp(dir=tmp_path))
+        for package in ("mlx", "nanobind", "scipy_openblas32"):
+            if spec := importlib.util.find_spec(package):
+                installed = Path(spec.submodule_search_locations[0])
+                ignored = shutil.ignore_patterns("*.so", "lib")
+                shutil.copytree(installed, site / package, ignore=ignored, copy_function=shutil.copyfile)
+                (site / package / "lib").symlink_to(installed / "lib")
+        if changed:
+            with (site / changed).open("a") as header:
+                header.write("// changed")
+        ninja = Path(sys.executable).with_name("ninja")
+        settings = {"CMAKE_MAKE_PROGRAM": ninja, "Python_EXECUTABLE": sys.executable}
+        cmake = [Path(sys.executable).with_name("cmake"), "--fresh", "-G", "Ninja", "-S", ROOT, "-B", build]
+        environment = os.environ | {"PYTHONPATH": str(site)}
+        command = [*cmake, *(f"-D{name}={value}" for name, value in settings.items()), *options]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        names = "(call|implicit|sgemm).cpp.o"
+        targets = subprocess.run([ninja, "-C", build, "-t", "targets", "all"], capture_output=True, text=True)
+        objects = [match[0] for match in re.finditer(rf"^\S*/{names}(?=:)", targets.stdout, re.MULTILINE)]
+        done = subprocess.run([ninja, "-C", build, *objects], capture_output=True, text=True, check=True)
+        return set(re.findall(rf"Building CXX object \S*/{names}", done.stdout))
+
+    return compiled
+
+
+def test_a_second_isolated_build_compiles_what_changed(isolated_build):
+    everything = {"call", "implicit", "sgemm"}
+    assert isolated_build() == everything
+    assert isolated_build() == set()
+    assert isolated_build(changed="mlx/include/mlx/array.h") == {"call"}
+    assert isolated_build() == {"call"}
+    assert isolated_build(changed="nanobind/include/nanobind/nanobind.h") == {"call", "implicit"}
+    assert isolated_build("-DCMAKE_CXX_FLAGS=-O0") == everything
+
+
+def test_sdist_has_the_sources_alone(tmp_path):
+    code = f"from scikit_build_core.build import build_sdist; build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.iterdir())) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
+    tops = {name.split("/")[0] for name in names}
+    assert names >= {"CMakeLists.txt", "mlx_fused/call.cpp", "python/mlx_fused/__init__.py", "LICENSE"}
+    assert not tops & {"build", "dist", ".venv", ".git", ".github"}
+    assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
+
+
+LACKING = 'case "$*" in *{word}*) exit 1 ;; esac; exec {real} "$@"'
+
+
+@pytest.mark.parametrize(
+    ("tool", "script", "named"),
+    [
+        ("python", "exit 1", r"Python 3\.10 to 3\.14 \(\S+ does not run; another: make PYTHON=\.\.\.\)"),
+        ("python", "echo 3.9", r"Python 3\.10 to 3\.14 \(\S+ is 3\.9; another: make PYTHON=\.\.\.\)"),
+        ("python", LACKING.format(word="ensurepip", real=sys.executable), r"the venv module of \S+"),
+        ("python", LACKING.format(word="Python.h", real=sys.executable), r"the headers of \S+"),
+        ("c++", "exit 1", r"a compiler of C\+\+20 .*\(\S+ is none; another: make CXX=\.\.\.\)"),
+        ("c++", f'exec {shutil.which("c++")} "$@" -std=c++17', r"a compiler of C\+\+20 .*"),
+        ("git", "exit 1", "git"),
+    ],
+)
+def test_make_says_what_is_missing(tmp_path, tool, script, named):
+    program = tmp_path / tool
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    python = program if tool == "python" else sys.executable
+    compiler = program if tool == "c++" else shutil.which("c++")
+    command = ["make", f"VENV={tmp_path}", f"PYTHON={python}", f"CXX={compiler}", tmp_path / "bin/python"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert re.match(rf"mlx-fused needs {named}\. Install: .+\n", run.stderr)
+
+
+def test_this_machine_has_the_tools():
+    check = ["sh", "cmake/check_tools.sh", sys.executable]
+    run = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
 def test_stubs_are_those_of_the_bindings(tmp_path):

@@ -182,7 +182,7 @@ void check_cases() {
 double rounded(Type type, double value) {
   auto narrow = static_cast<float>(value);
   if (type == Type::float16) {
-    return static_cast<double>(static_cast<_Float16>(narrow));
+    return static_cast<double>(static_cast<half>(narrow));
   }
   if (type == Type::bfloat16) {
     uint32_t bits;

@@ -84,7 +84,7 @@ struct Matrix {
 
   double get(int64_t i, int64_t j) const {
     if (view.type == Type::float16) {
-      _Float16 value;
+      half value;
       std::memcpy(&value, at(i, j), 2);
       return static_cast<double>(value);
     }
@@ -97,9 +97,9 @@ struct Matrix {
   }
 
   void set(int64_t i, int64_t j, float value) {
-    auto half = static_cast<_Float16>(value);
+    auto rounded = static_cast<half>(value);
     bool is_half = view.type == Type::float16;
-    const char* from = is_half ? reinterpret_cast<char*>(&half) : reinterpret_cast<char*>(&value);
+    const char* from = is_half ? reinterpret_cast<char*>(&rounded) : reinterpret_cast<char*>(&value);
     std::memcpy(at(i, j), from + (view.type == Type::bfloat16 ? 2 : 0), view.type == Type::float32 ? 4 : 2);
   }
 };

@@ -27,7 +27,7 @@ class NoNetworkError(Exception):
 
 def mlx_version() -> str:
     """The pinned version."""
-    return re.search(r"MLX_FUSED_MLX_VERSION (\S+)\)", (ROOT / "cmake/extension.cmake").read_text())[1]
+    return re.search(r"MLX_FUSED_MLX_VERSION (\S+)\)", (ROOT / "mlx_fused/CMakeLists.txt").read_text())[1]
 
 
 def unpack_mlx() -> None:

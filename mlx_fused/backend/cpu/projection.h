@@ -13,6 +13,12 @@ namespace mlx_fused::cpu {
 
 enum class Type : uint8_t { float32, float16, bfloat16 };
 
+#if defined(__aarch64__) && !defined(__clang__)
+using half = __fp16;  // in C++, GCC 12 has _Float16 for x86 alone
+#else
+using half = _Float16;
+#endif
+
 // A matrix of batch * seq rows and heads * dim columns: row (b, s) and column (h, d) are at
 // data[b * batch_stride + h * head_stride + s * seq_stride + d * dim_stride]. Strides count elements
 // and may be 0 or negative. A plain matrix has batch = heads = 1.

@@ -23,7 +23,7 @@ constexpr int lanes = 4;
 
 using Float = float __attribute__((vector_size(4 * lanes)));
 using Word = uint32_t __attribute__((vector_size(4 * lanes)));
-using Half = _Float16 __attribute__((vector_size(2 * lanes)));
+using Half = half __attribute__((vector_size(2 * lanes)));
 using Short = uint16_t __attribute__((vector_size(2 * lanes)));
 
 template <typename T>
@@ -63,34 +63,34 @@ struct Float32 {
 };
 
 struct Float16 {
-  using Element = _Float16;
+  using Element = half;
 #if defined(__AVX512F__)
-  static Float load(const _Float16* p) {
+  static Float load(const half* p) {
     return (Float)_mm512_cvtph_ps(read<__m256i>(p));
   }
-  static void store(_Float16* p, Float v) {
+  static void store(half* p, Float v) {
     write(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
   }
 #elif defined(__F16C__)
-  static Float load(const _Float16* p) {
+  static Float load(const half* p) {
     return (Float)_mm256_cvtph_ps(read<__m128i>(p));
   }
-  static void store(_Float16* p, Float v) {
+  static void store(half* p, Float v) {
     write(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
   }
 #else
-  static Float load(const _Float16* p) {
+  static Float load(const half* p) {
     return __builtin_convertvector(read<Half>(p), Float);
   }
-  static void store(_Float16* p, Float v) {
+  static void store(half* p, Float v) {
     write(p, __builtin_convertvector(v, Half));
   }
 #endif
-  static float widen(_Float16 v) {
+  static float widen(half v) {
     return (float)v;
   }
-  static _Float16 narrow(float v) {
-    return (_Float16)v;
+  static half narrow(float v) {
+    return (half)v;
   }
 };
 
