@@ -94,8 +94,10 @@ def spoiled(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("model", "data"):
         Path(name).symlink_to(checkpoint / name)
-    for name in ("empty", "no-weights", "broken"):
+    for name in ("empty", "no-weights", "broken", "no-test"):
         Path(name).mkdir()
+    for name in ("train", "valid"):
+        Path(f"no-test/{name}.jsonl").symlink_to(checkpoint / "data" / f"{name}.jsonl")
     lora = {"rank": 8, "scale": 1.0, "dropout": 0.0}
     Path("no-weights/adapter_config.json").write_text(json.dumps({"num_layers": 2, "lora_parameters": lora}))
     Path("broken/config.json").write_text("{")
@@ -121,7 +123,7 @@ LORA = "lora --model model --data data --train --iters 1 --num-layers 2"
         (f"{GENERATE} --draft-model /no/such", "There is no directory /no/such."),
         (f"{LORA} --data nosuch", "pip install 'mlx-lm[train]'"),
         (f"{LORA} --data empty", "Training set not found or empty."),
-        (f"{LORA} --test --data data", "Test set not found or empty."),
+        (f"{LORA} --test --data no-test", "Test set not found or empty."),
         (f"{LORA} --num-layers 16", "Requested to train 16 layers but the model only has 2 layers."),
         (f"{LORA} --batch-size 99999", "Dataset must have at least batch_size=99999 examples"),
         (f"{LORA} --resume-adapter-file nosuch", "[load]"),
