@@ -68,7 +68,7 @@ stubs: $(VENV)/installed  ## Write the type stubs anew from the bindings
 	$(BIN)/python -m nanobind.stubgen -q -m mlx_fused._ext -o python/mlx_fused/_ext.pyi
 
 wheels: $(VENV)/bin/python  ## Build and test a wheel for every Python at hand: PYTHONS=<those alone>
-	$(BIN)/python -m pip install --quiet --group wheels
+	$(BIN)/python -m pip install --quiet --requirement release/requirements.txt
 	$(BIN)/python release/wheels.py $(PYTHONS)
 
 wheel-macos: $(VENV)/installed  ## Cross-build the wheel for macOS; it is not run

@@ -18,9 +18,10 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_fused
 
-STEPS, BATCH_SIZE, LENGTH = 40, 4, 64
+TEXT = Path(json.__file__).read_text()  # what it learns: a module of Python
+STEPS, BATCH_SIZE, LENGTH = 40, 4, 64  # of tokens, of which the text must have more
 LORA = {"rank": 8, "scale": 20.0, "dropout": 0.0}
-ADAPTERS = Path("adapters")
+ADAPTERS = Path("qlora-adapters")
 
 path = sys.argv[1] if len(sys.argv) > 1 else "mlx_fused_demo/model-4bit"
 model, tokenizer = mlx_lm.load(path)
@@ -30,7 +31,7 @@ linear_to_lora_layers(model, len(model.layers), LORA)
 report = mlx_fused.patch(model)  # before or after the adapters are added: both work
 print(report.summary)
 
-tokens = np.array(tokenizer.encode(Path(json.__file__).read_text()))  # what it learns: a module of Python
+tokens = np.array(tokenizer.encode(TEXT))
 starts = np.random.default_rng(0).integers(len(tokens) - LENGTH, size=(STEPS, BATCH_SIZE, 1))
 batches = mx.array(tokens[starts + np.arange(LENGTH)])
 
@@ -60,7 +61,7 @@ for i, batch in enumerate(batches, start=1):
 print(report)  # a compiled step counts once, when it is traced
 
 # The format of mlx_lm.lora: mlx_lm.generate, mlx_lm.fuse and mlx-fused find these adapters.
-ADAPTERS.mkdir(exist_ok=True)
+ADAPTERS.mkdir(parents=True, exist_ok=True)
 mx.save_safetensors(str(ADAPTERS / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
 config = {"fine_tune_type": "lora", "num_layers": len(model.layers), "lora_parameters": LORA}
 (ADAPTERS / "adapter_config.json").write_text(json.dumps(config))

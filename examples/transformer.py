@@ -12,12 +12,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_fused
 from mlx_fused.nn import OutputProjection, QKVProjection
 
-DIMS, HEADS, KV_HEADS, HEAD_DIM, LAYERS, LENGTH = 64, 4, 2, 16, 2, 64
+DIMS, HEADS, KV_HEADS, HEAD_DIM, LAYERS, LENGTH = 64, 4, 2, 16, 2, 64  # sizes: multiples of 32, to quantize
 
 
 class Block(nn.Module):
@@ -81,11 +82,17 @@ print("training on code")
 train(model, Path(json.__file__).read_text(), steps=60, learning_rate=4e-3)
 
 print("quantizing to 4 bits: mlx.nn.quantize")
-model.freeze()
 nn.quantize(model, group_size=32)
+model.freeze()  # after quantizing, which makes new layers
 
 print("adding adapters: mlx-lm's linear_to_lora_layers")
 linear_to_lora_layers(model, LAYERS, {"rank": 8, "scale": 2.0, "dropout": 0.0})
 print("training the adapters on prose")
 train(model, mlx_fused.patch.__doc__, steps=60, learning_rate=4e-3)
 print(model.layers[0].qkv)
+
+adapters = dict(tree_flatten(model.trainable_parameters()))
+mx.save_safetensors("transformer-adapters.safetensors", adapters)
+# Later, once a model has gone through the same steps:
+model.load_weights("transformer-adapters.safetensors", strict=False)
+print(f"saved and loaded {len(adapters)} arrays")

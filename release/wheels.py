@@ -1,4 +1,4 @@
-"""Builds and tests the wheels, into dist/ beside the sdist they are built from: `python release/wheels.py [PYTHON]...`.
+"""Builds the sdist and tested wheels in dist/: `python release/wheels.py [PYTHON]...`.
 
 Without arguments for each of python3.10 to python3.14 that is on the path. `make wheels` calls it.
 """
@@ -115,7 +115,7 @@ def main(given: list[str]) -> None:
     for which in SUPPORTED:
         if which in interpreters:
             print(f"Python {which}: {build(sdist, interpreters[which]).name}", flush=True)
-        else:
+        elif not given:
             print(f"Python {which}: not found")
 
 

@@ -48,7 +48,7 @@ def test_qlora(folder):
     assert len(re.findall(r" fused +1/0", printed)) == 2 * 2  # layers, parts
     (difference,) = numbers(r"differs by (\S+)", printed)
     assert difference < 1e-4
-    assert (folder / "adapters" / "adapters.safetensors").exists()
+    assert (folder / "qlora-adapters" / "adapters.safetensors").exists()
 
 
 def test_generate(folder):
@@ -62,6 +62,7 @@ def test_transformer(folder):
     losses = numbers(r"(?:loss|->) (\S+)", printed)
     assert len(losses) == 4 and losses[1] < losses[0] - 1 and losses[3] < losses[2] - 0.5
     assert printed.count("LoRALinear") == printed.count("QuantizedLinear") == 3
+    assert "saved and loaded 24 arrays" in printed  # A and B of six linear layers, in two layers
 
 
 def test_operations(folder):

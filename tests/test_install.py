@@ -83,7 +83,7 @@ def test_pins_agree():
 
 @pytest.fixture
 def isolated_build(tmp_path):
-    """Builds three objects as pip does: CMake starts afresh, the required packages are new copies elsewhere."""
+    """Builds three objects as pip does: CMake starts afresh, packages are new copies elsewhere."""
     build = tmp_path / "build"
 
     def compiled(*options, changed=None):

@@ -7,6 +7,7 @@ from operator import index
 from typing import Literal, TypeAlias, overload
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_fused import _ext
 from mlx_fused.linear import LinearOperands
@@ -388,7 +389,8 @@ def _layer(operation: str, weight: mx.array | LinearOperands, bias: mx.array | N
     if isinstance(weight, mx.array):
         return LinearOperands(weight, bias)
     got = type(weight).__name__
-    raise TypeError(f"[{operation}] weight must be an array, LinearOperands or a tuple but got {got}.")
+    hint = " LinearOperands.of makes one of a layer." if isinstance(weight, nn.Module) else ""
+    raise TypeError(f"[{operation}] weight must be an array, LinearOperands or a tuple but got {got}.{hint}")
 
 
 def _layers(operation: str, weight: QKVWeight, bias: mx.array | Three | None) -> list[LinearOperands]:

@@ -9,7 +9,10 @@ import click
 INSTALL = "This needs more packages: pip install 'mlx-fused[lm]'"
 # What mlx-lm's own extras install, and when it is needed.
 _EXTRAS = {
-    "datasets": ("Data that is no directory here comes from the hub, which needs", "train"),
+    "datasets": (
+        "Without --data, or if it is no directory here, mlx-lm takes data of the hub, which needs",
+        "train",
+    ),
     "lm_eval": ("This needs", "evaluate"),
     "PIL": ("Images need", "vision"),
 }

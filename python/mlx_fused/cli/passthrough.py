@@ -127,7 +127,7 @@ def _finding_models(command: ModuleType) -> Iterator[None]:
                 return download(model, *args, **kwargs)
             except Exception as error:
                 if reason := why_missing(model, error):
-                    raise FileNotFoundError(reason) from error
+                    raise FileNotFoundError(_with_default(model) + reason) from error
                 raise
 
         return download_or_name
@@ -149,6 +149,13 @@ def _finding_models(command: ModuleType) -> Iterator[None]:
             return
         with _replaced(command, "run", checking):
             yield
+
+
+def _with_default(model: str) -> str:
+    """What to say first if mlx-lm chose the model."""
+    options = ("--model", "-c", "--config")  # a configuration file may name a model too
+    given = any(argument.partition("=")[0] in options for argument in sys.argv)
+    return "" if given else f"Without --model mlx-lm takes {model}. "
 
 
 @contextmanager
