@@ -9,10 +9,7 @@ import click
 INSTALL = "This needs more packages: pip install 'mlx-fused[lm]'"
 # What mlx-lm's own extras install, and when it is needed.
 _EXTRAS = {
-    "datasets": (
-        "Without --data, or if it is no directory here, mlx-lm takes data of the hub, which needs",
-        "train",
-    ),
+    "datasets": ("If --data is left out or is no directory, the data is the hub's, which needs", "train"),
     "lm_eval": ("This needs", "evaluate"),
     "PIL": ("Images need", "vision"),
 }
