@@ -42,7 +42,7 @@ def measure(calls: dict[str, Callable], effort: Effort) -> dict[str, list[float]
 
 def _turn(call: Callable, seconds: float) -> list[float]:
     times: list[float] = []
-    while sum(times) < seconds:
+    while not times or sum(times) < seconds:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)

@@ -66,7 +66,7 @@ INSTEAD = (
         "takes a minute with the longer prompt that is the default",
     ),
     Instead(
-        r"(?:\S*/)?pip install (?:--find-links dist )?'(?:\.|mlx-fused)\[(\w+)\]'.*",
+        r"""(?:\S*/)?pip install ['"](?:\.|mlx-fused|\$\(ls dist/\*cp311\*\.whl\))\[(\w+)\]['"]\s*""",
         r'grep "^\1 = " "$ROOT"/pyproject.toml',
         "the tests' environment is made already: is there such an extra?",
     ),

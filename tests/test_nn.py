@@ -300,3 +300,19 @@ def test_errors():
     with pytest.raises(ValueError, match=r"k must have a weight of shape \(16, 64\) but got \(16, 128\)\."):
         QKVProjection.from_linear(q, nn.QuantizedLinear(128, 16), v, 4, 2)
     assert mlx_fused.nn.QKVProjection is QKVProjection
+
+
+@pytest.mark.parametrize("change", [lambda layer: layer, DoRALinear.from_base], ids=["fused", "DoRA"])
+def test_shapes_are_checked_on_both_ways(change):
+    layer = QKVProjection.from_linear(*linears(), 4, 2)
+    layer.q = change(layer.q)
+    for shape in ((3, 64), (2, 3, 4, 64), (64,)):
+        with pytest.raises(ValueError, match=r"must have|must be|3 dimensions"):
+            layer(mx.zeros(shape))
+    layer.k = nn.Linear(64, 64, bias=False)
+    with pytest.raises(ValueError):
+        layer(mx.zeros((2, 3, 64)))
+    layer = OutputProjection(64, 32)
+    layer.o = change(layer.o)
+    with pytest.raises(ValueError, match=r"residual must have shape \(2, 3, 32\) but got"):
+        layer(mx.zeros((2, 3, 64)), mx.zeros((32,)))

@@ -119,9 +119,12 @@ class QKVProjection(Module):
                 head_dim=self.head_dim,
                 v_head_dim=self.v_head_dim,
             )
-        heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
+        if x.ndim != 3:
+            raise ValueError(f"[QKVProjection] x must have shape [B, S, input_dims] but got {x.shape}.")
+        kv_heads = self.num_kv_heads
+        heads = (self.num_heads, self.head_dim), (kv_heads, self.head_dim), (kv_heads, self.v_head_dim)
         outputs = self.q(x), self.k(x), self.v(x)
-        return tuple(mx.unflatten(y, -1, (n, -1)).swapaxes(1, 2) for y, n in zip(outputs, heads, strict=True))
+        return tuple(mx.unflatten(y, -1, n).swapaxes(1, 2) for y, n in zip(outputs, heads, strict=True))
 
     def _extra_repr(self) -> str:
         return (
@@ -170,7 +173,12 @@ class OutputProjection(Module):
         """
         if (layers := _operands(self.o)) is not None:
             return fused_output_projection_residual(x, layers[0], residual=residual)
-        return residual + self.o(x)
+        y = self.o(x)
+        if y.shape != residual.shape:
+            raise ValueError(
+                f"[OutputProjection] residual must have shape {y.shape} but got {residual.shape}."
+            )
+        return residual + y
 
 
 def _operands(*linears: Module) -> list[LinearOperands] | None:

@@ -25,12 +25,13 @@ class _Group(click.Group):
         if sys.stderr is None:  # closed: file descriptor 2 would go to the next file that is opened
             sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
         with output.plain_ends():
+            if sys.stdout is None:
+                raise click.ClickException("stdout must be open but is closed.")
             if not args or args[0] not in passthrough.COMMANDS:
-                if sys.stdout is None:
-                    raise click.ClickException("stdout must be open but is closed.")
                 sys.exit(super().main(args, *rest, standalone_mode=False, **extra))
             # Not through click, which would handle "--" and "--help" its own way.
-            settings.check()
+            if not {"-h", "--help"} & set(args):
+                settings.check()
             with failures.of_mlx_lm():
                 status = passthrough.run(args[0], args[1:])
             sys.exit(status)

@@ -13,6 +13,9 @@ _EXTRAS = {
     "lm_eval": ("This needs", "evaluate"),
     "PIL": ("Images need", "vision"),
 }
+# Modules that run models; of ours all but the commands.
+_RUNNING = ("mlx_lm.models.", "mlx.nn.utils", "mlx_fused.")
+_OUR_COMMANDS = "mlx_fused.cli"
 _NETWORK = ("httpx", "httpx2", "huggingface_hub")  # whose exceptions are not all an OSError
 
 
@@ -52,9 +55,9 @@ def _is_the_users(error: Exception) -> bool:
         # mlx-lm raises these for bad arguments, checkpoints and data; from a running model they are bugs.
         modules = {frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)}
         modules -= {"mlx_lm.models.cache"}  # also reads the file of a prompt cache
-        return not any(name.startswith("mlx_lm.models.") for name in modules)
+        return not any(name.startswith(_RUNNING) for name in modules if not name.startswith(_OUR_COMMANDS))
     if isinstance(error, RuntimeError):
-        return str(error).startswith("[load")  # MLX cannot read a file
+        return str(error).startswith(("[load", "[save"))  # MLX cannot read or write a file
     return isinstance(error, YAMLError) or type(error).__module__.partition(".")[0] in _NETWORK
 
 

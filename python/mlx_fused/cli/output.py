@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn, TextIO
@@ -52,6 +53,8 @@ def plain_ends() -> Iterator[None]:
         _end(lambda: print("Aborted!", file=sys.stderr), 128 + signal.SIGINT)
     except OSError as error:
         _end(click.ClickException(str(error)).show, 1)
+    except Exception:
+        _end(traceback.print_exc, 1)
 
 
 def _end(show: Callable[[], None], status: int) -> NoReturn:
