@@ -12,6 +12,7 @@ from hypothesis import settings
 # The simulator runs on x86-64 Linux alone; elsewhere `make test-metal` has the real GPU.
 SIMULATED = [
     "test_ledger",
+    "test_metal_cost",
     "test_metal_host",
     "test_metal_kernels",
     "test_metal_lora",

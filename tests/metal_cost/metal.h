@@ -1,5 +1,5 @@
-// Metal's types and functions, as far as the kernels use them, in C++ for OpenCL. Included before a translated
-// source.
+// Metal's types and functions, as far as the kernels use them, in C++ for OpenCL. Included before a
+// translated source.
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
 
 #define device __global
@@ -22,9 +22,9 @@ typedef uint uint32_t;
 typedef long int64_t;
 typedef ulong uint64_t;
 typedef ulong size_t;
-#define VECTORS(T)                                      \
-  typedef T T##2 __attribute__((ext_vector_type(2)));   \
-  typedef T T##3 __attribute__((ext_vector_type(3)));   \
+#define VECTORS(T)                                    \
+  typedef T T##2 __attribute__((ext_vector_type(2))); \
+  typedef T T##3 __attribute__((ext_vector_type(3))); \
   typedef T T##4 __attribute__((ext_vector_type(4)));
 VECTORS(char)
 VECTORS(uchar)
@@ -40,7 +40,6 @@ VECTORS(float)
 // Of OpenCL's own library.
 #define OPENCL __attribute__((overloadable, convergent, nothrow))
 size_t OPENCL get_group_id(uint);
-size_t OPENCL get_num_groups(uint);
 size_t OPENCL get_local_id(uint);
 uint OPENCL get_sub_group_id();
 uint OPENCL get_sub_group_local_id();
@@ -145,14 +144,14 @@ using remove_addrspace_t = typename remove_qualifiers<T>::type;
 
 template <typename T, int N>
 struct vec_of;
-#define VECTORS_OF(T)    \
-  template <>            \
-  struct vec_of<T, 2> {  \
-    using type = T##2;   \
-  };                     \
-  template <>            \
-  struct vec_of<T, 4> {  \
-    using type = T##4;   \
+#define VECTORS_OF(T)   \
+  template <>           \
+  struct vec_of<T, 2> { \
+    using type = T##2;  \
+  };                    \
+  template <>           \
+  struct vec_of<T, 4> { \
+    using type = T##4;  \
   };
 VECTORS_OF(float)
 VECTORS_OF(half)
@@ -179,15 +178,15 @@ METAL_FUNC To as_type(From value) {
 }
 
 // One overload for each type, as in Metal.
-#define ORDERED(T)                                \
-  METAL_FUNC constexpr T min(T a, T b) {          \
-    return b < a ? b : a;                         \
-  }                                               \
-  METAL_FUNC constexpr T max(T a, T b) {          \
-    return a < b ? b : a;                         \
-  }                                               \
-  METAL_FUNC constexpr T clamp(T v, T a, T b) {   \
-    return min(max(v, a), b);                     \
+#define ORDERED(T)                              \
+  METAL_FUNC constexpr T min(T a, T b) {        \
+    return b < a ? b : a;                       \
+  }                                             \
+  METAL_FUNC constexpr T max(T a, T b) {        \
+    return a < b ? b : a;                       \
+  }                                             \
+  METAL_FUNC constexpr T clamp(T v, T a, T b) { \
+    return min(max(v, a), b);                   \
   }
 ORDERED(short)
 ORDERED(ushort)
@@ -195,9 +194,9 @@ ORDERED(int)
 ORDERED(uint)
 ORDERED(long)
 ORDERED(float)
-#define FLOATING(T, name, builtin)  \
-  METAL_FUNC T name(T v) {          \
-    return builtin(v);              \
+#define FLOATING(T, name, builtin) \
+  METAL_FUNC T name(T v) {         \
+    return builtin(v);             \
   }
 FLOATING(float, abs, __builtin_fabsf)
 FLOATING(float, exp2, __builtin_exp2f)
@@ -262,6 +261,7 @@ struct complex_t {
   complex_t(T real_, T imag_) : real(real_), imag(imag_) {}
 };
 using complex64_t = complex_t<float>;
+namespace mlx_fused {}
 using namespace metal;
 
 // Of MLX's utils.h. What is only declared here is in no loop that is measured: batches, quantization.

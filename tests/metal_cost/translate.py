@@ -10,13 +10,16 @@ VECTOR = re.compile(r"\b((?:u?(?:char|short|int|long)|half|float)[234]|(?:metal:
 NUMBER = re.compile(r"\b(?:const\s+thread|thread\s+const)\s+(u?(?:char|short|int)|half|float|bool)\s*&")
 STRUCT = re.compile(r"\b(?:struct|class)\s+(\w+)")
 OF_THIS = re.compile(r"\s*\bthread\b(?=\s*[:{;])")
-# Twins of methods that are not const.
-CONST_METHOD = re.compile(r"\bconst\s+thread\s+[\w:]+\s*[&*]\s*\w+\([^()]*\)\s*const\s+thread\s*\{")
+# A method with a twin that is not const; here `const` means nothing (see the end of metal.h).
+CONST_METHOD = re.compile(
+    r"(?:METAL_FUNC\s+)?(?:constexpr\s+)?\bconst\s+thread\s+[\w:]+\s*[&*]\s*\w+\([^()]*\)\s*"
+    r"const\s+thread\s*\{"
+)
 # metal.h has these itself.
 REPLACED = ("/kernels/utils.h", "/bf16_math.h", "/logging.h", "/complex.h")
 VALUES = {
     "threadgroup_position_in_grid": "uint3{get_group_id(0), get_group_id(1), get_group_id(2)}",
-    "threadgroups_per_grid": "uint3{get_num_groups(0), get_num_groups(1), get_num_groups(2)}",
+    "threadgroups_per_grid": "uint3{uint(groups), uint(groups), uint(groups)}",
     "thread_position_in_threadgroup": "uint3{get_local_id(0), get_local_id(1), get_local_id(2)}",
     "thread_index_in_threadgroup": "get_local_id(0)",
     "simdgroup_index_in_threadgroup": "get_sub_group_id()",
@@ -36,7 +39,7 @@ def translate(text, constants=()):
     text = INSTANTIATION.sub(lambda m: blank(m[0]), text)
     text = ATTRIBUTE.sub(lambda m: blank(m[0]), text)
     text = NUMBER.sub(r"\1 ", text)
-    text = _constructors(_const_methods(text))
+    text = _constructors(_without_const_methods(text))
     ids = iter(range(1, 1000))
     text = THREADGROUP.sub(lambda m: _threadgroup(m, next(ids)), text)
     return '#include "metal.h"\n' + _vectors(text)
@@ -49,8 +52,8 @@ def kernels(text):
     }
 
 
-def entry(text, function, threads, namespace=""):
-    """The OpenCL kernel `entry`, which calls a kernel of the flattened source."""
+def entry(text, function, threads, work):
+    """An OpenCL kernel that calls one of the flattened source. Its hint of a size says `work`, a constant."""
     name = re.match(r"\w+", function)[0]
     declaration = next(m for m in KERNEL.finditer(text) if m[2] == name)
     parameters = split(text[declaration.end() : closing(text, declaration.end() - 1)])
@@ -59,10 +62,10 @@ def entry(text, function, threads, namespace=""):
         attributes = "".join(ATTRIBUTE.findall(parameter))
         builtin = next((b for b in BUILTINS if re.search(rf"\b{b}\b", attributes)), None)
         values.append(VALUES[builtin] if builtin else f"Buffer{{a{i}}}")
-    addresses = ", ".join(f"ulong a{i}" for i in range(len(parameters)))
-    size = f"__attribute__((reqd_work_group_size({threads}, 1, 1)))"
-    call = f"{namespace}{function}({', '.join(values)});"
-    return f"\n__kernel {size} void entry({addresses}) {{ {call} }}\n"
+    addresses = ", ".join(f"ulong {name}" for name in [*(f"a{i}" for i in range(len(parameters))), "groups"])
+    size = f"__attribute__((reqd_work_group_size({threads}, 1, 1), work_group_size_hint(({work}), 1, 1)))"
+    call = f"{function}({', '.join(values)});"
+    return f"\nusing namespace mlx_fused;\n__kernel {size} void entry({addresses}) {{ {call} }}\n"
 
 
 def _without(files, text):
@@ -74,10 +77,10 @@ def _without(files, text):
     return "\n".join(out)
 
 
-def _const_methods(text):
+def _without_const_methods(text):
     while m := CONST_METHOD.search(text):
         end = closing(text, m.end() - 1) + 1
-        text = text[: m.start()] + "void const_method_" + str(m.start()) + "();" + blank(text[m.start() : end]) + text[end:]
+        text = text[: m.start()] + blank(text[m.start() : end]) + text[end:]
     return text
 
 
@@ -94,9 +97,8 @@ def _constructors(text):
 def _threadgroup(m, number):
     """OpenCL has no such variables in functions: a reference to an address of its own."""
     array = f"array_of_{m[2]}"
-    return (
-        f"using {array} = {m[1]} {m[3]}; threadgroup {array}& {m[2]} = *(threadgroup {array}*)({number}ul << 16);"
-    )
+    address = f"*(threadgroup {array}*)({number}ul << 16)"
+    return f"using {array} = {m[1]} {m[3]}; threadgroup {array}& {m[2]} = {address};"
 
 
 def _vectors(text):
