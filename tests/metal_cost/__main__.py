@@ -1,4 +1,4 @@
-"""Writes cost.json and docs/design/metal_cost.md; with ``--only NAME`` prints the cells of that name."""
+"""Writes cost.json and the tables of docs/design/metal_cost.md; ``--only NAME`` prints those cells instead."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ from . import compiler, page, report
 from .cells import CELLS, KERNELS
 
 parser = argparse.ArgumentParser(prog="python -m metal_cost", description=__doc__)
-parser.add_argument("--only", help="measure only the cells whose name or kernel has this in it")
+parser.add_argument("--only", help="the cells whose name or kernel has this in it")
 only = parser.parse_args().only
 cells = [c for c in CELLS.values() if not only or only in f"{c.name} {c.ours}"]
 if not cells:
@@ -26,7 +26,7 @@ if only:
     print("\n".join(page.brief(found, cells)))
 else:
     new = report.write(found)
-    page.DOCUMENT.write_text(page.page(found))
+    page.DOCUMENT.write_text(page.page(page.DOCUMENT.read_text(), found))
     for cell, reasons in new.items():
         print(f"metal-cost: worse than accepted: {cell}: {', '.join(reasons)}")
     sys.exit(bool(new))

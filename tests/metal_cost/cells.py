@@ -81,7 +81,9 @@ def _mlx_vectors(form, vectors):
         function = f"gemv_wide<half, {vectors}, 32>" if vectors > 1 else "gemv<half, 8, 1, 1, 32, 4, 4, 0, 0>"
         threads, work = (128, f"{vectors} * 32") if vectors > 1 else (256, "16")
     elif vectors > 1:
-        function = f"{prefix}qmv_wide<half, {group}, {bits}, {vectors}, {8 if prefix == 'affine_' else 16}, false>"
+        function = (
+            f"{prefix}qmv_wide<half, {group}, {bits}, {vectors}, {8 if prefix == 'affine_' else 16}, false>"
+        )
         threads, work = 64, f"{vectors} * {group}"
     else:
         function = f"{prefix}qmv_fast<half, {group}, {bits}, false>"
@@ -120,7 +122,9 @@ def _cells():
         for rows in ROWS:
             passes = ceil(rows / MOST_VECTORS)
             ours = _rows_kernel(form, 1 << (rows - 1).bit_length())
-            yield Cell(f"{form}, rows {rows}", ours.name, _mlx_vectors(form, ceil(rows / passes)).name, passes)
+            yield Cell(
+                f"{form}, rows {rows}", ours.name, _mlx_vectors(form, ceil(rows / passes)).name, passes
+            )
     for form in TILE_FORMATS:
         for rows in (32, 64):
             yield _tile_cell(f"projection_{rows}_{form}", "gemm_nt" if form == "dense" else f"qmm_t_{form}")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -17,18 +18,21 @@ TARBALL = f"mesa_{MESA}.orig.tar.xz"
 SHA256 = "592272df3cf01e85e7db300c449df5061092574d099da275d19e97ef0510f8a6"
 LLVM = "15"  # the newest whose SPIR-V translator still names the types of pointers
 # Of Debian 12.
-PACKAGES = [f"{name}-{LLVM}" for name in ("clang", "llvm-spirv")] + [
-    *(f"{name}-{LLVM}-dev" for name in ("llvm", "libclang", "libclang-cpp", "libllvmspirvlib", "libclc")),
-    *("spirv-tools", "libdrm-dev", "zlib1g-dev", "bison", "flex", "g++", "pkg-config", "xz-utils"),
+PACKAGES = [
+    *(f"{name}-{LLVM}" for name in ("clang", "llvm-spirv")),
+    *(f"{name}-{LLVM}-dev" for name in ("llvm", "libclang", "libllvmspirvlib", "libclc")),
+    *(f"libclang-cpp{LLVM}-dev", "spirv-tools", "libdrm-dev", "zlib1g-dev"),
+    *("bison", "flex", "g++", "pkg-config", "xz-utils"),
 ]
-PACKAGES[PACKAGES.index(f"libclang-cpp-{LLVM}-dev")] = f"libclang-cpp{LLVM}-dev"
 TOOLS = ["meson==1.12.1", "ninja==1.13.2", "mako==1.4.3", "pyyaml==6.0.3", "packaging==26.3"]
-OPTIONS = ["-Dtools=asahi", "-Dvulkan-drivers=asahi", "-Dgallium-drivers=", "-Dplatforms=", "-Dvideo-codecs="] + [
-    f"-D{name}=disabled"
-    for name in ("glx", "egl", "gbm", "expat", "shader-cache", "valgrind", "libunwind", "zstd")
+NEEDED = ("llvm", "mesa-clc", "precomp-compiler")
+UNNEEDED = ("glx", "egl", "gbm", "expat", "shader-cache", "valgrind", "libunwind", "zstd")
+OPTIONS = [
+    *("-Dtools=asahi", "-Dvulkan-drivers=asahi", "-Dgallium-drivers=", "-Dplatforms=", "-Dvideo-codecs="),
+    *("-Dopengl=false", "-Dbuildtype=release"),
+    *(f"-D{name}=enabled" for name in NEEDED),
+    *(f"-D{name}=disabled" for name in UNNEEDED),
 ]
-OPTIONS += ["-Dopengl=false", "-Dbuildtype=release"]
-OPTIONS += [f"-D{name}=enabled" for name in ("llvm", "mesa-clc", "precomp-compiler")]
 # Without it a kernel that reads four 16-bit words at once stops the compiler.
 OPTION = ".lower_pack_64_2x32 = true,"
 MISSING_OPTION = ".lower_pack_64_4x16 = true,"
@@ -43,11 +47,12 @@ class Missing(Exception):
     """What has to be installed or fetched, in one line."""
 
 
+@cache
 def compiler():
-    """The path of asahi_clc, built on the first call: three minutes on two cores."""
+    """The path of asahi_clc, built if it is not there."""
+    _check_packages()
     target = BUILD / f"asahi_clc-{MESA}"
     if not target.exists():
-        _check_packages()
         BUILD.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=BUILD) as folder:
             built = _build(Path(folder))

@@ -10,16 +10,20 @@ STATISTICS = re.compile(
 )
 # Cycles by unit, as far as Mesa models them. What is on neither list (memory, control) is not in its model.
 FLOAT = {
-    **dict.fromkeys("ffma fadd fmul hfma hadd hmul mov_imm iadd icmpsel fcmpsel".split(), 1),
-    **dict.fromkeys("bitop and or xor nor nand xnor andn1 andn2 orn1 orn2".split(), 1),
-    **dict.fromkeys("get_sr shuffle ballot icmp_ballot fcmp_ballot".split(), 2),
+    **dict.fromkeys(
+        ["ffma", "fadd", "fmul", "hfma", "hadd", "hmul", "mov_imm", "iadd", "icmpsel", "fcmpsel"], 1
+    ),
+    **dict.fromkeys(
+        ["bitop", "and", "or", "xor", "nor", "nand", "xnor", "andn1", "andn2", "orn1", "orn2"], 1
+    ),
+    **dict.fromkeys(["get_sr", "shuffle", "ballot", "icmp_ballot", "fcmp_ballot"], 2),
     "simd_reduce": 24,
     "simd_prefix": 18,
 }
 # An instruction of this unit takes a cycle of the other as well. `convert` is not in Mesa's model: as long as
 # the others, by published measurements of an M1.
 INTEGER = {
-    **dict.fromkeys("imad bfi bfeil extr asr floor log2 exp2 convert".split(), 4),
+    **dict.fromkeys(["imad", "bfi", "bfeil", "extr", "asr", "floor", "log2", "exp2", "convert"], 4),
     "rcp": 6,
     "rsqrt": 8,
 }
@@ -128,7 +132,9 @@ def counts(blocks):
         "integer": integer,
         "cycles": max(float_, integer),
         "converts": names["convert"],
-        "multiplies_64": sum(name == "imad" and bool(re.match(r"r\d+:r\d+ =", t)) for name, t in instructions),
+        "multiplies_64": sum(
+            name == "imad" and bool(re.match(r"r\d+:r\d+ =", t)) for name, t in instructions
+        ),
         "multiply_adds": multiply_adds(blocks),
         "loads": dict(sorted(Counter(_bits(t) for name, t in instructions if name == "device_load").items())),
         "local_loads": names["local_load"],

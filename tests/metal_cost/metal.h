@@ -215,6 +215,12 @@ template <typename T>
 METAL_FUNC float dot(T a, T b) {
   return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
 }
+METAL_FUNC float fma(float a, float b, float c) {
+  return __builtin_fmaf(a, b, c);
+}
+METAL_FUNC uint extract_bits(uint v, uint offset, uint bits) {
+  return v >> offset & ((1u << bits) - 1u);
+}
 template <typename T>
 METAL_FUNC T select(T a, T b, bool c) {
   return c ? b : a;
@@ -231,10 +237,16 @@ template <typename T>
 METAL_FUNC T simd_sum(T v) {
   return sub_group_reduce_add(v);
 }
-template <typename T>
-METAL_FUNC T simd_shuffle_down(T v, ushort delta) {
-  return sub_group_broadcast(v, delta);
-}
+// For want of shuffles.
+#define SHUFFLE(name)                    \
+  template <typename T>                  \
+  METAL_FUNC T name(T v, ushort lane) {  \
+    return sub_group_broadcast(v, lane); \
+  }
+SHUFFLE(simd_broadcast)
+SHUFFLE(simd_shuffle)
+SHUFFLE(simd_shuffle_down)
+SHUFFLE(simd_shuffle_xor)
 
 // A stand-in for the matrix unit, which the compiler does not know: two multiply-adds.
 template <typename T, int Rows, int Cols>
@@ -294,7 +306,7 @@ struct Buffer {
   METAL_FUNC operator constant T*() const {
     return (constant T*)address;
   }
-  template <typename T>
+  template <typename T, typename = enable_if_t<!__is_pointer(T)>>
   METAL_FUNC operator constant T&() const {
     return *(constant T*)address;
   }

@@ -97,6 +97,8 @@ def write(found):
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     before, now = accepted(), all_misses(found)
     still = {cell: [r for r in reasons if r in now.get(cell, [])] for cell, reasons in before.items()}
-    ACCEPTED.write_text("".join(f"{cell}: {', '.join(reasons)}\n" for cell, reasons in still.items() if reasons))
+    ACCEPTED.write_text(
+        "".join(f"{cell}: {', '.join(reasons)}\n" for cell, reasons in still.items() if reasons)
+    )
     new = {cell: [r for r in reasons if r not in before.get(cell, [])] for cell, reasons in now.items()}
     return {cell: reasons for cell, reasons in new.items() if reasons}

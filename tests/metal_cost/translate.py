@@ -52,10 +52,10 @@ def kernels(text):
     }
 
 
-def entry(text, function, threads, work):
+def entry(text, function, threads, work, name="entry"):
     """An OpenCL kernel that calls one of the flattened source. Its hint of a size says `work`, a constant."""
-    name = re.match(r"\w+", function)[0]
-    declaration = next(m for m in KERNEL.finditer(text) if m[2] == name)
+    kernel = re.match(r"\w+", function)[0]
+    declaration = next(m for m in KERNEL.finditer(text) if m[2] == kernel)
     parameters = split(text[declaration.end() : closing(text, declaration.end() - 1)])
     values = []
     for i, parameter in enumerate(parameters):
@@ -65,7 +65,7 @@ def entry(text, function, threads, work):
     addresses = ", ".join(f"ulong {name}" for name in [*(f"a{i}" for i in range(len(parameters))), "groups"])
     size = f"__attribute__((reqd_work_group_size({threads}, 1, 1), work_group_size_hint(({work}), 1, 1)))"
     call = f"{function}({', '.join(values)});"
-    return f"\nusing namespace mlx_fused;\n__kernel {size} void entry({addresses}) {{ {call} }}\n"
+    return f"\nusing namespace mlx_fused;\n__kernel {size} void {name}({addresses}) {{ {call} }}\n"
 
 
 def _without(files, text):
