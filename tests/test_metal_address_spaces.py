@@ -42,7 +42,8 @@ KERNEL = """struct Sum {{
 }};
 METAL_FUNC float first(const device float* x) {{ return x[0]; }}
 template <typename T>
-[[kernel]] void k(const device T* x [[buffer(0)]], device T* y [[buffer(1)]], constant Sum& s [[buffer(2)]]) {{
+[[kernel]] void k(
+    const device T* x [[buffer(0)]], device T* y [[buffer(1)]], constant Sum& s [[buffer(2)]]) {{
   threadgroup float t[32];
   thread Sum sum = {{x[0]}};
   t[0] = sum.twice();
@@ -103,7 +104,8 @@ PRIVATE = [m for m in MUTANTS if m.file == "low_rank_product.metal" and m.old ==
 PRIVATE = [m for m in PRIVATE if m.new in ("thread", "")]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS[::17], ids=lambda m: m.name)  # 17 and 4 share no factor: of every kind
+# Each address space has 4 mutants; in steps of 17 there are some of every kind.
+@pytest.mark.parametrize("mutant", MUTANTS[::17], ids=lambda m: m.name)
 def test_a_mutant_is_seen(tmp_path, mutant):
     assert is_seen(mutant, tmp_path / "metal") or mutant in PRIVATE
 

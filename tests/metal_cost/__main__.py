@@ -1,4 +1,4 @@
-"""Writes cost.json and the tables of docs/design/metal_cost.md; ``--only NAME`` prints those cells instead."""
+"""Writes cost.json and the tables of docs/design/metal_cost.md; ``--only NAME`` prints its cells instead."""
 
 import argparse
 import sys

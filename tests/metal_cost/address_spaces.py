@@ -1,4 +1,4 @@
-"""A compiler's word on address spaces: zig's clang parses the kernels as C++ for OpenCL, which has them too."""
+"""A compiler's word on address spaces: zig's clang parses the kernels as C++ for OpenCL, which has them."""
 
 import re
 import tempfile

@@ -48,7 +48,7 @@ void OPENCL sub_group_barrier(uint);
 float OPENCL sub_group_reduce_add(float);
 float OPENCL sub_group_broadcast(float, uint);
 
-// Two bytes that only convert.
+// Two bytes that only convert: no kernel is measured in bfloat.
 struct bfloat {
   ushort bits;
   bfloat() = default;
@@ -56,18 +56,6 @@ struct bfloat {
   METAL_FUNC operator float() const __private {
     return __builtin_bit_cast(float, (uint)bits << 16);
   }
-  METAL_FUNC operator float() const __global {
-    return __builtin_bit_cast(float, (uint)bits << 16);
-  }
-  METAL_FUNC operator float() const __local {
-    return __builtin_bit_cast(float, (uint)bits << 16);
-  }
-};
-struct bfloat2 {
-  bfloat x, y;
-};
-struct bfloat4 {
-  bfloat x, y, z, w;
 };
 
 namespace metal {
@@ -106,10 +94,6 @@ template <typename T>
 struct is_integral : bool_constant<__is_integral(T)> {};
 template <typename T>
 constexpr __constant bool is_integral_v = __is_integral(T);
-template <typename T>
-constexpr __constant bool is_floating_point_v = __is_floating_point(T);
-template <typename T>
-constexpr __constant bool is_signed_v = __is_signed(T);
 
 // Known to be the same in all threads; here a plain value.
 template <typename T>
@@ -155,7 +139,6 @@ struct vec_of;
   };
 VECTORS_OF(float)
 VECTORS_OF(half)
-VECTORS_OF(bfloat)
 VECTORS_OF(short)
 VECTORS_OF(ushort)
 VECTORS_OF(int)
