@@ -6,7 +6,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake mlx_fused python/src
 # A worker per CPU; one that has nothing left takes tests from the others.
 WORKERS := --numprocesses auto --dist worksteal
 
-.PHONY: help demo test test-slow test-metal test-mlx-lm models bench crossover sanitize docs linkcheck lint stubs wheels wheel-macos clean
+.PHONY: help demo test test-slow test-metal test-mlx-lm models metal-cost bench crossover sanitize docs linkcheck lint stubs wheels wheel-macos clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -39,6 +39,9 @@ test-mlx-lm: $(VENV)/installed  ## Run mlx-lm's own tests with every model patch
 
 models: $(VENV)/installed  ## Compare every model of mlx-lm, stock and patched, and write docs/models.md
 	PYTHONPATH=tests $(BIN)/python -m zoo
+
+metal-cost: $(VENV)/installed  ## Count what the Metal kernels cost in an Apple GPU's instructions; needs packages of Debian 12
+	PYTHONPATH=tests $(BIN)/python -m metal_cost
 
 bench: $(VENV)/installed  ## Time whole models, stock and patched, and the operations against MLX's and torch's
 	$(BIN)/python benchmarks/models.py

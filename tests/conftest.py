@@ -12,12 +12,13 @@ from hypothesis import settings
 # The simulator runs on x86-64 Linux alone; elsewhere `make test-metal` has the real GPU.
 SIMULATED = [
     "test_ledger",
+    "test_metal_cost",
     "test_metal_host",
     "test_metal_kernels",
     "test_metal_lora",
     "test_metal_quantized",
 ]
-SIMULATED += ["test_metal_source", "test_msl_sim", "test_mutation"]
+SIMULATED += ["test_metal_address_spaces", "test_metal_source", "test_msl_sim", "test_mutation"]
 is_simulated = sys.platform == "linux" and platform.machine() == "x86_64"
 collect_ignore = [] if is_simulated else [f"{name}.py" for name in SIMULATED]
 

@@ -109,6 +109,12 @@ ELSEWHERE = "METAL_FUNC void f() { threadgroup float t[4]; t[0] = 0.0f; }"
         ("lint", NO_SPACE, "METAL_FUNC float f(device float* p) { return p[0]; }"),
         ("lint", "METAL_FUNC int f(const int& p) { return p; }", "METAL_FUNC int f(int p) { return p; }"),
         ("lint", "struct S { float* p; };", "struct S { device float* p; };"),
+        ("lint", "struct S { int f() { return 1; } };", "struct S { int f() thread { return 1; } };"),
+        (
+            "lint",
+            "struct S { static constexpr int n = 1; };",
+            "struct S { static constant constexpr int n = 1; };",
+        ),
         ("lint", "struct S {}; struct D : S {};", "struct S {};"),
         ("lint", ELSEWHERE, ""),
         ("lint", "float* p = y;", "device float* p = y;"),

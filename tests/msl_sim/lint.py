@@ -19,6 +19,12 @@ SEVERAL = re.compile(r"\bthreadgroup\s+\w[^;(){}*&=]*?,[^;(){}]*;")
 INITIALISED = re.compile(r"\bthreadgroup\s+[^;(){}*&=]+=")
 LITERAL = re.compile(r"(?<![\w.])(?:(?:\d+\.\d*|\.\d+)(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+)(?![\w.])")
 DERIVED = re.compile(r"\b(?:struct|class)\s+\w+\s*(?:<[^;{}()]*>)?\s*:(?!:)")
+# What is outside functions: variables, and the beginnings of functions.
+VARIABLE = re.compile(
+    r"(?<=[;{}])\s*([^;{}()]*\bconstexpr\b[^;{}()]*=|[^;{}()]*(?=\[\[\s*function_constant\b))"
+)
+STRUCT = re.compile(r"\b(?:struct|class)\s+\w[^;{}()]*\{")
+METHOD = re.compile(r"(?<=[;{}])([^;{}()]*\w(?:\(\)|\[\])?)\([^;{}]*?\)([\w\s]*)(?=[:{])")
 WORDS = re.compile(
     r"\b(?:double|long\s+long|new|delete|try|catch|throw|virtual|dynamic_cast|typeid|goto|thread_local)\b"
     r"|\bstd\s*::"
@@ -69,8 +75,30 @@ def check(flattened):
         report(v.start(), "a threadgroup variable with an initialiser")
     for d in DERIVED.finditer(text):
         report(d.start(), "a derived class")
+    outside = _without_bodies(text)
+    for v in VARIABLE.finditer(outside):
+        if not re.search(r"\bconstant\b", v[1]):
+            report(v.start(1), "a variable outside functions that is not constant")
+    for s in STRUCT.finditer(outside):
+        for m in METHOD.finditer(outside, s.end() - 1, closing(outside, s.end() - 1)):
+            if not re.search(r"\bstatic\b", m[1]) and not SPACES.search(m[2]):
+                report(m.start(2), "a method without an address space")
     for w in WORDS.finditer(text):
         report(w.start(), f"not in MSL: {w[0]}")
     for n in LITERAL.finditer(text):
         report(n.start(), f"a literal without suffix, thus a double: {n[0]}")
     return found
+
+
+def _without_bodies(text):
+    """With the bodies of functions blank."""
+    for f in FUNCTION.finditer(text):
+        begin = text.find("{", f.end())
+        if (
+            text[f.end() - 1] == "("
+            and f[1] not in NOT_FUNCTIONS
+            and BODY.match(text, closing(text, f.end() - 1) + 1)
+        ):
+            end = closing(text, begin)
+            text = text[: begin + 1] + re.sub(r"[^\n]", " ", text[begin + 1 : end]) + text[end:]
+    return text

@@ -1,0 +1,32 @@
+"""Writes cost.json and the tables of docs/design/metal_cost.md; ``--only NAME`` prints its cells instead."""
+
+import argparse
+import sys
+
+from rich.console import Console
+from rich.progress import track
+
+from . import compiler, page, report
+from .cells import CELLS, KERNELS
+
+parser = argparse.ArgumentParser(prog="python -m metal_cost", description=__doc__)
+parser.add_argument("--only", help="the cells whose name or kernel has this in it")
+only = parser.parse_args().only
+cells = [c for c in CELLS.values() if not only or only in f"{c.name} {c.ours}"]
+if not cells:
+    sys.exit(f"metal-cost: no cell is named {only}")
+names = [name for name in KERNELS if any(name in (c.ours, c.mlx) for c in cells)]
+try:
+    compiler.compiler()
+    bar = {"total": len(names), "console": Console(stderr=True)}
+    found = report.measure_all(names, lambda results: track(results, "Measuring kernels", **bar))
+except (compiler.Missing, RuntimeError) as error:
+    sys.exit(f"metal-cost: {error}")
+if only:
+    print("\n".join(page.brief(found, cells)))
+else:
+    new = report.write(found)
+    page.DOCUMENT.write_text(page.page(page.DOCUMENT.read_text(), found))
+    for cell, reasons in new.items():
+        print(f"metal-cost: worse than accepted: {cell}: {', '.join(reasons)}")
+    sys.exit(bool(new))

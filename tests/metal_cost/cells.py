@@ -1,0 +1,143 @@
+"""The kernels that are measured, and which of MLX's each of ours would replace."""
+
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+METAL = HERE.parents[1] / "metal"
+# Bits and values to a group of every format, the group size being the usual one.
+FORMATS = {
+    "dense": (16, 0),
+    **{f"affine_{bits}": (bits, 64) for bits in (2, 3, 4, 5, 6, 8)},
+    "mxfp4": (4, 32),
+    "mxfp8": (8, 32),
+    "nvfp4": (4, 16),
+}
+TILE_FORMATS = ("dense", "affine_4", "mxfp4")
+ROWS = range(1, 9)
+MOST_VECTORS = 5  # that MLX's kernels for few rows take at a time
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One to measure. `work`, in C++, is how many multiply-adds a lane does in a step of the loop over K."""
+
+    name: str
+    source: Path
+    threads: int
+    work: str
+    function: str = ""  # as C++ names it; of ours the name says it
+    rows: int = 1  # of x that a weight is used for
+    has_matrices: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A kernel of ours in a case, and the one that MLX would launch, so many times over the weights."""
+
+    name: str
+    ours: str
+    mlx: str
+    passes: int = 1
+
+
+def _rows_kernel(form, rows):
+    work = f"{rows} * features_per_simdgroup * Chunk<half, {form}>::size"
+    name = f"projection_rows_{rows}_{form}"
+    return Kernel(name, METAL / "projection_rows.metal", 256, work, rows=rows)
+
+
+def _tile_kernel(source, name, work, threads=128):
+    return Kernel(name, METAL / f"{source}.metal", threads, work, has_matrices=True)
+
+
+def _ours():
+    for form in FORMATS:
+        for rows in (1, 2, 4, 8):
+            yield _rows_kernel(form, rows)
+    for form in TILE_FORMATS:
+        per_thread = f"tile_cols * {form}::tile_depth / tile_threads"
+        for rows in (32, 64):
+            yield _tile_kernel("projection", f"projection_{rows}_{form}", f"{rows} * {per_thread}")
+        for rows in (32, 64) if form == "dense" else (64,):
+            yield _tile_kernel("input_grad", f"input_grad_{rows}_{form}", f"{rows} * {per_thread}")
+    yield _tile_kernel("weight_grad", "weight_grad", "weight_grad_rows * tile_cols * 16 / tile_threads")
+    for name, simdgroups in (("low_rank_product", 16), ("adapter_grad", 8)):
+        # Of each product of 8 by 8 by 8 a lane's share is 16.
+        yield _tile_kernel(name, name, "16 * blocks_per_tile", 32 * simdgroups)
+
+
+def _mlx_source(form):
+    family = "dense" if form == "dense" else "affine" if form.startswith("affine") else "fp"
+    return HERE / f"mlx_{family}.metal", {"dense": "", "affine": "affine_", "fp": "fp_"}[family]
+
+
+def _mlx_vectors(form, vectors):
+    """That for so many rows at a time, on an M3 and later."""
+    bits, group = FORMATS[form]
+    source, prefix = _mlx_source(form)
+    if form == "dense":
+        function = f"gemv_wide<half, {vectors}, 32>" if vectors > 1 else "gemv<half, 8, 1, 1, 32, 4, 4, 0, 0>"
+        threads, work = (128, f"{vectors} * 32") if vectors > 1 else (256, "16")
+    elif vectors > 1:
+        function = (
+            f"{prefix}qmv_wide<half, {group}, {bits}, {vectors}, {8 if prefix == 'affine_' else 16}, false>"
+        )
+        threads, work = 64, f"{vectors} * {group}"
+    else:
+        function = f"{prefix}qmv_fast<half, {group}, {bits}, false>"
+        factor = f"get_pack_factor<{bits}, 32>()" if prefix == "affine_" else f"get_pack_factor<32, {bits}>()"
+        threads, work = 64, f"4 * {1 if bits <= 2 else 2} * {factor}"
+    name = f"{function.split('<')[0]}_{form}_{vectors}"
+    return Kernel(name, source, threads, work, function, vectors)
+
+
+def _gemm(name, dtype, rows, cols, depth, simdgroups, transposed):
+    function = f"gemm<{dtype}, {rows}, {cols}, {depth}, {simdgroups}, 2, {transposed}, float>"
+    threads = simdgroups * 2 * 32
+    work = f"{rows} * {cols} * {depth} / {threads}"
+    return Kernel(name, _mlx_source("dense")[0], threads, work, function, has_matrices=True)
+
+
+def _mlx():
+    for form in FORMATS:
+        for vectors in range(1, MOST_VECTORS + 1):
+            yield _mlx_vectors(form, vectors)
+    yield _gemm("gemm_nt", "half", 64, 32, 32, 2, "false, true")
+    yield _gemm("gemm_nn", "half", 64, 64, 16, 1, "false, false")
+    yield _gemm("gemm_tn", "half", 64, 64, 16, 1, "true, false")
+    yield _gemm("gemm_nn_float", "float", 64, 64, 16, 2, "false, false")
+    yield _gemm("gemm_tn_float", "float", 64, 64, 16, 2, "true, false")
+    for form in TILE_FORMATS[1:]:
+        bits, group = FORMATS[form]
+        source, prefix = _mlx_source(form)
+        for kind, arguments in (("qmm_t", "true, false"), ("qmm_n", "false")):
+            function = f"{prefix}{kind}<half, {group}, {bits}, {arguments}>"
+            yield Kernel(f"{kind}_{form}", source, 128, "32 * 32 * 32 / 128", function, has_matrices=True)
+
+
+def _cells():
+    for form in FORMATS:
+        for rows in ROWS:
+            passes = ceil(rows / MOST_VECTORS)
+            ours = _rows_kernel(form, 1 << (rows - 1).bit_length())
+            yield Cell(
+                f"{form}, rows {rows}", ours.name, _mlx_vectors(form, ceil(rows / passes)).name, passes
+            )
+    for form in TILE_FORMATS:
+        for rows in (32, 64):
+            yield _tile_cell(f"projection_{rows}_{form}", "gemm_nt" if form == "dense" else f"qmm_t_{form}")
+        for rows in (32, 64) if form == "dense" else (64,):
+            yield _tile_cell(f"input_grad_{rows}_{form}", "gemm_nn" if form == "dense" else f"qmm_n_{form}")
+    yield _tile_cell("weight_grad", "gemm_tn")
+    yield _tile_cell("low_rank_product", "gemm_nn_float")
+    yield _tile_cell("adapter_grad", "gemm_tn_float")
+
+
+def _tile_cell(ours, mlx):
+    return Cell(ours, ours, mlx)
+
+
+KERNELS = {k.name: k for k in [*_ours(), *_mlx()]}
+CELLS = {c.name: c for c in _cells()}

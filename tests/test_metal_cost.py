@@ -1,0 +1,184 @@
+"""What the Metal kernels cost: the recorded figures are of today's sources, and no worse than accepted."""
+
+import json
+
+import pytest
+
+from metal_cost import cells, measure, page, report
+from metal_cost.cells import CELLS, KERNELS, METAL
+from metal_cost.translate import entry, kernels, translate
+
+STALE = "the kernels or what measures them changed: run `make metal-cost`"
+
+
+@pytest.fixture(scope="module")
+def result():
+    return json.loads(report.RESULT.read_text())
+
+
+def test_figures_are_of_these_sources(result):
+    assert result["fingerprint"] == report.fingerprint(), STALE
+
+
+def test_page_is_of_these_figures(result):
+    text = page.DOCUMENT.read_text()
+    assert page.page(text, result["kernels"]) == text, STALE
+
+
+def test_misses_are_those_accepted(result):
+    assert report.all_misses(result["kernels"]) == report.accepted()
+
+
+def test_every_kind_of_kernel_is_measured(result):
+    assert list(result["kernels"]) == list(KERNELS)
+    assert {k.source for k in KERNELS.values()} >= set(METAL.glob("*.metal"))
+    made = kernels(report.flattened(METAL / "projection_rows.metal"))
+    names = {name.removesuffix("_float16") for name in made if name.endswith("_float16")}
+    assert names == {name for name in KERNELS if name.startswith("projection_rows")}
+
+
+@pytest.mark.parametrize("change, is_stale", [("int changed;", True), ('# 1 "own/moved.metal"', False)])
+def test_a_change_of_a_source_is_noticed(monkeypatch, change, is_stale):
+    before, text_of = report.fingerprint(), report.flattened
+    monkeypatch.setattr(report, "flattened", lambda path: f"{text_of(path)}\n{change}")
+    assert (report.fingerprint() != before) == is_stale
+
+
+# What the compiler prints: a form before the last, the last, and what runs before the kernel. Steps of the
+# loop load two halves and four, behind a guard, or go through block4 at the end.
+OUTPUT = """
+block0 {
+   1 = mov_imm #0
+} -> block1
+
+block0 {
+   r0 = mov_imm #0
+} -> block1 
+
+block1 {
+   if_icmp r5, u2, #55d0, n=1
+} -> block2 block4  from block0 block5
+
+block2 {
+   r1l...r1h = device_load r2:r3, #0, xy, #0, slot 0
+   if_icmp r6, u2, #55d0, n=1
+} -> block3 block5  from block1
+
+block3 {
+   r4l...r5h = device_load r2:r3, #1, xyzw, #0, slot 0
+   r6 = convert #11, r4l, #1
+   r0 = ffma r6, r1l, r0
+   r8:r9 = imad r4.abs, r1.abs, #0, #0
+   r8 = imad r4, r1, #0, #0
+} -> block5  from block2
+
+block4 {
+   r4 = ffma r6, r1l, r0
+   r4 = ffma r6, r1l, r0
+} -> block5  from block1
+
+block5 {
+   r7 = iadd r7, u67, #0
+   while_icmp r7, u43, #0, n=1
+} -> block1 block6  from block2 block3 block4
+
+block6 {
+   stop 
+} from block5
+
+block0 {
+   r0 = mov_imm #0
+   stop 
+}
+"""
+ERRORS = (
+    "SHADER-DB:  - MESA_SHADER_COMPUTE shader: 14 inst, 9 alu, 9 fscib, 0 ic, 99 bytes, 143 regs, "
+    "126 uniforms, 0 scratch, 704 threads, 1 loops, 2:3 spills:fills"
+)
+
+
+def test_measure():
+    found = measure.measure(OUTPUT, ERRORS, 4)
+    assert found.pop("step") == {
+        "instructions": 10,
+        "branches": 3,
+        "float": 5,
+        "integer": 12,
+        "cycles": 12,
+        "converts": 1,
+        "multiplies_64": 1,
+        "multiply_adds": 1,
+        "loads": {"32": 1, "64": 1},
+        "local_loads": 0,
+        "local_stores": 0,
+    }
+    of_kernel = {"instructions": 14, "registers": 143, "scratch": 0, "threads": 704, "spills": 5}
+    assert found == of_kernel | {"work": 4, "blocks": 5}
+
+
+@pytest.mark.parametrize("said", ["13 inst", "1 inst"])
+def test_a_listing_that_is_not_the_whole_kernel_is_an_error(said):
+    with pytest.raises(ValueError, match="listings have"):
+        measure.measure(OUTPUT, ERRORS.replace("14 inst", said), 4)
+
+
+def test_code_without_a_loop_is_an_error():
+    with pytest.raises(ValueError, match="no loop multiplies"):
+        measure.measure(OUTPUT.replace("-> block1 block6", "-> block6"), ERRORS, 4)
+
+
+@pytest.mark.parametrize(
+    "reason, worse",
+    [
+        ("cycles", {"step": {"cycles": 11}}),
+        ("threads", {"threads": 832}),
+        ("64-bit multiply", {"step": {"multiplies_64": 1}}),
+        ("branches", {"step": {"branches": 2}}),
+        ("spills", {"spills": 1}),
+    ],
+)
+def test_misses(reason, worse):
+    mlx = {"step": {"cycles": 10, "multiplies_64": 0, "branches": 1}, "work": 4, "rows": 1}
+    mlx |= {"threads": 1024, "spills": 0}
+    ours = mlx | worse | {"step": mlx["step"] | worse.get("step", {})}
+    cell = cells.Cell("cell", "ours", "mlx")
+    assert report.misses(cell, {"ours": ours, "mlx": mlx}) == [reason]
+    assert report.misses(cell, {"ours": mlx, "mlx": mlx}) == []
+
+
+def test_mended_misses_are_taken_out_and_new_ones_are_not_let_in(result, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULT", tmp_path / "cost.json")
+    monkeypatch.setattr(report, "ACCEPTED", tmp_path / "accepted.txt")
+    now = report.all_misses(result["kernels"])
+    mended, new = next(iter(CELLS)), list(now)[-1]
+    lines = {cell: reasons for cell, reasons in now.items() if cell != new} | {
+        mended: ["spills", *now[mended]]
+    }
+    report.ACCEPTED.write_text("".join(f"{cell}: {', '.join(reasons)}\n" for cell, reasons in lines.items()))
+    assert report.write(result["kernels"]) == {new: now[new]}
+    assert report.accepted() == {cell: reasons for cell, reasons in now.items() if cell != new}
+
+
+METAL_SOURCE = """constant bool flag [[function_constant(0)]];
+template <typename T> [[kernel]] void twice(
+    const device T* x [[buffer(0)]], device T* y [[buffer(1)]],
+    uint3 tile [[threadgroup_position_in_grid]]) {
+  threadgroup T block[4][8];
+  y[tile.x] = flag ? x[0] : T(float2(1, 2).x + float4(half4(3)).y);
+}
+template [[host_name("twice_float16")]] [[kernel]] decltype(twice<half>) twice<half>;
+"""
+
+
+def test_translation_keeps_the_lines():
+    text = translate(METAL_SOURCE, ["flag"])
+    assert text.count("\n") == METAL_SOURCE.count("\n") + 1  # for metal.h
+    assert "constant bool flag = 1;" in text and "[[" not in text
+    assert "float2{1, 2}.x + to_vector<float4>(to_vector<half4>(3)).y" in text
+
+
+def test_entry():
+    assert kernels(METAL_SOURCE) == {"twice_float16": "twice<half>"}
+    text = entry(METAL_SOURCE, "twice<half>", 64, "16")
+    assert "void entry(ulong a0, ulong a1, ulong a2, ulong groups)" in text
+    assert "twice<half>(Buffer{a0}, Buffer{a1}, uint3{get_group_id(0)," in text
