@@ -54,6 +54,8 @@ def plain_ends() -> Iterator[None]:
     except OSError as error:
         _end(click.ClickException(str(error)).show, 1)
     except Exception:
+        if not _others_run():
+            raise
         _end(traceback.print_exc, 1)
 
 
@@ -61,9 +63,14 @@ def _end(show: Callable[[], None], status: int) -> NoReturn:
     _print_if_possible(sys.stderr, show)
     if sys.stdout:
         _print_if_possible(sys.stdout, lambda: None)
-    if any(not t.daemon for t in threading.enumerate() if t is not threading.main_thread()):
-        os._exit(status)  # the interpreter would wait for these threads: for the server's forever
+    if _others_run():
+        os._exit(status)
     sys.exit(status)
+
+
+def _others_run() -> bool:
+    """Whether the interpreter, as it ends, would wait for other threads: for the server's forever."""
+    return any(not t.daemon for t in threading.enumerate() if t is not threading.main_thread())
 
 
 def _print_if_possible(stream: TextIO, show: Callable[[], None]) -> None:
