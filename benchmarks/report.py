@@ -228,8 +228,7 @@ def document(docs: Path, name: str, table: str) -> None:
 
 
 def markdown(result: dict) -> str:
-    about, ceilings, cells = result["machine"], result["ceilings"], result["cells"]
-    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
+    ceilings, cells = result["ceilings"], result["cells"]
     judged = [c for c in cells if c["goal"]]
     reached = sum(c["ratios"].get("composed", 0) >= c["goal"] for c in judged)
     rates = (ceilings[n] / 1e9 for n in ("gemm_flop_per_s", "stream_byte_per_s", "read_byte_per_s"))
@@ -237,9 +236,8 @@ def markdown(result: dict) -> str:
     columns = ("operation", "dtype", "M", "fused ms", "composed ms", "torch ms")
     columns += ("vs composed (goal)", "vs torch", "of peak")
     lines = [
-        f"{about['date'][:10]}, {about['cpu']}, {about['cores']} cores, {about['system']}: {versions}, "
-        f"Python {about['python']}. A float32 matrix product reached {gemm} GFLOP/s, copying {stream} GB/s "
-        f"and reading {read} GB/s. Other processes used {100 * about['CPU used by others']:.0f}% of the CPU. "
+        f"{_place(result['machine'])} A float32 matrix product reached {gemm} GFLOP/s, copying {stream} GB/s "
+        f"and reading {read} GB/s. "
         f"Goals over composed reached: {reached} of {len(judged)}. {_over_torch(cells)}",
         "",
         f"| {' | '.join(columns)} |",

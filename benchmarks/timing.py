@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Effort:
     """How long to measure: seconds per cell, seconds per turn, and the pause between turns.
 
-    A contender whose first call takes longer than ``once`` is not called again, and one expected to take
+    A call that takes longer than ``once`` is made as rarely as a benchmark allows, and one expected to take
     longer than ``never`` not at all.
     """
 
