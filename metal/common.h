@@ -34,19 +34,23 @@ METAL_FUNC int64_t feature_offset(int feature, constant SegmentParams& segment) 
   return feature / segment.head_dim * segment.head_stride + feature % segment.head_dim;
 }
 
-// Loads the next blocks of both operands, with bounds only where a tile has them: extents are (columns,
-// rows).
+// Loads a block of an operand, with bounds only where it ends. Extents are (columns, rows).
+template <typename Loader>
+METAL_FUNC void load_block(thread Loader& loader, short2 extent, short2 block) {
+  if (extent.x == block.x && extent.y == block.y) {
+    loader.load_unsafe();
+  } else {
+    loader.load_safe(extent);
+  }
+}
+
+// Loads the next blocks of both operands.
 template <typename LoaderA, typename LoaderB>
 METAL_FUNC void load_blocks(
-    thread LoaderA& a, thread LoaderB& b, bool whole, short2 extent_a, short2 extent_b) {
+    thread LoaderA& a, thread LoaderB& b, short2 extent_a, short2 block_a, short2 extent_b, short2 block_b) {
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (whole) {
-    a.load_unsafe();
-    b.load_unsafe();
-  } else {
-    a.load_safe(extent_a);
-    b.load_safe(extent_b);
-  }
+  load_block(a, extent_a, block_a);
+  load_block(b, extent_b, block_b);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   a.next();
   b.next();

@@ -38,8 +38,13 @@ template <typename T, typename Format, int BM, int BN>
           weight.from_row(first), first_col, weight_block, simdgroup, lane);
       for (int d = 0; d < segment.head_dim; d += block_depth) {
         const short depth = min(block_depth, segment.head_dim - d);
-        const bool whole = rows == BM && cols == BN && depth == block_depth;
-        load_blocks(load_grad, load_weight, whole, short2(depth, rows), short2(cols, depth));
+        load_blocks(
+            load_grad,
+            load_weight,
+            short2(depth, rows),
+            short2(block_depth, BM),
+            short2(cols, depth),
+            short2(BN, block_depth));
         mma.mma(grad_block, weight_block);
       }
     }

@@ -47,7 +47,8 @@ MLX_FUSED_CONSTANT int weight_grad_rows = 64;
 // few features. A tile of the other kernel would be three quarters empty: reasoned, not measured on a Mac.
 MLX_FUSED_CONSTANT int few_rows = 8;
 MLX_FUSED_CONSTANT int features_per_simdgroup = 4;
-MLX_FUSED_CONSTANT int projection_simdgroups = 8;
+MLX_FUSED_CONSTANT int projection_simdgroups = 2;
+MLX_FUSED_CONSTANT int max_rows_per_pass = 4;  // more take too many registers (docs/design/metal_cost.md)
 
 // Tiles step through up to 64 rows in 32 bits.
 MLX_FUSED_CONSTANT int64_t max_row_stride = (int64_t{1} << 31) / 64;

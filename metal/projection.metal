@@ -48,8 +48,13 @@ template <typename T, typename Format, int BM, int BN>
   typename Gemm::mma_t mma(simdgroup, lane);
   for (int i = 0; i < params.in_features; i += block_depth) {
     const short depth = min(block_depth, params.in_features - i);
-    const bool whole = rows == BM && cols == BN && depth == block_depth;
-    load_blocks(load_input, load_weight, whole, short2(depth, rows), short2(depth, cols));
+    load_blocks(
+        load_input,
+        load_weight,
+        short2(depth, rows),
+        short2(block_depth, BM),
+        short2(depth, cols),
+        short2(block_depth, BN));
     mma.mma(input_block, weight_block);
   }
 

@@ -41,12 +41,17 @@ struct Affine {
   static constant constexpr int bits = bits_;
   static constant constexpr bool has_biases = true;
   template <typename T>
-  using value_t = uint32_t;
+  using value_t = ushort;
   template <typename T>
   using scale_t = T;
 
-  static METAL_FUNC float value(uint8_t code) {
-    return static_cast<float>(code);
+  // The code that begins at that bit of a word, in units of unit(shift).
+  static METAL_FUNC float value(ushort word, int shift) {
+    return static_cast<float>(ushort(word & (((1 << bits) - 1) << shift)));
+  }
+
+  static METAL_FUNC float unit(int shift) {
+    return 1.0f / (1 << shift);
   }
 
   template <typename T>
@@ -63,12 +68,17 @@ struct Floats {
   static constant constexpr int bits = bits_;
   static constant constexpr bool has_biases = false;
   template <typename T>
-  using value_t = uint32_t;
+  using value_t = ushort;
   template <typename T>
   using scale_t = uint8_t;
 
-  static METAL_FUNC float value(uint8_t code) {
+  static METAL_FUNC float value(ushort word, int shift) {
+    uint8_t code = (word >> shift) & ((1 << bits) - 1);
     return static_cast<float>(*(thread Value*)(&code));
+  }
+
+  static METAL_FUNC float unit(int) {
+    return 1.0f;
   }
 
   static METAL_FUNC Group group(const device uint8_t* scales, const device uint8_t*, int index) {
@@ -92,47 +102,64 @@ using nvfp4 = Floats<fp4_e2m1, 4, fp8_e4m3>;
 template <typename T, typename Format>
 struct Chunk {
   static constant constexpr int size = 16;
-  // x is kept in registers for every row; 16 values of each would be too many.
-  static constant constexpr int values_per_load = 8;
+  static constant constexpr int stride = Format::bits;  // from one to the next in memory
 
   ushort words[Format::bits];
 
-  METAL_FUNC void load(const device uint32_t* row, int column, int) thread {
-    const device ushort* from = (const device ushort*)row + column / size * Format::bits;
+  METAL_FUNC void load(const device ushort* row, int column, int) thread {
+    const device ushort* from = row + column / size * stride;
     STEEL_PRAGMA_UNROLL
     for (int i = 0; i < Format::bits; ++i) {
       words[i] = from[i];
     }
   }
 
-  METAL_FUNC float operator[](int i) const thread {
+  // A value in units of unit(i): a code that stays where it is in its word takes a mask and no shift.
+  METAL_FUNC float raw(int i) const thread {
     const int word = i * Format::bits / 16;
     const int shift = i * Format::bits % 16;
-    uint code = words[word] >> shift;
     if (shift + Format::bits > 16) {
-      code |= words[word + 1] << (16 - shift);
+      return Format::value(ushort(words[word] >> shift | words[word + 1] << (16 - shift)), 0);
     }
-    return Format::value(code & ((1 << Format::bits) - 1));
+    return Format::value(words[word], shift);
+  }
+
+  static METAL_FUNC float unit(int i) {
+    const int shift = i * Format::bits % 16;
+    return shift + Format::bits > 16 ? 1.0f : Format::unit(shift);
+  }
+
+  METAL_FUNC float operator[](int i) const thread {
+    return raw(i) * unit(i);
   }
 };
 
 template <typename T>
 struct Chunk<T, dense> {
   static constant constexpr int size = 4;
-  static constant constexpr int values_per_load = 4;
+  static constant constexpr int stride = size;
 
   T values[size];
 
   // `depth` values are left in the row from the column on.
   METAL_FUNC void load(const device T* row, int column, int depth) thread {
+    const device T* from = row + column;
     STEEL_PRAGMA_UNROLL
     for (int i = 0; i < size; ++i) {
-      values[i] = i < depth ? row[column + i] : T(0);
+      values[i] = i < depth ? from[i] : T(0);
     }
   }
 
-  METAL_FUNC float operator[](int i) const thread {
+  METAL_FUNC float raw(int i) const thread {
     return static_cast<float>(values[i]);
+  }
+
+  static METAL_FUNC float unit(int) {
+    return 1.0f;
+  }
+
+  METAL_FUNC float operator[](int i) const thread {
+    return raw(i);
   }
 };
 
@@ -152,6 +179,27 @@ struct Weight {
         values + row * segment->weight_row_stride,
         scales + row * segment->scales_row_stride,
         biases + row * segment->biases_row_stride,
+        segment,
+        log2_group_size};
+  }
+
+  // From so many columns on, a multiple of the chunk; again, only by multiples of the group.
+  METAL_FUNC Weight from_column(ushort column) const thread {
+    const ushort group = column >> log2_group_size;
+    return {
+        values + column / Chunk<T, Format>::size * Chunk<T, Format>::stride,
+        scales + group,
+        biases + group,
+        segment,
+        log2_group_size};
+  }
+
+  // The same for a few rows, in 32 bits, and if the biases' rows are as far apart as the scales'.
+  METAL_FUNC Weight from_near_row(int row) const thread {
+    return {
+        values + row * int(segment->weight_row_stride),
+        scales + row * int(segment->scales_row_stride),
+        biases + row * int(segment->scales_row_stride),
         segment,
         log2_group_size};
   }

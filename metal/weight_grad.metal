@@ -42,8 +42,13 @@ template <typename T, int BM, int BN>
         input + batch * params.input.batch + first_col, params.input.row, input_block, simdgroup, lane);
     for (int i = 0; i < params.rows; i += block_depth) {
       const short depth = min(block_depth, params.rows - i);
-      const bool whole = rows == BM && cols == BN && depth == block_depth;
-      load_blocks(load_grad, load_input, whole, short2(rows, depth), short2(cols, depth));
+      load_blocks(
+          load_grad,
+          load_input,
+          short2(rows, depth),
+          short2(BM, block_depth),
+          short2(cols, depth),
+          short2(BN, block_depth));
       mma.mma(grad_block, input_block);
       if (sums_bias && thread_index < rows) {
         for (short j = 0; j < depth; ++j) {

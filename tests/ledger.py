@@ -115,7 +115,7 @@ def reads(launch, case):
         blocks = [in_features / 8] if of_x else [n / 8 for n in features]
         times = {"left": 1, "low_rank": Fraction(sum(map(ceil, blocks)), len(blocks))}
     elif kernel.startswith("projection_rows"):
-        times = {"input": columns * launch["threadgroup"][0] // 32, "weight": 1}
+        times = {"input": columns * launch["threadgroup"][0] // 32, "weight": row_tiles}
     elif kernel.startswith("projection"):
         times = {"input": columns, "weight": row_tiles * batches}
     elif kernel.startswith("input_grad"):

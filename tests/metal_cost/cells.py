@@ -16,6 +16,7 @@ FORMATS = {
 }
 TILE_FORMATS = ("dense", "affine_4", "mxfp4")
 ROWS = range(1, 9)
+MOST_ROWS = 4  # that ours take at a time
 MOST_VECTORS = 5  # that MLX's kernels for few rows take at a time
 
 
@@ -34,12 +35,13 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Cell:
-    """A kernel of ours in a case, and the one that MLX would launch, so many times over the weights."""
+    """A kernel of ours in a case, and the one that MLX would launch; how often each goes over the weights."""
 
     name: str
     ours: str
     mlx: str
-    passes: int = 1
+    our_passes: int = 1
+    mlx_passes: int = 1
 
 
 def _rows_kernel(form, rows):
@@ -54,7 +56,7 @@ def _tile_kernel(source, name, work, threads=128):
 
 def _ours():
     for form in FORMATS:
-        for rows in (1, 2, 4, 8):
+        for rows in range(1, MOST_ROWS + 1):
             yield _rows_kernel(form, rows)
     for form in TILE_FORMATS:
         per_thread = f"tile_cols * {form}::tile_depth / tile_threads"
@@ -120,11 +122,10 @@ def _mlx():
 def _cells():
     for form in FORMATS:
         for rows in ROWS:
-            passes = ceil(rows / MOST_VECTORS)
-            ours = _rows_kernel(form, 1 << (rows - 1).bit_length())
-            yield Cell(
-                f"{form}, rows {rows}", ours.name, _mlx_vectors(form, ceil(rows / passes)).name, passes
-            )
+            passes = ceil(rows / MOST_ROWS), ceil(rows / MOST_VECTORS)
+            ours = _rows_kernel(form, ceil(rows / passes[0]))
+            mlx = _mlx_vectors(form, ceil(rows / passes[1]))
+            yield Cell(f"{form}, rows {rows}", ours.name, mlx.name, *passes)
     for form in TILE_FORMATS:
         for rows in (32, 64):
             yield _tile_cell(f"projection_{rows}_{form}", "gemm_nt" if form == "dense" else f"qmm_t_{form}")

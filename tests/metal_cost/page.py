@@ -24,7 +24,7 @@ def _few_rows(found, value, reason, form):
     for name in FORMATS:
         cells = [CELLS[f"{name}, rows {rows}"] for rows in ROWS]
         figures = (
-            _versus(value(found[c.ours], 1), value(found[c.mlx], c.passes), reason in misses(c, found), form)
+            _versus(value(found[c.ours], c.our_passes), value(found[c.mlx], c.mlx_passes), reason in misses(c, found), form)
             for c in cells
         )
         yield [name, *figures]
@@ -36,8 +36,8 @@ def cell_rows(found, cells):
         missed = misses(c, found)
         yield (
             c.name,
-            f"`{c.mlx}`" + (f" x {c.passes}" if c.passes > 1 else ""),
-            _versus(cost(ours), c.passes * cost(mlx), "cycles" in missed, "{:.2f}"),
+            f"`{c.mlx}`" + (f" x {c.mlx_passes}" if c.mlx_passes > 1 else ""),
+            _versus(c.our_passes * cost(ours), c.mlx_passes * cost(mlx), "cycles" in missed, "{:.2f}"),
             _versus(ours["threads"], mlx["threads"], "threads" in missed, "{}"),
             ", ".join(missed) or "-",
         )

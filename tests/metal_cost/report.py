@@ -71,7 +71,7 @@ def misses(cell, found):
     return [
         name
         for name, is_missed in {
-            "cycles": cost(ours) > cell.passes * cost(mlx),
+            "cycles": cell.our_passes * cost(ours) > cell.mlx_passes * cost(mlx),
             "threads": ours["threads"] < mlx["threads"],
             "64-bit multiply": step["multiplies_64"] > 0,
             "branches": step["branches"] > 1,

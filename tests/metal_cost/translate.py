@@ -2,7 +2,7 @@
 
 import re
 
-from msl_sim.source import BUILTINS, CONSTANT, INSTANTIATION, KERNEL, THREADGROUP, blank, closing, split
+from msl_sim.source import BUILTINS, CONSTANT, INSTANTIATION, KERNEL, THREADGROUP, blank, closing, split, without
 
 ATTRIBUTE = re.compile(r"\[\[(?:[^\]]|\](?!\]))*\]\]")
 VECTOR = re.compile(r"\b((?:u?(?:char|short|int|long)|half|float)[234]|(?:metal::)?vec<[^<>]*>)\(")
@@ -34,7 +34,7 @@ def translate(text, constants=()):
         text: of msl_sim.toolchain.flatten.
         constants: names of the function constants that are true; all are bool.
     """
-    text = _without(REPLACED, text)
+    text = without(REPLACED, text)
     text = CONSTANT.sub(lambda m: f"constant {m[1]} {m[2]} = {int(m[2] in constants)};", text)
     text = INSTANTIATION.sub(lambda m: blank(m[0]), text)
     text = ATTRIBUTE.sub(lambda m: blank(m[0]), text)
@@ -66,15 +66,6 @@ def entry(text, function, threads, work, name="entry"):
     size = f"__attribute__((reqd_work_group_size({threads}, 1, 1), work_group_size_hint(({work}), 1, 1)))"
     call = f"{function}({', '.join(values)});"
     return f"\nusing namespace mlx_fused;\n__kernel {size} void {name}({addresses}) {{ {call} }}\n"
-
-
-def _without(files, text):
-    out, file = [], ""
-    for line in text.split("\n"):
-        if marker := re.match(r'# \d+ "([^"]*)"', line):
-            file = marker[1]
-        out.append("" if file.endswith(files) and not line.startswith("# ") else line)
-    return "\n".join(out)
 
 
 def _without_const_methods(text):

@@ -80,12 +80,13 @@ def lines(text):
         number += 1
 
 
-def _drop_replaced(text):
+def without(files, text):
+    """The text without the lines of files whose paths end so."""
     out, file = [], ""
     for line in text.split("\n"):
         if marker := re.match(r'# \d+ "([^"]*)"', line):
             file = marker[1]
-        out.append("" if file.endswith(REPLACED) and not line.startswith("# ") else line)
+        out.append("" if file.endswith(files) and not line.startswith("# ") else line)
     return "\n".join(out)
 
 
@@ -121,7 +122,7 @@ class Source:
     """A flattened source, its kernels, and the C++ of each."""
 
     def __init__(self, flattened):
-        text = _drop_overloads(_drop_replaced(flattened))
+        text = _drop_overloads(without(REPLACED, flattened))
         self.kernels, functions, edits = {}, {}, []
         for k in KERNEL.finditer(text):
             parameters = closing(text, k.end() - 1)

@@ -185,8 +185,9 @@ void Planner::bind_weights(ProjectionParams& params, Bindings& bindings) const {
   auto weights = parts(inputs_, Role::weight), scales = parts(inputs_, Role::group_scales),
        biases = parts(inputs_, Role::group_biases);
   auto row_stride = [](const Tensor* t) { return t ? t->strides[0] : 0; };
+  int units = call_.quantization ? 2 : 1;  // the kernels read the codes' words of 32 bits as two of 16
   for (size_t i = 0; i < weights.size(); ++i) {
-    params.segment[i].weight_row_stride = row_stride(weights[i]);
+    params.segment[i].weight_row_stride = units * row_stride(weights[i]);
     params.segment[i].scales_row_stride = row_stride(scales[i]);
     params.segment[i].biases_row_stride = row_stride(biases[i]);
   }
@@ -216,9 +217,14 @@ void Planner::add_projection(const Parts& outputs) {
   auto& x = inputs_.get(Role::input);
   auto* residual = inputs_.find(Role::residual);
   Rows rows(outputs, {&x, residual});
-  bool few = rows.batch * rows.rows <= few_rows;
-
   auto params = call_params(rows, outputs);
+  int64_t tokens = rows.batch * rows.rows;
+  bool few = tokens <= few_rows;
+  for (int i = 0; i < params.segments; ++i) {
+    auto *scales = inputs_.find(Role::group_scales, i), *biases = inputs_.find(Role::group_biases, i);
+    few &= params.segment[i].features >= features_per_simdgroup;
+    few &= !biases || biases->strides[0] == scales->strides[0];
+  }
   params.input = rows.strides[outputs.size()];
   if (residual) {
     params.residual = rows.strides.back();
@@ -251,10 +257,10 @@ void Planner::add_projection(const Parts& outputs) {
       .buffers = bindings.buffers,
       .params = params};
   if (few) {
-    auto max_rows = std::bit_ceil(static_cast<uint32_t>(rows.batch * rows.rows));
-    launch.grid = {tiles, 1, 1};
+    auto passes = ceil_div(tokens, max_rows_per_pass);
+    launch.grid = {tiles, passes, 1};
     launch.threadgroup = {32 * projection_simdgroups, 1, 1};
-    launch_on_weights("projection_rows_" + std::to_string(max_rows), launch);
+    launch_on_weights("projection_rows_" + std::to_string(ceil_div(tokens, passes)), launch);
   } else {
     auto tile = tile_rows(rows.rows);
     launch.grid = {tiles, ceil_div(rows.rows, tile), static_cast<uint32_t>(rows.batch)};
