@@ -15,6 +15,10 @@ FORMATS = {
     "nvfp4": (4, 16),
 }
 TILE_FORMATS = ("dense", "affine_4", "mxfp4")
+LOW_RANK = {  # blocks of their tiles
+    "low_rank_product": {"1x1": 1, "1x3": 3, "4x1": 4, "4x3": 12},
+    "adapter_grad": {"1": 4, "3": 12},
+}
 ROWS = range(1, 9)
 # What a kernel is measured without: bias, residual, adapter. MLX's are told that shapes are whole tiles.
 CONSTANTS = ("align_M", "align_N", "align_K")
@@ -73,9 +77,10 @@ def _ours():
         _tile_kernel("projection", "projection_32_dense, ragged rows", "32 * tile_cols * 16 / tile_threads"),
         edits=(("min(BM, params.rows - first_row)", "BM - 1"),),
     )
-    for name, simdgroups in (("low_rank_product", 16), ("adapter_grad", 8)):
-        # Of each product of 8 by 8 by 8 a lane's share is 16.
-        yield _tile_kernel(name, name, "16 * blocks_per_tile", 32 * simdgroups)
+    for source, shapes in LOW_RANK.items():
+        for shape, blocks in shapes.items():
+            # Of each product of 8 by 8 by 8 a lane's share is 16.
+            yield _tile_kernel(source, f"{source}_{shape}", f"16 * {blocks}", 512)
 
 
 def _mlx_source(form):
@@ -147,8 +152,13 @@ def _cells():
             yield _tile_cell(f"input_grad_{rows}_{form}", "gemm_nn" if form == "dense" else f"qmm_n_{form}")
     yield _tile_cell("projection_32_dense, ragged rows", "gemm_nt, ragged rows")
     yield _tile_cell("weight_grad", "gemm_tn")
-    yield _tile_cell("low_rank_product", "gemm_nn_float")
-    yield _tile_cell("adapter_grad", "gemm_tn_float")
+    for source, mlx in (("low_rank_product", "gemm_nn_float"), ("adapter_grad", "gemm_tn_float")):
+        for shape in LOW_RANK[source]:
+            # Of the 64 columns of MLX's tile an adapter of rank 8 fills one eighth.
+            ours = f"{source}_{shape}"
+            yield Cell(f"{ours}, rank 8", ours, mlx, mlx_passes=8)
+            if shape.endswith("3"):
+                yield Cell(f"{ours}, rank 64", ours, mlx)
 
 
 def _tile_cell(ours, mlx):
