@@ -227,9 +227,8 @@ class Kernels:
 
 
 def gemv_grid(k, n):
-    """Of x W^T for one row: a simdgroup takes 4 columns, 8 lanes with the shortest K and 8 simdgroups with
-    the longest."""
-    if k <= 64:
+    """Of x W^T for one row."""
+    if k <= 64:  # 8 lanes take 4 columns, or else a simdgroup does, or 8
         return Grid(ceil(n / 32), 1, 0)
     if k >= 16 * n:
         return Grid(ceil(n / 4), 8, 0)

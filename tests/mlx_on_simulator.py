@@ -20,7 +20,6 @@ instantiate_kernel("split-K sum", gemm_splitk_accum_axpby, float, bfloat16_t)
 """
 
 
-
 def library():
     path = BUILD / "ledger_mlx_kernels.metal"  # always there: the path is part of what the cache knows
     BUILD.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ import json
 import re
 from math import prod
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -36,6 +35,7 @@ ROWS_512 = [
     (1024, "g13g", ["gemm"], Grid(16 * 16, 4, 64)),
     (1024, "g13s", ["split-K", "split-K sum"], Grid(32 * 16 * 2, 4, 64)),
     (2048, "g13s", ["gemm"], Grid(32 * 8, 4, 128)),
+    (2048, "g13d", ["gemm"], Grid(32 * 8, 2, 128)),
     (2048, "g17g", ["gemm_nax"], Grid(16 * 4, 16, 4)),
     (2048, "g17s", ["gemm_nax"], Grid(32 * 4, 8, 8)),
 ]
@@ -89,6 +89,13 @@ def llama(rows, operation="qkv"):
 )
 def test_side_by_side_products_are_added_up(rows, name, groups):
     assert launches.mlx(llama(rows))[name].threadgroups == groups
+
+
+def test_products_of_gradients():
+    assert launches.mlx(llama(512, "dx"))["g13g"] == Grid(3 * 8 * 32, 3 * 8 * 32 * 2, 128)
+    assert launches.mlx(llama(512, "dx"))["g17s"] == Grid(3 * 8 * 16, 3 * 8 * 16 * 8, 8)
+    assert launches.mlx(llama(512, "quantized_qkv_grad"))["g13s"] == Grid(3 * 16 * 64, 3 * 16 * 64 * 4, 64)
+    assert launches.mlx(llama(512, "quantized_qkv_grad"))["g17s"] == Grid(3 * 8 * 32, 3 * 8 * 32 * 4, 32)
 
 
 def test_ours_by_hand():
