@@ -88,11 +88,15 @@ void bind_internals(nb::module_& m) {
          bool has_adapters,
          bool no_metal_kernel,
          const std::string& device,
+         const std::string& size,
+         bool is_apple7,
          bool matmul_units,
          const std::optional<std::string>& route) {
-        auto kind = device == "cpu"     ? mlx_fused::DeviceInfo::cpu
-                    : device == "metal" ? mlx_fused::DeviceInfo::metal
-                                        : mlx_fused::DeviceInfo::other_gpu;
+        auto info =
+            device == "metal"
+                ? mlx_fused::metal_device("applegpu_g13" + size, matmul_units ? 18 : 13, is_apple7, {25, 2})
+                : mlx_fused::DeviceInfo{
+                      device == "cpu" ? mlx_fused::DeviceInfo::cpu : mlx_fused::DeviceInfo::other_gpu};
         bool is_output = operation.starts_with("output");
         mlx_fused::Segment segment{.features = 64};
         if (has_adapters) {
@@ -105,7 +109,7 @@ void bind_internals(nb::module_& m) {
             .epilogue = {.has_residual = is_output}};
         mlx_fused::Workload work{
             call, promoted, rows, in_features, operation.ends_with("_grad"), no_metal_kernel};
-        auto chosen = mlx_fused::choose_route(work, {kind, matmul_units}, route);
+        auto chosen = mlx_fused::choose_route(work, info, route);
         return chosen == mlx_fused::Route::composed ? "composed" : "fused";
       },
       "operation"_a,
@@ -117,8 +121,16 @@ void bind_internals(nb::module_& m) {
       "has_adapters"_a = false,
       "no_metal_kernel"_a = false,
       "device"_a,
+      "size"_a = "s",
+      "is_apple7"_a = true,
       "matmul_units"_a = false,
       "route"_a = nb::none());
+  internals.def(
+      "metal_device",
+      [](const std::string& architecture, int generation, bool is_apple7, std::pair<int, int> darwin) {
+        auto info = mlx_fused::metal_device(architecture, generation, is_apple7, darwin);
+        return nb::make_tuple(std::string(1, info.size), info.cores, info.is_apple7, info.matmul_units);
+      });
   // Of a projection, or of gradients if there are cotangents: `outputs` are then those that are wanted.
   internals.def(
       "plan",
