@@ -52,11 +52,8 @@ def output(rng, batch, seq, hidden, out, dtype=mx.float32, bias=True, **options)
 def test_every_instantiation_is_here():
     tiles = ["projection_32", "projection_64", "input_grad_32", "input_grad_64"]
     on_weights = tiles + [f"projection_rows_{rows}" for rows in range(1, 5)]
-    kernels = [f"{kernel}_dense" for kernel in on_weights] + [
-        "weight_grad",
-        "low_rank_product",
-        "adapter_grad",
-    ]
+    kernels = [f"{kernel}_dense" for kernel in on_weights] + [f"{kernel}_transposed" for kernel in tiles]
+    kernels += ["projection_splits", "input_grad_splits", "weight_grad", "low_rank_product", "adapter_grad"]
     formats = ("affine", "mxfp", "nvfp")
     dense = {name for name in libraries() if not any(f"_{format}" in name for format in formats)}
     assert dense == {f"{kernel}_{dtype}" for kernel in kernels for dtype in NAMES.values()}
