@@ -75,7 +75,7 @@ class Planner {
   void launch(Launch launch);
 
   // The same of tiles, which split their depth if they are too few, and then of what adds up the splits.
-  // `depth` counts whole blocks.
+  // `depth` counts whole blocks. The last buffer is that of partial sums.
   void launch_tiles(Launch launch, Function splits, int64_t depth);
 
   int64_t splits_of(int64_t tiles, int64_t rows, int64_t depth) const;
@@ -198,8 +198,8 @@ void Planner::launch_tiles(Launch launch, Function splits, int64_t depth) {
       .params = params,
       .grid = {columns, ceil_div(params.rows, sum_rows), batch},
       .threadgroup = launch.threadgroup};
-  sum.buffers.push_back({buffer_partial, partial.array, false});
-  launch.buffers.push_back({buffer_partial, partial.array, true});
+  sum.buffers.back() = {buffer_partial, partial.array, false};
+  launch.buffers.back() = {buffer_partial, partial.array, true};
   launch.grid[2] *= params.splits;
   this->launch(std::move(launch));
   this->launch(std::move(sum));
@@ -258,6 +258,7 @@ void Planner::add_projection(const Parts& outputs) {
          .threadgroup = {32 * projection_simdgroups, 1, 1}});
   } else {
     kernel.rows = tile_rows(rows.rows);
+    bindings.add(buffer_partial, nullptr);
     launch_tiles(
         {.kernel = kernel,
          .buffers = std::move(bindings.buffers),
@@ -283,6 +284,7 @@ void Planner::add_input_grad(const Tensor& dx) {
   bindings.add(buffer_low_rank, &low_rank_);
   bindings.add_segments(buffer_lora, lora_a);
   bindings.add(buffer_output, &dx, true);
+  bindings.add(buffer_partial, nullptr);
 
   Kernel kernel{.function = Function::input_grad, .format = format_};
   // Of quantized weights only these are compiled.
