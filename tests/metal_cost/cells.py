@@ -31,6 +31,7 @@ class Kernel:
     function: str = ""  # as C++ names it; of ours the name says it
     rows: int = 1  # of x that a weight is used for
     has_matrices: bool = False
+    constants: tuple[str, ...] = ()  # of the function constants of ours, those that are true
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,17 @@ class Cell:
 def _rows_kernel(form, rows):
     work = f"{rows} * features_per_simdgroup * Chunk<half, {form}>::size"
     name = f"projection_rows_{rows}_{form}"
-    return Kernel(name, METAL / "projection_rows.metal", 256, work, rows=rows)
+    constants = _group_constants(form)
+    return Kernel(name, METAL / "projection_rows.metal", 256, work, rows=rows, constants=constants)
 
 
-def _tile_kernel(source, name, work, threads=128):
-    return Kernel(name, METAL / f"{source}.metal", threads, work, has_matrices=True)
+def _tile_kernel(source, name, work, threads=128, constants=()):
+    return Kernel(name, METAL / f"{source}.metal", threads, work, has_matrices=True, constants=constants)
+
+
+def _group_constants(form):
+    bits = {16: (), 32: ("mlx_fused_group_low",), 64: ("mlx_fused_group_high",)}
+    return bits.get(FORMATS[form][1], ())
 
 
 def _ours():
@@ -59,11 +66,14 @@ def _ours():
         for rows in range(1, MOST_ROWS + 1):
             yield _rows_kernel(form, rows)
     for form in TILE_FORMATS:
+        constants = _group_constants(form)
         per_thread = f"tile_cols * {form}::tile_depth / tile_threads"
         for rows in (32, 64):
-            yield _tile_kernel("projection", f"projection_{rows}_{form}", f"{rows} * {per_thread}")
+            work = f"{rows} * {per_thread}"
+            yield _tile_kernel("projection", f"projection_{rows}_{form}", work, constants=constants)
         for rows in (32, 64) if form == "dense" else (64,):
-            yield _tile_kernel("input_grad", f"input_grad_{rows}_{form}", f"{rows} * {per_thread}")
+            work = f"{rows} * {per_thread}"
+            yield _tile_kernel("input_grad", f"input_grad_{rows}_{form}", work, constants=constants)
     yield _tile_kernel("weight_grad", "weight_grad", "weight_grad_rows * tile_cols * 16 / tile_threads")
     for name, simdgroups in (("low_rank_product", 16), ("adapter_grad", 8)):
         # Of each product of 8 by 8 by 8 a lane's share is 16.

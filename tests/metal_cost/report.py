@@ -39,7 +39,7 @@ def source_of(kernel):
     """A kernel in C++ for OpenCL, with its entry point."""
     text = flattened(kernel.source)
     function = kernel.function or kernels(text)[f"{kernel.name}_float16"]
-    return translate(text, CONSTANTS) + entry(text, function, kernel.threads, kernel.work)
+    return translate(text, CONSTANTS + kernel.constants) + entry(text, function, kernel.threads, kernel.work)
 
 
 def measure_kernel(kernel):
