@@ -37,9 +37,11 @@ enum ConstantIndex : int32_t {
   constant_has_residual,
   constant_has_adapter,
   constant_is_quantized,
-  constant_exact,     // round where mlx-lm's modules do
-  constant_is_split,  // store partial sums
-  constant_has_rest,  // the sums of a low-rank product or of its gradient are not of whole blocks
+  constant_exact,      // round where mlx-lm's modules do
+  constant_is_split,   // store partial sums
+  constant_has_rest,   // the sums of a low-rank product or of its gradient are not of whole blocks
+  constant_group_low,  // a group has 16 values times two to the power of these two bits
+  constant_group_high,
 };
 
 // A tile of a projection or gradient, 32 or 64 rows of it, is that of two by two simdgroups.
@@ -107,7 +109,6 @@ struct ProjectionParams {
   int32_t segments;
   int32_t low_columns;
   float alpha;
-  int32_t log2_group_size;  // of quantized weights
   int32_t splits;           // of the depth of tiles
   int32_t split_depth;      // a multiple of that of blocks
   int32_t partial_columns;  // the partial sums are [splits, batch * rows, partial_columns], tile by tile
@@ -130,6 +131,8 @@ constant bool mlx_fused_is_quantized [[function_constant(mlx_fused::constant_is_
 constant bool mlx_fused_exact [[function_constant(mlx_fused::constant_exact)]];
 constant bool mlx_fused_is_split [[function_constant(mlx_fused::constant_is_split)]];
 constant bool mlx_fused_has_rest [[function_constant(mlx_fused::constant_has_rest)]];
+constant bool mlx_fused_group_low [[function_constant(mlx_fused::constant_group_low)]];
+constant bool mlx_fused_group_high [[function_constant(mlx_fused::constant_group_high)]];
 
 // BUFFER declares a parameter bound at buffer_<name>; PER_SEGMENT declares three; OF_SEGMENT picks one of
 // them.

@@ -14,6 +14,11 @@ struct Group {
   float scale, bias;
 };
 
+// The group that a column is of.
+METAL_FUNC int group_of(int column) {
+  return column >> (4 + int(mlx_fused_group_low) + 2 * int(mlx_fused_group_high));
+}
+
 // Not quantized: in the dtype of the activations. Transposed, what is next to each other in memory is of one
 // column.
 template <bool is_transposed_>
@@ -176,26 +181,23 @@ struct Weight {
   const device scale_t* scales;
   const device scale_t* biases;
   constant SegmentParams* segment;
-  int log2_group_size;
 
   METAL_FUNC Weight from_row(int row) const thread {
     return {
         values + row * segment->weight_row_stride,
         scales + row * segment->scales_row_stride,
         biases + row * segment->biases_row_stride,
-        segment,
-        log2_group_size};
+        segment};
   }
 
   // From so many columns on, a multiple of the chunk; again, only by multiples of the group.
   METAL_FUNC Weight from_column(ushort column) const thread {
-    const ushort group = column >> log2_group_size;
+    const int group = group_of(column);
     return {
         values + column / Chunk<T, Format>::size * Chunk<T, Format>::stride,
         scales + group,
         biases + group,
-        segment,
-        log2_group_size};
+        segment};
   }
 
   // The same for a few rows, in 32 bits, and if the biases' rows are as far apart as the scales'.
@@ -204,8 +206,7 @@ struct Weight {
         values + row * int(segment->weight_row_stride),
         scales + row * int(segment->scales_row_stride),
         biases + row * int(segment->scales_row_stride),
-        segment,
-        log2_group_size};
+        segment};
   }
 
   // A chunk of its first row.
@@ -216,7 +217,7 @@ struct Weight {
   }
 
   METAL_FUNC Group group(int column) const thread {
-    return Format::group(scales, biases, column >> log2_group_size);
+    return Format::group(scales, biases, group_of(column));
   }
 };
 
@@ -322,18 +323,14 @@ METAL_FUNC short2 weight_extent(bool is_depth_along, short cols, short depth) {
 
 }  // namespace mlx_fused
 
-// WEIGHT_PARAMETERS: a kernel's parameters. WEIGHT_OF(index): one segment's; reads the names `segment` and
-// `params` where it stands.
+// WEIGHT_PARAMETERS: a kernel's parameters. WEIGHT_OF(index): one segment's; reads the name `segment`
+// where it stands.
 #define WEIGHT_PARAMETERS(T, Format)                                           \
   PER_SEGMENT(const device typename Format::template value_t<T>*, weight),     \
       PER_SEGMENT(const device typename Format::template scale_t<T>*, scales), \
       PER_SEGMENT(const device typename Format::template scale_t<T>*, biases)
-#define WEIGHT_OF(index)      \
-  {OF_SEGMENT(index, weight), \
-   OF_SEGMENT(index, scales), \
-   OF_SEGMENT(index, biases), \
-   &segment,                  \
-   params.log2_group_size}
+#define WEIGHT_OF(index) \
+  {OF_SEGMENT(index, weight), OF_SEGMENT(index, scales), OF_SEGMENT(index, biases), &segment}
 
 #define INSTANTIATE_FORMAT(format, name, kernel, ...) \
   INSTANTIATE_TYPES(name "_" #format, kernel, format, __VA_ARGS__)

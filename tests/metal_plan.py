@@ -135,6 +135,23 @@ class Embedded(Call):
         return super().input(array, strides, 2 * sum(strides), base)
 
 
+class Transposed(Call):
+    """The weights of an operation lie column by column."""
+
+    def __init__(self, op, dtype):
+        super().__init__(dtype)
+        weight = op.arguments["weight"]
+        self.weights = weight if isinstance(weight, tuple) else (weight,)
+
+    def input(self, array):
+        if not any(array is w for w in self.weights):
+            return super().input(array)
+        rows, columns = array.shape
+        base = mx.full((columns, rows + 3), 9, array.dtype)
+        base[:, 2 : 2 + rows] = array.T
+        return super().input(array, [1, rows + 3], 2, base)
+
+
 def row_major(shape):
     return [int(np.prod(shape[i + 1 :])) for i in range(len(shape))]
 

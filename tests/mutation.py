@@ -6,6 +6,7 @@
 import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 import operands
 import oracle
 import projections
-from metal_plan import KERNELS, Call, Embedded, backward, forward, libraries
+from metal_plan import KERNELS, Call, Embedded, Transposed, backward, forward, libraries
 from msl_sim import Library
 from msl_sim.mutate import generate, run
 
@@ -44,9 +45,9 @@ def libraries_of(folder, *files):
     return libraries() | {kernel: library for library in found for kernel in library.kernels}
 
 
-def check(folder, files, op, kind=Call, names=None):
+def check(folder, files, op, kind=Call, names=None, cores=0):
     """The operation's outputs, or the gradients of those arrays that are named, by a folder's files."""
-    options = {"library_of": libraries_of(folder, *files), "seconds": 2}
+    options = {"library_of": libraries_of(folder, *files), "seconds": 2, "cores": cores}
     plain = not op.quantization and "lora_a" not in op.arguments and op.arguments.get("alpha", 1.0) == 1.0
     if names:
         keys, given = [key for key in op.leaves if key[0] in names], cotangents(op)
@@ -92,12 +93,17 @@ def projection(folder):
         check(folder, files, qkv(1, seq, hidden, (2, 1, head_dim), form))
     for op in lora_calls(2, 66, 20):
         check(folder, files, op)
+    for op in lora_calls(2, 9, 300):  # in two splits
+        check(folder, files, op, Embedded, cores=40)
+    op = output(1, 64, 37, 70)
+    check(folder, files, op, partial(Transposed, op))
 
 
 def projection_rows(folder):
     files = ["projection_rows.metal"]
     check(folder, files, qkv(2, 2, 261))
     check(folder, files, qkv(1, 3, 130, packed=True, bias=False))
+    check(folder, files, qkv(1, 7, 130))  # in two passes, the second of three rows
     check(folder, files, output(2, 2, 20, 35), Embedded)
     for op in lora_calls(2, 2, 20):
         check(folder, files, op)
@@ -124,6 +130,10 @@ def input_grad(folder):
         check(folder, files, qkv(1, seq, hidden, (2, 1, head_dim), form), names=INPUT)
     for op in lora_calls(2, 66, 70):
         check(folder, files, op, Embedded, INPUT)
+    op = qkv(2, 9, 70, (4, 2, 40), ranks=RANKS)  # in splits that end within heads
+    check(folder, files, op, Embedded, INPUT, cores=40)
+    op = qkv(1, 64, 70, (2, 1, 50))
+    check(folder, files, op, partial(Transposed, op), INPUT)
 
 
 def weight_grad(folder):
@@ -216,7 +226,7 @@ TESTS = {
 }
 # Of the many instantiations, those that the tests above launch.
 LAUNCHED = re.compile(
-    r"((projection|input_grad)_(32|64)_dense|projection_64_nvfp4|input_grad_64_affine_3"
+    r"((projection|input_grad)_((32|64)_dense|64_transposed|splits)|projection_64_nvfp4|input_grad_64_affine_3"
     r"|projection_rows_4_(dense|affine_4)|weight_grad|low_rank_product_(1x[13]|4x3)|adapter_grad_[13])_float32"
 )
 

@@ -10,7 +10,7 @@ import operands
 import oracle
 import projections
 import quantized
-from metal_plan import Call, Embedded, backward, forward
+from metal_plan import Call, Embedded, Transposed, backward, forward
 
 dtypes = pytest.mark.parametrize("dtype", operands.DTYPES, ids=str)
 FORMS = [None, ("affine", 64, 4), ("affine", 32, 3), ("nvfp4", 16, 4)]
@@ -113,23 +113,6 @@ def test_exact_rounds_where_modules_do(rng, form, dtype):
         assert names(call)[2:] == ["projection_splits"]
         for y, e in zip(outputs, op.rounded_formula(dtype), strict=True):
             np.testing.assert_array_equal(oracle.exact(y), e)
-
-
-class Transposed(Call):
-    """The weights of an operation lie column by column."""
-
-    def __init__(self, op, dtype):
-        super().__init__(dtype)
-        weight = op.arguments["weight"]
-        self.weights = weight if isinstance(weight, tuple) else (weight,)
-
-    def input(self, array):
-        if not any(array is w for w in self.weights):
-            return super().input(array)
-        rows, columns = array.shape
-        base = mx.full((columns, rows + 3), 9, array.dtype)
-        base[:, 2 : 2 + rows] = array.T
-        return super().input(array, [1, rows + 3], 2, base)
 
 
 @dtypes

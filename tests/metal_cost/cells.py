@@ -55,11 +55,17 @@ class Cell:
 def rows_kernel(form, rows):
     work = f"{rows} * features_per_simdgroup * Chunk<half, {form}>::size"
     name = f"projection_rows_{rows}_{form}"
-    return Kernel(name, METAL / "projection_rows.metal", 64, work, rows=rows)
+    constants = _group_constants(form)
+    return Kernel(name, METAL / "projection_rows.metal", 64, work, rows=rows, constants=constants)
 
 
-def _tile_kernel(source, name, work, threads=128):
-    return Kernel(name, METAL / f"{source}.metal", threads, work, has_matrices=True)
+def _tile_kernel(source, name, work, threads=128, constants=()):
+    return Kernel(name, METAL / f"{source}.metal", threads, work, has_matrices=True, constants=constants)
+
+
+def _group_constants(form):
+    bits = {16: (), 32: ("mlx_fused_group_low",), 64: ("mlx_fused_group_high",)}
+    return bits.get(FORMATS[form][1], ())
 
 
 def _ours():
@@ -67,11 +73,14 @@ def _ours():
         for rows in range(1, MOST_ROWS + 1):
             yield rows_kernel(form, rows)
     for form in TILE_FORMATS:
+        constants = _group_constants(form)
         per_thread = f"tile_cols * {form}::tile_depth / tile_threads"
         for rows in (32, 64):
-            yield _tile_kernel("projection", f"projection_{rows}_{form}", f"{rows} * {per_thread}")
+            work = f"{rows} * {per_thread}"
+            yield _tile_kernel("projection", f"projection_{rows}_{form}", work, constants=constants)
         for rows in (32, 64) if form == "dense" else (64,):
-            yield _tile_kernel("input_grad", f"input_grad_{rows}_{form}", f"{rows} * {per_thread}")
+            work = f"{rows} * {per_thread}"
+            yield _tile_kernel("input_grad", f"input_grad_{rows}_{form}", work, constants=constants)
     yield _tile_kernel("weight_grad", "weight_grad", "weight_grad_rows * tile_cols * 16 / tile_threads")
     yield replace(
         _tile_kernel("projection", "projection_32_dense, ragged rows", "32 * tile_cols * 16 / tile_threads"),

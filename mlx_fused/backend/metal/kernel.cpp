@@ -49,7 +49,7 @@ uint64_t Kernel::key() const {
   for (int part : {int(function), int(rows), int(columns), int(format), int(dtype)}) {
     key = key << 8 | part;
   }
-  return key << 16 | constants.given << 8 | constants.values;
+  return key << 16 | constants.values;  // which are given follows from the function
 }
 
 std::string Kernel::name() const {

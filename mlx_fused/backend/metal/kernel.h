@@ -41,7 +41,7 @@ enum class Function : uint8_t {
 
 // Function constants: those a kernel has, and which of them are true.
 struct Constants {
-  uint8_t given = 0, values = 0;
+  uint16_t given = 0, values = 0;
 
   void set(ConstantIndex index, bool value) {
     given |= 1 << index;

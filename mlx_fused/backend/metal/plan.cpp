@@ -1,7 +1,6 @@
 #include "mlx_fused/backend/metal/plan.h"
 
 #include <algorithm>
-#include <bit>
 #include <utility>
 #include <vector>
 
@@ -70,6 +69,8 @@ class Planner {
   ProjectionParams call_params(const Rows& rows, const Parts& by_segment) const;
   void set_adapters(ProjectionParams& params, Role factor, const Parts& factors) const;
   void bind_weights(ProjectionParams& params, Bindings& bindings) const;
+
+  Kernel kernel_on_weights(Function function) const;
 
   // Adds a launch of a kernel for the plan's dtype.
   void launch(Launch launch);
@@ -164,12 +165,17 @@ void Planner::bind_weights(ProjectionParams& params, Bindings& bindings) const {
     params.segment[i].scales_row_stride = row_stride(scales[i]);
     params.segment[i].biases_row_stride = row_stride(biases[i]);
   }
-  if (call_.quantization) {
-    params.log2_group_size = std::countr_zero(static_cast<uint32_t>(call_.quantization->group_size));
-  }
   bindings.add_segments(buffer_weight, weights);
   bindings.add_segments(buffer_scales, scales);
   bindings.add_segments(buffer_biases, biases);
+}
+
+Kernel Planner::kernel_on_weights(Function function) const {
+  Kernel kernel{.function = function, .format = format_};
+  int groups = call_.quantization ? call_.quantization->group_size / 16 : 1;  // 1, 2, 4 or 8
+  kernel.constants.set(constant_group_low, groups == 2 || groups == 8);
+  kernel.constants.set(constant_group_high, groups >= 4);
+  return kernel;
 }
 
 void Planner::launch(Launch launch) {
@@ -256,7 +262,7 @@ void Planner::add_projection(const Parts& outputs) {
   bindings.add_segments(buffer_lora, lora_b);
   bindings.add_segments(buffer_output, outputs, true);
 
-  Kernel kernel{.function = few ? Function::projection_rows : Function::projection, .format = format_};
+  auto kernel = kernel_on_weights(few ? Function::projection_rows : Function::projection);
   auto& constants = kernel.constants;
   constants.set(constant_has_bias, call_.has_bias);
   constants.set(constant_has_residual, residual != nullptr);
@@ -302,7 +308,7 @@ void Planner::add_input_grad(const Tensor& dx) {
   bindings.add(buffer_output, &dx, true);
   bindings.add(buffer_partial, nullptr);
 
-  Kernel kernel{.function = Function::input_grad, .format = format_};
+  auto kernel = kernel_on_weights(Function::input_grad);
   // Of quantized weights only these are compiled.
   kernel.rows = call_.quantization ? 64 : tile_rows(rows.rows);
   kernel.constants.set(constant_has_adapter, has_adapters());
