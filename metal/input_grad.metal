@@ -17,9 +17,8 @@ template <typename T, typename Format, int BM, int BN>
     uint3 tile [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  constexpr int block_depth = Format::tile_depth;
   constexpr bool along = Format::is_transposed;
-  using Gemm = mlx::steel::GEMMKernel<T, T, BM, BN, block_depth, 2, 2, false, along, true, true>;
+  using Gemm = mlx::steel::GEMMKernel<T, T, BM, BN, tile_depth, 2, 2, false, along, true, true>;
   threadgroup T grad_block[Gemm::tgp_mem_size_a];
   threadgroup T weight_block[Gemm::tgp_mem_size_b];
 
@@ -39,21 +38,21 @@ template <typename T, typename Format, int BM, int BN>
     for (int first = 0; first < segment.features; first += segment.head_dim) {
       const int begin = max(split_begin, 0);
       const int end = min(split_begin + params.split_depth, segment.head_dim);
-      split_begin -= (segment.head_dim + block_depth - 1) / block_depth * block_depth;
+      split_begin -= (segment.head_dim + tile_depth - 1) / tile_depth * tile_depth;
       const int row = first + begin;
       typename Gemm::loader_a_t load_grad(
           grad + feature_offset(first, segment) + begin, segment.rows.row, grad_block, simdgroup, lane);
-      WeightLoader<T, Format, along, BN, block_depth, Gemm::tgp_padding_b> load_weight(
+      WeightLoader<T, Format, along, BN, tile_depth, Gemm::tgp_padding_b> load_weight(
           weight.from_row(along ? first_col : row), along ? row : first_col, weight_block, simdgroup, lane);
-      for (int d = begin; d < end; d += block_depth) {
-        const short depth = min(block_depth, end - d);
+      for (int d = begin; d < end; d += tile_depth) {
+        const short depth = min(tile_depth, end - d);
         load_blocks(
             load_grad,
             load_weight,
             short2(depth, rows),
-            short2(block_depth, BM),
+            short2(tile_depth, BM),
             weight_extent(along, cols, depth),
-            weight_extent(along, BN, block_depth));
+            weight_extent(along, BN, tile_depth));
         mma.mma(grad_block, weight_block);
       }
     }

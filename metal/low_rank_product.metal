@@ -68,7 +68,7 @@ template <typename T, int row_blocks, int column_blocks>
                        place.y * its_segment.feature_stride;
     columns.second[n] = (second - first) * int(its_segment.rank_stride);
     columns.step[n] = block_size * int(its_segment.feature_stride);
-    columns.run[n] = segment.head_dim * its_segment.feature_stride;
+    columns.run[n] = segment.head_dim;  // of B, whose features lie side by side; of A there is one run
   }
 
   Sums<Side<T, row_blocks, true>, Side<float, column_blocks, false>> sums;

@@ -50,9 +50,9 @@ MLX_FUSED_CONSTANT int tile_threads = 128;
 MLX_FUSED_CONSTANT int weight_grad_rows = 64;
 
 // Tiles too few for a device's cores split their depth. The splits' sums are added up by a launch of its own,
-// of which a threadgroup takes a tile's columns of a few rows.
-MLX_FUSED_CONSTANT int quantized_depth =
-    32;  // of a tile's blocks, of which each thread decodes 16 values; that of dense ones divides it
+// of which a threadgroup takes a tile's columns of a few rows. A block of quantized weights is so deep that
+// each thread decodes 16 values; the depth of dense ones divides it.
+MLX_FUSED_CONSTANT int tile_depth = 32;
 MLX_FUSED_CONSTANT int sum_rows = tile_threads / tile_cols;
 
 // Up to so many rows the weights are read once for all of them, by lanes side by side, a simdgroup taking a

@@ -29,9 +29,8 @@ template <typename T, typename Format, int BM, int BN>
     uint3 tile [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  constexpr int block_depth = Format::tile_depth;
   constexpr bool along = !Format::is_transposed;
-  using Gemm = mlx::steel::GEMMKernel<T, T, BM, BN, block_depth, 2, 2, false, along, true, true>;
+  using Gemm = mlx::steel::GEMMKernel<T, T, BM, BN, tile_depth, 2, 2, false, along, true, true>;
   threadgroup T input_block[Gemm::tgp_mem_size_a];
   threadgroup T weight_block[Gemm::tgp_mem_size_b];
 
@@ -49,18 +48,18 @@ template <typename T, typename Format, int BM, int BN>
   const device T* x = input + offset_of(batch, first_row, params.input) + begin;
   const Weight<T, Format> weight = WEIGHT_OF(index);
   typename Gemm::loader_a_t load_input(x, params.input.row, input_block, simdgroup, lane);
-  WeightLoader<T, Format, along, BN, block_depth, Gemm::tgp_padding_b> load_weight(
+  WeightLoader<T, Format, along, BN, tile_depth, Gemm::tgp_padding_b> load_weight(
       weight.from_row(along ? first_col : begin), along ? begin : first_col, weight_block, simdgroup, lane);
   typename Gemm::mma_t mma(simdgroup, lane);
-  for (int i = begin; i < end; i += block_depth) {
-    const short depth = min(block_depth, end - i);
+  for (int i = begin; i < end; i += tile_depth) {
+    const short depth = min(tile_depth, end - i);
     load_blocks(
         load_input,
         load_weight,
         short2(depth, rows),
-        short2(block_depth, BM),
+        short2(tile_depth, BM),
         weight_extent(along, cols, depth),
-        weight_extent(along, BN, block_depth));
+        weight_extent(along, BN, tile_depth));
     mma.mma(input_block, weight_block);
   }
 

@@ -26,7 +26,6 @@ struct Dense {
   static constant constexpr bool is_transposed = is_transposed_;
   static constant constexpr bool is_quantized = false;
   static constant constexpr bool has_biases = false;
-  static constant constexpr int tile_depth = 16;
   template <typename T>
   using value_t = T;
   template <typename T>
@@ -43,7 +42,6 @@ template <int bits_>
 struct Affine {
   static constant constexpr bool is_quantized = true;
   static constant constexpr bool is_transposed = false;
-  static constant constexpr int tile_depth = quantized_depth;
   static constant constexpr int bits = bits_;
   static constant constexpr bool has_biases = true;
   template <typename T>
@@ -71,7 +69,6 @@ template <typename Value, int bits_, typename Scale>
 struct Floats {
   static constant constexpr bool is_quantized = true;
   static constant constexpr bool is_transposed = false;
-  static constant constexpr int tile_depth = quantized_depth;
   static constant constexpr int bits = bits_;
   static constant constexpr bool has_biases = false;
   template <typename T>

@@ -42,7 +42,7 @@ CALLS = [
     Call("dX of QKV", "qkv_grad", "affine_4", "quantized_qkv_grad", TRAINING_ROWS),
 ]
 
-DEPTH = {"dense": 16, "affine_4": 32}  # tile_depth in metal/weight.h
+DEPTH = 32  # tile_depth in metal/params.h
 
 
 def total(grids):
@@ -58,7 +58,7 @@ def steps(launch, case):
         return 0
     op = ledger.call_of(case)
     summed = sum(op.features) if launch["kernel"].startswith("input_grad") else op.x.shape[-1]
-    return ceil(summed / DEPTH[launch["format"]])
+    return ceil(summed / DEPTH)
 
 
 def ours(case):

@@ -148,15 +148,18 @@ def low_rank_product(folder):
     files = ["low_rank_product.metal"]
     for op in lora_calls(2, 11, 150):
         check(folder, files, op, Embedded)
+        check(folder, files, op)
     for op in lora_calls(2, 11, 20):
         check(folder, files, op, Embedded, INPUT)
     for op in lora_calls(1, 1030, 20):
-        check(folder, files, op, Embedded)
+        check(folder, files, op)
 
 
 def adapter_grad(folder):
     for op in lora_calls(2, 11, 64):
         check(folder, ["adapter_grad.metal"], op, Embedded, LORA)
+    for op in lora_calls(2, 11, 27):
+        check(folder, ["adapter_grad.metal"], op, names=LORA)
 
 
 def low_rank(folder):

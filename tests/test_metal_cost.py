@@ -133,7 +133,7 @@ def test_code_without_a_loop_is_an_error():
     "reason, figure, worse",
     [
         ("cycles", 1.1, {"step": {"cycles": 11}}),
-        ("threads", 1.231, {"threads": 832}),
+        ("threads", 1.23, {"threads": 832}),
         ("64-bit multiply", 1, {"step": {"multiplies_64": 1}}),
         ("branches", 2, {"step": {"branches": 2}}),
         ("spills", 1, {"spills": 1}),
@@ -141,11 +141,26 @@ def test_code_without_a_loop_is_an_error():
 )
 def test_misses(reason, figure, worse):
     mlx = {"step": {"cycles": 10, "multiplies_64": 0, "branches": 1}, "work": 4, "rows": 1}
-    mlx |= {"threads": 1024, "spills": 0}
+    mlx |= {"threads": 1024, "spills": 0, "has_matrices": False}
     ours = mlx | worse | {"step": mlx["step"] | worse.get("step", {})}
     cell = cells.Cell("cell", "ours", "mlx")
     assert report.misses(cell, {"ours": ours, "mlx": mlx}) == {reason: figure}
     assert report.misses(cell, {"ours": mlx, "mlx": mlx}) == {}
+
+
+def test_tiles_need_as_many_threads_as_those_of_mlx():
+    mlx = {"step": {"cycles": 10, "multiplies_64": 0, "branches": 1}, "work": 4, "rows": 1}
+    mlx |= {"threads": 1024, "spills": 0, "has_matrices": True}
+    cell = cells.Cell("cell", "ours", "mlx")
+    assert report.misses(cell, {"ours": mlx | {"threads": 512}, "mlx": mlx}) == {}
+    assert report.misses(cell, {"ours": mlx | {"threads": 448}, "mlx": mlx}) == {"threads": 1.14}
+    assert report.misses(cell, {"ours": mlx | {"threads": 384}, "mlx": mlx | {"threads": 384}}) == {}
+
+
+def test_a_product_of_matrices_costs_what_its_multiply_adds_do():
+    kernel = {"step": {"cycles": 100}, "work": 512, "rows": 1, "has_matrices": False}
+    assert report.cost(kernel) == 100 / 512
+    assert report.cost(kernel | {"has_matrices": True}) == (100 + 512 - 64) / 512  # of each 16, 2 are seen
 
 
 def test_mended_misses_are_taken_out_and_worse_ones_are_not_let_in(result, monkeypatch, tmp_path):
@@ -156,7 +171,7 @@ def test_mended_misses_are_taken_out_and_worse_ones_are_not_let_in(result, monke
     (reason, figure), *_ = now[better].items()
     before = {cell: dict(reasons) for cell, reasons in now.items() if cell != new}
     before[mended]["spills"] = 1
-    before[better][reason] = figure - 0.01
+    before[better][reason] = round(figure - 0.01, 2)
     report.ACCEPTED.write_text("".join(f"{cell}: {report.text_of(r)}\n" for cell, r in before.items()))
     assert report.write(result["kernels"]) == {better: {reason: figure}, new: now[new]}
     del before[mended]["spills"]

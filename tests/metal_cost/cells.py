@@ -74,7 +74,7 @@ def _ours():
             yield rows_kernel(form, rows)
     for form in TILE_FORMATS:
         constants = _group_constants(form)
-        per_thread = f"tile_cols * {form}::tile_depth / tile_threads"
+        per_thread = "tile_cols * tile_depth / tile_threads"
         for rows in (32, 64):
             work = f"{rows} * {per_thread}"
             yield _tile_kernel("projection", f"projection_{rows}_{form}", work, constants=constants)
@@ -83,7 +83,9 @@ def _ours():
             yield _tile_kernel("input_grad", f"input_grad_{rows}_{form}", work, constants=constants)
     yield _tile_kernel("weight_grad", "weight_grad", "weight_grad_rows * tile_cols * 16 / tile_threads")
     yield replace(
-        _tile_kernel("projection", "projection_32_dense, ragged rows", "32 * tile_cols * 16 / tile_threads"),
+        _tile_kernel(
+            "projection", "projection_32_dense, ragged rows", "32 * tile_cols * tile_depth / tile_threads"
+        ),
         edits=(("min(BM, params.rows - first_row)", "BM - 1"),),
     )
     for source, shapes in LOW_RANK.items():
@@ -133,12 +135,14 @@ def _mlx():
     yield _gemm("gemm_tn", "half", 64, 64, 16, 1, "true, false")
     yield _gemm("gemm_nn_float", "float", 64, 64, 16, 2, "false, false")
     yield _gemm("gemm_tn_float", "float", 64, 64, 16, 2, "true, false")
-    # As it is compiled when rows of its last tiles are missing.
-    yield replace(
-        _gemm("gemm_nt, ragged rows", "half", 64, 32, 32, 2, "false, true"),
-        constants=("align_N", "align_K"),
-        edits=(("align_M ? BM : short(min(BM, params->M - c_row))", "BM - 1"),),
-    )
+    # For fewer than 40 rows its tiles are of 16 by 32; rows of the last may be missing.
+    for name, aligned, edits in (
+        ("gemm_splitk_nt", "true", ()),
+        ("gemm_splitk_nt, ragged rows", "false", (("min(BM, params->M - c_row)", "BM - 1"),)),
+    ):
+        function = f"gemm_splitk<half, float, 16, 32, 16, 2, 2, false, true, {aligned}, true>"
+        source, work = _mlx_source("dense")[0], "16 * 32 * 16 / 128"
+        yield Kernel(name, source, 128, work, function, has_matrices=True, edits=edits)
     for form in TILE_FORMATS[1:]:
         bits, group = FORMATS[form]
         source, prefix = _mlx_source(form)
@@ -156,10 +160,11 @@ def _cells():
             yield Cell(f"{form}, rows {rows}", ours.name, mlx.name, *passes)
     for form in TILE_FORMATS:
         for rows in (32, 64):
-            yield _tile_cell(f"projection_{rows}_{form}", "gemm_nt" if form == "dense" else f"qmm_t_{form}")
+            dense = "gemm_splitk_nt" if rows == 32 else "gemm_nt"
+            yield _tile_cell(f"projection_{rows}_{form}", dense if form == "dense" else f"qmm_t_{form}")
         for rows in (32, 64) if form == "dense" else (64,):
             yield _tile_cell(f"input_grad_{rows}_{form}", "gemm_nn" if form == "dense" else f"qmm_n_{form}")
-    yield _tile_cell("projection_32_dense, ragged rows", "gemm_nt, ragged rows")
+    yield _tile_cell("projection_32_dense, ragged rows", "gemm_splitk_nt, ragged rows")
     yield _tile_cell("weight_grad", "gemm_tn")
     for source, mlx in (("low_rank_product", "gemm_nn_float"), ("adapter_grad", "gemm_tn_float")):
         for shape in LOW_RANK[source]:

@@ -209,7 +209,7 @@ void Planner::launch_tiles(Launch launch, Function splits, int64_t depth) {
     this->launch(std::move(launch));
     return;
   }
-  params.split_depth = ceil_div(ceil_div(depth, wanted), quantized_depth) * quantized_depth;
+  params.split_depth = ceil_div(ceil_div(depth, wanted), tile_depth) * tile_depth;
   params.splits = ceil_div(depth, params.split_depth);
   params.partial_columns = columns * tile_cols;
   auto partial = add_temporary(params.splits * rows, params.partial_columns);
@@ -316,7 +316,7 @@ void Planner::add_input_grad(const Tensor& dx) {
   int64_t depth = 0;  // every head begins with a block
   for (int i = 0; i < params.segments; ++i) {
     auto& s = params.segment[i];
-    depth += s.features / s.head_dim * ceil_div(s.head_dim, quantized_depth) * quantized_depth;
+    depth += s.features / s.head_dim * ceil_div(s.head_dim, tile_depth) * tile_depth;
   }
   launch_tiles(
       {.kernel = kernel,
@@ -428,7 +428,11 @@ void Planner::add_low_rank_product(Role factor) {
   constants.set(constant_has_rest, has_rest);
   uint8_t row_blocks = params.rows < many_rows ? 1 : high_blocks;
   launch(
-      {.kernel = {.function = Function::low_rank_product, .rows = row_blocks, .columns = tiles.blocks, .constants = constants},
+      {.kernel =
+           {.function = Function::low_rank_product,
+            .rows = row_blocks,
+            .columns = tiles.blocks,
+            .constants = constants},
        .buffers = std::move(bindings.buffers),
        .params = params,
        .grid =
