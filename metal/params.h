@@ -42,6 +42,7 @@ enum ConstantIndex : int32_t {
   constant_has_rest,   // the sums of a low-rank product or of its gradient are not of whole blocks
   constant_group_low,  // a group has 16 values times two to the power of these two bits
   constant_group_high,
+  constant_count,
 };
 
 // A tile of a projection or gradient, 32 or 64 rows of it, is that of two by two simdgroups.

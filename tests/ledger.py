@@ -46,7 +46,7 @@ def small_cases():
         for rows in (33, 128):
             yield Case(operation, rows, 256, GQA_4_2, packed, True)
     for operation in ("qkv", "output", "dx", "dw"):
-        yield Case(operation, 33, 200, RAGGED, False, True)
+        yield Case(operation, 33, 208, RAGGED, False, True)
     for operation in ("lora_qkv", "lora_output", "quantized_qkv", "quantized_output"):
         for rows in (1, 8, 64):
             yield Case(operation, rows, 256, GQA_4_2, False, False)

@@ -45,7 +45,7 @@ MTL::Library* library(mlx::core::metal::Device& device, const std::string& forma
 
 MTL::ComputePipelineState* load(mlx::core::metal::Device& device, const Kernel& kernel) {
   mlx::core::metal::MTLFCList constants;
-  std::array<bool, 8> values;
+  std::array<bool, constant_count> values;
   auto specialized = kernel.name();
   for (size_t i = 0; i < values.size(); ++i) {
     if (kernel.constants.given >> i & 1) {
