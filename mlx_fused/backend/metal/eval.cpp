@@ -103,7 +103,7 @@ void Projection::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs);
   Launcher launcher(stream());
   auto in = launcher.inputs(call_, input_slots(call_), inputs), out = launcher.outputs(outputs);
-  int cores = describe(stream().device).cores;
+  int cores = describe(mx::Device::gpu).cores;
   launcher.encode(metal::plan_projection(call_, type_of(outputs[0].dtype()), cores, in, out));
 }
 
@@ -113,7 +113,7 @@ void ProjectionGrad::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   auto slots = input_slots(call_);
   auto in = launcher.inputs(call_.forward, slots, inputs), out = launcher.outputs(outputs);
   auto dtype = Operands(inputs, slots).get(Role::cotangent).dtype();
-  int cores = describe(stream().device).cores;
+  int cores = describe(mx::Device::gpu).cores;
   launcher.encode(metal::plan_gradients(call_, type_of(dtype), cores, in, out));
 }
 
