@@ -58,12 +58,14 @@ def steps(launch, case):
         return 0
     op = ledger.call_of(case)
     summed = sum(op.features) if launch["kernel"].startswith("input_grad") else op.x.shape[-1]
-    return ceil(summed / DEPTH)
+    splits = launch["grid"][2]  # the rows are one batch
+    return ceil(summed / DEPTH / splits)
 
 
-def ours(case):
-    call = ledger.run_plan(case, library_of=ledger.NotRun())
-    products = [launch for launch in call.plan if "weight" in ledger.bound(launch)]
+def ours(case, size):
+    call = ledger.run_plan(case, library_of=ledger.NotRun(), cores=CORES[size])
+    products = [p for p in call.plan if p["kernel"].startswith(("projection", "input_grad"))]
+    products = [p for p in products if "_splits_" not in p["kernel"]]
     return total(Grid(prod(p["grid"]), prod(p["threadgroup"]) // 32, steps(p, case)) for p in products)
 
 
@@ -81,7 +83,8 @@ def is_missed(our_groups, their_groups, name):
 def row(model, call, rows):
     hidden, heads = MODELS[model]
     case = ledger.Case(call.operation, rows, hidden, heads, False, False)
-    op, our_grid, their_grids = ledger.call_of(case), ours(case), mlx(case)
+    op, their_grids = ledger.call_of(case), mlx(case)
+    our_grids = {size: ours(case, size) for size in CORES}
     return {
         "call": call.call,
         "weights": call.weights,
@@ -89,9 +92,9 @@ def row(model, call, rows):
         "in_features": op.x.shape[-1],
         "features": list(op.features),
         "rows": rows,
-        "ours": our_grid,
+        "ours": our_grids,
         "mlx": their_grids,
-        "misses": [c for c in CLASSES if is_missed(our_grid.threadgroups, their_grids[c].threadgroups, c)],
+        "misses": [c for c in CLASSES if is_missed(our_grids[c[-1]][0], their_grids[c].threadgroups, c)],
     }
 
 
@@ -114,10 +117,11 @@ def markdown(lines):
 
 
 def table(rows):
-    lines = [["model", "M", "ours", *CLASSES], ["---", *["--:"] * (2 + len(CLASSES))]]
+    head = ["model", "M", *(f"ours, {size}" for size in CORES), *CLASSES]
+    lines = [head, ["---", *["--:"] * (len(head) - 1)]]
     for r in rows:
         theirs = (cell(r["mlx"][name], name in r["misses"]) for name in CLASSES)
-        lines.append([r["model"], r["rows"], cell(r["ours"]), *theirs])
+        lines.append([r["model"], r["rows"], *map(cell, r["ours"].values()), *theirs])
     return markdown(lines)
 
 

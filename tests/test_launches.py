@@ -99,10 +99,11 @@ def test_products_of_gradients():
 
 
 def test_ours_by_hand():
-    assert launches.ours(llama(8)) == Grid(2 * 3072 // 8, 2 * 2 * 3072 // 8, 0)
-    assert launches.ours(llama(65)) == Grid(2 * 48, 2 * 48 * 4, 128)
-    assert launches.ours(llama(65, "quantized_output")) == Grid(2 * 32, 2 * 32 * 4, 64)
-    assert launches.ours(llama(65, "dx")) == Grid(2 * 32, 2 * 32 * 4, 3072 // 16)
+    assert launches.ours(llama(8), "d") == Grid(2 * 3072 // 8, 2 * 2 * 3072 // 8, 0)
+    assert launches.ours(llama(65), "g") == Grid(2 * 48, 2 * 48 * 4, 64)
+    assert launches.ours(llama(65), "s") == Grid(2 * 48 * 4, 2 * 48 * 4 * 4, 16)  # 320 threadgroups or more
+    assert launches.ours(llama(65, "quantized_output"), "g") == Grid(2 * 32 * 2, 2 * 32 * 2 * 4, 32)
+    assert launches.ours(llama(65, "dx"), "g") == Grid(2 * 32 * 2, 2 * 32 * 2 * 4, 3072 // 64)
 
 
 def test_a_class_launches_the_same_in_its_two_generations():
