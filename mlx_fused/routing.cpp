@@ -77,39 +77,24 @@ DeviceInfo metal_device(
 
 const std::vector<RouteRow>& route_table() {
   constexpr auto composed = Route::composed, fused = Route::fused;
+  // clang-format off
   static const std::vector<RouteRow> table = {
-      {Device::cpu,
-       Part::any,
-       "any",
-       0,
-       any_rows,
-       fused,
+      {Device::cpu, Part::any, "any", 0, any_rows, fused,
        "On Linux at least 6.8 times as fast as MLX's matmul (docs/benchmarks.md); not measured on macOS."},
-      {Device::metal_with_matmul_units,
-       Part::any,
-       "any",
-       32,
-       any_rows,
-       composed,
-       "Arithmetic limits it, and MLX's matmul reaches matrix units: reasoned."},
-      {Device::metal, Part::residual, "any", 0, 1, composed, "mx.addmm is one launch too."},
-      {Device::metal, Part::residual, "any", few_rows + 1, any_rows, composed, "mx.addmm is one launch too."},
+      {Device::metal_with_matmul_units, Part::any, "any", 32, any_rows, composed,
+       "Limited by arithmetic, and MLX's matmul reaches the matrix units: reasoned."},
+      {Device::metal, Part::residual, "any", 0, 1, composed,
+       "mx.addmm is one launch too."},
+      {Device::metal, Part::residual, "any", few_rows + 1, any_rows, composed,
+       "mx.addmm is one launch too."},
 #include "mlx_fused/metal_cost.inc"
-      {Device::metal,
-       Part::small_grid,
-       "any",
-       2,
-       few_rows,
-       composed,
-       "Fewer than 8 threadgroups to a core, which MLX's kernels have: reasoned."},
-      {Device::metal,
-       Part::any,
-       "any",
-       0,
-       any_rows,
-       fused,
-       "By counted instructions no slower than MLX's kernels, in fewer launches."},
+      {Device::metal, Part::small_grid, "any", 2, few_rows, composed,
+       "Fewer than 8 threadgroups to a core, and MLX's kernels may have more: reasoned. "
+       "Given up: one launch for a QKV call's 3, with bias up to 6."},
+      {Device::metal, Part::any, "any", 0, any_rows, fused,
+       "By counted instructions no slower than MLX's kernels, and fewer launches."},
   };
+  // clang-format on
   return table;
 }
 

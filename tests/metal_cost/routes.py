@@ -44,7 +44,10 @@ class Run:
         return True
 
     def reason(self):
-        words = {"cycles": f"{self.cycles:.2f} times the cycles", "threads": f"{self.threads:.2f} times the threads"}
+        words = {
+            "cycles": f"{self.cycles:.2f} times the cycles",
+            "threads": f"{self.threads:.2f} times the threads",
+        }
         worst = ", ".join(words.get(name, name) for name in sorted(self.missed))
         return f"At worst {worst} of MLX's kernel. Given up: {PARTS[self.kernel][1]}."
 
