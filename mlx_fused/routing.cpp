@@ -16,6 +16,9 @@ using Part = RouteRow::Part;
 // A GPU's cores are kept busy by so many threadgroups each: reasoned, not measured on a Mac.
 constexpr int threadgroups_per_core = 8;
 
+// The cost report has ranks of 8 and 64; the latter stands for all above this.
+constexpr int low_rank = 8;
+
 // Of the kernels for few rows.
 int64_t threadgroups(const Workload& work) {
   int64_t tiles = 0;
@@ -32,7 +35,9 @@ bool wants(const Workload& work, Role role) {
 }
 
 bool has_part(const Workload& work, Part part, const DeviceInfo& device) {
-  bool adapter_gradient = wants(work, Role::lora_a) || wants(work, Role::lora_b);
+  auto rank = work.ranks.empty() ? 0 : *std::max_element(work.ranks.begin(), work.ranks.end());
+  bool adapter_gradient = rank > 0 && (wants(work, Role::lora_a) || wants(work, Role::lora_b));
+  bool low_rank_product = adapter_gradient || (rank > 0 && (!work.is_grad() || wants(work, Role::input)));
   switch (part) {
     case Part::any:
       return true;
@@ -47,9 +52,13 @@ bool has_part(const Workload& work, Part part, const DeviceInfo& device) {
     case Part::weight_gradient:
       return wants(work, Role::weight);
     case Part::low_rank_product:
-      return adapter_gradient || (work.call.has_adapters() && (!work.is_grad() || wants(work, Role::input)));
+      return low_rank_product && rank <= low_rank;
+    case Part::high_rank_product:
+      return low_rank_product && rank > low_rank;
     case Part::adapter_gradient:
-      return adapter_gradient;
+      return adapter_gradient && rank <= low_rank;
+    case Part::high_rank_gradient:
+      return adapter_gradient && rank > low_rank;
   }
   return false;
 }

@@ -43,6 +43,8 @@ struct Workload {
   const Slots* wanted = nullptr;  // the gradients, if it is of these
   bool no_metal_kernel = false;   // Metal has no kernel for one of the wanted gradients
 
+  std::vector<int> ranks = {};  // of each segment's adapter, 0 without one
+
   bool is_grad() const {
     return wanted != nullptr;
   }
@@ -61,8 +63,10 @@ struct RouteRow {
     residual,    // a projection whose epilogue adds nothing but a residual
     input_gradient,
     weight_gradient,
-    low_rank_product,
-    adapter_gradient
+    low_rank_product,  // x A or dy B^T of adapters
+    high_rank_product,
+    adapter_gradient,
+    high_rank_gradient
   };
 
   Device device;

@@ -108,12 +108,13 @@ def reads(launch, case):
     op = call_of(case)
     features, in_features = op.features, op.x.shape[-1]
     if kernel.startswith("low_rank_product"):
-        times = {"left": 1, "lora": row_tiles}
+        tile_rows = 8 * int(kernel.removeprefix("low_rank_product_")[0])  # surplus rows repeat the last
+        times = {"left": Fraction(row_tiles * tile_rows, rows), "lora": row_tiles}
     elif kernel.startswith("adapter_grad"):
-        # Of x there is one tile of columns; a block of 8 features reads the rows of P or G.
-        of_x = columns == ceil(in_features / 64)
-        blocks = [in_features / 8] if of_x else [n / 8 for n in features]
-        times = {"left": 1, "low_rank": Fraction(sum(map(ceil, blocks)), len(blocks))}
+        # A tile of 32 features reads the rows of P or G.
+        of_x = columns == ceil(in_features / 32)
+        tiles = [in_features / 32] if of_x else [n / 32 for n in features]
+        times = {"left": 1, "low_rank": Fraction(sum(map(ceil, tiles)), len(tiles))}
     elif kernel.startswith("projection_rows"):
         times = {"input": columns * launch["threadgroup"][0] // 32, "weight": row_tiles}
     elif kernel.startswith("projection"):
@@ -294,7 +295,7 @@ def routed(case):
         op.x.shape[-1],
         case.bias,
         quantization=(mode, bits, group_size) if mode else None,
-        has_adapters="lora" in case.operation,
+        rank=RANK if "lora" in case.operation else 0,
         wanted=wanted,
         features=op.features,
         device="metal",

@@ -18,13 +18,24 @@ HALVES = [mx.float32, mx.float16, mx.bfloat16]
 SIZES = ["p", "g", "s", "d"]  # of Metal's GPUs
 Row = namedtuple("Row", "device part weights first last route reason")
 TABLE = [Row(*row) for row in _internals.route_table()]
-# How a call comes to need a kernel: the operation, what is wanted of its gradient, and whether it has adapters.
-NEEDS = {
+# How a call comes to have a part: the operation, what is wanted of its gradient, and its adapters' rank.
+HAS = {
     "projection": ("qkv", {}),
-    "input_grad": ("qkv_grad", {"wanted": ["input"]}),
-    "weight_grad": ("qkv_grad", {"wanted": ["weight", "bias"]}),
-    "low_rank_product": ("qkv", {"has_adapters": True}),
-    "adapter_grad": ("qkv_grad", {"wanted": ["lora_b"], "has_adapters": True}),
+    "input_gradient": ("qkv_grad", {"wanted": ["input"]}),
+    "weight_gradient": ("qkv_grad", {"wanted": ["weight", "bias"]}),
+    "low_rank_product": ("qkv", {"rank": 8}),
+    "high_rank_product": ("qkv", {"rank": 9}),
+    "adapter_gradient": ("qkv_grad", {"wanted": ["lora_b"], "rank": 8}),
+    "high_rank_gradient": ("qkv_grad", {"wanted": ["lora_a"], "rank": 9}),
+}
+NAMES = {  # that the table has for them
+    "projection": "projection",
+    "input_gradient": "gradient of the input",
+    "weight_gradient": "gradient of weights",
+    "low_rank_product": "LoRA's x A or dy B^T, rank up to 8",
+    "high_rank_product": "LoRA's x A or dy B^T, rank above 8",
+    "adapter_gradient": "gradient of LoRA's A or B, rank up to 8",
+    "high_rank_gradient": "gradient of LoRA's A or B, rank above 8",
 }
 
 
@@ -33,9 +44,15 @@ def choose_route(operation, *promoted, device="metal", rows=128, **kwargs):
     return _internals.route(operation, promoted, rows, device=device, **kwargs)
 
 
-def deciding(operation, rows, device="metal", **kwargs):
-    """The row of the table that decides."""
-    return TABLE[_internals.matching_rows(operation, (mx.bfloat16,), rows, device=device, **kwargs)[0]]
+def matching(operation, rows, device="metal", **kwargs):
+    """The rows of the table that match."""
+    return [
+        TABLE[i] for i in _internals.matching_rows(operation, (mx.bfloat16,), rows, device=device, **kwargs)
+    ]
+
+
+def deciding(*args, **kwargs):
+    return matching(*args, **kwargs)[0]
 
 
 def quantization(form):
@@ -81,9 +98,11 @@ def test_other_gpus_are_composed_whatever_the_route(operation, rows):
 
 def test_every_row_of_the_table_decides_some_calls():
     devices = [{"device": "cpu"}, *({"device": "metal", "matmul_units": units} for units in (True, False))]
-    operations = [*NEEDS.values(), ("output", {})]
+    operations = [*HAS.values(), ("output", {})]
     seen = set()
-    for (operation, kind), form, device, rows in product(operations, FORMATS, devices, (*range(10), 33)):
+    for (operation, kind), form, device, rows in product(
+        operations, FORMATS, devices, (*range(10), 33, 1024)
+    ):
         for features in ([64], [4096]):
             row = deciding(
                 operation, rows, **kind, **device, quantization=quantization(form), features=features
@@ -117,15 +136,19 @@ def test_the_page_shows_the_table():
 @pytest.mark.parametrize("name", CELLS)
 def test_what_costs_more_than_mlx_is_composed(name, figures):
     missed, _ = routes.decisive(CELLS[name], figures)
-    kernel, weights, first, last = routes.place(CELLS[name])
-    operation, kind = NEEDS[kernel]
+    part, weights, first, last = routes.place(CELLS[name])
+    operation, kind = HAS[part]
     for form, size, rows in product(forms(weights), SIZES, {first, min(last, 4096)}):
-        arguments = {"rows": rows, "size": size, "quantization": quantization(form), **kind}
-        if form != "dense" and "weight" in kind.get("wanted", ()):
-            continue  # quantized weights have no gradient
-        assert (choose_route(operation, **arguments) == "composed") >= bool(missed)
-        if not kind.get("has_adapters"):  # what needs no other kernel is fused if that one costs no more
-            assert (choose_route(operation, **arguments) == "fused") == (not missed)
+        if part == "weight_gradient" and form != "dense":
+            continue  # quantized weights have none
+        arguments = {"size": size, "quantization": quantization(form), **kind}
+        if missed:
+            assert choose_route(operation, rows=rows, **arguments) == "composed"
+        else:  # nor is any row of the table about it, unless another cell of the same place misses
+            others = [c for c in CELLS.values() if routes.place(c) == (part, weights, first, last)]
+            is_missed = any(routes.decisive(c, figures)[0] for c in others)
+            found = {row.part for row in matching(operation, rows, **arguments)}
+            assert is_missed or NAMES[part] not in found
 
 
 def test_only_branches_and_64_bit_products_of_tiles_do_not_decide():
@@ -136,20 +159,32 @@ def test_only_branches_and_64_bit_products_of_tiles_do_not_decide():
     for name, passed in (("weight_grad", ["64-bit multiply", "branches"]), ("dense, rows 1", [])):
         cell = CELLS[name]
         decide, others = routes.decisive(cell, {cell.ours: worse, cell.mlx: kernel})
-        assert others == passed
+        assert [*others] == passed
         assert {*decide} == {"cycles", "threads", "64-bit multiply", "branches", "spills"} - {*passed}
 
 
-def test_a_call_is_composed_if_one_of_its_parts_is():
-    """Of a gradient, each part has its own rows, whatever else is wanted."""
-    parts = {row.part for row in TABLE}
-    for role, part in (("input", "gradient of the input"), ("weight", "gradient of weights")):
-        if part in parts:
-            assert deciding("qkv_grad", 128, wanted=["bias", role]).part == part
-    if "LoRA's x A or dy B^T" in parts:
-        for kind in ({"wanted": ["input"]}, {"wanted": ["lora_a"]}):
-            assert deciding("qkv_grad", 128, **kind, has_adapters=True).route == "composed"
-        assert deciding("qkv", 1, has_adapters=True).part == "LoRA's x A or dy B^T"
+@pytest.mark.parametrize(
+    "operation, kind, parts",
+    [
+        ("qkv", {}, ["projection"]),
+        ("qkv", {"rank": 8}, ["projection", "low_rank_product"]),
+        ("qkv", {"rank": 9}, ["projection", "high_rank_product"]),
+        ("qkv_grad", {"wanted": ["input"]}, ["input_gradient"]),
+        ("qkv_grad", {"wanted": ["input"], "rank": 8}, ["input_gradient", "low_rank_product"]),
+        ("qkv_grad", {"wanted": ["bias", "weight"], "rank": 8}, ["weight_gradient"]),
+        ("qkv_grad", {"wanted": ["lora_a"], "rank": 9}, ["high_rank_product", "high_rank_gradient"]),
+        (
+            "qkv_grad",
+            {"wanted": ["weight", "lora_b"], "rank": 8},
+            ["weight_gradient", "low_rank_product", "adapter_gradient"],
+        ),
+    ],
+)
+def test_the_parts_of_a_call(operation, kind, parts):
+    """Of those that the table has rows about, for many rows of the input."""
+    known = {row.part for row in TABLE if row.last is None and row.weights in ("any", "dense")}
+    found = {row.part for row in matching(operation, 4096, **kind)} - {"any"}
+    assert found == {NAMES[part] for part in parts} & known
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -158,7 +193,7 @@ def test_mlx_adds_a_residual_alone(size):
     for rows in (0, 1, 9, 31, 4096):
         assert deciding("output", rows, size=size).part == alone
         assert choose_route("output", rows=rows, size=size) == "composed"
-        for kind in ({"has_bias": True}, {"has_adapters": True}, {"quantization": ("affine", 4, 64)}):
+        for kind in ({"has_bias": True}, {"rank": 8}, {"quantization": ("affine", 4, 64)}):
             assert deciding("output", rows, size=size, **kind).part != alone
     assert deciding("output", 8, size=size).part != alone
     assert deciding("qkv", 1, size=size).part != alone
@@ -167,13 +202,16 @@ def test_mlx_adds_a_residual_alone(size):
 
 @pytest.mark.parametrize("size, cores", [("p", 6), ("g", 10), ("s", 40), ("d", 80)])
 def test_few_rows_need_threadgroups_enough_for_the_cores(size, cores):
-    small = "projection, small grid"
+    def is_small(rows, *features):
+        found = matching("qkv", rows, size=size, features=features)
+        return "projection, small grid" in {row.part for row in found}
+
     for rows, features in ((2, 64 * cores), (4, 64 * cores), (6, 32 * cores), (8, 32 * cores)):
-        assert deciding("qkv", rows, size=size, features=[features]).part != small
-        assert deciding("qkv", rows, size=size, features=[features - 8]).part == small
-        assert deciding("qkv", rows, size=size, features=[features - 8, 1]).part != small
-    assert deciding("qkv", 1, size=size, features=[8]).part != small  # MLX's kernel has fewer
-    assert deciding("qkv", 9, size=size, features=[8]).part != small  # the plan splits the sum
+        assert not is_small(rows, features)
+        assert is_small(rows, features - 8)
+        assert not is_small(rows, features - 8, 1)
+    assert not is_small(1, 8)  # MLX's kernel has fewer
+    assert not is_small(9, 8)  # that of tiles
 
 
 @pytest.mark.parametrize(
@@ -201,7 +239,7 @@ def test_a_metal_gpu_is_known_by_its_architecture(
 @pytest.mark.parametrize("rows", [1, 8, 128])
 def test_gpus_without_simdgroup_matrices_are_composed_whatever_the_route(operation, rows):
     for route in (None, "fused"):
-        for kind in ({}, {"quantization": ("affine", 4, 64)}, {"has_bias": True, "has_adapters": True}):
+        for kind in ({}, {"quantization": ("affine", 4, 64)}, {"has_bias": True, "rank": 8}):
             assert choose_route(operation, rows=rows, is_apple7=False, route=route, **kind) == "composed"
 
 
@@ -219,7 +257,7 @@ def test_metal_has_no_kernel_for_an_empty_sum_or_a_bias_gradient_alone():
         assert choose_route("qkv_grad", no_metal_kernel=True, route=route) == "composed"
     assert choose_route("qkv_grad", no_metal_kernel=True, device="cpu") == "fused"
     assert choose_route("output_grad", quantization=("affine", 4, 64), route="fused") == "composed"
-    assert choose_route("output_grad", has_adapters=True, route="fused") == "fused"
+    assert choose_route("output_grad", rank=8, route="fused") == "fused"
 
 
 def test_metal_has_no_kernel_for_other_formats():

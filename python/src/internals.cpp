@@ -60,8 +60,10 @@ constexpr std::array parts = {
     "projection + residual alone",
     "gradient of the input",
     "gradient of weights",
-    "LoRA's x A or dy B^T",
-    "gradient of LoRA's A or B"};
+    "LoRA's x A or dy B^T, rank up to 8",
+    "LoRA's x A or dy B^T, rank above 8",
+    "gradient of LoRA's A or B, rank up to 8",
+    "gradient of LoRA's A or B, rank above 8"};
 
 const char* name_of(mlx_fused::Route route) {
   return route == mlx_fused::Route::composed ? "composed" : "fused";
@@ -78,7 +80,7 @@ void def_on_workload(nb::module_& m, const char* name, F f) {
           int64_t in_features,
           bool has_bias,
           const std::optional<QuantizationTuple>& q,
-          bool has_adapters,
+          int rank,
           const std::vector<std::string>& wanted,
           bool no_metal_kernel,
           const std::optional<std::vector<int>>& features,
@@ -95,8 +97,7 @@ void def_on_workload(nb::module_& m, const char* name, F f) {
         bool is_output = operation.starts_with("output");
         std::vector<mlx_fused::Segment> segments;
         for (int count : features.value_or(std::vector(is_output ? 1 : 3, 4096))) {
-          segments.push_back(
-              {.features = count, .adapter_scale = has_adapters ? std::optional(1.0f) : std::nullopt});
+          segments.push_back({.features = count, .adapter_scale = rank ? std::optional(1.0f) : std::nullopt});
         }
         mlx_fused::Call call{
             .segments = segments,
@@ -108,8 +109,9 @@ void def_on_workload(nb::module_& m, const char* name, F f) {
           slots.push_back({role_of(role)});
         }
         bool is_grad = operation.ends_with("_grad");
+        std::vector<int> ranks(segments.size(), rank);
         mlx_fused::Workload work{
-            call, promoted, rows, in_features, is_grad ? &slots : nullptr, no_metal_kernel};
+            call, promoted, rows, in_features, is_grad ? &slots : nullptr, no_metal_kernel, ranks};
         return f(work, info, route);
       },
       "operation"_a,
@@ -118,7 +120,7 @@ void def_on_workload(nb::module_& m, const char* name, F f) {
       "in_features"_a = 4096,
       "has_bias"_a = false,
       "quantization"_a = nb::none(),
-      "has_adapters"_a = false,
+      "rank"_a = 0,
       "wanted"_a = std::vector<std::string>{"input"},
       "no_metal_kernel"_a = false,
       "features"_a = nb::none(),

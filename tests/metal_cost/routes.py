@@ -5,70 +5,85 @@ from dataclasses import dataclass
 from math import inf
 
 from .cells import CELLS, HERE, KERNELS, ROWS
-from .report import cost, misses
+from .report import misses
 
 INCLUDED = HERE.parents[1] / "mlx_fused" / "metal_cost.inc"
 # A step of a kernel with matrices is 256 to 1024 multiply-adds of a lane, beside which a branch is little. A
 # 64-bit multiplication is among its cycles.
 DO_NOT_DECIDE = ("64-bit multiply", "branches")
 KINDS = {"affine_4": "affine", "mxfp4": "fp"}  # the tiles of these stand for those of their kind
-# Our kernels in the order of the table, with the part of a call that each does, and what taking MLX's gives up.
+HIGH_TILES_FROM = 1024  # rows; many_rows in backend/metal/plan.cpp
+# Parts of a call in the order of the table, with what taking MLX's kernels gives up.
 PARTS = {
-    "adapter_grad": ("adapter_gradient", "one launch for all A or all B"),
-    "low_rank_product": ("low_rank_product", "one launch for all adapters"),
-    "weight_grad": ("weight_gradient", "one launch for a QKV call's 3, with bias 6"),
-    "input_grad": ("input_gradient", "one launch for a QKV call's 5"),
-    "projection": ("projection", "one launch for a QKV call's 3, with bias up to 6"),
+    "adapter_gradient": "one launch for all A or all B",
+    "high_rank_gradient": "one launch for all A or all B",
+    "low_rank_product": "one launch for all adapters",
+    "high_rank_product": "one launch for all adapters",
+    "weight_gradient": "one launch for a QKV call's 3, with bias 6",
+    "input_gradient": "one launch for a QKV call's 5",
+    "projection": "one launch for a QKV call's 3, with bias up to 6",
 }
 
 
 @dataclass
 class Run:
-    """Cells of one kernel and adjacent numbers of rows that miss; of what they miss, the worst."""
+    """Cells of one part and adjacent numbers of rows that miss, and the worst figure of each miss."""
 
-    kernel: str
+    part: str
     weights: str
     first: int
     last: float
-    missed: set[str]
-    cycles: float  # ours by MLX's
-    threads: float
+    worst: dict[str, float]
 
     def merge(self, other):
-        """Whether the other goes on where this ends, and is part of it now."""
-        if (self.kernel, self.weights, self.last + 1) != (other.kernel, other.weights, other.first):
+        """Whether the other is of the same rows or goes on where this ends, and is part of it now."""
+        if (self.part, self.weights) != (other.part, other.weights):
             return False
-        self.last = other.last
-        self.missed |= other.missed
-        self.cycles, self.threads = max(self.cycles, other.cycles), min(self.threads, other.threads)
+        if other.first not in (self.first, self.last + 1):
+            return False
+        self.last = max(self.last, other.last)
+        for name, figure in other.worst.items():
+            self.worst[name] = max(figure, self.worst.get(name, 0))
         return True
 
     def reason(self):
-        words = {
-            "cycles": f"{self.cycles:.2f} times the cycles",
-            "threads": f"{self.threads:.2f} times the threads",
+        figures = {
+            "cycles": lambda figure: f"{figure:.2f} times the cycles",
+            "threads": lambda figure: f"{1 / figure:.2f} times the threads",
         }
-        worst = ", ".join(words.get(name, name) for name in sorted(self.missed))
-        return f"At worst {worst} of MLX's kernel. Given up: {PARTS[self.kernel][1]}."
+        worst = [
+            figures[name](figure) if name in figures else name for name, figure in sorted(self.worst.items())
+        ]
+        return f"At worst {', '.join(worst)} of MLX's kernel. Given up: {PARTS[self.part]}."
 
 
 def decisive(cell, found):
     """The misses that route a cell to MLX, and those that do not."""
     missed = misses(cell, found)
     passed = DO_NOT_DECIDE if KERNELS[cell.ours].has_matrices else ()
-    return [m for m in missed if m not in passed], [m for m in missed if m in passed]
+    decide = {name: figure for name, figure in missed.items() if name not in passed}
+    return decide, {name: figure for name, figure in missed.items() if name in passed}
 
 
 def place(cell):
-    """The kernel, the weights, and the first and last number of rows that a cell is about."""
+    """The part of a call, the weights, and the first and last number of rows that a cell is about."""
     if match := re.fullmatch(r"(.+), rows (\d)", cell.name):
         return "projection", match[1], int(match[2]), int(match[2])
-    kernel, tile, form = re.fullmatch(r"([a-z_]+?)(?:_(32|64)_(\w+))?", cell.name).groups()
-    least = max(ROWS) + 1 if kernel == "projection" else 1  # fewer rows have a kernel of their own
+    if match := re.fullmatch(r"low_rank_product_(\d)x\d, rank (\d+)", cell.name):
+        part = "low_rank_product" if match[2] == "8" else "high_rank_product"
+        return part, "any", *((1, HIGH_TILES_FROM - 1) if match[1] == "1" else (HIGH_TILES_FROM, inf))
+    if match := re.fullmatch(r"adapter_grad_\d, rank (\d+)", cell.name):
+        return "adapter_gradient" if match[1] == "8" else "high_rank_gradient", "any", 1, inf
+    if cell.name == "weight_grad":
+        return "weight_gradient", "any", 1, inf
+    kernel, tile, form = re.fullmatch(
+        r"(projection|input_grad)_(32|64)_(\w+)(?:, ragged rows)?", cell.name
+    ).groups()
+    part = "projection" if kernel == "projection" else "input_gradient"
+    least = max(ROWS) + 1 if part == "projection" else 1  # fewer rows have a kernel of their own
     if tile == "32":
-        return kernel, KINDS.get(form, form), least, 32
-    has_small = f"{kernel}_32_{form}" in CELLS
-    return kernel, KINDS.get(form, form or "any"), 33 if has_small else least, inf
+        return part, KINDS.get(form, form), least, 32
+    return part, KINDS.get(form, form), 33 if f"{kernel}_32_{form}" in CELLS else least, inf
 
 
 def runs(found):
@@ -76,13 +91,10 @@ def runs(found):
     every = []
     for cell in CELLS.values():
         missed, _ = decisive(cell, found)
-        if missed:
-            ours, mlx = found[cell.ours], found[cell.mlx]
-            cycles = cell.our_passes * cost(ours) / (cell.mlx_passes * cost(mlx))
-            run = Run(*place(cell), set(missed), cycles, ours["threads"] / mlx["threads"])
-            if not any(before.merge(run) for before in every):
-                every.append(run)
-    return sorted(every, key=lambda run: [*PARTS].index(run.kernel))
+        run = Run(*place(cell), missed)
+        if missed and not any(before.merge(run) for before in every):
+            every.append(run)
+    return sorted(every, key=lambda run: [*PARTS].index(run.part))
 
 
 def text(found):
@@ -90,6 +102,6 @@ def text(found):
     lines = ["// Written by `make metal-cost`: where our kernels cost more than MLX's.\n"]
     for run in runs(found):
         last = "any_rows" if run.last == inf else run.last
-        condition = f'Part::{PARTS[run.kernel][0]}, "{run.weights}", {run.first}, {last}'
+        condition = f'Part::{run.part}, "{run.weights}", {run.first}, {last}'
         lines.append(f'{{Device::metal, {condition}, composed,\n "{run.reason()}"}},\n')
     return "".join(lines)
