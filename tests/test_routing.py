@@ -7,6 +7,7 @@ from itertools import product
 import mlx.core as mx
 import pytest
 
+import launches
 import mlx_fused
 import routing_page
 from graph import primitives
@@ -212,6 +213,17 @@ def test_few_rows_need_threadgroups_enough_for_the_cores(size, cores):
         assert not is_small(rows, features - 8, 1)
     assert not is_small(1, 8)  # MLX's kernel has fewer
     assert not is_small(9, 8)  # that of tiles
+
+
+LAUNCHES = json.loads(launches.GOLDEN.read_text())
+
+
+@pytest.mark.parametrize("case", LAUNCHES, ids=lambda c: "{call}-{weights}-{rows}-{model}".format(**c))
+def test_calls_with_too_few_threadgroups_are_composed(case):
+    for name in case["misses"]:
+        about = {"rows": case["rows"], "features": case["features"], "in_features": case["in_features"]}
+        about |= {"quantization": quantization(case["weights"]), "size": name[-1]}
+        assert choose_route(case["call"], **about, matmul_units=name.startswith("g17")) == "composed"
 
 
 @pytest.mark.parametrize(
