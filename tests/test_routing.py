@@ -13,6 +13,7 @@ import routing_page
 from graph import primitives
 from metal_cost import report, routes
 from metal_cost.cells import CELLS, FORMATS
+from mlx_fused import _ext
 from mlx_fused._ext import _internals
 
 HALVES = [mx.float32, mx.float16, mx.bfloat16]
@@ -320,7 +321,7 @@ def test_the_keyword_and_the_variable_reach_every_operation(index, monkeypatch):
 def test_the_latest_decision_says_what_decided(monkeypatch):
     def decided(route=None):
         calls(route)[0]()
-        return _internals.last_decision()
+        return _ext.last_decision()
 
     assert decided() == ("fused", "built-in", TABLE[0].reason)
     assert decided("composed")[:2] == ("composed", "route")
@@ -329,7 +330,7 @@ def test_the_latest_decision_says_what_decided(monkeypatch):
     assert decided("composed")[:2] == ("composed", "route")
     x = mx.ones((1, 2, 4)).astype(mx.float64, stream=mx.cpu)
     mlx_fused.fused_output_projection_residual(x, mx.ones((4, 4)), None, x)
-    assert _internals.last_decision()[:2] == ("composed", "no kernel")
+    assert _ext.last_decision()[:2] == ("composed", "no kernel")
 
 
 def test_a_gradient_is_routed_on_its_own(monkeypatch):

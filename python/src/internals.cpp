@@ -191,11 +191,6 @@ void bind_internals(nb::module_& m) {
     }
     return rows;
   });
-  // (route, source, reason) of this thread's latest call.
-  internals.def("last_decision", [] {
-    auto& [route, source, reason] = mlx_fused::last_decision();
-    return nb::make_tuple(name_of(route), std::string(source), std::string(reason));
-  });
   internals.def(
       "metal_device",
       [](const std::string& architecture, int generation, bool is_apple7, std::pair<int, int> darwin) {

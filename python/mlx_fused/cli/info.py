@@ -91,7 +91,7 @@ def routes() -> Iterator[tuple[str, list[Decision]]]:
 
 def _decision(call: Call) -> Decision:
     call.fused(*call.inputs)
-    return Decision(*_ext._internals.last_decision())
+    return Decision(*_ext.last_decision())
 
 
 def _version(distribution: str) -> str:
