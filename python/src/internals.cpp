@@ -41,12 +41,16 @@ mlx_fused::Role role_of(const std::string& name) {
   return static_cast<mlx_fused::Role>(std::find(roles.begin(), roles.end(), name) - roles.begin());
 }
 
+metal::Tensor tensor(const Tensor& t) {
+  auto& [array, shape, strides] = t;
+  return {array, {shape.begin(), shape.end()}, {strides.begin(), strides.end()}};
+}
+
 // A call's tensors in the order of its slots.
 std::vector<metal::Tensor> in_order(const mlx_fused::Slots& slots, const Tensors& tensors) {
   std::vector<metal::Tensor> ordered;
   for (auto [role, segment] : slots) {
-    auto& t = tensors.at({std::string(roles[static_cast<int>(role)]), segment});
-    ordered.push_back(std::make_from_tuple<metal::Tensor>(t));
+    ordered.push_back(tensor(tensors.at({std::string(roles[static_cast<int>(role)]), segment})));
   }
   return ordered;
 }
@@ -136,16 +140,20 @@ nb::tuple launches(const metal::Plan& plan) {
   nb::list list;
   for (auto& launch : plan.launches) {
     nb::dict constants;
-    for (auto [index, value] : launch.constants) {
-      constants[nb::int_(static_cast<int>(index))] = value;
+    auto [given, values] = launch.kernel.constants;
+    for (int i = 0; given >> i; ++i) {
+      if (given >> i & 1) {
+        constants[nb::int_(i)] = static_cast<bool>(values >> i & 1);
+      }
     }
     nb::list buffers;
     for (auto& b : launch.buffers) {
       buffers.append(nb::make_tuple(b.index, b.array));
     }
     nb::dict dict;
-    dict["kernel"] = launch.kernel;
-    dict["format"] = launch.format;
+    dict["kernel"] = launch.kernel.name();
+    auto format = launch.kernel.library_format();
+    dict["format"] = nb::str(format.data(), format.size());
     dict["constants"] = constants;
     dict["buffers"] = buffers;
     nb::bytes params(reinterpret_cast<const char*>(&launch.params), sizeof(launch.params));
@@ -206,7 +214,9 @@ void bind_internals(nb::module_& m) {
          const std::vector<std::optional<float>>& adapter_scales,
          const std::optional<QuantizationTuple>& q,
          float alpha,
-         bool exact) {
+         bool exact,
+         int cores) {
+        auto type = metal::dtype_named(dtype);
         mlx_fused::Call call{
             .has_bias = inputs.contains({"bias", 0}),
             .quantization = quantization(q),
@@ -217,10 +227,10 @@ void bind_internals(nb::module_& m) {
         if (!inputs.contains({"cotangent", 0})) {
           std::vector<metal::Tensor> out;
           for (auto& [slot, t] : outputs) {
-            out.push_back(std::make_from_tuple<metal::Tensor>(t));
+            out.push_back(tensor(t));
           }
           return launches(
-              metal::plan_projection(call, dtype, in_order(mlx_fused::input_slots(call), inputs), out));
+              metal::plan_projection(call, type, cores, in_order(mlx_fused::input_slots(call), inputs), out));
         }
         mlx_fused::GradCall grad{call, {}};
         for (auto& [slot, t] : outputs) {
@@ -228,7 +238,11 @@ void bind_internals(nb::module_& m) {
         }
         return launches(
             metal::plan_gradients(
-                grad, dtype, in_order(mlx_fused::input_slots(grad), inputs), in_order(grad.wanted, outputs)));
+                grad,
+                type,
+                cores,
+                in_order(mlx_fused::input_slots(grad), inputs),
+                in_order(grad.wanted, outputs)));
       },
       "dtype"_a,
       "inputs"_a,
@@ -236,5 +250,6 @@ void bind_internals(nb::module_& m) {
       "adapter_scales"_a,
       "quantization"_a = nb::none(),
       "alpha"_a = 1.0f,
-      "exact"_a = false);
+      "exact"_a = false,
+      "cores"_a = 0);
 }
