@@ -291,15 +291,27 @@ ADAPTED = {
     "quantized_qkv_grad": "QKV, 4 bits: dX",
 }
 OPERATIONS = {"qkv": "QKV", "output": "output + residual", "dx": "QKV: dX", "dw": "QKV: dW, dbias"} | ADAPTED
-ROUTED_AS = {"qkv": "qkv", "output": "output", "dx": "qkv_grad", "dw": "qkv_grad"}
 COLUMNS = ("operation", "M", "hidden", "heads", "weights", "bias", "form")
 COLUMNS += ("launches", "stages", "read", "read in all", "written", "written in all")
 HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * 7}{'--:|' * 6}\n"
 
 
 def routed(case):
-    operation = ROUTED_AS[case.operation]
-    route = _internals.route(operation, [DTYPE], case.rows, case.hidden, case.bias, device="metal")
+    op = call_of(case)
+    wanted = [metal_plan.ROLES.get(name, name) for name, _ in wanted_of(case, op)]
+    group_size, bits, mode = op.quantization or (None,) * 3
+    route = _internals.route(
+        ("output" if "output" in case.operation else "qkv") + ("_grad" if wanted else ""),
+        [DTYPE],
+        case.rows,
+        op.x.shape[-1],
+        case.bias,
+        quantization=(mode, bits, group_size) if mode else None,
+        rank=RANK if "lora" in case.operation else 0,
+        wanted=wanted,
+        features=op.features,
+        device="metal",
+    )
     return "ours" if route == "fused" else "composed"
 
 
@@ -308,7 +320,7 @@ def table(cases, rows, unit):
     for case, row in zip(cases, rows, strict=True):
         what = [OPERATIONS[case.operation], case.rows, case.hidden, "{}:{} of {}".format(*case.heads)]
         what += ["packed" if case.packed else "separate", "yes" if case.bias else "no"]
-        taken = "ours" if case.operation in ADAPTED else routed(case)
+        taken = routed(case)
         forms = {}  # those that cost the same on one line
         for form in ("ours", *FORMS):
             forms.setdefault(Cost(*row[form]), []).append(f"**{form}**" if form == taken else form)

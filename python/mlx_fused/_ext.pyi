@@ -28,3 +28,6 @@ def alias(a: mlx.core.array) -> mlx.core.array:
     """
     A second Python object for the same MLX array. It keeps its value when ``a`` is changed in place.
     """
+
+def last_decision() -> tuple[str, str, str]:
+    """Of this thread's latest call: its route, what decided that, and why."""

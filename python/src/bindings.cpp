@@ -8,6 +8,7 @@
 
 #include "mlx_fused/arguments.h"
 #include "mlx_fused/projection.h"
+#include "mlx_fused/routing.h"
 #include "python/src/bindings.h"
 
 namespace mx = mlx::core;
@@ -157,6 +158,14 @@ NB_MODULE(_ext, m) {
       [](const mx::array& a) { return a; },
       "a"_a,
       "A second Python object for the same MLX array. It keeps its value when ``a`` is changed in place.");
+  m.def(
+      "last_decision",
+      [] {
+        auto& [route, source, reason] = mlx_fused::last_decision();
+        auto name = route == mlx_fused::Route::composed ? "composed" : "fused";
+        return std::tuple<std::string, std::string, std::string>(name, source, reason);
+      },
+      "Of this thread's latest call: its route, what decided that, and why.");
 
   bind_internals(m);
 }

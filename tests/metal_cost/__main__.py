@@ -1,4 +1,7 @@
-"""Writes cost.json and the tables of docs/design/metal_cost.md; ``--only NAME`` prints its cells instead."""
+"""Writes cost.json, the tables of docs/design/metal_cost.md and the rows of routes that follow from them.
+
+``--only NAME`` prints its cells instead.
+"""
 
 import argparse
 import sys
@@ -6,7 +9,7 @@ import sys
 from rich.console import Console
 from rich.progress import track
 
-from . import compiler, page, report
+from . import compiler, page, report, routes
 from .cells import CELLS, KERNELS
 from .mistakes import MISTAKES
 
@@ -28,6 +31,7 @@ if only:
     print("\n".join(page.brief(found, cells)))
 else:
     new = report.write(found)
+    routes.INCLUDED.write_text(routes.text(found))
     page.DOCUMENT.write_text(page.page(page.DOCUMENT.read_text(), found))
     for cell, reasons in new.items():
         print(f"metal-cost: worse than accepted: {cell}: {report.text_of(reasons)}")

@@ -168,11 +168,9 @@ def _cells():
     yield _tile_cell("weight_grad", "gemm_tn")
     for source, mlx in (("low_rank_product", "gemm_nn_float"), ("adapter_grad", "gemm_tn_float")):
         for shape in LOW_RANK[source]:
-            # Of the 64 columns of MLX's tile an adapter of rank 8 fills one eighth.
-            ours = f"{source}_{shape}"
-            yield Cell(f"{ours}, rank 8", ours, mlx, mlx_passes=8)
-            if shape.endswith("3"):
-                yield Cell(f"{ours}, rank 64", ours, mlx)
+            # An adapter fills as many of the 64 columns of MLX's tile as its rank is.
+            for rank in (32, 64) if shape.endswith("3") else (8,):
+                yield Cell(f"{source}_{shape}, rank {rank}", f"{source}_{shape}", mlx, mlx_passes=64 // rank)
 
 
 def _tile_cell(ours, mlx):

@@ -4,38 +4,13 @@
 #include <utility>
 #include <vector>
 
+#include "mlx_fused/backend/metal/bindings.h"
+#include "mlx_fused/backend/metal/grid.h"
+
 namespace mlx_fused::metal {
 
 // Activations and their gradients are [B, heads, S, head_dim] here.
 namespace {
-
-uint32_t ceil_div(int64_t a, int64_t b) {
-  return static_cast<uint32_t>((a + b - 1) / b);
-}
-
-// Every buffer of a kernel must be bound. For a tensor that is missing, or empty, the output is.
-class Bindings {
- public:
-  explicit Bindings(const Tensor& output) : output_(output) {
-    buffers.reserve(buffer_count);
-  }
-
-  void add(int index, const Tensor* tensor, bool is_output = false) {
-    buffers.push_back({index, (tensor && !is_empty(*tensor) ? *tensor : output_).array, is_output});
-  }
-
-  // Three, whatever the number of segments.
-  void add_segments(int index, const Parts& parts, bool is_output = false) {
-    for (size_t i = 0; i < 3; ++i) {
-      add(index + i, parts[std::min(i, parts.size() - 1)], is_output);
-    }
-  }
-
-  std::vector<Binding> buffers;
-
- private:
-  const Tensor& output_;
-};
 
 class Planner {
  public:
@@ -79,8 +54,6 @@ class Planner {
   // `depth` counts whole blocks. The last buffer is that of partial sums.
   void launch_tiles(Launch launch, Function splits, int64_t depth);
 
-  int64_t splits_of(int64_t tiles, int64_t rows, int64_t depth) const;
-
   // A temporary of float32.
   Tensor add_temporary(int64_t rows, int64_t columns);
 
@@ -92,14 +65,6 @@ class Planner {
   const std::vector<float> scales_;
   Tensor low_rank_{0, {0}, {1}};  // the latest low-rank product
 };
-
-constexpr int threadgroups_per_core = 8;
-constexpr int64_t min_split_depth = 128;
-
-// Up to 32 rows half of the larger tile would be empty: reasoned, not measured on a Mac.
-int64_t tile_rows(int64_t rows) {
-  return rows <= 32 ? 32 : 64;
-}
 
 // From so many rows on a low-rank product's tiles are high: fewer read its factors less often, and there are
 // enough to fill a GPU. Reasoned, not measured on a Mac.
@@ -188,29 +153,19 @@ Tensor Planner::add_temporary(int64_t rows, int64_t columns) {
   return {-static_cast<int>(plan.temporaries.size()), {rows, columns}, {columns, 1}};
 }
 
-// The fewest splits that give every core some threadgroups. None is so shallow that one more stage takes
-// longer than what it saves, or that the partial sums take more bytes than 16-bit weights: reasoned, not
-// measured on a Mac.
-int64_t Planner::splits_of(int64_t tiles, int64_t rows, int64_t depth) const {
-  auto shallowest = std::max(min_split_depth, 4 * rows);
-  return std::min<int64_t>(ceil_div(threadgroups_per_core * cores_, tiles), depth / shallowest);
-}
-
 void Planner::launch_tiles(Launch launch, Function splits, int64_t depth) {
   auto& params = launch.params;
   const auto constants = launch.kernel.constants;
   auto [columns, row_tiles, batch] = launch.grid;
   int64_t rows = int64_t{params.batch} * params.rows;
-  auto wanted = splits_of(int64_t{columns} * row_tiles * batch, rows, depth);
-  params.splits = 1;
-  params.split_depth = depth;
-  launch.kernel.constants.set(constant_is_split, wanted > 1);
-  if (wanted < 2) {
+  auto [count, part] = splits_of(int64_t{columns} * row_tiles * batch, rows, depth, cores_);
+  params.splits = count;
+  params.split_depth = part;
+  launch.kernel.constants.set(constant_is_split, count > 1);
+  if (count == 1) {
     this->launch(std::move(launch));
     return;
   }
-  params.split_depth = ceil_div(ceil_div(depth, wanted), tile_depth) * tile_depth;
-  params.splits = ceil_div(depth, params.split_depth);
   params.partial_columns = columns * tile_cols;
   auto partial = add_temporary(params.splits * rows, params.partial_columns);
 
@@ -248,7 +203,7 @@ void Planner::add_projection(const Parts& outputs) {
   for (int i = 0; i < params.segments; ++i) {
     auto& s = params.segment[i];
     s.first_tile = tiles;
-    tiles += ceil_div(s.features, few ? projection_simdgroups * features_per_simdgroup : tile_cols);
+    tiles += ceil_div(s.features, few ? features_per_threadgroup : tile_cols);
   }
   auto lora_b = parts(inputs_, Role::lora_b);
   set_adapters(params, Role::lora_b, lora_b);
@@ -309,8 +264,7 @@ void Planner::add_input_grad(const Tensor& dx) {
   bindings.add(buffer_partial, nullptr);
 
   auto kernel = kernel_on_weights(Function::input_grad);
-  // Of quantized weights only these are compiled.
-  kernel.rows = call_.quantization ? 64 : tile_rows(rows.rows);
+  kernel.rows = tile_rows(rows.rows, call_.quantization.has_value());
   kernel.constants.set(constant_has_adapter, has_adapters());
   auto tiles = ceil_div(params.in_features, tile_cols);
   int64_t depth = 0;  // every head begins with a block

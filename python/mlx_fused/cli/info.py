@@ -4,8 +4,8 @@ import os
 import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from io import StringIO
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import mlx.core as mx
@@ -19,21 +19,38 @@ ROWS = (1, 8, 128, 1024)
 _VARIABLES = ("MLX_FUSED", "MLX_FUSED_ROUTE", "MLX_FUSED_NUM_THREADS", "MLX_FUSED_MAX_ISA")
 
 
+class Decision(NamedTuple):
+    """Who computes a call, ``"fused"`` or ``"composed"``, what decided that, and why."""
+
+    route: str
+    source: str
+    reason: str
+
+
 @click.command()
 @json_option
 def info(as_json: bool) -> None:
     """Print versions, the device, and who computes what."""
     facts = describe() | {"settings": {name: os.environ[name] for name in _VARIABLES if name in os.environ}}
-    table = {name: dict(zip(map(str, ROWS), row, strict=True)) for name, row in routes()}
+    table = dict(routes())
     if as_json:
-        print_json(facts | {"routes": table})
+        print_json(facts | {"routes": {name: _by_rows(row) for name, row in table.items()}})
         return
     settings = facts.pop("settings")
     for name, value in (facts | settings).items():
         click.echo(f"{name:42}{value}")
     click.echo()
-    for name, *row in (("tokens", *ROWS), *((name, *row.values()) for name, row in table.items())):
-        click.echo(f"{name:42}{''.join(f'{cell:<10}' for cell in row)}".rstrip())
+    decisions = list(dict.fromkeys(decision for row in table.values() for decision in row))
+    cells = {decision: f"{decision.route} [{n}]" for n, decision in enumerate(decisions, 1)}
+    for name, *row in (("tokens", *ROWS), *((name, *map(cells.get, row)) for name, row in table.items())):
+        click.echo(f"{name:42}{''.join(f'{cell:<14}' for cell in row)}".rstrip())
+    click.echo()
+    for n, decision in enumerate(decisions, 1):
+        click.echo(f"[{n}] {decision.source}: {decision.reason}")
+
+
+def _by_rows(row: list[Decision]) -> dict[str, dict[str, str]]:
+    return {str(rows): decision._asdict() for rows, decision in zip(ROWS, row, strict=True)}
 
 
 def describe() -> dict[str, object]:
@@ -63,22 +80,18 @@ def _kernels() -> str:
     return "none for this device: MLX's own operations run"
 
 
-def routes() -> Iterator[tuple[str, list[str]]]:
-    """For each kind of call, who computes it at each of ``ROWS``: ``"fused"`` or ``"composed"``.
-
-    Found in the graphs of such calls, which are not evaluated.
-    """
+def routes() -> Iterator[tuple[str, list[Decision]]]:
+    """For each kind of call, what was decided at each of ``ROWS``: such calls are made, but not evaluated."""
     for weights in ("bfloat16", "4-bit", "4-bit + LoRA"):
         by_rows = [make_calls(Sizes(), weights, rows) for rows in ROWS]
         for calls in zip(*by_rows, strict=True):
-            yield f"{weights}: {calls[0].name}", [_route(call) for call in calls]
-            yield f"{weights}: {calls[0].name}, gradient", [_route(call.gradient()) for call in calls]
+            yield f"{weights}: {calls[0].name}", [_decision(call) for call in calls]
+            yield f"{weights}: {calls[0].name}, gradient", [_decision(call.gradient()) for call in calls]
 
 
-def _route(call: Call) -> str:
-    graph = StringIO()
-    mx.export_to_dot(graph, *call.fused(*call.inputs))
-    return "fused" if '"Fused' in graph.getvalue() else "composed"
+def _decision(call: Call) -> Decision:
+    call.fused(*call.inputs)
+    return Decision(*_ext.last_decision())
 
 
 def _version(distribution: str) -> str:
