@@ -27,9 +27,24 @@ std::vector<mx::Dtype> promoted_types(const Arrays& inputs, const Call& call) {
   return types;
 }
 
+// The rank of each segment's adapter; 0 for those of which nothing is read.
+std::vector<int> ranks(const Operands& operands, const Call& call) {
+  std::vector<int> ranks;
+  for (int i = 0; i < int(call.segments.size()); ++i) {
+    auto* a = operands.find(Role::lora_a, i);
+    ranks.push_back(a ? a->shape(1) : 0);
+  }
+  return ranks;
+}
+
 Workload workload(const Arrays& inputs, const Call& call) {
   auto& x = inputs[0];
-  return {call, promoted_types(inputs, call), int64_t(x.shape(0)) * x.shape(1), x.shape(2)};
+  return {
+      .call = call,
+      .promoted = promoted_types(inputs, call),
+      .rows = int64_t(x.shape(0)) * x.shape(1),
+      .in_features = x.shape(2),
+      .ranks = ranks(Operands(inputs, input_slots(call)), call)};
 }
 
 // The number of input features, from whichever array the gradient reads; nullopt if none of them tells.
@@ -53,10 +68,12 @@ Workload workload(const Arrays& inputs, const GradCall& call) {
       .promoted = {cotangent.dtype()},
       .rows = int64_t(cotangent.shape(0)) * cotangent.shape(-2),
       .in_features = in_features(operands, forward).value_or(0),
-      .is_grad = true};
+      .is_grad = true,
+      .ranks = ranks(operands, forward)};
   for (int i = 0; i < int(forward.segments.size()); ++i) {
     // On Metal a bias's gradient comes only with its weight's.
     work.no_metal_kernel |= call.wants(Role::bias, i) && !call.wants(Role::weight, i);
+    work.of_weights |= call.wants(Role::weight, i);
   }
   return work;
 }

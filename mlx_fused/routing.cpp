@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "metal/params.h"
+#include "mlx_fused/tuned_routes.h"
 
 namespace mlx_fused {
 
@@ -63,7 +64,8 @@ Route choose_route(const Workload& work, const DeviceInfo& device, const std::op
   if (!wanted.empty()) {
     throw std::invalid_argument("MLX_FUSED_ROUTE must be 'composed' or 'fused' but got '" + wanted + "'.");
   }
-  return best(work, device);
+  auto tuned = tuned_route(work, device);
+  return tuned ? *tuned : best(work, device);
 }
 
 Route choose_route(

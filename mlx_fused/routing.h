@@ -31,13 +31,15 @@ struct Workload {
   int64_t in_features;
   bool is_grad = false;
   bool no_metal_kernel = false;  // Metal has no kernel for one of the wanted gradients
+  bool of_weights = false;       // a gradient by weights too
+  std::vector<int> ranks = {};   // of each segment's adapter, 0 without one
 };
 
 // Whether we have kernels for the call on this device.
 bool has_kernels(const Workload& work, const DeviceInfo& device);
 
-// Where we have kernels, `route` ("composed" or "fused") decides, else MLX_FUSED_ROUTE, else the rules of
-// best() in routing.cpp.
+// Where we have kernels, `route` ("composed" or "fused") decides, else MLX_FUSED_ROUTE, else what was
+// measured on this machine (tuned_routes.h), else the rules of best() in routing.cpp.
 Route choose_route(
     const Workload& work, const DeviceInfo& device, const std::optional<std::string>& route = std::nullopt);
 

@@ -4,7 +4,6 @@ import os
 import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from io import StringIO
 from pathlib import Path
 
 import click
@@ -12,11 +11,20 @@ import mlx.core as mx
 
 import mlx_fused
 from mlx_fused import _ext
-from mlx_fused.cli.calls import Call, Sizes, make_calls
+from mlx_fused.cli.calls import Sizes, kinds
 from mlx_fused.cli.output import json_option, print_json
+from mlx_fused.tuning import Kind, path
+from mlx_fused.tuning.measure import route_of
 
 ROWS = (1, 8, 128, 1024)
-_VARIABLES = ("MLX_FUSED", "MLX_FUSED_ROUTE", "MLX_FUSED_NUM_THREADS", "MLX_FUSED_MAX_ISA")
+_VARIABLES = (
+    "MLX_FUSED",
+    "MLX_FUSED_ROUTE",
+    "MLX_FUSED_CACHE",
+    "MLX_FUSED_NUM_THREADS",
+    "MLX_FUSED_MAX_ISA",
+)
+_MARKS = {"tuned": "*", "built-in": "", "MLX_FUSED_ROUTE": ""}
 
 
 @click.command()
@@ -24,16 +32,24 @@ _VARIABLES = ("MLX_FUSED", "MLX_FUSED_ROUTE", "MLX_FUSED_NUM_THREADS", "MLX_FUSE
 def info(as_json: bool) -> None:
     """Print versions, the device, and who computes what."""
     facts = describe() | {"settings": {name: os.environ[name] for name in _VARIABLES if name in os.environ}}
-    table = {name: dict(zip(map(str, ROWS), row, strict=True)) for name, row in routes()}
+    table = dict(routes())
     if as_json:
-        print_json(facts | {"routes": table})
+        print_json(facts | {"routes": _by_rows(table, 0), "sources": _by_rows(table, 1)})
         return
     settings = facts.pop("settings")
     for name, value in (facts | settings).items():
         click.echo(f"{name:42}{value}")
     click.echo()
-    for name, *row in (("tokens", *ROWS), *((name, *row.values()) for name, row in table.items())):
-        click.echo(f"{name:42}{''.join(f'{cell:<10}' for cell in row)}".rstrip())
+    lines = [(name, *(route + _MARKS[source] for route, source in row)) for name, row in table.items()]
+    for name, *row in (("tokens", *ROWS), *lines):
+        click.echo(f"{name:42}{''.join(f'{cell:<11}' for cell in row)}".rstrip())
+    if any(source == "tuned" for row in table.values() for _, source in row):
+        click.echo(f"\n* as measured: {path()}")
+
+
+def _by_rows(table: dict[str, list], item: int) -> dict[str, dict[str, str]]:
+    rows = [str(m) for m in ROWS]
+    return {n: dict(zip(rows, [cell[item] for cell in cells], strict=True)) for n, cells in table.items()}
 
 
 def describe() -> dict[str, object]:
@@ -63,22 +79,20 @@ def _kernels() -> str:
     return "none for this device: MLX's own operations run"
 
 
-def routes() -> Iterator[tuple[str, list[str]]]:
-    """For each kind of call, who computes it at each of ``ROWS``: ``"fused"`` or ``"composed"``.
+def routes() -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """For each kind of call, who computes it at each of ``ROWS``, and what decides that.
 
-    Found in the graphs of such calls, which are not evaluated.
+    The former, ``"fused"`` or ``"composed"``, is found in the graphs of such calls, which are not evaluated.
     """
     for weights in ("bfloat16", "4-bit", "4-bit + LoRA"):
-        by_rows = [make_calls(Sizes(), weights, rows) for rows in ROWS]
-        for calls in zip(*by_rows, strict=True):
-            yield f"{weights}: {calls[0].name}", [_route(call) for call in calls]
-            yield f"{weights}: {calls[0].name}, gradient", [_route(call.gradient()) for call in calls]
+        for name, kind in kinds(Sizes(), weights).items():
+            yield f"{weights}: {name}", [(route_of(kind, m), _source(kind, m)) for m in ROWS]
 
 
-def _route(call: Call) -> str:
-    graph = StringIO()
-    mx.export_to_dot(graph, *call.fused(*call.inputs))
-    return "fused" if '"Fused' in graph.getvalue() else "composed"
+def _source(kind: Kind, rows: int) -> str:
+    if os.environ.get("MLX_FUSED_ROUTE"):
+        return "MLX_FUSED_ROUTE"
+    return "tuned" if _ext.tuned_route(kind, rows) else "built-in"
 
 
 def _version(distribution: str) -> str:
