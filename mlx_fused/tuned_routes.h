@@ -13,8 +13,8 @@
 namespace mlx_fused {
 
 // All that calls must share to share a measured route, but for their rows: is it a gradient, is it one by
-// weights too, the dtype, the format of quantized weights (mode, bits, group size), is there a bias, the input
-// features, and the output features and the adapter's rank (0 without one) of each segment.
+// weights too, the dtype, the format of quantized weights (mode, bits, group size), is there a bias, the
+// input features, and the output features and the adapter's rank (0 without one) of each segment.
 using CallKind = std::tuple<
     bool,
     bool,
@@ -31,7 +31,8 @@ using TunedRows = std::map<int64_t, std::optional<Route>>;
 // Replaces the routes of all devices by those of one. To be called before other threads make calls.
 void set_tuned_routes(mx::Device::DeviceType device, std::map<CallKind, TunedRows> routes);
 
-// The route measured at the nearest rows below, or at the fewest; nullopt if the table in routing.cpp decides.
+// The route measured at the nearest rows below, or at the fewest; nullopt if the table in routing.cpp
+// decides.
 std::optional<Route> tuned_route(const CallKind& kind, int64_t rows);
 std::optional<Route> tuned_route(const Workload& work, const DeviceInfo& device);
 
