@@ -60,7 +60,7 @@ def tune(model: str | None, adapter_path: Path | None, remove: bool, as_json: bo
 def _remove() -> None:
     try:
         os.remove(tuning.path())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         click.echo(f"Nothing to remove: there is no {tuning.path()}")
     else:
         click.echo(f"Removed: {tuning.path()}")

@@ -93,13 +93,13 @@ def measure(
         dict: What was measured, by rows.
     """
     copies = ceil(effort.rotated / sum(a.nbytes for layer in _layers(kind) for a in _arrays(layer)))
-    sets = _copies(_layers(kind), max(2, copies))
+    layers = cycle(_copies(_layers(kind), max(2, copies)))
     timings: dict[int, Timing] = {}
     pace = 0.0
     for m in rows:
         if pace * m <= effort.never:
             function, first = _function(kind, m, forward_route="fused")
-            runs = {r: partial(_run, r, function, first, cycle(sets)) for r in ROUTES}
+            runs = {r: partial(_run, r, function, first, layers) for r in ROUTES}
             seconds = compare(runs, effort, clock)
             timings[m] = Timing.of(**seconds)
             pace = max(seconds.values()) / m
