@@ -22,7 +22,7 @@ from mlx_fused.tuning.table import Timing
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
 ROUTES = ("fused", "composed")
-ROTATED = 257 * 2**20  # bytes of weights in turn; no last-level cache is larger than 256 MB
+ROTATED = 257 * 2**20  # bytes of weights in turn; reasoned: more than the last-level cache of any Mac
 _LONGEST = 64  # calls in a chain
 _LORA_SCALE = 20.0  # mlx-lm's default
 
@@ -32,7 +32,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure.
+    """How long to measure. The values are reasoned, not measured.
 
     Attributes:
         rounds: In each, every route has a turn.
