@@ -68,12 +68,11 @@ Workload workload(const Arrays& inputs, const GradCall& call) {
       .promoted = {cotangent.dtype()},
       .rows = int64_t(cotangent.shape(0)) * cotangent.shape(-2),
       .in_features = in_features(operands, forward).value_or(0),
-      .is_grad = true,
+      .wanted = &call.wanted,
       .ranks = ranks(operands, forward)};
   for (int i = 0; i < int(forward.segments.size()); ++i) {
     // On Metal a bias's gradient comes only with its weight's.
     work.no_metal_kernel |= call.wants(Role::bias, i) && !call.wants(Role::weight, i);
-    work.of_weights |= call.wants(Role::weight, i);
   }
   return work;
 }

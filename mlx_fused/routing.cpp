@@ -1,5 +1,6 @@
 #include "mlx_fused/routing.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -10,26 +11,109 @@ namespace mlx_fused {
 
 namespace {
 
-// From this many rows on, GPUs with matmul_units take MLX's matmul (docs/design/thresholds.md).
-constexpr int64_t matmul_unit_rows = 32;
+using Device = RouteRow::Device;
+using Part = RouteRow::Part;
 
-Route best(const Workload& work, const DeviceInfo& device) {
-  if (device.kind == DeviceInfo::cpu) {
-    // On Linux 6.8 times as fast as MLX's matmul or more (docs/benchmarks.md); not measured on macOS.
-    return Route::fused;
+// A GPU's cores are kept busy by so many threadgroups each: reasoned, not measured on a Mac.
+constexpr int threadgroups_per_core = 8;
+
+// The cost report has ranks of 8 and 64; the latter stands for all above this.
+constexpr int low_rank = 8;
+
+// Of the kernels for few rows.
+int64_t threadgroups(const Workload& work) {
+  int64_t tiles = 0;
+  for (auto& segment : work.call.segments) {
+    constexpr int features = projection_simdgroups * features_per_simdgroup;
+    tiles += (segment.features + features - 1) / features;
   }
-  if (work.rows >= matmul_unit_rows && device.matmul_units) {
-    return Route::composed;
+  return tiles * ((work.rows + max_rows_per_pass - 1) / max_rows_per_pass);
+}
+
+bool wants(const Workload& work, Role role) {
+  return work.wanted &&
+         std::any_of(work.wanted->begin(), work.wanted->end(), [&](auto& s) { return s.role == role; });
+}
+
+bool has_part(const Workload& work, Part part, const DeviceInfo& device) {
+  auto rank = work.ranks.empty() ? 0 : *std::max_element(work.ranks.begin(), work.ranks.end());
+  bool adapter_gradient = rank > 0 && (wants(work, Role::lora_a) || wants(work, Role::lora_b));
+  bool low_rank_product = adapter_gradient || (rank > 0 && (!work.is_grad() || wants(work, Role::input)));
+  switch (part) {
+    case Part::any:
+      return true;
+    case Part::projection:
+      return !work.is_grad();
+    case Part::small_grid:
+      return !work.is_grad() && threadgroups(work) < threadgroups_per_core * device.cores;
+    case Part::residual:
+      return !work.is_grad() && work.call.epilogue.has_residual && work.call.is_plain();
+    case Part::input_gradient:
+      return wants(work, Role::input);
+    case Part::weight_gradient:
+      return wants(work, Role::weight);
+    case Part::low_rank_product:
+      return low_rank_product && rank <= low_rank;
+    case Part::high_rank_product:
+      return low_rank_product && rank > low_rank;
+    case Part::adapter_gradient:
+      return adapter_gradient && rank <= low_rank;
+    case Part::high_rank_gradient:
+      return adapter_gradient && rank > low_rank;
   }
-  bool few = work.rows > 1 && work.rows <= few_rows;
-  if (!work.is_grad && work.call.epilogue.has_residual && work.call.is_plain() && !few) {
-    return Route::composed;  // mx.addmm adds the residual in its epilogue already
+  return false;
+}
+
+bool has_weights(const Call& call, std::string_view weights) {
+  auto& q = call.quantization;
+  if (!q || weights == "any") {
+    return weights == "any" || weights == "dense";
   }
-  return Route::fused;  // saves launches: two of q, k and v, and those that add bias, residual, parts of
-                        // dx
+  return q->is_affine() ? weights == "affine" || weights == "affine_" + std::to_string(q->bits)
+                        : weights == "fp" || weights == q->mode;
 }
 
 }  // namespace
+
+DeviceInfo metal_device(
+    const std::string& architecture, int generation, bool is_apple7, std::pair<int, int> darwin) {
+  char size = architecture.empty() ? 'g' : architecture.back();
+  // As MLX decides it: from macOS 26.2 on, with GPUs of generation 17, of phones 18. Darwin 25.2 is macOS
+  // 26.2; the system's own number may be an older one, for compatibility.
+  bool matmul_units = darwin >= std::pair(25, 2) && generation >= (size == 'p' ? 18 : 17);
+  int cores = size == 'p' ? 6 : size == 's' ? 40 : size == 'd' ? 80 : 10;
+  return {DeviceInfo::metal, size, cores, is_apple7, matmul_units};
+}
+
+const std::vector<RouteRow>& route_table() {
+  constexpr auto composed = Route::composed, fused = Route::fused;
+  // clang-format off
+  static const std::vector<RouteRow> table = {
+      {Device::cpu, Part::any, "any", 0, any_rows, fused,
+       "On Linux at least 6.8 times as fast as MLX's matmul (docs/benchmarks.md); not measured on macOS."},
+      {Device::metal_with_matmul_units, Part::any, "any", 32, any_rows, composed,
+       "Limited by arithmetic, and MLX's matmul reaches the matrix units: reasoned."},
+      {Device::metal, Part::residual, "any", 0, 1, composed,
+       "mx.addmm is one launch too."},
+      {Device::metal, Part::residual, "any", few_rows + 1, any_rows, composed,
+       "mx.addmm is one launch too."},
+#include "mlx_fused/metal_cost.inc"
+      {Device::metal, Part::small_grid, "any", 2, few_rows, composed,
+       "Fewer than 8 threadgroups to a core, and MLX's kernels may have more: reasoned. "
+       "Given up: one launch for a QKV call's 3, with bias up to 6."},
+      {Device::metal, Part::any, "any", 0, any_rows, fused,
+       "By counted instructions no slower than MLX's kernels, and fewer launches."},
+  };
+  // clang-format on
+  return table;
+}
+
+bool matches(const RouteRow& row, const Workload& work, const DeviceInfo& device) {
+  bool is_cpu = row.device == Device::cpu;
+  bool matrix_units = row.device != Device::metal_with_matmul_units || device.matmul_units;
+  return is_cpu == (device.kind == DeviceInfo::cpu) && matrix_units && row.first <= work.rows &&
+         work.rows <= row.last && has_weights(work.call, row.weights) && has_part(work, row.part, device);
+}
 
 bool has_kernels(const Workload& work, const DeviceInfo& device) {
   auto& quantization = work.call.quantization;
@@ -37,7 +121,10 @@ bool has_kernels(const Workload& work, const DeviceInfo& device) {
     return false;
   }
   if (device.kind == DeviceInfo::metal) {
-    bool plain_matmuls = work.is_grad && work.call.segments.size() == 1 && !work.call.has_adapters();
+    if (!device.is_apple7) {
+      return false;
+    }
+    bool plain_matmuls = work.is_grad() && work.call.segments.size() == 1 && !work.call.has_adapters();
     bool readable = work.in_features > 0 && work.in_features < max_row_stride;
     if (plain_matmuls || !readable || work.no_metal_kernel) {
       return false;
@@ -52,20 +139,39 @@ bool has_kernels(const Workload& work, const DeviceInfo& device) {
   return true;
 }
 
-Route choose_route(const Workload& work, const DeviceInfo& device, const std::optional<std::string>& route) {
+Decision choose_route(
+    const Workload& work, const DeviceInfo& device, const std::optional<std::string>& route) {
   if (!has_kernels(work, device)) {
-    return Route::composed;
+    return {Route::composed, "no kernel", "No kernel of ours takes it on this device."};
   }
   const char* variable = std::getenv("MLX_FUSED_ROUTE");
   auto wanted = route.value_or(variable ? variable : "");
   if (wanted == "composed" || wanted == "fused") {
-    return wanted == "composed" ? Route::composed : Route::fused;
+    return {
+        wanted == "composed" ? Route::composed : Route::fused,
+        route ? "route" : "MLX_FUSED_ROUTE",
+        "As it says."};
   }
   if (!wanted.empty()) {
     throw std::invalid_argument("MLX_FUSED_ROUTE must be 'composed' or 'fused' but got '" + wanted + "'.");
   }
-  auto tuned = tuned_route(work, device);
-  return tuned ? *tuned : best(work, device);
+  if (auto tuned = tuned_route(work, device)) {
+    return {*tuned, "tuned", "Measured as the faster on this machine by mlx-fused tune."};
+  }
+  auto& table = route_table();  // whose last rows match every call
+  auto row = std::find_if(
+      table.begin(), table.end(), [&](auto& candidate) { return matches(candidate, work, device); });
+  return {row->route, "built-in", row->reason};
+}
+
+namespace {
+
+thread_local Decision latest{};
+
+}  // namespace
+
+const Decision& last_decision() {
+  return latest;
 }
 
 Route choose_route(
@@ -80,7 +186,8 @@ Route choose_route(
   if (route == "fused" && !has_kernels(work, device)) {
     check.fail("route must be 'composed' or None for this call on this device but got 'fused'.");
   }
-  return choose_route(work, device, route);
+  latest = choose_route(work, device, route);
+  return latest.route;
 }
 
 }  // namespace mlx_fused

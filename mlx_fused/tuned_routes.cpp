@@ -1,5 +1,6 @@
 #include "mlx_fused/tuned_routes.h"
 
+#include <algorithm>
 #include <iterator>
 #include <utility>
 
@@ -27,9 +28,11 @@ CallKind kind_of(const Workload& work) {
   if (auto& q = call.quantization) {
     format.emplace(q->mode, q->bits, q->group_size);
   }
+  auto is_weight = [](const Slot& slot) { return slot.role == Role::weight; };
+  bool of_weights = work.is_grad() && std::any_of(work.wanted->begin(), work.wanted->end(), is_weight);
   return {
-      work.is_grad,
-      work.of_weights,
+      work.is_grad(),
+      of_weights,
       work.promoted[0].val(),
       std::move(format),
       call.has_bias,

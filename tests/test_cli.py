@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -39,13 +40,14 @@ def test_version():
 def test_info():
     result = CliRunner().invoke(main, ["info"])
     assert result.exit_code == 0
-    facts, table = result.output.split("\n\n")
+    facts, table, reasons = result.output.split("\n\n")
     rows = dict(line.split(maxsplit=1) for line in facts.splitlines() if "de" not in line.split()[0])
     assert rows["mlx"] == version("mlx")
     assert rows["mlx-lm"] == version("mlx-lm")
     assert rows["mlx-fused"] == mlx_fused.__version__
     assert str(mx.default_device()) in facts
     assert "4-bit + LoRA: QKV, gradient" in table
+    assert set(re.findall(r"\[\d+\]", table)) == set(re.findall(r"^\[\d+\]", reasons, re.MULTILINE))
 
 
 @pytest.mark.parametrize("command", ["info", "generate"])
@@ -139,13 +141,14 @@ def test_info_as_json_tells_what_the_environment_sets(monkeypatch):
     results = json.loads(CliRunner().invoke(main, ["info", "--json"]).stdout)
     assert results["mlx"] == version("mlx")
     assert results["settings"] == {"MLX_FUSED_ROUTE": "composed", "MLX_FUSED_CACHE": os.devnull}
-    assert {route for row in results["routes"].values() for route in row.values()} == {"composed"}
+    decisions = [decision for row in results["routes"].values() for decision in row.values()]
+    assert {(d["route"], d["source"]) for d in decisions} == {("composed", "MLX_FUSED_ROUTE")}
 
 
 @pytest.mark.skipif(mx.default_device() != mx.cpu, reason="the table of the CPU")
 def test_all_calls_are_fused_on_the_cpu(monkeypatch):
     monkeypatch.delenv("MLX_FUSED_ROUTE", raising=False)
-    assert {cell for _, row in routes() for cell in row} == {("fused", "built-in")}
+    assert {(d.route, d.source) for _, row in routes() for d in row} == {("fused", "built-in")}
 
 
 def test_importing_the_package_needs_none_of_the_extra():

@@ -1,18 +1,79 @@
 """Which calls take our kernels: the table of routing.cpp, and what overrules it."""
 
+import json
+from collections import namedtuple
+from itertools import product
+
 import mlx.core as mx
 import pytest
 
+import launches
 import mlx_fused
+import routing_page
 from graph import primitives
+from metal_cost import report, routes
+from metal_cost.cells import CELLS, FORMATS
 from mlx_fused._ext import _internals
 
 HALVES = [mx.float32, mx.float16, mx.bfloat16]
+SIZES = ["p", "g", "s", "d"]  # of Metal's GPUs
+Row = namedtuple("Row", "device part weights first last route reason")
+TABLE = [Row(*row) for row in _internals.route_table()]
+# How a call comes to have a part: the operation, what is wanted of its gradient, and its adapters' rank.
+HAS = {
+    "projection": ("qkv", {}),
+    "input_gradient": ("qkv_grad", {"wanted": ["input"]}),
+    "weight_gradient": ("qkv_grad", {"wanted": ["weight", "bias"]}),
+    "low_rank_product": ("qkv", {"rank": 8}),
+    "high_rank_product": ("qkv", {"rank": 9}),
+    "adapter_gradient": ("qkv_grad", {"wanted": ["lora_b"], "rank": 8}),
+    "high_rank_gradient": ("qkv_grad", {"wanted": ["lora_a"], "rank": 9}),
+}
+NAMES = {  # that the table has for them
+    "projection": "projection",
+    "input_gradient": "gradient of the input",
+    "weight_gradient": "gradient of weights",
+    "low_rank_product": "LoRA's x A or dy B^T, rank up to 8",
+    "high_rank_product": "LoRA's x A or dy B^T, rank above 8",
+    "adapter_gradient": "gradient of LoRA's A or B, rank up to 8",
+    "high_rank_gradient": "gradient of LoRA's A or B, rank above 8",
+}
 
 
 def choose_route(operation, *promoted, device="metal", rows=128, **kwargs):
     promoted = promoted or (mx.bfloat16,)
     return _internals.route(operation, promoted, rows, device=device, **kwargs)
+
+
+def matching(operation, rows, device="metal", **kwargs):
+    """The rows of the table that match."""
+    return [
+        TABLE[i] for i in _internals.matching_rows(operation, (mx.bfloat16,), rows, device=device, **kwargs)
+    ]
+
+
+def deciding(*args, **kwargs):
+    return matching(*args, **kwargs)[0]
+
+
+def quantization(form):
+    """(mode, bits, group size) of a format as the kernels name it."""
+    return None if form == "dense" else (form.partition("_")[0], *FORMATS[form])
+
+
+def forms(weights):
+    """The formats that a row of the table is about."""
+    kinds = {
+        "any": FORMATS,
+        "fp": ("mxfp4", "mxfp8", "nvfp4"),
+        "affine": [f for f in FORMATS if "affine" in f],
+    }
+    return kinds.get(weights, (weights,))
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return json.loads(report.RESULT.read_text())["kernels"]
 
 
 @pytest.mark.parametrize("operation", ["qkv", "qkv_grad", "output", "output_grad"])
@@ -36,20 +97,170 @@ def test_other_gpus_are_composed_whatever_the_route(operation, rows):
         assert choose_route(operation, device="cuda", rows=rows, route=route) == "composed"
 
 
-@pytest.mark.parametrize("rows", [1, 8, 9, 31, 32, 4096])
-def test_metal_fuses_what_saves_launches(rows):
-    assert choose_route("qkv", rows=rows) == "fused"
-    assert choose_route("qkv_grad", rows=rows) == "fused"
-    assert choose_route("output", rows=rows, has_bias=True) == "fused"
-    # Without a bias MLX's addmm is one launch too, but reads the weights once per row for a few rows.
-    assert choose_route("output", rows=rows) == ("fused" if rows == 8 else "composed")
-    assert choose_route("output_grad", rows=rows) == "composed"
+def test_every_row_of_the_table_decides_some_calls():
+    devices = [{"device": "cpu"}, *({"device": "metal", "matmul_units": units} for units in (True, False))]
+    operations = [*HAS.values(), ("output", {})]
+    seen = set()
+    for (operation, kind), form, device, rows in product(
+        operations, FORMATS, devices, (*range(10), 33, 1024)
+    ):
+        for features in ([64], [4096]):
+            row = deciding(
+                operation, rows, **kind, **device, quantization=quantization(form), features=features
+            )
+            seen.add(row)
+            arguments = kind | device | {"quantization": quantization(form), "features": features}
+            forced = choose_route(operation, rows=rows, **arguments, route="fused")
+            if forced == "fused":  # there are kernels for it, so the table is asked
+                assert choose_route(operation, rows=rows, **arguments) == row.route
+    assert [row for row in TABLE if row not in seen] == []
+
+
+def test_the_order_of_the_table():
+    """A CPU's row, those that give to MLX what our kernels do not win, and one that takes the rest."""
+    cpu, *composed, last = TABLE
+    assert (cpu.device, cpu.part, cpu.weights, cpu.first, cpu.last) == ("CPU", "any", "any", 0, None)
+    assert {row.route for row in composed} == {"composed"}
+    assert last[:6] == ("Metal", "any", "any", 0, None, "fused")
+    assert all(row.reason.endswith(".") for row in TABLE)
+
+
+def test_the_rows_of_the_cost_report_are_those_of_its_figures(figures):
+    assert routes.INCLUDED.read_text() == routes.text(figures), "run `make metal-cost`"
+
+
+def test_the_page_shows_the_table():
+    text = routing_page.DOCUMENT.read_text()
+    assert routing_page.page(text) == text, "run `python tests/routing_page.py`"
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_what_costs_more_than_mlx_is_composed(name, figures):
+    missed, _ = routes.decisive(CELLS[name], figures)
+    part, weights, first, last = routes.place(CELLS[name])
+    operation, kind = HAS[part]
+    for form, size, rows in product(forms(weights), SIZES, {first, min(last, 4096)}):
+        if part == "weight_gradient" and form != "dense":
+            continue  # quantized weights have none
+        arguments = {"size": size, "quantization": quantization(form), **kind}
+        if missed:
+            assert choose_route(operation, rows=rows, **arguments) == "composed"
+        else:  # nor is any row of the table about it, unless another cell of the same place misses
+            others = [c for c in CELLS.values() if routes.place(c) == (part, weights, first, last)]
+            is_missed = any(routes.decisive(c, figures)[0] for c in others)
+            found = {row.part for row in matching(operation, rows, **arguments)}
+            assert is_missed or NAMES[part] not in found
+
+
+def test_only_branches_and_64_bit_products_of_tiles_do_not_decide():
+    kernel = {"step": {"cycles": 10, "multiplies_64": 0, "branches": 1}, "work": 4, "rows": 1}
+    kernel |= {"threads": 1024, "spills": 0}
+    worse = kernel | {"threads": 832, "spills": 1}
+    worse["step"] = {"cycles": 11, "multiplies_64": 1, "branches": 2}
+    for name, passed in (("weight_grad", ["64-bit multiply", "branches"]), ("dense, rows 1", [])):
+        cell = CELLS[name]
+        decide, others = routes.decisive(cell, {cell.ours: worse, cell.mlx: kernel})
+        assert [*others] == passed
+        assert {*decide} == {"cycles", "threads", "64-bit multiply", "branches", "spills"} - {*passed}
+
+
+@pytest.mark.parametrize(
+    "operation, kind, parts",
+    [
+        ("qkv", {}, ["projection"]),
+        ("qkv", {"rank": 8}, ["projection", "low_rank_product"]),
+        ("qkv", {"rank": 9}, ["projection", "high_rank_product"]),
+        ("qkv_grad", {"wanted": ["input"]}, ["input_gradient"]),
+        ("qkv_grad", {"wanted": ["input"], "rank": 8}, ["input_gradient", "low_rank_product"]),
+        ("qkv_grad", {"wanted": ["bias", "weight"], "rank": 8}, ["weight_gradient"]),
+        ("qkv_grad", {"wanted": ["lora_a"], "rank": 9}, ["high_rank_product", "high_rank_gradient"]),
+        (
+            "qkv_grad",
+            {"wanted": ["weight", "lora_b"], "rank": 8},
+            ["weight_gradient", "low_rank_product", "adapter_gradient"],
+        ),
+    ],
+)
+def test_the_parts_of_a_call(operation, kind, parts):
+    """Of those that the table has rows about, for many rows of the input."""
+    known = {row.part for row in TABLE if row.last is None and row.weights in ("any", "dense")}
+    found = {row.part for row in matching(operation, 4096, **kind)} - {"any"}
+    assert found == {NAMES[part] for part in parts} & known
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_mlx_adds_a_residual_alone(size):
+    alone = "projection + residual alone"
+    for rows in (0, 1, 9, 31, 4096):
+        assert deciding("output", rows, size=size).part == alone
+        assert choose_route("output", rows=rows, size=size) == "composed"
+        for kind in ({"has_bias": True}, {"rank": 8}, {"quantization": ("affine", 4, 64)}):
+            assert deciding("output", rows, size=size, **kind).part != alone
+    assert deciding("output", 8, size=size).part != alone
+    assert deciding("qkv", 1, size=size).part != alone
+    assert choose_route("output_grad", size=size) == "composed"  # there is no kernel
+
+
+@pytest.mark.parametrize("size, cores", [("p", 6), ("g", 10), ("s", 40), ("d", 80)])
+def test_few_rows_need_threadgroups_enough_for_the_cores(size, cores):
+    def is_small(rows, *features):
+        found = matching("qkv", rows, size=size, features=features)
+        return "projection, small grid" in {row.part for row in found}
+
+    for rows, features in ((2, 64 * cores), (4, 64 * cores), (6, 32 * cores), (8, 32 * cores)):
+        assert not is_small(rows, features)
+        assert is_small(rows, features - 8)
+        assert not is_small(rows, features - 8, 1)
+    assert not is_small(1, 8)  # MLX's kernel has fewer
+    assert not is_small(9, 8)  # that of tiles
+
+
+LAUNCHES = json.loads(launches.GOLDEN.read_text())
+
+
+@pytest.mark.parametrize("case", LAUNCHES, ids=lambda c: "{call}-{weights}-{rows}-{model}".format(**c))
+def test_calls_with_too_few_threadgroups_are_composed(case):
+    for name in case["misses"]:
+        about = {"rows": case["rows"], "features": case["features"], "in_features": case["in_features"]}
+        about |= {"quantization": quantization(case["weights"]), "size": name[-1]}
+        assert choose_route(case["call"], **about, matmul_units=name.startswith("g17")) == "composed"
+
+
+@pytest.mark.parametrize(
+    "architecture, generation, darwin, size, cores, matmul_units",
+    [
+        ("applegpu_g13g", 13, (25, 2), "g", 10, False),
+        ("applegpu_g16s", 16, (26, 0), "s", 40, False),
+        ("applegpu_g14d", 14, (25, 2), "d", 80, False),
+        ("applegpu_g17s", 17, (25, 2), "s", 40, True),
+        ("applegpu_g17s", 17, (25, 1), "s", 40, False),
+        ("applegpu_g17p", 17, (25, 2), "p", 6, False),
+        ("applegpu_g18p", 18, (25, 2), "p", 6, True),
+        ("", 0, (0, 0), "g", 10, False),
+    ],
+)
+def test_a_metal_gpu_is_known_by_its_architecture(
+    architecture, generation, darwin, size, cores, matmul_units
+):
+    for is_apple7 in (True, False):
+        found = _internals.metal_device(architecture, generation, is_apple7, darwin)
+        assert found == (size, cores, is_apple7, matmul_units)
+
+
+@pytest.mark.parametrize("operation", ["qkv", "qkv_grad", "output", "output_grad"])
+@pytest.mark.parametrize("rows", [1, 8, 128])
+def test_gpus_without_simdgroup_matrices_are_composed_whatever_the_route(operation, rows):
+    for route in (None, "fused"):
+        for kind in ({}, {"quantization": ("affine", 4, 64)}, {"has_bias": True, "rank": 8}):
+            assert choose_route(operation, rows=rows, is_apple7=False, route=route, **kind) == "composed"
 
 
 @pytest.mark.parametrize("operation", ["qkv", "qkv_grad", "output"])
 def test_matmul_units_take_the_large_products(operation):
-    for rows, expected in ((1, "fused"), (31, "fused"), (32, "composed"), (4096, "composed")):
-        assert choose_route(operation, rows=rows, has_bias=True, matmul_units=True) == expected
+    for rows, takes in ((1, False), (31, False), (32, True), (4096, True)):
+        row = deciding(operation, rows, has_bias=True, matmul_units=True)
+        assert (row.device == "Metal, M5 and later") == takes
+        assert row.route == "composed" or not takes
 
 
 def test_metal_has_no_kernel_for_an_empty_sum_or_a_bias_gradient_alone():
@@ -57,20 +268,8 @@ def test_metal_has_no_kernel_for_an_empty_sum_or_a_bias_gradient_alone():
         assert choose_route("qkv", in_features=0, route=route) == "composed"
         assert choose_route("qkv_grad", no_metal_kernel=True, route=route) == "composed"
     assert choose_route("qkv_grad", no_metal_kernel=True, device="cpu") == "fused"
-
-
-def test_metal_fuses_quantized_projections_and_adapters():
-    quantized, adapted = {"quantization": ("affine", 4, 64)}, {"has_adapters": True}
-    for rows in (1, 8, 31, 32, 4096):
-        for kind in (quantized, adapted, quantized | adapted):
-            for operation in ("qkv", "qkv_grad", "output"):
-                assert choose_route(operation, rows=rows, **kind) == "fused"
-                expected = "composed" if rows >= 32 else "fused"
-                assert choose_route(operation, rows=rows, matmul_units=True, **kind) == expected
-            # MLX's quantized_matmul is one launch for the output's one segment; adapters are more.
-            assert choose_route("output_grad", rows=rows, **kind) == (
-                "composed" if kind == quantized else "fused"
-            )
+    assert choose_route("output_grad", quantization=("affine", 4, 64), route="fused") == "composed"
+    assert choose_route("output_grad", rank=8, route="fused") == "fused"
 
 
 def test_metal_has_no_kernel_for_other_formats():
@@ -118,6 +317,21 @@ def test_the_keyword_and_the_variable_reach_every_operation(index, monkeypatch):
         fused("slow")
 
 
+def test_the_latest_decision_says_what_decided(monkeypatch):
+    def decided(route=None):
+        calls(route)[0]()
+        return _internals.last_decision()
+
+    assert decided() == ("fused", "built-in", TABLE[0].reason)
+    assert decided("composed")[:2] == ("composed", "route")
+    monkeypatch.setenv("MLX_FUSED_ROUTE", "fused")
+    assert decided()[:2] == ("fused", "MLX_FUSED_ROUTE")
+    assert decided("composed")[:2] == ("composed", "route")
+    x = mx.ones((1, 2, 4)).astype(mx.float64, stream=mx.cpu)
+    mlx_fused.fused_output_projection_residual(x, mx.ones((4, 4)), None, x)
+    assert _internals.last_decision()[:2] == ("composed", "no kernel")
+
+
 def test_a_gradient_is_routed_on_its_own(monkeypatch):
     x, w = mx.ones((1, 2, 4)), mx.ones((4, 4))
     y, grads = [], []
@@ -155,7 +369,7 @@ def test_a_misspelt_variable_is_refused(monkeypatch):
 
 
 def test_metal_refuses_rows_that_tiles_cannot_step_through():
-    assert choose_route("qkv", in_features=2**25 - 1) == "fused"
+    assert choose_route("qkv", in_features=2**25 - 1, route="fused") == "fused"
     assert choose_route("qkv", in_features=2**25, route="fused") == "composed"
 
 

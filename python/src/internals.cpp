@@ -37,6 +37,10 @@ using Tensors = std::map<std::pair<std::string, int>, Tensor>;
 constexpr std::array<std::string_view, 9> roles = {
     "cotangent", "input", "weight", "group_scales", "group_biases", "bias", "lora_a", "lora_b", "residual"};
 
+mlx_fused::Role role_of(const std::string& name) {
+  return static_cast<mlx_fused::Role>(std::find(roles.begin(), roles.end(), name) - roles.begin());
+}
+
 // A call's tensors in the order of its slots.
 std::vector<metal::Tensor> in_order(const mlx_fused::Slots& slots, const Tensors& tensors) {
   std::vector<metal::Tensor> ordered;
@@ -45,6 +49,86 @@ std::vector<metal::Tensor> in_order(const mlx_fused::Slots& slots, const Tensors
     ordered.push_back(std::make_from_tuple<metal::Tensor>(t));
   }
   return ordered;
+}
+
+// Of RouteRow::Device and RouteRow::Part.
+constexpr std::array devices = {"CPU", "Metal", "Metal, M5 and later"};
+constexpr std::array parts = {
+    "any",
+    "projection",
+    "projection, small grid",
+    "projection + residual alone",
+    "gradient of the input",
+    "gradient of weights",
+    "LoRA's x A or dy B^T, rank up to 8",
+    "LoRA's x A or dy B^T, rank above 8",
+    "gradient of LoRA's A or B, rank up to 8",
+    "gradient of LoRA's A or B, rank above 8"};
+
+const char* name_of(mlx_fused::Route route) {
+  return route == mlx_fused::Route::composed ? "composed" : "fused";
+}
+
+// Defines `name` as a function of what a call and a device are like, which calls f(workload, device, route).
+template <typename F>
+void def_on_workload(nb::module_& m, const char* name, F f) {
+  m.def(
+      name,
+      [f](const std::string& operation,
+          const std::vector<mx::Dtype>& promoted,
+          int64_t rows,
+          int64_t in_features,
+          bool has_bias,
+          const std::optional<QuantizationTuple>& q,
+          int rank,
+          const std::vector<std::string>& wanted,
+          bool no_metal_kernel,
+          const std::optional<std::vector<int>>& features,
+          const std::string& device,
+          const std::string& size,
+          bool is_apple7,
+          bool matmul_units,
+          const std::optional<std::string>& route) {
+        auto info =
+            device == "metal"
+                ? mlx_fused::metal_device("applegpu_g13" + size, matmul_units ? 18 : 13, is_apple7, {25, 2})
+                : mlx_fused::DeviceInfo{
+                      device == "cpu" ? mlx_fused::DeviceInfo::cpu : mlx_fused::DeviceInfo::other_gpu};
+        bool is_output = operation.starts_with("output");
+        std::vector<mlx_fused::Segment> segments;
+        for (int count : features.value_or(std::vector(is_output ? 1 : 3, 4096))) {
+          segments.push_back({.features = count, .adapter_scale = rank ? std::optional(1.0f) : std::nullopt});
+        }
+        mlx_fused::Call call{
+            .segments = segments,
+            .has_bias = has_bias,
+            .quantization = quantization(q),
+            .epilogue = {.has_residual = is_output}};
+        mlx_fused::Slots slots;
+        for (auto& role : wanted) {
+          slots.push_back({role_of(role)});
+        }
+        bool is_grad = operation.ends_with("_grad");
+        std::vector<int> ranks(segments.size(), rank);
+        mlx_fused::Workload work{
+            call, promoted, rows, in_features, is_grad ? &slots : nullptr, no_metal_kernel, ranks};
+        return f(work, info, route);
+      },
+      "operation"_a,
+      "promoted"_a,
+      "rows"_a,
+      "in_features"_a = 4096,
+      "has_bias"_a = false,
+      "quantization"_a = nb::none(),
+      "rank"_a = 0,
+      "wanted"_a = std::vector<std::string>{"input"},
+      "no_metal_kernel"_a = false,
+      "features"_a = nb::none(),
+      "device"_a,
+      "size"_a = "s",
+      "is_apple7"_a = true,
+      "matmul_units"_a = false,
+      "route"_a = nb::none());
 }
 
 // (launches, the sizes of temporaries in bytes)
@@ -77,48 +161,47 @@ nb::tuple launches(const metal::Plan& plan) {
 
 void bind_internals(nb::module_& m) {
   auto internals = m.def_submodule("_internals", "Pure functions of the library, for its tests.");
+  def_on_workload(internals, "route", [](auto& work, auto& device, auto& route) {
+    return name_of(mlx_fused::choose_route(work, device, route).route);
+  });
+  // The indices of all rows of the table that match; the first of them decides.
+  def_on_workload(internals, "matching_rows", [](auto& work, auto& device, auto&) {
+    auto& table = mlx_fused::route_table();
+    std::vector<int> found;
+    for (size_t i = 0; i < table.size(); ++i) {
+      if (mlx_fused::matches(table[i], work, device)) {
+        found.push_back(static_cast<int>(i));
+      }
+    }
+    return found;
+  });
+  // (device, part, weights, first row, last row or None, route, reason)
+  internals.def("route_table", [] {
+    nb::list rows;
+    for (auto& row : mlx_fused::route_table()) {
+      rows.append(
+          nb::make_tuple(
+              devices[static_cast<int>(row.device)],
+              parts[static_cast<int>(row.part)],
+              row.weights,
+              row.first,
+              row.last == mlx_fused::any_rows ? nb::none() : nb::cast(row.last),
+              name_of(row.route),
+              row.reason));
+    }
+    return rows;
+  });
+  // (route, source, reason) of this thread's latest call.
+  internals.def("last_decision", [] {
+    auto& [route, source, reason] = mlx_fused::last_decision();
+    return nb::make_tuple(name_of(route), std::string(source), std::string(reason));
+  });
   internals.def(
-      "route",
-      [](const std::string& operation,
-         const std::vector<mx::Dtype>& promoted,
-         int64_t rows,
-         int64_t in_features,
-         bool has_bias,
-         const std::optional<QuantizationTuple>& q,
-         bool has_adapters,
-         bool no_metal_kernel,
-         const std::string& device,
-         bool matmul_units,
-         const std::optional<std::string>& route) {
-        auto kind = device == "cpu"     ? mlx_fused::DeviceInfo::cpu
-                    : device == "metal" ? mlx_fused::DeviceInfo::metal
-                                        : mlx_fused::DeviceInfo::other_gpu;
-        bool is_output = operation.starts_with("output");
-        mlx_fused::Segment segment{.features = 64};
-        if (has_adapters) {
-          segment.adapter_scale = 1;
-        }
-        mlx_fused::Call call{
-            .segments = std::vector(is_output ? 1 : 3, segment),
-            .has_bias = has_bias,
-            .quantization = quantization(q),
-            .epilogue = {.has_residual = is_output}};
-        mlx_fused::Workload work{
-            call, promoted, rows, in_features, operation.ends_with("_grad"), no_metal_kernel};
-        auto chosen = mlx_fused::choose_route(work, {kind, matmul_units}, route);
-        return chosen == mlx_fused::Route::composed ? "composed" : "fused";
-      },
-      "operation"_a,
-      "promoted"_a,
-      "rows"_a,
-      "in_features"_a = 64,
-      "has_bias"_a = false,
-      "quantization"_a = nb::none(),
-      "has_adapters"_a = false,
-      "no_metal_kernel"_a = false,
-      "device"_a,
-      "matmul_units"_a = false,
-      "route"_a = nb::none());
+      "metal_device",
+      [](const std::string& architecture, int generation, bool is_apple7, std::pair<int, int> darwin) {
+        auto info = mlx_fused::metal_device(architecture, generation, is_apple7, darwin);
+        return nb::make_tuple(std::string(1, info.size), info.cores, info.is_apple7, info.matmul_units);
+      });
   // Of a projection, or of gradients if there are cotangents: `outputs` are then those that are wanted.
   internals.def(
       "plan",
@@ -146,8 +229,7 @@ void bind_internals(nb::module_& m) {
         }
         mlx_fused::GradCall grad{call, {}};
         for (auto& [slot, t] : outputs) {
-          auto role = std::find(roles.begin(), roles.end(), slot.first) - roles.begin();
-          grad.wanted.push_back({static_cast<mlx_fused::Role>(role), slot.second});
+          grad.wanted.push_back({role_of(slot.first), slot.second});
         }
         return launches(
             metal::plan_gradients(

@@ -128,20 +128,19 @@ void ProjectionGrad::eval_gpu(const Arrays& inputs, Arrays& outputs) {
 
 DeviceInfo describe(mx::Device device) {
   if (device == mx::Device::cpu) {
-    return {DeviceInfo::cpu, false};
+    return {DeviceInfo::cpu};
   }
-  // As MLX decides it: from macOS 26.2 on, with GPUs of generation 17, of phones 18.
-  static const bool matmul_units = [&] {
-    // Darwin 25.2 is macOS 26.2; the system's own number may be an older one, for compatibility.
+  static const DeviceInfo gpu = [&] {
     utsname system;
-    int major = 0, minor = 0;
-    bool known = uname(&system) == 0 && std::sscanf(system.release, "%d.%d", &major, &minor) == 2;
-    auto& gpu = mx::metal::device(device);
-    bool phone = gpu.get_architecture().back() == 'p';
-    return known && std::pair(major, minor) >= std::pair(25, 2) &&
-           gpu.get_architecture_gen() >= (phone ? 18 : 17);
+    std::pair darwin(0, 0);
+    if (uname(&system) == 0) {
+      std::sscanf(system.release, "%d.%d", &darwin.first, &darwin.second);
+    }
+    auto& metal = mx::metal::device(device);
+    bool is_apple7 = metal.mtl_device()->supportsFamily(MTL::GPUFamilyApple7);
+    return metal_device(metal.get_architecture(), metal.get_architecture_gen(), is_apple7, darwin);
   }();
-  return {DeviceInfo::metal, matmul_units};
+  return gpu;
 }
 
 }  // namespace mlx_fused

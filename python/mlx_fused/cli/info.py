@@ -5,16 +5,15 @@ import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import mlx.core as mx
 
 import mlx_fused
 from mlx_fused import _ext
-from mlx_fused.cli.calls import Sizes, kinds
+from mlx_fused.cli.calls import Call, Sizes, make_calls
 from mlx_fused.cli.output import json_option, print_json
-from mlx_fused.tuning import Kind, path
-from mlx_fused.tuning.measure import route_of
 
 ROWS = (1, 8, 128, 1024)
 _VARIABLES = (
@@ -24,7 +23,14 @@ _VARIABLES = (
     "MLX_FUSED_NUM_THREADS",
     "MLX_FUSED_MAX_ISA",
 )
-_MARKS = {"tuned": "*", "built-in": "", "MLX_FUSED_ROUTE": ""}
+
+
+class Decision(NamedTuple):
+    """Who computes a call, ``"fused"`` or ``"composed"``, what decided that, and why."""
+
+    route: str
+    source: str
+    reason: str
 
 
 @click.command()
@@ -34,22 +40,23 @@ def info(as_json: bool) -> None:
     facts = describe() | {"settings": {name: os.environ[name] for name in _VARIABLES if name in os.environ}}
     table = dict(routes())
     if as_json:
-        print_json(facts | {"routes": _by_rows(table, 0), "sources": _by_rows(table, 1)})
+        print_json(facts | {"routes": {name: _by_rows(row) for name, row in table.items()}})
         return
     settings = facts.pop("settings")
     for name, value in (facts | settings).items():
         click.echo(f"{name:42}{value}")
     click.echo()
-    lines = [(name, *(route + _MARKS[source] for route, source in row)) for name, row in table.items()]
-    for name, *row in (("tokens", *ROWS), *lines):
-        click.echo(f"{name:42}{''.join(f'{cell:<11}' for cell in row)}".rstrip())
-    if any(source == "tuned" for row in table.values() for _, source in row):
-        click.echo(f"\n* as measured: {path()}")
+    decisions = list(dict.fromkeys(decision for row in table.values() for decision in row))
+    cells = {decision: f"{decision.route} [{n}]" for n, decision in enumerate(decisions, 1)}
+    for name, *row in (("tokens", *ROWS), *((name, *map(cells.get, row)) for name, row in table.items())):
+        click.echo(f"{name:42}{''.join(f'{cell:<14}' for cell in row)}".rstrip())
+    click.echo()
+    for n, decision in enumerate(decisions, 1):
+        click.echo(f"[{n}] {decision.source}: {decision.reason}")
 
 
-def _by_rows(table: dict[str, list], item: int) -> dict[str, dict[str, str]]:
-    rows = [str(m) for m in ROWS]
-    return {n: dict(zip(rows, [cell[item] for cell in cells], strict=True)) for n, cells in table.items()}
+def _by_rows(row: list[Decision]) -> dict[str, dict[str, str]]:
+    return {str(rows): decision._asdict() for rows, decision in zip(ROWS, row, strict=True)}
 
 
 def describe() -> dict[str, object]:
@@ -79,20 +86,18 @@ def _kernels() -> str:
     return "none for this device: MLX's own operations run"
 
 
-def routes() -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """For each kind of call, who computes it at each of ``ROWS``, and what decides that.
-
-    The former, ``"fused"`` or ``"composed"``, is found in the graphs of such calls, which are not evaluated.
-    """
+def routes() -> Iterator[tuple[str, list[Decision]]]:
+    """For each kind of call, what was decided at each of ``ROWS``: such calls are made, but not evaluated."""
     for weights in ("bfloat16", "4-bit", "4-bit + LoRA"):
-        for name, kind in kinds(Sizes(), weights).items():
-            yield f"{weights}: {name}", [(route_of(kind, m), _source(kind, m)) for m in ROWS]
+        by_rows = [make_calls(Sizes(), weights, rows) for rows in ROWS]
+        for calls in zip(*by_rows, strict=True):
+            yield f"{weights}: {calls[0].name}", [_decision(call) for call in calls]
+            yield f"{weights}: {calls[0].name}, gradient", [_decision(call.gradient()) for call in calls]
 
 
-def _source(kind: Kind, rows: int) -> str:
-    if os.environ.get("MLX_FUSED_ROUTE"):
-        return "MLX_FUSED_ROUTE"
-    return "tuned" if _ext.tuned_route(kind, rows) else "built-in"
+def _decision(call: Call) -> Decision:
+    call.fused(*call.inputs)
+    return Decision(*_ext._internals.last_decision())
 
 
 def _version(distribution: str) -> str:

@@ -1,0 +1,107 @@
+"""The rows of the table of routes that come from the figures: where our kernels cost more than MLX's."""
+
+import re
+from dataclasses import dataclass
+from math import inf
+
+from .cells import CELLS, HERE, KERNELS, ROWS
+from .report import misses
+
+INCLUDED = HERE.parents[1] / "mlx_fused" / "metal_cost.inc"
+# A step of a kernel with matrices is 256 to 1024 multiply-adds of a lane, beside which a branch is little. A
+# 64-bit multiplication is among its cycles.
+DO_NOT_DECIDE = ("64-bit multiply", "branches")
+KINDS = {"affine_4": "affine", "mxfp4": "fp"}  # the tiles of these stand for those of their kind
+HIGH_TILES_FROM = 1024  # rows; many_rows in backend/metal/plan.cpp
+# Parts of a call in the order of the table, with what taking MLX's kernels gives up.
+PARTS = {
+    "adapter_gradient": "one launch for all A or all B",
+    "high_rank_gradient": "one launch for all A or all B",
+    "low_rank_product": "one launch for all adapters",
+    "high_rank_product": "one launch for all adapters",
+    "weight_gradient": "one launch for a QKV call's 3, with bias 6",
+    "input_gradient": "one launch for a QKV call's 5",
+    "projection": "one launch for a QKV call's 3, with bias up to 6",
+}
+
+
+@dataclass
+class Run:
+    """Cells of one part and adjacent numbers of rows that miss, and the worst figure of each miss."""
+
+    part: str
+    weights: str
+    first: int
+    last: float
+    worst: dict[str, float]
+
+    def merge(self, other):
+        """Whether the other is of the same rows or goes on where this ends, and is part of it now."""
+        if (self.part, self.weights) != (other.part, other.weights):
+            return False
+        if other.first not in (self.first, self.last + 1):
+            return False
+        self.last = max(self.last, other.last)
+        for name, figure in other.worst.items():
+            self.worst[name] = max(figure, self.worst.get(name, 0))
+        return True
+
+    def reason(self):
+        figures = {
+            "cycles": lambda figure: f"{figure:.2f} times the cycles",
+            "threads": lambda figure: f"{1 / figure:.2f} times the threads",
+        }
+        worst = [
+            figures[name](figure) if name in figures else name for name, figure in sorted(self.worst.items())
+        ]
+        return f"At worst {', '.join(worst)} of MLX's kernel. Given up: {PARTS[self.part]}."
+
+
+def decisive(cell, found):
+    """The misses that route a cell to MLX, and those that do not."""
+    missed = misses(cell, found)
+    passed = DO_NOT_DECIDE if KERNELS[cell.ours].has_matrices else ()
+    decide = {name: figure for name, figure in missed.items() if name not in passed}
+    return decide, {name: figure for name, figure in missed.items() if name in passed}
+
+
+def place(cell):
+    """The part of a call, the weights, and the first and last number of rows that a cell is about."""
+    if match := re.fullmatch(r"(.+), rows (\d)", cell.name):
+        return "projection", match[1], int(match[2]), int(match[2])
+    if match := re.fullmatch(r"low_rank_product_(\d)x\d, rank (\d+)", cell.name):
+        part = "low_rank_product" if match[2] == "8" else "high_rank_product"
+        return part, "any", *((1, HIGH_TILES_FROM - 1) if match[1] == "1" else (HIGH_TILES_FROM, inf))
+    if match := re.fullmatch(r"adapter_grad_\d, rank (\d+)", cell.name):
+        return "adapter_gradient" if match[1] == "8" else "high_rank_gradient", "any", 1, inf
+    if cell.name == "weight_grad":
+        return "weight_gradient", "any", 1, inf
+    kernel, tile, form = re.fullmatch(
+        r"(projection|input_grad)_(32|64)_(\w+)(?:, ragged rows)?", cell.name
+    ).groups()
+    part = "projection" if kernel == "projection" else "input_gradient"
+    least = max(ROWS) + 1 if part == "projection" else 1  # fewer rows have a kernel of their own
+    if tile == "32":
+        return part, KINDS.get(form, form), least, 32
+    return part, KINDS.get(form, form), 33 if f"{kernel}_32_{form}" in CELLS else least, inf
+
+
+def runs(found):
+    """All runs, in the order of the table."""
+    every = []
+    for cell in CELLS.values():
+        missed, _ = decisive(cell, found)
+        run = Run(*place(cell), missed)
+        if missed and not any(before.merge(run) for before in every):
+            every.append(run)
+    return sorted(every, key=lambda run: [*PARTS].index(run.part))
+
+
+def text(found):
+    """The rows as routing.cpp includes them."""
+    lines = ["// Written by `make metal-cost`: where our kernels cost more than MLX's.\n"]
+    for run in runs(found):
+        last = "any_rows" if run.last == inf else run.last
+        condition = f'Part::{run.part}, "{run.weights}", {run.first}, {last}'
+        lines.append(f'{{Device::metal, {condition}, composed,\n "{run.reason()}"}},\n')
+    return "".join(lines)
