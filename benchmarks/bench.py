@@ -69,8 +69,8 @@ def cases(model: Model, dtypes: tuple, rows: tuple, gradient_rows: tuple) -> lis
     if find_spec("mlx_lm") is None:
         return found
     return found + [
-        Case(model, "qkv", dtype, m, backward, quantized, lora=True)
-        for quantized in (False, True)
+        Case(model, op, dtype, m, backward, quantized, lora=True)
+        for op, quantized in kinds
         for dtype in dtypes or DTYPES
         if dtype != "float16"  # nobody trains in it
         for m in gradient_rows
@@ -93,7 +93,7 @@ def run(
     """
     given = operands(case)
     expected = reference(case, given)
-    calls = contenders(case, given, torch, gpu)
+    calls = contenders(case, given, torch, effort.rotated, gpu)
     estimate = pace * case.rows * (2 if case.backward else 1)
     if estimate > effort.never:
         del calls["composed"]

@@ -2,29 +2,32 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import cycle, islice
+from math import ceil
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten, tree_map
 
 import mlx_fused
 from cases import BITS, GROUP_SIZE, RANK, SCALE, Case, Operands
 from machine import cores
 from mlx_fused import LinearOperands
+from mlx_fused.tuning.measure import chain
 
 Frozen = list[tuple[mx.array, ...]]
 
 
-def _fused(case: Case, frozen: Frozen, *primals: mx.array, **options: str) -> Sequence[mx.array]:
-    x, *others = primals
-    m = case.model
+def _fused(case: Case, x: mx.array, frozen: Frozen, *others: mx.array, **options: str) -> Sequence[mx.array]:
+    m, count = case.model, len(case.out_features)
     if case.quantized:
         form = {"group_size": GROUP_SIZE, "bits": BITS}
         layers = [LinearOperands(w, None, scales, biases, **form) for w, scales, biases in frozen]
     else:
-        weights = [w for (w,) in frozen] or others[: len(case.out_features)]
+        weights = [w for (w,) in frozen] or others[:count]
         layers = [LinearOperands(w) for w in weights]
     if case.lora:
-        adapters = zip(layers, others[:3], others[3:], strict=True)
+        adapters = zip(layers, others[:count], others[count : 2 * count], strict=True)
         layers = [of._replace(lora_a=a, lora_b=b, lora_scale=SCALE) for of, a, b in adapters]
     if case.op == "output":
         (layer,) = layers
@@ -33,15 +36,15 @@ def _fused(case: Case, frozen: Frozen, *primals: mx.array, **options: str) -> Se
     return mlx_fused.fused_qkv_projection(x, tuple(layers), None, *heads, **options)
 
 
-def _composed(case: Case, frozen: Frozen, *primals: mx.array) -> Sequence[mx.array]:
-    x, *others = primals
+def _composed(case: Case, x: mx.array, frozen: Frozen, *others: mx.array) -> Sequence[mx.array]:
+    count = len(case.out_features)
     if case.lora:
-        adapters = zip(frozen, others[:3], others[3:], strict=True)
+        adapters = zip(frozen, others[:count], others[count : 2 * count], strict=True)
         products = [_lora_linear(case, *arrays)(x) for arrays in adapters]
     elif case.quantized:
         products = [mx.quantized_matmul(x, *w, group_size=GROUP_SIZE, bits=BITS) for w in frozen]
     else:
-        products = [x @ w.T for w in others[: len(case.out_features)]]
+        products = [x @ w.T for w in others[:count]]
     if case.op == "output":
         return [products[0] + others[-1]]
     return [
@@ -65,59 +68,56 @@ def _lora_linear(case: Case, arrays: tuple[mx.array, ...], a: mx.array, b: mx.ar
     return layer
 
 
-def _addmm(case: Case, frozen: Frozen, *primals: mx.array) -> Sequence[mx.array]:
-    x, w, residual = primals
+def _addmm(case: Case, x: mx.array, frozen: Frozen, *others: mx.array) -> Sequence[mx.array]:
+    w, residual = others
     return [mx.addmm(residual, x, w.T)]
 
 
-def chain(function: Callable, primals: Sequence[mx.array], length: int) -> None:
-    """Evaluates ``length`` calls, each waiting for all of the one before, as a model's layers do.
-
-    One evaluation of many calls, so that its own cost is shared; from one to the next leads a maximum
-    of the first operand and a number, the same for every contender.
-    """
-    first, *rest = primals
-    link = first
-    for _ in range(length):
-        results = list(function(link, *rest))
-        (done,) = mx.depends(results[:1], results[1:])
-        link = mx.maximum(first, done[(0,) * done.ndim])
-    mx.eval(link)
-    mx.synchronize()
-
-
 class MLX:
-    """Runs a function of MLX arrays, forward or with the gradients of all its primals."""
+    """Runs a function of MLX arrays, forward or with the gradients of all its primals.
 
-    def __init__(self, function: Callable, case: Case, given: Operands) -> None:
+    Each call takes the next of several copies of the weights, so that no cache holds them.
+    """
+
+    def __init__(self, function: Callable, case: Case, given: Operands, rotated: int) -> None:
         dtype = getattr(mx, case.dtype)
-        count = len(given.primals)
         # Adapters are float32 whatever the dtype, as mlx-lm has them.
-        dtypes = [mx.float32 if case.lora and i > 0 else dtype for i in range(count)]
-        self.primals = [mx.array(x).astype(t) for x, t in zip(given.primals, dtypes, strict=True)]
-        self.cotangents = [mx.array(x).astype(dtype) for x in given.cotangents]
+        trained = mx.float32 if case.lora else dtype
+        weights, rest = _split(case, given.primals[1:])
+        self.x = mx.array(given.primals[0]).astype(dtype)
+        weights = [mx.array(w).astype(trained) for w in weights]
+        rest = [mx.array(r).astype(dtype) for r in rest]
+        self.cotangents = [mx.array(g).astype(dtype) for g in given.cotangents]
         frozen = [tuple(_array(a, dtype) for a in arrays) for arrays in given.frozen]
-        mx.eval(self.primals, self.cotangents, frozen)
-        self.function = partial(function, case, frozen)
+        copies = _copies(rotated, sum(a.nbytes for _, a in tree_flatten((frozen, weights))))
+        # A sum is a new array, of whatever dtype.
+        made = [tree_map(lambda a: a + mx.zeros((), a.dtype), (frozen, weights)) for _ in range(copies)]
+        mx.eval(self.x, rest, self.cotangents, made)
+        self.others = cycle([(frozen, *weights, *rest) for frozen, weights in made])
+        self.function = partial(function, case)
         self.backward = case.backward
         # Adapters are what mlx-lm trains, and its training step is compiled.
         self._run = mx.compile(self._results) if case.lora else self._results
 
     def __call__(self) -> list[mx.array]:
-        results = self._run(*self.primals)
+        results = self._run(self.x, *next(self.others))
         mx.eval(results)
         mx.synchronize()
         return results
 
     def chain(self, length: int) -> None:
         """Runs ``length`` calls one after another."""
-        chain(self._run, self.primals, length)
+        chain(self._run, self.x, islice(self.others, length))
 
-    def _results(self, *primals: mx.array) -> list[mx.array]:
+    def _results(self, x: mx.array, frozen: Frozen, *others: mx.array) -> list[mx.array]:
         if not self.backward:
-            return list(self.function(*primals))
+            return list(self.function(x, frozen, *others))
+
+        def function(x: mx.array, *others: mx.array) -> Sequence[mx.array]:
+            return self.function(x, frozen, *others)
+
         # The gradients do not need the outputs: only evaluating both is forward + backward.
-        outputs, gradients = mx.vjp(self.function, list(primals), self.cotangents)
+        outputs, gradients = mx.vjp(function, [x, *others], self.cotangents)
         return [*outputs, *gradients]
 
     @staticmethod
@@ -131,16 +131,34 @@ def _array(values: np.ndarray, dtype: mx.Dtype) -> mx.array:
     return a if a.dtype == mx.uint32 else a.astype(dtype)
 
 
-class Torch:
-    """The composed form in torch, on all cores."""
+def _split(case: Case, others: list) -> tuple[list, list]:
+    """The trained weights or adapters, and the residual."""
+    count = len(others) - (case.op == "output")
+    return others[:count], others[count:]
 
-    def __init__(self, case: Case, given: Operands) -> None:
+
+def _copies(rotated: int, size: int) -> int:
+    return max(2, ceil(rotated / size))
+
+
+class Torch:
+    """The composed form in torch, on all cores; its weights rotate too."""
+
+    def __init__(self, case: Case, given: Operands, rotated: int) -> None:
         import torch
 
         torch.set_num_threads(cores())
         dtype = getattr(torch, case.dtype)
         self.case, self.torch = case, torch
-        self.primals = [torch.from_numpy(x).to(dtype).requires_grad_(case.backward) for x in given.primals]
+
+        def tensors(arrays: list[np.ndarray]) -> list:
+            return [torch.from_numpy(a).to(dtype, copy=True).requires_grad_(case.backward) for a in arrays]
+
+        weights, rest = _split(case, given.primals[1:])
+        x, rest = tensors(given.primals[:1]), tensors(rest)
+        size = sum(w.size for w in weights) * dtype.itemsize
+        sets = [[*x, *tensors(weights), *rest] for _ in range(_copies(rotated, size))]
+        self.primals, self._sets = sets[0], cycle(sets)
         self.cotangents = [torch.from_numpy(x).to(dtype) for x in given.cotangents]
 
     def _forward(self) -> list:
@@ -155,6 +173,7 @@ class Torch:
         ]
 
     def __call__(self) -> list:
+        self.primals = next(self._sets)
         outputs = self._forward()
         if not self.case.backward:
             return outputs
@@ -165,17 +184,20 @@ class Torch:
         return result.detach().float().numpy()
 
 
-def contenders(case: Case, given: Operands, torch: bool, gpu: bool = False) -> dict[str, MLX | Torch]:
+def contenders(
+    case: Case, given: Operands, torch: bool, rotated: int, gpu: bool = False
+) -> dict[str, MLX | Torch]:
     """Returns the contenders of one case by name, in the order in which they take turns.
 
-    On a GPU ``fused`` is what our kernels do, and ``routed`` what a user gets.
+    On a GPU ``fused`` is what our kernels do, and ``routed`` what a user gets. Each rotates weights of
+    ``rotated`` bytes.
     """
     functions: dict[str, Callable] = {"fused": _fused, "composed": _composed}
     if gpu:
         functions = {"fused": partial(_fused, route="fused"), "routed": _fused, "composed": _composed}
         if case.op == "output" and case.trains_weights:
             functions["addmm"] = _addmm
-    found: dict[str, MLX | Torch] = {name: MLX(f, case, given) for name, f in functions.items()}
+    found: dict[str, MLX | Torch] = {name: MLX(f, case, given, rotated) for name, f in functions.items()}
     if torch and case.trains_weights:
-        found["torch"] = Torch(case, given)
+        found["torch"] = Torch(case, given, rotated)
     return found

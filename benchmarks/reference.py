@@ -66,7 +66,8 @@ def reference(case: Case, given: Operands) -> list[Expected]:
     segments = len(case.out_features)
     arrays = given.frozen or [(w,) for w in others[:segments]]
     weights = [_Matrix.of(a) for a in arrays]
-    pairs = list(zip(others[:segments], others[segments:], strict=True)) if case.lora else []
+    a, b = others[:segments], others[segments : 2 * segments]
+    pairs = list(zip(a, b, strict=True)) if case.lora else []
     residual = others[-1:] if case.op == "output" else []
 
     outputs = []

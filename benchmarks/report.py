@@ -19,7 +19,9 @@ TITLES = {
     "qkv 4-bit": "QKV projection, 4-bit weights",
     "output 4-bit": "Output projection + residual, 4-bit weights",
     "qkv LoRA": "QKV projection with LoRA",
+    "output LoRA": "Output projection + residual with LoRA",
     "qkv 4-bit LoRA": "QKV projection with LoRA, 4-bit weights",
+    "output 4-bit LoRA": "Output projection + residual with LoRA, 4-bit weights",
 }
 COLORS = {"composed": "#2f6db5", "torch": "#e08a2e", "routed": "#8a8a8a", "addmm": "#58a55c"}
 

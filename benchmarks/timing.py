@@ -4,13 +4,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mlx_fused.tuning.measure import ROTATED
+
 
 @dataclass(frozen=True)
 class Effort:
     """How long to measure: seconds per cell, seconds per turn, and the pause between turns.
 
     A call that takes longer than ``once`` is made as rarely as a benchmark allows, and one expected to take
-    longer than ``never`` not at all.
+    longer than ``never`` not at all. ``rotated`` bytes of weights take turns, so that no cache holds them.
     """
 
     cell: float
@@ -21,10 +23,11 @@ class Effort:
     min_rounds: int = 3
     once: float = 2
     never: float = 45
+    rotated: int = ROTATED
 
 
 FULL = Effort(cell=4, turn=0.15, pause=0.06, ceiling_size=2048)
-QUICK = Effort(cell=0.02, turn=0.002, pause=0.001, ceiling_size=256)
+QUICK = Effort(cell=0.02, turn=0.002, pause=0.001, ceiling_size=256, rotated=2**15)
 
 
 def measure(calls: dict[str, Callable], effort: Effort) -> dict[str, list[float]]:

@@ -90,7 +90,8 @@ struct Decision {
 // Whether we have kernels for the call on this device.
 bool has_kernels(const Workload& work, const DeviceInfo& device);
 
-// Where we have kernels, `route` ("composed" or "fused") decides, else MLX_FUSED_ROUTE, else the table.
+// Where we have kernels, `route` ("composed" or "fused") decides, else MLX_FUSED_ROUTE, else what was
+// measured on this machine (tuned_routes.h), else the table.
 Decision choose_route(
     const Workload& work, const DeviceInfo& device, const std::optional<std::string>& route = std::nullopt);
 

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+# What this machine's user has measured must not decide about a test.
+os.environ["MLX_FUSED_CACHE"] = os.devnull
+
 # The simulator runs on x86-64 Linux alone; elsewhere `make test-metal` has the real GPU.
 SIMULATED = [
     "test_ledger",

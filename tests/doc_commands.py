@@ -56,6 +56,11 @@ INSTEAD = (
         "takes minutes, tests/test_bench.py runs it: are there such options?",
     ),
     Instead(
+        r"mlx-fused tune(?! --remove).*",
+        r"\g<0> --help",
+        "takes minutes, tests/test_tune.py runs it: are there such options?",
+    ),
+    Instead(
         r"(mlx-fused lora .*--train(?!.*--iters).*)",
         r"\1 --iters 2 --val-batches 1",
         "takes minutes with the 1000 steps that are mlx-lm's default",

@@ -37,8 +37,9 @@ def test_quick_run_prints_and_writes_everything(tmp_path):
 
     result = json.loads((tmp_path / "bench.json").read_text())
     cells = {(c["op"], c["dtype"], c["rows"], c["backward"]): c for c in result["cells"]}
-    # Dense and quantized in three dtypes, at two numbers of rows and backward; LoRA in two, at one.
-    assert len(cells) == len(result["cells"]) == 2 * (2 * 3 * 3) + 2 * (2 * 2)
+    # Both operations, dense and quantized, in three dtypes, at two numbers of rows and backward; with LoRA
+    # in two, at one.
+    assert len(cells) == len(result["cells"]) == 2 * (2 * 3 * 3) + 2 * (2 * 2 * 2)
     for (op, dtype, _, _), cell in cells.items():
         assert {"fused", "composed"} <= cell["contenders"].keys()
         for name, contender in cell["contenders"].items():

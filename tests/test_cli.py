@@ -140,7 +140,7 @@ def test_info_as_json_tells_what_the_environment_sets(monkeypatch):
     monkeypatch.setenv("MLX_FUSED_ROUTE", "composed")
     results = json.loads(CliRunner().invoke(main, ["info", "--json"]).stdout)
     assert results["mlx"] == version("mlx")
-    assert results["settings"] == {"MLX_FUSED_ROUTE": "composed"}
+    assert results["settings"] == {"MLX_FUSED_ROUTE": "composed", "MLX_FUSED_CACHE": os.devnull}
     decisions = [decision for row in results["routes"].values() for decision in row.values()]
     assert {(d["route"], d["source"]) for d in decisions} == {("composed", "MLX_FUSED_ROUTE")}
 

@@ -17,6 +17,9 @@ from mlx_fused.operations import (  # noqa: E402
     fused_qkv_projection_bwd,
 )
 from mlx_fused.patching import patch, patched, unpatch  # noqa: E402
+from mlx_fused.tuning import use_table  # noqa: E402
+
+use_table()
 
 __all__ = [
     "LinearOperands",

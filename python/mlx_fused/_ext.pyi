@@ -2,7 +2,7 @@
 The C++ functions that mlx_fused.operations and mlx_fused.patching call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import mlx.core
 
@@ -31,3 +31,11 @@ def alias(a: mlx.core.array) -> mlx.core.array:
 
 def last_decision() -> tuple[str, str, str]:
     """Of this thread's latest call: its route, what decided that, and why."""
+
+def set_tuned_routes(device: mlx.core.DeviceType, routes: Sequence[tuple[tuple[bool, bool, mlx.core.Dtype, tuple[str, int, int] | None, bool, int, Sequence[int], Sequence[int]], Mapping[int, str | None]]]) -> None:
+    """
+    Replaces the measured routes, by kind of call and rows; None where neither is clearly the faster.
+    """
+
+def tuned_route(kind: tuple[bool, bool, mlx.core.Dtype, tuple[str, int, int] | None, bool, int, Sequence[int], Sequence[int]], rows: int) -> str | None:
+    """The measured route of such calls; None if the built-in table decides."""

@@ -1,4 +1,5 @@
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -9,6 +10,7 @@
 #include "mlx_fused/arguments.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/routing.h"
+#include "mlx_fused/tuned_routes.h"
 #include "python/src/bindings.h"
 
 namespace mx = mlx::core;
@@ -100,6 +102,45 @@ Arrays all_gradients(
   return mlx_fused::all_gradients(check, names, cotangents, primals, call, has_bias, route, stream);
 }
 
+// mlx_fused.tuning.Kind
+using KindTuple = std::tuple<
+    bool,
+    bool,
+    mx::Dtype,
+    std::optional<std::tuple<std::string, int, int>>,
+    bool,
+    int64_t,
+    std::vector<int>,
+    std::vector<int>>;
+
+mlx_fused::CallKind call_kind(const KindTuple& kind) {
+  return std::apply(
+      [](auto is_grad, auto of_weights, auto dtype, auto&... rest) {
+        return mlx_fused::CallKind(is_grad, of_weights, dtype.val(), rest...);
+      },
+      kind);
+}
+
+using TunedRoutes = std::vector<std::tuple<KindTuple, std::map<int64_t, Route>>>;
+
+void set_tuned_routes(mx::Device::DeviceType device, const TunedRoutes& routes) {
+  std::map<mlx_fused::CallKind, mlx_fused::TunedRows> table;
+  for (auto& [kind, by_rows] : routes) {
+    for (auto& [rows, route] : by_rows) {
+      auto& tuned = table[call_kind(kind)][rows];
+      if (route) {
+        tuned = *route == "fused" ? mlx_fused::Route::fused : mlx_fused::Route::composed;
+      }
+    }
+  }
+  mlx_fused::set_tuned_routes(device, std::move(table));
+}
+
+Route tuned_route(const KindTuple& kind, int64_t rows) {
+  auto route = mlx_fused::tuned_route(call_kind(kind), rows);
+  return !route ? std::nullopt : Route(*route == mlx_fused::Route::fused ? "fused" : "composed");
+}
+
 }  // namespace
 
 NB_MODULE(_ext, m) {
@@ -166,6 +207,18 @@ NB_MODULE(_ext, m) {
         return std::tuple<std::string, std::string, std::string>(name, source, reason);
       },
       "Of this thread's latest call: its route, what decided that, and why.");
+  m.def(
+      "set_tuned_routes",
+      &set_tuned_routes,
+      "device"_a,
+      "routes"_a,
+      "Replaces the measured routes, by kind of call and rows; None where neither is clearly the faster.");
+  m.def(
+      "tuned_route",
+      &tuned_route,
+      "kind"_a,
+      "rows"_a,
+      "The measured route of such calls; None if the built-in table decides.");
 
   bind_internals(m);
 }

@@ -14,6 +14,7 @@ from mlx_fused.cli import failures, output, passthrough, settings
 from mlx_fused.cli.bench import bench
 from mlx_fused.cli.demo import demo
 from mlx_fused.cli.info import info
+from mlx_fused.cli.tune import tune
 from mlx_fused.cli.validate import validate
 
 
@@ -57,7 +58,7 @@ def main() -> None:
     """Fused attention projections for MLX."""
 
 
-for command in (info, bench, validate, demo):
+for command in (info, bench, tune, validate, demo):
     main.add_command(command)
 for name, purpose in passthrough.COMMANDS.items():  # for the list of commands; see _Group.main
     main.add_command(click.Command(name, help=f"{purpose} with patched models (mlx_lm.{name})."))

@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 import mlx_fused
 from mlx_fused import LinearOperands
+from mlx_fused.tuning import Kind
 
 # The kinds of weights, with the dtype of the activations.
 WEIGHTS = {
@@ -53,6 +54,29 @@ class Call:
             return lambda *inputs: mx.vjp(function, list(inputs), cotangents)[1]
 
         return Call(f"{self.name}, gradient", self.inputs, of(self.stock), of(self.fused))
+
+
+def kinds(sizes: Sizes, weights: str) -> dict[str, Kind]:
+    """What the routes of both operations depend on besides the rows, by name, and of their gradients."""
+    q_dims, kv_dims = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
+    shapes = (
+        ("QKV", sizes.hidden, (q_dims, kv_dims, kv_dims)),
+        ("output + residual", q_dims, (sizes.hidden,)),
+    )
+    found = {}
+    for name, in_features, features in shapes:
+        forward = Kind(
+            gradient=False,
+            of_weights=False,
+            dtype=WEIGHTS[weights],
+            format=("affine", 4, GROUP_SIZE) if weights.startswith("4-bit") else None,
+            bias=False,
+            in_features=in_features,
+            features=features,
+            ranks=(_RANK * weights.endswith("LoRA"),) * len(features),
+        )
+        found |= {name: forward, f"{name}, gradient": forward._replace(gradient=True)}
+    return found
 
 
 def make_calls(sizes: Sizes, weights: str, rows: int) -> list[Call]:

@@ -16,7 +16,13 @@ from mlx_fused.cli.calls import Call, Sizes, make_calls
 from mlx_fused.cli.output import json_option, print_json
 
 ROWS = (1, 8, 128, 1024)
-_VARIABLES = ("MLX_FUSED", "MLX_FUSED_ROUTE", "MLX_FUSED_NUM_THREADS", "MLX_FUSED_MAX_ISA")
+_VARIABLES = (
+    "MLX_FUSED",
+    "MLX_FUSED_ROUTE",
+    "MLX_FUSED_CACHE",
+    "MLX_FUSED_NUM_THREADS",
+    "MLX_FUSED_MAX_ISA",
+)
 
 
 class Decision(NamedTuple):

@@ -33,14 +33,14 @@ class CannotValidate(Exception):
     """The model cannot be loaded or compared; the message says why."""
 
 
-def load(model: str, adapter_path: Path | None) -> tuple[nn.Module, TokenizerWrapper]:
-    """Load a directory, or a name on the hub, by ``mlx_lm.load``.
+def load(model: str, adapter_path: Path | None, lazy: bool = False) -> tuple[nn.Module, TokenizerWrapper]:
+    """Load a directory, or a name on the hub, by ``mlx_lm.load``; if ``lazy``, weights when they are used.
 
     Raises:
         CannotValidate: If it does not exist or cannot be loaded.
     """
     try:
-        return mlx_lm.load(model, adapter_path=str(adapter_path) if adapter_path else None)
+        return mlx_lm.load(model, adapter_path=str(adapter_path) if adapter_path else None, lazy=lazy)
     except Exception as error:  # mlx-lm and the models' code raise all kinds of errors for an unsuitable one
         adapters = f" with the adapters of {adapter_path}" if adapter_path else ""
         reason = why_missing(model, error) or f"{model}{adapters} cannot be loaded: {_one_line(error)}"
@@ -125,18 +125,7 @@ def attach_adapters(model: nn.Module, tokens: mx.array, layers: Iterable[LayerRe
     """
     model.freeze()
     mx.random.seed(0)
-    if not any("lora_a" in module for module in model.modules()):
-        of_attention = {id(m) for m in linears(model, layers)}
-        num_layers = min(CONFIG_DEFAULTS["num_layers"], len(model.layers))
-        config = CONFIG_DEFAULTS["lora_parameters"]
-        linear_to_lora_layers(model, num_layers, config)
-        try:
-            model(tokens[None])
-        except AttributeError:  # some code reads a layer's weight, which an adapter around it hides
-            remove_lora_layers(model)
-            named = (pair for layer in model.layers for pair in layer.named_modules())
-            keys = {name for name, module in named if id(module) in of_attention}
-            linear_to_lora_layers(model, num_layers, {**config, "keys": keys})
+    add_adapters(model, tokens, layers)
     for module in model.modules():
         if "lora_b" in module:
             module.lora_b = tree_map(_spread, module.lora_b)
@@ -147,6 +136,23 @@ def attach_adapters(model: nn.Module, tokens: mx.array, layers: Iterable[LayerRe
         keys = ["bias"] if "scales" in module else ["weight", "bias"]
         nn.Module.unfreeze(module, recurse=False, keys=keys)
     mx.eval(model.parameters())
+
+
+def add_adapters(model: nn.Module, tokens: mx.array, layers: Iterable[LayerReport]) -> None:
+    """Give a model without any adapters those that mlx-lm makes by default."""
+    if any("lora_a" in module for module in model.modules()):
+        return
+    of_attention = {id(m) for m in linears(model, layers)}
+    num_layers = min(CONFIG_DEFAULTS["num_layers"], len(model.layers))
+    config = CONFIG_DEFAULTS["lora_parameters"]
+    linear_to_lora_layers(model, num_layers, config)
+    try:
+        model(tokens[None])
+    except AttributeError:  # some code reads a layer's weight, which an adapter around it hides
+        remove_lora_layers(model)
+        named = (pair for layer in model.layers for pair in layer.named_modules())
+        keys = {name for name, module in named if id(module) in of_attention}
+        linear_to_lora_layers(model, num_layers, {**config, "keys": keys})
 
 
 def _spread(lora_b: mx.array) -> mx.array:

@@ -1,0 +1,63 @@
+"""The kinds of calls that a model of mlx-lm makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+import mlx_fused
+from mlx_fused.linear import LinearOperands
+from mlx_fused.patching import PatchReport
+from mlx_fused.patching.projections import watching
+from mlx_fused.tuning import Kind
+from mlx_fused.tuning.measure import with_gradients
+from mlx_fused.validate.checkpoint import CannotValidate, add_adapters, unpatched
+from mlx_fused.validate.operations import layers_of
+
+
+def kinds_of(model: nn.Module) -> list[Kind]:
+    """What ``model`` calls, as it is and in a LoRA step: with mlx-lm's default adapters if it has none.
+
+    Nothing is evaluated, but the model may be left with adapters.
+
+    Raises:
+        CannotValidate: If the model fails unpatched, or nothing of it runs fused.
+    """
+    tokens = mx.array([0])
+    found: dict[Kind, None] = {}
+
+    def record(module: nn.Module, operation: Callable, arguments: dict, outputs) -> None:
+        found.update(dict.fromkeys(with_gradients(_kind(arguments, outputs))))
+
+    def run() -> PatchReport:
+        with unpatched():
+            model(tokens[None])
+        with mlx_fused.patched(model) as report, watching(record):
+            model(tokens[None])
+        return report
+
+    report = run()
+    with unpatched():
+        add_adapters(model, tokens, report.layers)
+    run()
+    if not found:
+        raise CannotValidate(f"Nothing of it runs fused, so there is nothing to measure.\n{report}")
+    return list(found)
+
+
+def _kind(arguments: dict, outputs: mx.array | tuple[mx.array, ...]) -> Kind:
+    layers: list[LinearOperands] = layers_of(arguments)
+    x = arguments.get("input", arguments.get("attn_out"))
+    one = layers[0]
+    return Kind(
+        gradient=False,
+        of_weights=False,
+        dtype=(outputs if isinstance(outputs, mx.array) else outputs[0]).dtype,
+        format=None if one.scales is None else (one.mode, one.bits, one.group_size),
+        bias=one.bias is not None,
+        in_features=x.shape[-1],
+        features=tuple(layer.weight.shape[0] for layer in layers),
+        ranks=tuple(0 if layer.lora_a is None else layer.lora_a.shape[1] for layer in layers),
+    )

@@ -1,0 +1,579 @@
+"""``mlx-fused tune``: what is timed, the file of it, and the routes that follow."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import pytest
+from click.testing import CliRunner
+
+import mlx_fused
+from commands import COMMAND
+from graph import primitives
+from mlx_fused import _ext, tuning
+from mlx_fused.cli import main
+from mlx_fused.tuning import Kind, measure, table
+from mlx_fused.tuning.calls import kinds_of
+from mlx_fused.tuning.measure import QUICK, Effort, route_of, with_gradients
+from mlx_fused.tuning.table import Timing
+from mlx_fused.validate import CannotValidate
+from tiny_models import make
+
+FORMATS = (None, ("affine", 4, 64), ("affine", 8, 32), ("mxfp4", 4, 32))
+PLAIN = Kind(False, False, mx.float32, None, False, 64, (64, 32, 32), (0, 0, 0))
+OUTPUT = PLAIN._replace(features=(64,), ranks=(0,))
+KINDS = [
+    kind
+    for one in (PLAIN, OUTPUT)
+    for form in FORMATS
+    for bias in (False, True)
+    for rank in (0, 8)
+    for kind in with_gradients(one._replace(format=form, bias=bias, ranks=tuple(rank for _ in one.ranks)))
+]
+KINDS += [PLAIN._replace(ranks=(8, 0, 8)), PLAIN._replace(format=("affine", 4, 32))]
+KINDS += [OUTPUT._replace(ranks=(4,))]
+KINDS += [PLAIN._replace(dtype=mx.float16), PLAIN._replace(in_features=32), OUTPUT._replace(features=(32,))]
+FUSED, COMPOSED, EVEN = Timing.of(1.0, 2.0), Timing.of(2.0, 1.0), Timing.of(1.0, 1.01)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache folder of the test's own, and no measured routes before and after."""
+    monkeypatch.setenv("MLX_FUSED_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLX_FUSED_ROUTE", raising=False)
+    yield tmp_path / "cache"
+    _ext.set_tuned_routes(mx.cpu, [])
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """`mlx-fused tune` with two numbers of rows, and hardly any time for each."""
+    monkeypatch.setattr(measure, "ROWS", (1, 3))
+    monkeypatch.setattr(sys.modules["mlx_fused.cli.tune"], "EFFORT", QUICK)
+    return partial(CliRunner().invoke, main)
+
+
+def write(calls):
+    table.write(tuning.path(), calls)
+    return Path(tuning.path())
+
+
+def ignored():
+    """The warnings of reading the table."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        tuning.use_table()
+    return [str(w.message) for w in said]
+
+
+# What is timed
+
+
+def test_routes_take_turns_and_medians_count():
+    now, calls = 0.0, []
+    pace = {"fused": iter([1, 2, 2, 9, 3]), "composed": iter([1, 8, 8, 8, 8])}
+
+    def run(name, count):
+        nonlocal now
+        calls.append((name, count))
+        now += next(pace[name]) * count
+
+    runs = {name: partial(run, name) for name in pace}
+    seconds = measure.compare(runs, Effort(rounds=3, turn=8, limit=1000), lambda: now)
+    assert seconds == {"fused": 3, "composed": 8}
+    # Each once to warm up and once to see how many fit a turn.
+    assert calls == [("fused", 1), ("composed", 1)] * 2 + [("fused", 4), ("composed", 1)] * 3
+
+
+def test_a_cell_that_takes_long_has_fewer_rounds():
+    now, calls = 0.0, []
+
+    def run(count):
+        nonlocal now
+        calls.append(count)
+        now += 10
+
+    measure.compare({"fused": run, "composed": run}, Effort(rounds=7, turn=1, limit=59), lambda: now)
+    assert calls == [1] * 6
+
+
+def test_calls_that_would_take_too_long_are_not_made(monkeypatch):
+    seconds = {"fused": 0.1, "composed": 1.0}
+    monkeypatch.setattr(measure, "compare", lambda *args: seconds)
+    done = []
+    found = measure.measure(PLAIN, (1, 2, 8), replace(QUICK, never=4), partial(done.append, None))
+    assert found == {1: Timing("fused", 0.1, 1.0), 2: Timing("fused", 0.1, 1.0), 8: Timing("fused", 0.1, 1.0)}
+    seconds["composed"] = 2.1
+    found = measure.measure(PLAIN, (1, 2, 8), replace(QUICK, never=4), partial(done.append, None))
+    assert list(found) == [1]
+    assert len(done) == 6
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_each_route_is_the_one_that_is_timed(kind, monkeypatch):
+    monkeypatch.setenv("MLX_FUSED_ROUTE", "composed")  # of the user
+    graphs, made = {}, []
+
+    def chain(function, first, rests):
+        for layers in rests:
+            made.append(layers)
+            results = function(first, *layers)
+            graphs[os.environ["MLX_FUSED_ROUTE"]] = primitives(*results)
+            per_layer = (1 + kind.bias) * kind.of_weights + 2 * any(kind.ranks)
+            assert len(results) == (1 + per_layer * len(layers) if kind.gradient else len(layers))
+            assert results[0].dtype == kind.dtype
+
+    monkeypatch.setattr(measure, "chain", chain)
+    measure.measure(kind, (3,), QUICK)
+    assert set(graphs) == {"fused", "composed"}
+    name = "FusedQKVProjection" if kind.operation == "qkv" else "FusedOutputProjection"
+    name += "Grad" * kind.gradient
+    assert {n for n in graphs["fused"] if n.startswith("Fused")} == {name}
+    assert not any(n.startswith("Fused") for n in graphs["composed"])
+    assert os.environ["MLX_FUSED_ROUTE"] == "composed"
+    # Also those of the other route.
+    assert all(one[0].weight is not next[0].weight for one, next in pairwise(made))
+
+
+def test_gradients_are_those_of_a_call_that_ran_fused(monkeypatch):
+    right, routes = mlx_fused.fused_qkv_projection, []
+
+    def spied(*args, route, **options):
+        routes.append(route)
+        return right(*args, route=route, **options)
+
+    monkeypatch.setattr(mlx_fused, "fused_qkv_projection", spied)
+    measure.measure(PLAIN._replace(gradient=True), (3,), QUICK)
+    assert set(routes) == {"fused"}
+
+
+@pytest.mark.parametrize("kind", [PLAIN, OUTPUT._replace(format=FORMATS[1], ranks=(8,), bias=True)], ids=str)
+def test_the_weights_in_turn_fill_more_than_a_cache(kind, monkeypatch):
+    used = []
+    monkeypatch.setattr(measure, "chain", lambda function, first, rests: used.extend(rests))
+    effort = Effort(rounds=160, turn=0, rotated=2**20)
+    measure.measure(kind, (1,), effort)
+    arrays = {id(a): a for layers in used for layer in layers for a in layer if isinstance(a, mx.array)}
+    assert 2**20 <= sum(a.nbytes for a in arrays.values()) < 2**20 + 2**16
+    assert measure.Effort().rotated > 256 * 2**20
+
+
+def test_a_chain_of_gradients_waits_for_each_call(monkeypatch):
+    kind, evaluated = PLAIN._replace(gradient=True), []
+    monkeypatch.setattr(mx, "eval", lambda *arrays: evaluated.extend(arrays))
+    function, first = measure._function(kind, 3, "fused")
+    measure.chain(function, first, [measure._layers(kind)] * 5)
+    assert primitives(*evaluated)["FusedQKVProjectionGrad"] == 5
+
+
+def test_what_has_no_kernels_is_left_out(quick, monkeypatch):
+    assert measure.has_choice(PLAIN) and not measure.has_choice(PLAIN._replace(dtype=mx.float64))
+    monkeypatch.setattr(measure, "has_choice", lambda kind: False)
+    done = quick(["tune"])
+    assert done.exit_code == 2 and "There are no kernels for Device(cpu, 0)" in done.output
+
+
+# The calls of a model
+
+
+def test_the_calls_of_a_quantized_model_and_of_its_lora_step(checkpoint):
+    model, _ = mlx_lm.load(str(checkpoint / "model-4bit"))
+    qkv = Kind(False, False, mx.float32, ("affine", 4, 32), False, 32, (64, 32, 32), (0, 0, 0))
+    output = qkv._replace(in_features=64, features=(32,), ranks=(0,))
+    adapted = qkv._replace(ranks=(8, 8, 8)), output._replace(ranks=(8,))
+    expected = [kind for one in (qkv, output, *adapted) for kind in with_gradients(one)]
+    assert len(expected) == 8 and not any(kind.of_weights for kind in expected)
+    assert set(kinds_of(model)) == set(expected)
+
+
+def test_the_calls_of_dense_models():
+    found = kinds_of(make("qwen2", mx.bfloat16))
+    plain = Kind(False, False, mx.bfloat16, None, True, 64, (64, 32, 32), (0, 0, 0))
+    assert set(with_gradients(plain)) < set(found) and len(with_gradients(plain)) == 3
+    assert {k.ranks[0] for k in found} == {0, 8}
+    assert {k.bias for k in found if k.operation == "output"} == {False}
+
+
+def test_a_model_without_fused_calls_is_refused():
+    with pytest.raises(CannotValidate, match="Nothing of it runs fused"):
+        kinds_of(FewLayers())
+
+
+class FewLayers(nn.Module):
+    layers = ()
+
+    def __call__(self, tokens):
+        return tokens
+
+
+# Routes from the table
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_measured_route_is_that_of_its_own_kind_alone(kind):
+    _ext.set_tuned_routes(mx.cpu, [(kind, {1: "composed"})])
+    assert [other for other in KINDS if _ext.tuned_route(other, 3)] == [kind]
+    assert route_of(kind, 3) == "composed"
+    # The gradient of a call that is composed itself is MLX's own.
+    forward = kind._replace(gradient=False, of_weights=False)
+    others = [other for other in KINDS if other not in (kind, forward)]
+    _ext.set_tuned_routes(mx.cpu, [(other, {1: "composed"}) for other in others])
+    assert route_of(kind, 3) == "fused"
+
+
+@pytest.mark.parametrize("rows, route", [(1, "composed"), (4, "composed"), (7, "composed"), (8, "fused")])
+@pytest.mark.parametrize("split", [True, False])
+def test_rows_between_take_the_nearest_below(rows, route, split):
+    _ext.set_tuned_routes(mx.cpu, [(PLAIN, {4: "composed", 8: "fused", 32: None, 64: "composed"})])
+    assert route_of(PLAIN, rows) == route == _ext.tuned_route(PLAIN, rows)
+    x, w = mx.ones((2, rows // 2, 64)), (mx.ones((64, 64)), mx.ones((32, 64)), mx.ones((32, 64)))
+    if rows % 2 == 0:
+        heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16} if split else {"split_heads": False}
+        names = primitives(*mlx_fused.fused_qkv_projection(x, w, **heads))
+        assert ("FusedQKVProjection" in names) == (route == "fused")
+
+
+def test_even_rows_are_the_built_in_tables():
+    _ext.set_tuned_routes(mx.cpu, [(PLAIN, {4: "composed", 8: None, 32: "composed"})])
+    assert [_ext.tuned_route(PLAIN, m) for m in (7, 8, 31, 32)] == ["composed", None, None, "composed"]
+    assert route_of(PLAIN, 8) == "fused"
+
+
+@pytest.mark.parametrize(
+    "fused, composed, route",
+    [(1, 2, "fused"), (2, 1, "composed"), (1, 1.029, None), (1.029, 1, None), (1, 1.031, "fused")],
+)
+def test_closer_than_three_per_cent_is_even(fused, composed, route):
+    assert Timing.of(fused, composed) == (route, fused, composed)
+
+
+def test_the_variable_and_the_keyword_overrule_it(monkeypatch):
+    _ext.set_tuned_routes(mx.cpu, [(PLAIN, {1: "composed"})])
+    x, w = mx.ones((1, 3, 64)), (mx.ones((64, 64)), mx.ones((32, 64)), mx.ones((32, 64)))
+
+    def is_fused(route=None):
+        found = mlx_fused.fused_qkv_projection(x, w, split_heads=False, route=route)
+        return "FusedQKVProjection" in primitives(*found)
+
+    assert not is_fused() and is_fused("fused")
+    monkeypatch.setenv("MLX_FUSED_ROUTE", "fused")
+    assert is_fused() and not is_fused("composed")
+
+
+def test_routes_of_a_gpu_are_not_those_of_the_cpu():
+    _ext.set_tuned_routes(mx.gpu, [(PLAIN, {1: "composed"})])
+    assert route_of(PLAIN, 1) == "fused"
+
+
+# The file
+
+
+CALLS = {
+    PLAIN: {1: COMPOSED, 8: EVEN, 32: FUSED},
+    OUTPUT._replace(gradient=True, of_weights=True, dtype=mx.bfloat16): {1: FUSED},
+    PLAIN._replace(format=("affine", 4, 64), bias=True, ranks=(8, 0, 8)): {2: COMPOSED},
+}
+
+
+def test_what_is_written_is_read():
+    path = write(CALLS)
+    assert table.read(path) == (mx.cpu, CALLS)
+    assert ignored() == []
+    assert [_ext.tuned_route(PLAIN, m) for m in (1, 8, 32)] == ["composed", None, "fused"]
+    assert [_ext.tuned_route(kind, 2) for kind in CALLS] == ["composed", "fused", "composed"]
+    (first, *_) = json.loads(path.read_text())["calls"]
+    assert first["rows"][0] == {"rows": 1, "route": "composed", "fused_s": 2.0, "composed_s": 1.0}
+
+
+def test_measuring_again_replaces_what_was_measured_and_keeps_the_rest():
+    write(CALLS)
+    path = write({PLAIN: {2: FUSED}})
+    assert table.read(path).calls == CALLS | {PLAIN: {2: FUSED}}
+
+
+def changed(**at):
+    """A valid file with other values: of the first call or of its first row by name, or of the file."""
+
+    def change(content):
+        first = content["calls"][0]
+        for name, value in at.items():
+            of = next(d for d in (first["rows"][0], first, content["measured on"], content) if name in d)
+            of[name] = value
+        return content
+
+    return lambda: json.dumps(change(json.loads(Path(tuning.path()).read_text())))
+
+
+def twice():
+    content = json.loads(Path(tuning.path()).read_text())
+    return json.dumps(content | {"calls": content["calls"][:1] * 2})
+
+
+UNUSABLE = {
+    "empty": (lambda: "", "broken"),
+    "no JSON": (lambda: "routes", "broken"),
+    "cut": (lambda: Path(tuning.path()).read_text()[:-20], "broken"),
+    "a list": (lambda: "[]", "broken"),
+    "deep": (lambda: "[" * 100_000, "broken"),
+    "null": (lambda: "null", "broken"),
+    "not UTF-8": (lambda: b"\xff\xfe", "broken"),
+    "nothing measured on": (lambda: "{}", "broken"),
+    "calls of another type": (changed(calls=3), "broken"),
+    "a call of another type": (changed(calls=[3]), "broken"),
+    "the same calls twice": (twice, "the same calls twice"),
+    "another GPU": (changed(**{"device name": "Apple M9"}), "device name Apple M9, but this is device name"),
+    "a device that is not here": (changed(device="gpu"), "but this is"),
+    "an unknown device": (changed(device="tpu"), "broken"),
+    "another MLX": (changed(mlx="0.1.2"), "mlx 0.1.2, but this is mlx 0."),
+    "another mlx-fused": (changed(**{"mlx-fused": "0.0.1"}), "mlx-fused 0.0.1"),
+    "no rows": (changed(rows=[]), "broken"),
+    "rows as text": (changed(route="fused", rows="1"), "broken"),
+    "an unknown route": (changed(route="fast"), "unknown routes"),
+    "a route as a list": (changed(route=[]), "broken"),
+    "no time": (changed(fused_s=0.0), "no time"),
+    "infinite time": (changed(composed_s=float("inf")), "no time"),
+    "time as text": (changed(fused_s="1"), "no float"),
+    "an unknown dtype": (changed(dtype="int8"), "broken"),
+    "gradient as a number": (changed(gradient=1), "no bool"),
+    "weights without a gradient": (changed(of_weights=True), "no such call"),
+    "the other operation": (changed(operation="output"), "no such call"),
+    "two features": (changed(features=[64, 32]), "2 features"),
+    "a feature as text": (changed(features=[64, "32", 32]), "no int"),
+    "a feature too large": (changed(features=[64, 2**31, 32]), "no size"),
+    "too few ranks": (changed(ranks=[0]), "1 ranks"),
+    "a negative rank": (changed(ranks=[0, -1, 0]), "no size"),
+    "no input": (changed(in_features=0), "no size"),
+    "a format of two": (changed(format=["affine", 4]), "broken"),
+    "bits as text": (changed(format=["affine", "4", 64]), "no int"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_a_file_that_is_broken_foreign_or_stale_is_ignored_with_a_warning(name):
+    make_content, reason = UNUSABLE[name]
+    path = write({PLAIN: {1: COMPOSED}, OUTPUT: {1: COMPOSED}})
+    content = make_content()
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    (said,) = ignored()
+    assert said.startswith(f"The measured routes in {path} are not used: ") and reason in said
+    assert "\n" not in said
+    assert route_of(PLAIN, 1) == route_of(OUTPUT, 1) == "fused"  # never a part of it
+
+
+def test_a_file_that_cannot_be_read_is_ignored_with_a_warning(cache):
+    path = Path(tuning.path())
+    path.mkdir(parents=True)
+    (said,) = ignored()
+    assert "cannot be read (Is a directory)" in said
+    path.rmdir()
+    path.symlink_to(cache / "nowhere")
+    (said,) = ignored()
+    assert "cannot be read (No such file or directory)" in said
+
+
+def test_a_file_that_cannot_be_used_is_replaced():
+    Path(tuning.path()).parent.mkdir()
+    Path(tuning.path()).write_text("{")
+    assert table.read(write(CALLS)).calls == CALLS
+
+
+def test_importing_reads_it_and_says_once_if_it_cannot():
+    code = "import mlx_fused, mlx_fused.nn; from mlx_fused import _ext; from mlx_fused.tuning import Kind\n"
+    code += f"import mlx.core as mx; print(_ext.tuned_route({PLAIN!r}, 1))"
+    code = code.replace("mlx.core.float32", "mx.float32")
+    path = write(CALLS)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("composed\n", "")
+    path.write_text("{")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "None\n" and done.returncode == 0
+    assert done.stderr.startswith("<string>:1: UserWarning: The measured routes in ")
+    assert done.stderr.count("Warning") == 1
+
+
+def test_importing_without_a_table_loads_nothing_for_it():
+    modules = ("json", "fcntl", "mlx_fused.tuning.table", "rich", "click")
+    code = f"import sys, mlx_fused; print([m for m in {modules} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_where_the_file_is(monkeypatch, cache):
+    assert tuning.path() == str(cache / "routes.json")
+    monkeypatch.delenv("MLX_FUSED_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert tuning.path() == "/caches/mlx-fused/routes.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/me")
+    for platform, folder in (("linux", ".cache"), ("darwin", "Library/Caches")):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert tuning.path() == f"/home/me/{folder}/mlx-fused/routes.json"
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(monkeypatch, cache):
+    path = write(CALLS)
+    before = path.read_bytes()
+
+    def full(content, file, **options):
+        file.write("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(json, "dump", full)
+    with pytest.raises(OSError, match="No space"):
+        write({PLAIN: {2: FUSED}})
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in cache.iterdir()) == ["routes.json", "routes.json.lock"]
+
+
+WRITER = """
+import sys, mlx.core as mx
+from mlx_fused import tuning
+from mlx_fused.tuning import Kind, table
+mine = int(sys.argv[1])
+for n in range(1, 21):
+    kind = Kind(False, False, mx.float32, None, False, 1000 * mine + n, (64,), (0,))
+    table.write(tuning.path(), {kind: {1: table.Timing.of(1.0, 2.0)}})
+"""
+
+
+def test_processes_that_write_at_once_lose_nothing_and_no_reader_sees_a_part():
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(n)]) for n in (1, 2)]
+    seen = 0
+    while any(writer.poll() is None for writer in writers):
+        if os.path.exists(tuning.path()):
+            found = len(table.read(tuning.path()).calls)  # raises if it is a part
+            assert found >= seen
+            seen = found
+    assert [writer.returncode for writer in writers] == [0, 0]
+    expected = {1000 * mine + n for mine in (1, 2) for n in range(1, 21)}
+    assert {kind.in_features for kind in table.read(tuning.path()).calls} == expected
+
+
+# The command
+
+
+def test_tune_writes_what_it_measured_of_a_model(quick, checkpoint):
+    done = quick(["tune", str(checkpoint / "model-4bit"), "--json"])
+    assert done.exit_code == 0, done.output
+    found = table.read(tuning.path()).calls
+    assert set(found) == set(kinds_of(mlx_lm.load(str(checkpoint / "model-4bit"))[0]))
+    assert all(list(timings) == [1, 3] for timings in found.values())
+    results = json.loads(done.stdout)
+    assert results["calls"] == json.loads(Path(tuning.path()).read_text())["calls"]
+    assert "LoRA rank 8" in done.stderr and f"Written: {tuning.path()}" in done.stderr.replace("\n", " ")
+
+
+def test_a_model_is_routed_by_what_was_measured(checkpoint, monkeypatch):
+    folder = str(checkpoint / "model-4bit")
+    model, _ = mlx_lm.load(folder)
+    adapted, _ = mlx_lm.load(folder, adapter_path=str(checkpoint / "adapters"))
+    tokens = mx.array([[1, 2, 3]])
+
+    def fused(model):
+        with mlx_fused.patched(model):
+            counts = primitives(model(tokens))
+        return counts["FusedQKVProjection"], counts["FusedOutputProjection"]
+
+    assert fused(model) == fused(adapted) == (2, 2)
+    kinds = kinds_of(mlx_lm.load(folder)[0])
+    write({kind: {1: FUSED, 2: COMPOSED} for kind in kinds if kind.operation == "qkv" and any(kind.ranks)})
+    tuning.use_table()
+    assert fused(model) == (2, 2) and fused(adapted) == (0, 2)
+    write({kind: {1: FUSED, 2: COMPOSED, 8: FUSED} for kind in kinds})
+    tuning.use_table()
+    assert fused(model) == fused(adapted) == (0, 0)
+    monkeypatch.setenv("MLX_FUSED_ROUTE", "fused")
+    assert fused(model) == fused(adapted) == (2, 2)
+
+
+def test_adapters_of_a_folder_are_measured_as_they_are(quick, checkpoint):
+    arguments = [str(checkpoint / "model-4bit"), "--adapter-path", str(checkpoint / "adapters")]
+    assert quick(["tune", *arguments]).exit_code == 0
+    assert all(all(kind.ranks) for kind in table.read(tuning.path()).calls)
+
+
+def test_without_a_model_it_measures_llamas_sizes(quick, monkeypatch):
+    made = []
+    monkeypatch.setattr(measure, "measure", lambda kind, *args: made.append(kind) or {1: FUSED})
+    assert quick(["tune"]).exit_code == 0
+    assert {kind.in_features for kind in made} == {2048}
+    assert {kind.features for kind in made} == {(2048,), (2048, 512, 512)}
+    assert list(table.read(tuning.path()).calls) == made
+    assert len(made) == 3 * 2 + 4 * 2  # dense with the gradients by weights; 4-bit; 4-bit with adapters
+
+
+def test_remove(quick):
+    path = write(CALLS)
+    done = quick(["tune", "--remove"])
+    assert (done.exit_code, done.output) == (0, f"Removed: {path}\n") and not path.exists()
+    done = quick(["tune", "--remove"])  # once more
+    assert (done.exit_code, done.output) == (0, f"Nothing to remove: there is no {path}\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--remove", "model"], "--remove takes no MODEL and no --adapter-path."),
+        (["--adapter-path", "."], "--adapter-path needs a MODEL."),
+        (["nosuch/folder/of/mine"], "There is no directory nosuch/folder/of/mine."),
+    ],
+)
+def test_wrong_arguments_end_in_one_line(run, arguments, said):
+    code, _, err = run(main, ["tune", *arguments])
+    assert code == 2 and err.splitlines()[-1].endswith(said)
+
+
+def test_a_folder_that_cannot_be_written_ends_in_one_line_before_anything_is_measured(run, monkeypatch):
+    monkeypatch.setenv("MLX_FUSED_CACHE", os.devnull)
+    monkeypatch.setattr(measure, "measure", pytest.fail)
+    code, _, err = run(main, ["tune"])
+    assert code == 1 and len(err.splitlines()) == 1 and os.devnull in err
+
+
+def test_patching_that_is_off_is_an_error(run, monkeypatch):
+    monkeypatch.setenv("MLX_FUSED", "0")
+    assert run(main, ["tune"])[0] == 2
+
+
+def test_after_ctrl_c_the_file_is_as_it_was(cache):
+    path = write(CALLS)
+    before = path.read_bytes()
+    code = "import mlx_fused.tuning.measure as m\nright = m.measure\ndef slow(*a):\n    "
+    code += "print('begun', flush=True); return right(*a)\nm.measure = slow\n"
+    tune = subprocess.Popen(
+        [sys.executable, "-c", code + COMMAND[-1], "tune", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert tune.stdout.readline() == "begun\n"
+    time.sleep(0.3)  # anywhere within
+    tune.send_signal(signal.SIGINT)
+    _, err = tune.communicate()
+    assert tune.returncode == 130 and "Aborted!" in err and "Traceback" not in err
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in cache.iterdir()) == ["routes.json", "routes.json.lock"]
+
+
+def test_info_tells_what_was_measured():
+    from mlx_fused.cli.calls import Sizes, kinds
+
+    qkv = kinds(Sizes(), "4-bit")["QKV"]
+    write({qkv: {1: COMPOSED, 8: EVEN, 100: FUSED}})
+    tuning.use_table()
+    routes = json.loads(CliRunner().invoke(main, ["info", "--json"]).stdout)["routes"]
+    found = [(cell["route"], cell["source"]) for cell in routes["4-bit: QKV"].values()]
+    tuned = ("fused", "tuned")
+    assert found == [("composed", "tuned"), ("fused", "built-in"), tuned, tuned]
+    assert {cell["source"] for cell in routes["bfloat16: QKV"].values()} == {"built-in"}
