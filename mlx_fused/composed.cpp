@@ -74,7 +74,8 @@ mx::array stacked(const Arrays& arrays, mx::Stream s) {
 }
 
 // The adapters of a call, for products that compute all of them at once, in float32. They are stacked along
-// the first axis, transposed where need be: MLX's kernels read rows of a stack in place, but may copy columns.
+// the first axis, transposed where need be: MLX's kernels read rows of a stack in place, but may copy
+// columns.
 class Adapters {
  public:
   Adapters(const Operands& operands, const Call& call, mx::Dtype dtype, const Products& products)
@@ -105,7 +106,8 @@ class Adapters {
     return scaled_product(all_at(), transposed(x, s_));
   }
 
-  // scale B g of every adapter, where g are their segments' cotangents, transposed and stacked: [ranks, rows].
+  // scale B g of every adapter, where g are their segments' cotangents, transposed and stacked: [ranks,
+  // rows].
   mx::array low_rank_grad(const mx::array& g) const {
     return scaled_product(all_b(), g);
   }
@@ -123,7 +125,8 @@ class Adapters {
   std::vector<int> segments;  // that have an adapter
 
  private:
-  // Every B on the diagonal of a matrix of zeros, so that one product does for all: [ranks, features].
+  // Every B on the diagonal of a matrix of zeros, so that one product does for all: [ranks, features]. A NaN
+  // in one segment's cotangent so reaches the A of every segment, as it reaches dX.
   mx::array all_b() const {
     if (b_.size() == 1) {
       return b_[0];
@@ -159,7 +162,7 @@ class Adapters {
 };
 
 // residual + alpha (x weight^T + bias) + low_rank^T b of a segment with an adapter. All but the first product
-// is summed in float32 and rounded once.
+// is summed in float32 and rounded once; where the weight is dense, a product with a term to add takes that.
 mx::array add_to_product(
     const mx::array& low_rank,
     const mx::array& b,
@@ -184,8 +187,8 @@ mx::array add_to_product(
     others = others ? mx::add(r, *others, s) : r;
   }
   auto left = transposed(low_rank, s);
-  auto rest = mx::astype(
-      others ? products.add_product(*others, left, b) : products.matmul(left, b), dtype, s);
+  auto rest =
+      mx::astype(others ? products.add_product(*others, left, b) : products.matmul(left, b), dtype, s);
   auto rows = mx::flatten(x, 0, 1, s);
   auto sum = [&] {
     if (auto& q = call.quantization) {
@@ -221,10 +224,11 @@ mx::array stacked_cotangents(
   for (int i : segments) {
     auto& grad = operands.get(Role::cotangent, i);
     bool heads = call.segments[i].heads;
-    parts.push_back(
-        heads ? mx::transpose(grad, {1, 3, 0, 2}, s) : mx::transpose(grad, {2, 0, 1}, s));
+    parts.push_back(heads ? mx::transpose(grad, {1, 3, 0, 2}, s) : mx::transpose(grad, {2, 0, 1}, s));
   }
-  auto alike = [&](auto& part) { return part.ndim() == parts[0].ndim() && part.shape(1) == parts[0].shape(1); };
+  auto alike = [&](auto& part) {
+    return part.ndim() == parts[0].ndim() && part.shape(1) == parts[0].shape(1);
+  };
   if (!std::all_of(parts.begin(), parts.end(), alike)) {
     for (auto& part : parts) {
       part = mx::flatten(part, 0, part.ndim() - 3, s);
@@ -246,8 +250,8 @@ Arrays project(const Arrays& inputs, const Call& call, const Products& products)
     auto wt = mx::transpose(operands.get(Role::weight), s);
     return {products.addmm(*residual, operands.get(Role::input), wt, epilogue.alpha)};
   }
-  // Of the adapters' part nothing is rounded to 16 bits but the end, and x is widened for all of them at once.
-  Adapters adapters(operands, call, mx::promote_types(operands.get(Role::input).dtype(), mx::float32), products);
+  Adapters adapters(
+      operands, call, mx::promote_types(operands.get(Role::input).dtype(), mx::float32), products);
   std::optional<mx::array> wide;
   Arrays low_rank;
   if (!epilogue.exact && !adapters.segments.empty()) {
@@ -301,7 +305,9 @@ Arrays project_grad(const Arrays& inputs, const GradCall& call, const Products& 
     auto stack = stacked_cotangents(operands, forward, adapters.segments, s);
     auto parts = adapters.by_feature(stack);
     for (size_t n = 0; n < parts.size(); ++n) {
-      grads[adapters.segments[n]] = transposed(parts[n], s);
+      // Instead of a second copy. quantized_matmul would copy this one again.
+      int i = adapters.segments[n];
+      grads[i] = forward.segments[i].heads && !forward.quantization ? transposed(parts[n], s) : grads[i];
     }
     auto wide_grads = at_least_float32(stack, s);
     auto low_rank_grad = adapters.low_rank_grad(wide_grads);
