@@ -305,9 +305,9 @@ Arrays project_grad(const Arrays& inputs, const GradCall& call, const Products& 
     auto stack = stacked_cotangents(operands, forward, adapters.segments, s);
     auto parts = adapters.by_feature(stack);
     for (size_t n = 0; n < parts.size(); ++n) {
-      // Instead of a second copy. quantized_matmul would copy this one again.
+      // Without heads they are rows already, elsewhere this saves a second copy.
       int i = adapters.segments[n];
-      grads[i] = forward.segments[i].heads && !forward.quantization ? transposed(parts[n], s) : grads[i];
+      grads[i] = forward.segments[i].heads ? transposed(parts[n], s) : grads[i];
     }
     auto wide_grads = at_least_float32(stack, s);
     auto low_rank_grad = adapters.low_rank_grad(wide_grads);
