@@ -85,6 +85,13 @@ def test_adapters_are_computed_in_float32(rng, dtype, adapter_dtype):
         check_gradients(call, given, call.trainable[1:])
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_input_is_widened_once(rng, exact):
+    call = projections.qkv(rng, 1, 5, 64, HEADS, dtype=mx.bfloat16, bias=False, ranks=(8, 8, 8))
+    mx.eval(list(call.leaves.values()))
+    assert primitives(*call(exact=exact))["AsType"] == 1 + 3  # and each adapter's part narrowed
+
+
 @bases
 @pytest.mark.parametrize("heads", [HEADS, (4, 2, 8, 3)], ids=["alike", "unlike"])
 def test_outputs_by_token_have_the_same_gradients(rng, form, heads):
