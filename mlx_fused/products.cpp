@@ -207,14 +207,22 @@ mx::array scaled(const mx::array& x, float scale, mx::Stream s) {
   return scale == 1.0f ? x : mx::multiply(mx::array(scale, x.dtype()), x, s);
 }
 
-mx::array Products::matmul(const mx::array& a, const mx::array& b) const {
+mx::array Products::matmul(const mx::array& a, const mx::array& b, float alpha) const {
+  if (alpha != 1.0f && !are_exportable()) {
+    return addmm(mx::array(0.0f, mx::promote_types(a.dtype(), b.dtype())), a, b, alpha);
+  }
   auto y = mx::matmul(a, b, stream);
-  return are_exportable() ? y : with_transforms<DenseProduct>(y, 1.0f);
+  return scaled(nodes_ == ours ? with_transforms<DenseProduct>(y, 1.0f) : y, alpha, stream);
 }
 
 mx::array Products::addmm(const mx::array& c, const mx::array& a, const mx::array& b, float alpha) const {
   auto y = mx::addmm(c, a, b, alpha, 1.0f, stream);
-  return are_exportable() ? y : with_transforms<DenseProduct>(y, alpha);
+  return nodes_ == ours ? with_transforms<DenseProduct>(y, alpha) : y;
+}
+
+mx::array Products::add_product(
+    const mx::array& c, const mx::array& a, const mx::array& b, float alpha) const {
+  return are_exportable() ? mx::add(matmul(a, b, alpha), c, stream) : addmm(c, a, b, alpha);
 }
 
 mx::array Products::quantized_matmul(
@@ -230,11 +238,14 @@ mx::array Products::quantized_matmul(
   if (y.size() == 0 || x.size() == 0) {
     return mx::zeros(y.shape(), y.dtype(), stream);  // MLX's CPU code would divide by the size 0
   }
-  return are_exportable() ? y : with_transforms<QuantizedProduct>(y, q, transpose);
+  return nodes_ == ours ? with_transforms<QuantizedProduct>(y, q, transpose) : y;
 }
 
 Arrays Products::split(const mx::array& packed, const std::vector<int>& rows) const {
-  return are_exportable() ? mx::split(packed, ends(rows), 0, stream) : unpack(packed, rows, stream);
+  if (rows.size() == 1) {
+    return Arrays(1, packed);
+  }
+  return nodes_ == ours ? unpack(packed, rows, stream) : mx::split(packed, ends(rows), 0, stream);
 }
 
 }  // namespace mlx_fused

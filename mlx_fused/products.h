@@ -16,10 +16,11 @@ mx::array scaled(const mx::array& x, float scale, mx::Stream s);
 // transforms are wrong: AddMM's jvp drops alpha and its vmap fails if only c is mapped, Matmul's jvp makes
 // such an AddMM, and QuantizedMatmul has no vmap. So each product is a primitive of ours that evaluates by
 // MLX's primitive and has its own transforms. Only MLX's own primitives can be exported, so a graph that is
-// to be exported gets those.
+// to be exported gets those, without AddMM where Matmul will do.
 class Products {
  public:
-  enum Nodes { ours, exportable };
+  // counted: the primitives of MLX that ours evaluate by, for tests to count the launches.
+  enum Nodes { ours, exportable, counted };
 
   explicit Products(mx::Stream s, Nodes nodes = ours) : stream(s), nodes_(nodes) {}
 
@@ -27,10 +28,14 @@ class Products {
   Products(mx::Stream s, const std::optional<std::string>& route)
       : Products(s, route == "composed" ? exportable : ours) {}
 
-  mx::array matmul(const mx::array& a, const mx::array& b) const;
+  // alpha a b
+  mx::array matmul(const mx::array& a, const mx::array& b, float alpha = 1.0f) const;
 
   // c + alpha a b, in one launch on GPUs and rounded once.
   mx::array addmm(const mx::array& c, const mx::array& a, const mx::array& b, float alpha = 1.0f) const;
+
+  // The same, but in two launches and rounded twice if it is to be exported.
+  mx::array add_product(const mx::array& c, const mx::array& a, const mx::array& b, float alpha = 1.0f) const;
 
   // x times a quantized matrix or its transpose. Only mode affine has biases.
   mx::array quantized_matmul(

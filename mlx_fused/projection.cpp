@@ -106,6 +106,74 @@ std::vector<mx::Shape> output_shapes_of(const Call& call, const mx::array& x) {
   return shapes;
 }
 
+// The composed form's outputs as outputs of a primitive that has the composed form's own gradient, where MLX
+// would differentiate operation by operation. It takes the inputs of the call and then the outputs, which it
+// passes on.
+class ComposedProjection : public Projection {
+ public:
+  using Projection::Projection;
+
+  static Arrays of(const Arrays& inputs, const Call& call, mx::Stream s) {
+    auto all = inputs;
+    std::vector<mx::Shape> shapes;
+    std::vector<mx::Dtype> dtypes;
+    for (auto& y : composed::project(inputs, call, Products(s))) {
+      shapes.push_back(y.shape());
+      dtypes.push_back(y.dtype());
+      all.push_back(mx::stop_gradient(y, s));
+    }
+    return mx::array::make_arrays(shapes, dtypes, std::make_shared<ComposedProjection>(s, call), all);
+  }
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    pass_on(inputs, outputs);
+  }
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override {
+    pass_on(inputs, outputs);
+  }
+  Arrays vjp(
+      const Arrays& primals,
+      const Arrays& cotangents,
+      const std::vector<int>& argnums,
+      const Arrays& outputs) override {
+    return Projection::vjp(without_outputs(primals), cotangents, argnums, outputs);
+  }
+  Arrays jvp(const Arrays& primals, const Arrays& tangents, const std::vector<int>& argnums) override {
+    return Projection::jvp(without_outputs(primals), tangents, argnums);
+  }
+  std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes) override {
+    return Projection::vmap(without_outputs(inputs), without_outputs(axes));
+  }
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    return Projection::output_shapes(inputs);
+  }
+  DEFINE_NAME(ComposedProjection)
+
+ protected:
+  Arrays apply(const Arrays& inputs) override {
+    return of(inputs, call_, stream());
+  }
+  Arrays gradients(const Arrays& inputs, const GradCall& call) override {
+    return composed::project_grad(inputs, call, Products(stream()));
+  }
+  // Its products have a vmap of their own.
+  bool is_quantized() const override {
+    return false;
+  }
+
+ private:
+  template <typename T>
+  std::vector<T> without_outputs(const std::vector<T>& all) const {
+    return {all.begin(), all.end() - call_.segments.size()};
+  }
+
+  static void pass_on(const Arrays& inputs, Arrays& outputs) {
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      outputs[i].copy_shared_buffer(inputs[inputs.size() - outputs.size() + i]);
+    }
+  }
+};
+
 }  // namespace
 
 Arrays project(Arrays inputs, Call call, const std::optional<std::string>& route, mx::Stream stream) {
@@ -115,7 +183,9 @@ Arrays project(Arrays inputs, Call call, const std::optional<std::string>& route
     call.epilogue.alpha = round_to(dtype, call.epilogue.alpha);
   }
   if (choose_route(Check(call.operation), work, stream, route) == Route::composed) {
-    return composed::project(inputs, call, Products(stream, route));
+    Products products(stream, route);
+    return products.are_exportable() ? composed::project(inputs, call, products)
+                                     : ComposedProjection::of(inputs, call, stream);
   }
   auto slots = input_slots(call);
   for (size_t i = 0; i < inputs.size(); ++i) {
@@ -216,16 +286,17 @@ Arrays Projection::vjp(
 
   // A custom function that consumes this output may return cotangents of another dtype.
   auto given = cotangents;
-  for (auto& cotangent : given) {
-    cotangent = mx::astype(cotangent, primals[0].dtype(), stream());
+  for (size_t i = 0; i < given.size(); ++i) {
+    given[i] = mx::astype(given[i], outputs[i].dtype(), stream());
   }
   Arrays wanted, grads;
   if (!grad.wanted.empty()) {
-    wanted = project_grad(grad_inputs(given, primals, slots, grad), grad, std::nullopt, stream());
+    wanted = gradients(grad_inputs(given, primals, slots, grad), grad);
   }
   auto next = wanted.begin();
   for (int argnum : argnums) {
-    grads.push_back(slots[argnum].role == Role::residual ? given[0] : *next++);
+    auto& of_primal = slots[argnum].role == Role::residual ? given[0] : *next++;
+    grads.push_back(mx::astype(of_primal, primals[argnum].dtype(), stream()));
   }
   return grads;
 }

@@ -60,8 +60,10 @@ class Projection : public FusedPrimitive {
   bool is_quantized() const override {
     return call_.quantization.has_value();
   }
+  virtual Arrays gradients(const Arrays& inputs, const GradCall& call) {
+    return project_grad(inputs, call, std::nullopt, stream());
+  }
 
- private:
   const Call call_;
 };
 

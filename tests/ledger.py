@@ -15,7 +15,6 @@ import mlx.core as mx
 import numpy as np
 
 import metal_plan
-import oracle
 import projections
 from mlx_fused._ext import _internals
 from mlx_kernels import FORM, Cost, Kernels
@@ -28,6 +27,7 @@ DTYPE = mx.bfloat16
 Case = namedtuple("Case", "operation rows hidden heads packed bias")
 
 GQA_8_1, GQA_4_2, RAGGED, LLAMA_1B = (8, 1, 64), (4, 2, 64), (4, 2, 80), (32, 8, 64)
+QLORA = ("quantized_lora_qkv", "quantized_lora_output", "quantized_lora_qkv_grad")
 RANK = 8  # of adapters, as mlx-lm's default, on all of q, k and v
 
 
@@ -50,7 +50,7 @@ def small_cases():
     for operation in ("lora_qkv", "lora_output", "quantized_qkv", "quantized_output"):
         for rows in (1, 8, 64):
             yield Case(operation, rows, 256, GQA_4_2, False, False)
-    for operation in ("lora_qkv_grad", "lora_output_grad", "quantized_qkv_grad"):
+    for operation in ("lora_qkv_grad", "lora_output_grad", "quantized_qkv_grad", *QLORA):
         yield Case(operation, 64, 256, GQA_4_2, False, False)
 
 
@@ -63,7 +63,7 @@ def large_cases():
     for operation in ("lora_qkv", "lora_output", "quantized_qkv", "quantized_output"):
         for rows in (1, 512):
             yield Case(operation, rows, 2048, LLAMA_1B, False, False)
-    for operation in ("lora_qkv_grad", "lora_output_grad", "quantized_qkv_grad"):
+    for operation in ("lora_qkv_grad", "lora_output_grad", "quantized_qkv_grad", *QLORA):
         yield Case(operation, 512, 2048, LLAMA_1B, False, False)
 
 
@@ -229,16 +229,36 @@ def linear(x, weight, bias, scales=None, biases=None, lora_a=None, lora_b=None, 
     return y if lora_a is None else y + (lora_scale * ((x @ lora_a) @ lora_b)).astype(x.dtype)
 
 
-def composed(op):
-    """As routing composes it; what is dense is as in mlx-lm, but for a residual where there is no bias."""
-    if not op.plain:
-        return op(route="composed")
-    if op.segments or op.has_bias:
+def composed(op, wanted=(), given=()):
+    """As routing composes it: its outputs, or the gradients by the arrays ``wanted``."""
+    inputs = {("input", 0): op.x, ("residual", 0): op.arguments.get("residual")}
+    inputs |= {("cotangent", i): g for i, g in enumerate(given)}
+    for name in ("weight", "scales", "biases", "bias", "lora_a", "lora_b"):
+        role = metal_plan.ROLES.get(name, name)
+        inputs |= {(role, i): part for i, part in enumerate(op.parts(name))}
+    heads = [n for n, _ in op.segments] if op.segments else [0]
+    scale = op.arguments.get("lora_scale")
+    segments = [(*sizes, scale) for sizes in zip(op.features, heads, strict=True)]
+    group_size, bits, mode = op.quantization or (None,) * 3
+    return tuple(
+        _internals.composed(
+            {slot: a for slot, a in inputs.items() if a is not None},
+            segments,
+            [(metal_plan.ROLES.get(name, name), place or 0) for name, place in wanted],
+            (mode, bits, group_size) if mode else None,
+        )
+    )
+
+
+def model(op, wanted=(), given=()):
+    """As mlx-lm's models have it."""
+    if not wanted:
         return stock(op)
-    return (mx.addmm(op.arguments["residual"], op.x, op.arguments["weight"].T),)
+    of_wanted = lambda *v: stock(op.with_leaves(dict(zip(wanted, v, strict=True))))  # noqa: E731
+    return tuple(mx.vjp(of_wanted, [op.leaves[key] for key in wanted], given)[1])
 
 
-FORMS = {"composed": composed, "mlx-lm": stock}
+FORMS = {"composed": composed, "mlx-lm": model}
 
 
 def graph(case, form):
@@ -249,15 +269,7 @@ def graph(case, form):
 
     def run(*arrays):
         leaves, cotangents = arrays[: len(op.leaves)], list(arrays[len(op.leaves) :])
-        call = op.with_leaves(dict(zip(op.leaves, leaves, strict=True)))
-        if not wanted:
-            return FORMS[form](call)
-        if form == "composed" and op.plain:
-            dx, *of_weights = oracle.leaves(projections.backward(call, cotangents, route="composed"))
-            return dx if case.operation == "dx" else tuple(of_weights)
-        primals = [call.leaves[key] for key in wanted]
-        of_wanted = lambda *v: FORMS[form](call.with_leaves(dict(zip(wanted, v, strict=True))))  # noqa: E731
-        return tuple(mx.vjp(of_wanted, primals, cotangents)[1])
+        return FORMS[form](op.with_leaves(dict(zip(op.leaves, leaves, strict=True))), wanted, cotangents)
 
     nodes = []
     mx.export_function(nodes.append, run, *op.leaves.values(), *given)
@@ -289,6 +301,9 @@ ADAPTED = {
     "quantized_qkv": "QKV, 4 bits",
     "quantized_output": "output + residual, 4 bits",
     "quantized_qkv_grad": "QKV, 4 bits: dX",
+    "quantized_lora_qkv": "QKV, 4 bits, LoRA",
+    "quantized_lora_output": "output + residual, 4 bits, LoRA",
+    "quantized_lora_qkv_grad": "QKV, 4 bits, LoRA: dX, dA, dB",
 }
 OPERATIONS = {"qkv": "QKV", "output": "output + residual", "dx": "QKV: dX", "dw": "QKV: dW, dbias"} | ADAPTED
 COLUMNS = ("operation", "M", "hidden", "heads", "weights", "bias", "form")

@@ -89,12 +89,16 @@ class Kernels:
             return [np.broadcast_to(inputs[0], shape)]
         if name == "Split":
             return np.split(inputs[0], *arguments)
+        if name == "SliceUpdate":  # in place, of what nobody else reads
+            start, stop = arguments[1:3]
+            self.copy(inputs[1], inputs[0][tuple(map(slice, start, stop))])
+            return inputs[:1]
         out = new(shape, dtype)
         if name == "Concatenate":  # a kernel for each part
             ends = np.cumsum([a.shape[arguments[0]] for a in inputs])[:-1]
             for source, part in zip(inputs, np.split(out, ends, arguments[0]), strict=True):
                 self.copy(source, part)
-        elif name == "AsType":
+        elif name in ("AsType", "Full"):
             self.copy(inputs[0], out)
         elif name in ("Add", "Multiply"):
             self.launch("add", out, *((a, 1) for a in inputs if a.base is None or a.base.size > 1))
@@ -111,7 +115,8 @@ class Kernels:
     def quantized_matmul(self, a, *weight, is_transposed, out):
         """Of a weight with scales and biases, or its transpose; a scale is read for 16 values at a time."""
         (m, n), k = out.reshape(-1, out.shape[-1]).shape, a.shape[-1]
-        a = a.reshape(m, k)
+        if not (a := a.reshape(m, k)).flags.c_contiguous:
+            a = self.copy(a, np.empty(a.shape, a.dtype))
         row_tiles, column_tiles = ceil(m / 32), ceil(n / 32)
         per_group = FORM[1] // 16
 
@@ -170,10 +175,12 @@ class Kernels:
         passes = ceil(m / 5)
         can_widen = passes <= 3 and k % 4 == 0 and nt and is_16_bit
         most_tiles = 1024 if self.device.size == "g" else 2048
-        if m == 1:
-            # gemv: a simdgroup, or of x W a column of threads, takes 4 columns of the output.
-            grid = gemv_grid(k, n) if b_transposed else None
-            self.launch("gemv", out, (a, ceil(n / 4)), (b, 1), *added, grid=grid)
+        if min(m, n) == 1:
+            # gemv: a simdgroup, or of x W a column of threads, takes 4 elements of the output.
+            vector, matrix = (a, b) if m == 1 else (b, a)
+            is_by_rows = b_transposed if m == 1 else not a_transposed
+            grid = gemv_grid(k, max(m, n)) if is_by_rows else None
+            self.launch("gemv", out, (vector, ceil(max(m, n) / 4)), (matrix, 1), *added, grid=grid)
         elif can_widen and self.device.generation >= 15:
             # gemv_wide: weights once for at most 5 rows, and the rows for every column.
             grid = Grid(passes * ceil(n / 4), 4 if passes == 1 or n <= 64 else 2, 0)

@@ -16,6 +16,13 @@ def test_qkv_is_one_node_each_way():
     assert patched.total() <= 8
 
 
+def test_composed_adapters_share_products():
+    nodes = graph_nodes.composed()
+    # Forward x A, and a product by each B; backward that by all B, all dA, all dB, and the adapters' part of dX.
+    assert (nodes["QuantizedMatmul"], nodes["Matmul"]) == (6, 8)
+    assert nodes["mlx-fused's"] == 0
+
+
 def test_every_layer_is_alike_and_has_the_fused_products_less():
     stock, patched = graph_nodes.layer(False), graph_nodes.layer(True)
     assert stock == graph_nodes.step(4, False) - graph_nodes.step(3, False)

@@ -89,9 +89,10 @@ def test_formulas_are_those_of_the_tests(rng, form, dtype):
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 @bases
-def test_the_composed_form_passes_with_its_own_roundings(rng, form, dtype):
+def test_the_composed_form_passes_with_its_own_roundings(rng, form, dtype, monkeypatch):
+    monkeypatch.setenv("MLX_FUSED_ROUTE", "composed")
     for call in calls(rng, form, dtype, 40):
-        assert "failed" not in verdicts(check(call, route="composed"))
+        assert "failed" not in verdicts(check(call))
 
 
 def test_the_roundings_of_the_composed_form_are_no_excuse_for_a_kernel(rng, monkeypatch):

@@ -13,6 +13,7 @@
 #include <string_view>
 
 #include "mlx_fused/backend/metal/plan.h"
+#include "mlx_fused/composed.h"
 #include "mlx_fused/routing.h"
 #include "python/src/bindings.h"
 
@@ -37,8 +38,9 @@ using Tensors = std::map<std::pair<std::string, int>, Tensor>;
 constexpr std::array<std::string_view, 9> roles = {
     "cotangent", "input", "weight", "group_scales", "group_biases", "bias", "lora_a", "lora_b", "residual"};
 
-mlx_fused::Role role_of(const std::string& name) {
-  return static_cast<mlx_fused::Role>(std::find(roles.begin(), roles.end(), name) - roles.begin());
+mlx_fused::Slot slot(const std::pair<std::string, int>& name) {
+  auto role = std::find(roles.begin(), roles.end(), name.first) - roles.begin();
+  return {static_cast<mlx_fused::Role>(role), name.second};
 }
 
 metal::Tensor tensor(const Tensor& t) {
@@ -46,11 +48,21 @@ metal::Tensor tensor(const Tensor& t) {
   return {array, {shape.begin(), shape.end()}, {strides.begin(), strides.end()}};
 }
 
-// A call's tensors in the order of its slots.
+// What a call has by (role, segment), in the order of its slots.
+template <typename T>
+std::vector<T> in_order(
+    const mlx_fused::Slots& slots, const std::map<std::pair<std::string, int>, T>& by_slot) {
+  std::vector<T> ordered;
+  for (auto [role, segment] : slots) {
+    ordered.push_back(by_slot.at({std::string(roles[static_cast<int>(role)]), segment}));
+  }
+  return ordered;
+}
+
 std::vector<metal::Tensor> in_order(const mlx_fused::Slots& slots, const Tensors& tensors) {
   std::vector<metal::Tensor> ordered;
-  for (auto [role, segment] : slots) {
-    ordered.push_back(tensor(tensors.at({std::string(roles[static_cast<int>(role)]), segment})));
+  for (auto& t : in_order<Tensor>(slots, tensors)) {
+    ordered.push_back(tensor(t));
   }
   return ordered;
 }
@@ -110,7 +122,7 @@ void def_on_workload(nb::module_& m, const char* name, F f) {
             .epilogue = {.has_residual = is_output}};
         mlx_fused::Slots slots;
         for (auto& role : wanted) {
-          slots.push_back({role_of(role)});
+          slots.push_back(slot({role, 0}));
         }
         bool is_grad = operation.ends_with("_grad");
         std::vector<int> ranks(segments.size(), rank);
@@ -226,15 +238,15 @@ void bind_internals(nb::module_& m) {
         }
         if (!inputs.contains({"cotangent", 0})) {
           std::vector<metal::Tensor> out;
-          for (auto& [slot, t] : outputs) {
+          for (auto& [name, t] : outputs) {
             out.push_back(tensor(t));
           }
           return launches(
               metal::plan_projection(call, type, cores, in_order(mlx_fused::input_slots(call), inputs), out));
         }
         mlx_fused::GradCall grad{call, {}};
-        for (auto& [slot, t] : outputs) {
-          grad.wanted.push_back({role_of(slot.first), slot.second});
+        for (auto& [name, t] : outputs) {
+          grad.wanted.push_back(slot(name));
         }
         return launches(
             metal::plan_gradients(
@@ -252,4 +264,30 @@ void bind_internals(nb::module_& m) {
       "alpha"_a = 1.0f,
       "exact"_a = false,
       "cores"_a = 0);
+  // A call's outputs in MLX's own primitives, or the wanted gradients if there are any.
+  internals.def(
+      "composed",
+      [](const std::map<std::pair<std::string, int>, mx::array>& inputs,
+         const std::vector<std::tuple<int, int, std::optional<float>>>& segments,
+         const std::vector<std::pair<std::string, int>>& wanted,
+         const std::optional<QuantizationTuple>& q) {
+        mlx_fused::Call call{
+            .has_bias = inputs.contains({"bias", 0}),
+            .quantization = quantization(q),
+            .epilogue = {.has_residual = inputs.contains({"residual", 0})}};
+        for (auto& segment : segments) {
+          call.segments.push_back(std::make_from_tuple<mlx_fused::Segment>(segment));
+        }
+        mlx_fused::Products products(mx::default_stream(mx::default_device()), mlx_fused::Products::counted);
+        if (wanted.empty()) {
+          return mlx_fused::composed::project(in_order(input_slots(call), inputs), call, products);
+        }
+        mlx_fused::GradCall grad{call, {}};
+        std::transform(wanted.begin(), wanted.end(), std::back_inserter(grad.wanted), slot);
+        return mlx_fused::composed::project_grad(in_order(input_slots(grad), inputs), grad, products);
+      },
+      "inputs"_a,
+      "segments"_a,
+      "wanted"_a,
+      "quantization"_a = nb::none());
 }

@@ -89,7 +89,7 @@ class OperationChecks:
         mx.eval([a for _, a in tree_flatten(arguments) if isinstance(a, mx.array)])
         outputs = _listed(outputs)
         arithmetic = _arithmetic(outputs, arguments, "")
-        call = read(arguments, arithmetic.composed)
+        call = read(arguments, arithmetic.composed and arguments.get("exact", False))
         given = call.x if call.residual is None else np.hstack([call.x, call.residual])
         # Equal rows have equal errors, which do not cancel out, so each row counts once.
         distinct = np.unique(given, axis=0, return_index=True)[1]
@@ -109,7 +109,7 @@ class OperationChecks:
                 named_grads[argument, segment] = f"{_LABELS[argument]} of {segment}", grad
             else:
                 named_grads["residual" if argument == "residual" else "input", ""] = argument, grad
-        segment_grads = _scaled(cotangents, call.alpha, arithmetic)
+        segment_grads = [call.alpha * _rows(g) for g in cotangents]
         for key, expected in formulas.gradients(call, segment_grads, arithmetic):
             if key in named_grads:  # a quantized weight has none
                 self._check_gradient(layer, *named_grads[key], expected, arithmetic)
@@ -146,8 +146,8 @@ def check_operations(
     return checks
 
 
-def read(arguments: dict, composed: bool) -> Call:
-    """The operands of a call, from an operation's keyword arguments."""
+def read(arguments: dict, as_mlx_lm: bool) -> Call:
+    """The operands of a call, from an operation's keyword arguments; scales rounded as by mlx-lm, or not."""
     x, layers = _input(arguments), layers_of(arguments)
     segments = []
     for name, layer in zip("qkv" if len(layers) > 1 else "o", layers, strict=True):
@@ -157,8 +157,8 @@ def read(arguments: dict, composed: bool) -> Call:
         else:
             form = layer.group_size, layer.bits, layer.mode
             weight, magnitude = dequantized(layer.weight, layer.scales, layer.biases, *form)
-        # The composed form multiplies by the scale in the dtype of x A.
-        dtype = mx.result_type(x, layer.lora_a) if composed and layer.lora_a is not None else mx.float32
+        # mlx-lm's modules multiply by the scale in the dtype of x A.
+        dtype = mx.result_type(x, layer.lora_a) if as_mlx_lm and layer.lora_a is not None else mx.float32
         b, a, low = (None if m is None else exact(m) for m in (layer.bias, layer.lora_a, layer.lora_b))
         scale = mx.array(layer.lora_scale, dtype).item()
         segments.append(Segment(name, weight, magnitude, b, a, low, scale))
@@ -232,13 +232,6 @@ def _arithmetic(results: Iterable[mx.array], arguments: dict, primitive: str) ->
         low_rank_unit=low_rank if composed else 0.0,
         composed=composed,
     )
-
-
-def _scaled(cotangents: list[mx.array], alpha: float, arithmetic: Arithmetic) -> list[np.ndarray]:
-    """``alpha`` times the cotangents, rounded if the composed form computes it."""
-    if arithmetic.composed and alpha != 1:
-        return [_rows(mx.array(alpha, g.dtype) * g) for g in cotangents]
-    return [alpha * _rows(g) for g in cotangents]
 
 
 def differentiable(arguments: dict) -> dict[tuple[str, int | None], mx.array]:
