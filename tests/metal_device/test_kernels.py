@@ -33,7 +33,8 @@ def test_kernel(rng, kernel, operation, batch, seq, bias):
     name = kernel.rpartition("_")[2]
     dtype = getattr(mx, name)
     for heads, hidden in PROBLEMS:
-        assert kernel in launched(operation, name, batch, seq, hidden, heads)
+        few_features = (hidden if operation == "output" else heads[1] * heads[2]) < 4  # left to tiles
+        assert few_features or kernel in launched(operation, name, batch, seq, hidden, heads)
         if operation == "output":
             check(projections.output(rng, batch, seq, hidden, heads[0] * heads[2], dtype=dtype, bias=bias))
             continue
