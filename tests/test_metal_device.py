@@ -145,7 +145,19 @@ def test_a_process_that_dies_outside_its_tests_loses_its_file_alone(tmp_path):
     assert report["suites"] == {"forward": counts(passed=24)}
 
 
-def test_no_tests_are_no_success(tmp_path):
-    none = f"import pytest\n\n\ndef pytest_collection():\n    pytest.exit('none', {pytest.ExitCode.NO_TESTS_COLLECTED:d})"
-    status, _, report = rehearse(tmp_path, "forward", none)
-    assert status == report["exit_status"] == 1
+@pytest.mark.parametrize("options, library", [((), "metallib"), (("--from-source",), "source")])
+def test_the_metallib_is_aside_while_the_device_is_to_compile(tmp_path, options, library):
+    metallib = tmp_path / "mlx_fused.metallib"
+    metallib.write_text("kernels")
+    there = library == "metallib"
+    looks = (
+        f"import os\n\nimport pytest\n\n\ndef pytest_collection():\n"
+        f"    assert os.path.exists({str(metallib)!r}) == {there}\n"
+        f"    pytest.exit('seen', {pytest.ExitCode.NO_TESTS_COLLECTED:d})"
+    )
+    elsewhere = f"import mlx_fused; mlx_fused._ext.__file__ = {str(tmp_path / '_ext.so')!r}"
+    status, _ = run(tmp_path, "--rehearse", *options, preset=elsewhere, plugin=looks)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["library"] == library and not report["broke_off"]
+    assert status == report["exit_status"] == 1  # no tests are no success
+    assert metallib.read_text() == "kernels"
