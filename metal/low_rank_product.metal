@@ -1,11 +1,34 @@
-// scale * x A, or scale * dy B^T, in float32. Simdgroups share out the steps along the sum, so that a single
-// row keeps them all busy, and add up in the end.
+// scale * x A, or scale * dy B^T, in float32.
 #include "low_rank.h"
 
 namespace mlx_fused {
 
-template <typename T, int column_blocks>
-[[kernel, max_total_threads_per_threadgroup(32 * product_simdgroups)]] void low_rank_product(
+struct LowRankStore {
+  device float* low_rank;  // the tile's first row
+  constant ProjectionParams* params;
+  int rows, first_column, end_column;  // rows from the tile's first on
+  short2 place;
+
+  METAL_FUNC void operator()(int row_block, int column_block_index, Fragment::frag_type sum) const thread {
+    const int column = first_column + column_block_index * block_size;
+    if (column < end_column) {
+      const ColumnBlock block = column_block(column, *params);
+      sum *= params->segment[block.segment].scale;
+      Fragment::store_safe(
+          sum,
+          low_rank + int64_t(row_block * block_size) * params->low_columns + column,
+          params->low_columns,
+          mlx::steel::Int<1>{},
+          rows - row_block * block_size,
+          block.columns,
+          place.y,
+          place.x);
+    }
+  }
+};
+
+template <typename T, int row_blocks, int column_blocks>
+[[kernel, max_total_threads_per_threadgroup(32 * low_rank_simdgroups)]] void low_rank_product(
     BUFFER(constant ProjectionParams&, params),
     PER_SEGMENT(const device T*, left),
     PER_SEGMENT(const device float*, lora),
@@ -13,89 +36,56 @@ template <typename T, int column_blocks>
     uint3 tile [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  threadgroup Fragment::frag_type partial_sums[product_simdgroups][column_blocks][32];
+  threadgroup Fragment::frag_type shares[low_rank_simdgroups][row_blocks][32];
 
   const int index = segment_of(tile.x, params);
   constant SegmentParams& segment = params.segment[index];
   const int first_column =
       segment.first_column + (int(tile.x) - segment.first_tile) * column_blocks * block_size;
-  const int first_row = int(tile.y) * block_size;
-  const int rows = params.rows - first_row;
+  const int first_row = int(tile.y) * row_blocks * block_size;
   const int64_t batch = tile.z;
   const short2 place = Fragment::get_coord(lane);
-  const device T* left = OF_SEGMENT(index, left) + offset_of(batch, first_row, segment.rows);
 
-  Fragment::frag_type sums[column_blocks];
-  const device float* factors[column_blocks];
-  ColumnBlock blocks[column_blocks];
+  // Surplus rows and columns repeat the last, so that nothing in the loop asks; they are not stored.
+  Side<T, row_blocks, true> rows;
+  STEEL_PRAGMA_UNROLL
+  for (int i = 0; i < row_blocks; ++i) {
+    const int row = min(first_row + i * block_size + place.y, params.rows - 1);
+    rows.first[i] = OF_SEGMENT(index, left) + offset_of(batch, row, segment.rows) + place.x;
+    rows.second[i] = 1;
+    rows.step[i] = block_size;
+    rows.run[i] = segment.head_stride;
+  }
+  Side<float, column_blocks, false> columns;
   STEEL_PRAGMA_UNROLL
   for (int n = 0; n < column_blocks; ++n) {
-    sums[n] = Fragment::frag_type(0.0f);
-    blocks[n] = column_block(first_column + n * block_size, segment.end_column, params);
-    factors[n] =
-        OF_SEGMENT(blocks[n].segment, lora) + blocks[n].first * params.segment[blocks[n].segment].rank_stride;
+    const int column = min(first_column + n * block_size, segment.end_column - block_size);
+    const ColumnBlock block = column_block(column, params);
+    constant SegmentParams& its_segment = params.segment[block.segment];
+    const int first = min(int(place.x), block.columns - 1);
+    const int second = min(place.x + 1, block.columns - 1);
+    columns.first[n] = OF_SEGMENT(block.segment, lora) + (block.first + first) * its_segment.rank_stride +
+                       place.y * its_segment.feature_stride;
+    columns.second[n] = (second - first) * int(its_segment.rank_stride);
+    columns.step[n] = block_size * int(its_segment.feature_stride);
+    columns.run[n] = segment.head_dim * its_segment.feature_stride;
   }
 
-  const int steps_per_head = blocks_of(segment.head_dim);
-  const int steps = segment.features / segment.head_dim * steps_per_head;
-  for (int step = simdgroup; step < steps; step += product_simdgroups) {
-    const int head = step / steps_per_head;
-    const int dim = step % steps_per_head * block_size;
-    const int dims = segment.head_dim - dim;
-    Fragment::frag_type x;
-    Fragment::load_safe(
-        x,
-        left + head * segment.head_stride + dim,
-        segment.rows.row,
-        mlx::steel::Int<1>{},
-        rows,
-        dims,
-        place.y,
-        place.x);
-    STEEL_PRAGMA_UNROLL
-    for (int n = 0; n < column_blocks; ++n) {
-      if (blocks[n].columns > 0) {
-        constant SegmentParams& s = params.segment[blocks[n].segment];
-        Fragment::frag_type f;
-        Fragment::load_safe(
-            f,
-            factors[n] + (head * segment.head_dim + dim) * s.feature_stride,
-            s.feature_stride,
-            s.rank_stride,
-            dims,
-            blocks[n].columns,
-            place.y,
-            place.x);
-        Fragment::mma(sums[n], x, f, sums[n]);
-      }
-    }
-  }
-
-  STEEL_PRAGMA_UNROLL
-  for (int n = 0; n < column_blocks; ++n) {
-    partial_sums[simdgroup][n][lane] = sums[n];
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (simdgroup < column_blocks) {
-    const int column = first_column + simdgroup * block_size;
-    const ColumnBlock block = column_block(column, segment.end_column, params);
-    Fragment::frag_type sum = partial_sums[0][simdgroup][lane];
-    for (int i = 1; i < product_simdgroups; ++i) {
-      sum += partial_sums[i][simdgroup][lane];
-    }
-    sum *= params.segment[block.segment].scale;
-    Fragment::store_safe(
-        sum,
-        low_rank + (batch * params.rows + first_row) * params.low_columns + column,
-        params.low_columns,
-        mlx::steel::Int<1>{},
-        rows,
-        block.columns,
-        place.y,
-        place.x);
-  }
+  Sums<Side<T, row_blocks, true>, Side<float, column_blocks, false>> sums;
+  sums.add_share(rows, columns, segment.features / segment.head_dim, segment.head_dim, simdgroup, place);
+  const LowRankStore store = {
+      low_rank + (batch * params.rows + first_row) * params.low_columns,
+      &params,
+      params.rows - first_row,
+      first_column,
+      segment.end_column,
+      place};
+  sums.store(shares, simdgroup, lane, store);
 }
 
-INSTANTIATE_DENSE("low_rank_product", low_rank_product, blocks_per_tile)
+INSTANTIATE_DENSE("low_rank_product_1x1", low_rank_product, 1, 1)
+INSTANTIATE_DENSE("low_rank_product_1x3", low_rank_product, 1, wide_blocks)
+INSTANTIATE_DENSE("low_rank_product_4x1", low_rank_product, high_blocks, 1)
+INSTANTIATE_DENSE("low_rank_product_4x3", low_rank_product, high_blocks, wide_blocks)
 
 }  // namespace mlx_fused

@@ -35,7 +35,8 @@ enum ConstantIndex : int32_t {
   constant_has_bias,
   constant_has_residual,
   constant_has_adapter,
-  constant_exact,  // round where mlx-lm's modules do
+  constant_exact,     // round where mlx-lm's modules do
+  constant_has_rest,  // the sums of a low-rank product or of its gradient are not of whole blocks
 };
 
 // A tile of a projection or gradient, 32 or 64 rows of it, is that of two by two simdgroups.
@@ -53,11 +54,12 @@ MLX_FUSED_CONSTANT int max_rows_per_pass = 4;  // more take too many registers (
 // Tiles step through up to 64 rows in 32 bits.
 MLX_FUSED_CONSTANT int64_t max_row_stride = (int64_t{1} << 31) / 64;
 
-// Low-rank products: simdgroups go by blocks of 8 by 8, a tile being several of them wide.
+// Low-rank products and their gradients go by blocks of 8 by 8. A tile is one or three blocks wide, as many
+// as an adapter of rank 8 on one segment or on three has, and several high.
 MLX_FUSED_CONSTANT int block_size = 8;
-MLX_FUSED_CONSTANT int blocks_per_tile = 4;
-MLX_FUSED_CONSTANT int product_simdgroups = 16;
-MLX_FUSED_CONSTANT int grad_simdgroups = 8;
+MLX_FUSED_CONSTANT int wide_blocks = 3;
+MLX_FUSED_CONSTANT int high_blocks = 4;
+MLX_FUSED_CONSTANT int low_rank_simdgroups = 16;
 
 struct RowStrides {
   int64_t batch;
@@ -113,6 +115,7 @@ constant bool mlx_fused_has_bias [[function_constant(mlx_fused::constant_has_bia
 constant bool mlx_fused_has_residual [[function_constant(mlx_fused::constant_has_residual)]];
 constant bool mlx_fused_has_adapter [[function_constant(mlx_fused::constant_has_adapter)]];
 constant bool mlx_fused_exact [[function_constant(mlx_fused::constant_exact)]];
+constant bool mlx_fused_has_rest [[function_constant(mlx_fused::constant_has_rest)]];
 
 // BUFFER declares a parameter bound at buffer_<name>; PER_SEGMENT declares three; OF_SEGMENT picks one of
 // them.

@@ -1,4 +1,4 @@
-"""What a call costs: launches, and bytes of device memory read and written, by our kernels and by MLX's.
+"""What a call costs: launches, dependent stages, and bytes of device memory read and written, ours and MLX's.
 
 Ours are counted by the simulator that runs the call's launch plan. MLX's follow from the graph of the same
 call in MLX's own operations and the rules of mlx_kernels.py. ``python tests/ledger.py`` writes the counts
@@ -108,12 +108,13 @@ def reads(launch, case):
     op = call_of(case)
     features, in_features = op.features, op.x.shape[-1]
     if kernel.startswith("low_rank_product"):
-        times = {"left": 1, "lora": row_tiles}
+        tile_rows = 8 * int(kernel.removeprefix("low_rank_product_")[0])  # surplus rows repeat the last
+        times = {"left": Fraction(row_tiles * tile_rows, rows), "lora": row_tiles}
     elif kernel.startswith("adapter_grad"):
-        # Of x there is one tile of columns; a block of 8 features reads the rows of P or G.
-        of_x = columns == ceil(in_features / 64)
-        blocks = [in_features / 8] if of_x else [n / 8 for n in features]
-        times = {"left": 1, "low_rank": Fraction(sum(map(ceil, blocks)), len(blocks))}
+        # A tile of 32 features reads the rows of P or G.
+        of_x = columns == ceil(in_features / 32)
+        tiles = [in_features / 32] if of_x else [n / 32 for n in features]
+        times = {"left": 1, "low_rank": Fraction(sum(map(ceil, tiles)), len(tiles))}
     elif kernel.startswith("projection_rows"):
         times = {"input": columns * launch["threadgroup"][0] // 32, "weight": row_tiles}
     elif kernel.startswith("projection"):
@@ -140,16 +141,28 @@ def reads(launch, case):
 
 
 def written(call, launch):
-    """The buffers that the launch writes."""
-    low_rank = bound(launch)["low_rank"] if launch["kernel"].startswith("low_rank_product") else []
-    return {name for _, name, _ in launch["buffers"]} & {*call.outputs, *low_rank}
+    """The buffers that the launch writes: outputs, and temporaries that no launch before it has."""
+    earlier = call.plan[: call.plan.index(launch)]
+    known = {name for other in earlier for _, name, _ in other["buffers"]}
+    names = {name for _, name, _ in launch["buffers"]}
+    return names & {*call.outputs} | {name for name in names - known if name.startswith("temporary")}
+
+
+def stages(call, case):
+    """Launches on the longest chain of those that need another's result."""
+    done = {}
+    for launch in call.plan:
+        stage = 1 + max(done.get(name, 0) for name in reads(launch, case))
+        done |= dict.fromkeys(written(call, launch), stage)
+    return max(done.values())
 
 
 def simulated(case) -> Cost:
     """Counted while the launches ran."""
     call = run_plan(case)
     traffic = [t for result in call.results for t in result.traffic.values()]
-    return Cost(len(call.plan), *(sum(getattr(t, field) for t in traffic) for field in Cost._fields[1:]))
+    totals = (sum(getattr(t, field) for t in traffic) for field in Cost._fields[2:])
+    return Cost(len(call.plan), stages(call, case), *totals)
 
 
 class NotRun:
@@ -169,7 +182,7 @@ def planned(case) -> Cost:
     times = [item for launch in call.plan for item in reads(launch, case).items()]
     bytes_written = sum(size[a] for launch in call.plan for a in written(call, launch))
     distinct_read, total_read = sum(size[a] for a, _ in times), int(sum(size[a] * n for a, n in times))
-    return Cost(len(call.plan), distinct_read, bytes_written, total_read, bytes_written)
+    return Cost(len(call.plan), stages(call, case), distinct_read, bytes_written, total_read, bytes_written)
 
 
 # MLX's
@@ -280,8 +293,8 @@ ADAPTED = {
 OPERATIONS = {"qkv": "QKV", "output": "output + residual", "dx": "QKV: dX", "dw": "QKV: dW, dbias"} | ADAPTED
 ROUTED_AS = {"qkv": "qkv", "output": "output", "dx": "qkv_grad", "dw": "qkv_grad"}
 COLUMNS = ("operation", "M", "hidden", "heads", "weights", "bias", "form")
-COLUMNS += ("launches", "read", "read in all", "written", "written in all")
-HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * 7}{'--:|' * 5}\n"
+COLUMNS += ("launches", "stages", "read", "read in all", "written", "written in all")
+HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * 7}{'--:|' * 6}\n"
 
 
 def routed(case):
@@ -302,7 +315,7 @@ def table(cases, rows, unit):
         for cost, names in forms.items():
             sizes = (cost.distinct_read, cost.total_read, cost.distinct_written, cost.total_written)
             numbers = [f"{size / unit:,.1f}" for size in sizes]
-            lines.append([*what, ", ".join(names), cost.launches, *numbers])
+            lines.append([*what, ", ".join(names), cost.launches, cost.stages, *numbers])
             what = [""] * len(what)
     return HEADER + "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 

@@ -140,6 +140,8 @@ def low_rank_product(folder):
         check(folder, files, op, Embedded)
     for op in lora_calls(2, 11, 20):
         check(folder, files, op, Embedded, INPUT)
+    for op in lora_calls(1, 1030, 20):
+        check(folder, files, op, Embedded)
 
 
 def adapter_grad(folder):
@@ -215,7 +217,7 @@ TESTS = {
 # Of the many instantiations, those that the tests above launch.
 LAUNCHED = re.compile(
     r"((projection|input_grad)_(32|64)_dense|projection_64_nvfp4|input_grad_64_affine_3"
-    r"|projection_rows_4_(dense|affine_4)|weight_grad|low_rank_product|adapter_grad)_float32"
+    r"|projection_rows_4_(dense|affine_4)|weight_grad|low_rank_product_(1x[13]|4x3)|adapter_grad_[13])_float32"
 )
 
 

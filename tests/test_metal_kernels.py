@@ -54,8 +54,8 @@ def test_every_instantiation_is_here():
     on_weights = tiles + [f"projection_rows_{rows}" for rows in range(1, 5)]
     kernels = [f"{kernel}_dense" for kernel in on_weights] + [
         "weight_grad",
-        "low_rank_product",
-        "adapter_grad",
+        *(f"low_rank_product_{shape}" for shape in ("1x1", "1x3", "4x1", "4x3")),
+        *(f"adapter_grad_{blocks}" for blocks in (1, 3)),
     ]
     formats = ("affine", "mxfp", "nvfp")
     dense = {name for name in libraries() if not any(f"_{format}" in name for format in formats)}

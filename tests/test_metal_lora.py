@@ -18,9 +18,10 @@ RANKS = (8, None, 3)
 SCALES = (2.0, -0.5, 3.0)
 # On both sides of what each kernel takes, and of the blocks of 8 rows of the low-rank product.
 ROWS = [1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65]
-DEPTHS = [1, 7, 8, 9, 60, 61, 127, 128, 129, 260]  # 128 is what the product's simdgroups take at once
-# Blocks of 8 columns, tiles of 4 blocks; adapters on any of q, k and v.
-ALL_RANKS = [1, 3, 8, 9, 16, 24, 33, 64]
+MANY_ROWS = 1024  # from which the low-rank product's tiles are of 4 blocks of 8 rows
+DEPTHS = [1, 7, 8, 9, 60, 61, 127, 128, 129, 260]  # 128 is a block of 8 for each of 16 simdgroups
+# Blocks of 8 columns, tiles of 1 or 3 blocks; adapters on any of q, k and v.
+ALL_RANKS = [1, 3, 8, 9, 16, 24, 25, 33, 64]
 SUBSETS = [(4, None, None), (None, 9, None), (None, None, 16), (8, 8, 8), (33, 1, None), (None, 64, 3)]
 
 
@@ -99,6 +100,13 @@ def test_ranks(rng, rank, rows):
 @pytest.mark.parametrize("rows", [2, 19])
 def test_heads(rng, heads, rows):
     check(rng, qkv(rng, 1, rows, 40, heads=heads, dtype=mx.bfloat16))
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(1, MANY_ROWS - 1), (1, MANY_ROWS), (2, MANY_ROWS + 9), (3, 343)])
+def test_many_rows(rng, shape, dtype):
+    check(rng, qkv(rng, *shape, 12, heads=(2, 1, 10), dtype=dtype))
+    check(rng, projections.output(rng, *shape, 16, 16, rank=3, dtype=dtype))
 
 
 @dtypes
@@ -181,7 +189,7 @@ def test_no_rows(rng, shape):
     assert forward(op)[0].plan == []
     keys = trainable(op)
     call, grads = backward(op, projections.cotangents(rng, op), keys)
-    assert [launch["kernel"] for launch in call.plan] == ["adapter_grad_float32"] * 2
+    assert [launch["kernel"] for launch in call.plan] == ["adapter_grad_3_float32", "adapter_grad_1_float32"]
     assert all(mx.all(g == 0).item() for g in grads[1:])
 
 

@@ -1,6 +1,6 @@
 """The kernels that are measured, and which of MLX's each of ours would replace."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
@@ -15,7 +15,13 @@ FORMATS = {
     "nvfp4": (4, 16),
 }
 TILE_FORMATS = ("dense", "affine_4", "mxfp4")
+LOW_RANK = {  # blocks of their tiles
+    "low_rank_product": {"1x1": 1, "1x3": 3, "4x1": 4, "4x3": 12},
+    "adapter_grad": {"1": 4, "3": 12},
+}
 ROWS = range(1, 9)
+# What a kernel is measured without: bias, residual, adapter. MLX's are told that shapes are whole tiles.
+CONSTANTS = ("align_M", "align_N", "align_K")
 MOST_ROWS = 4  # that ours take at a time
 MOST_VECTORS = 5  # that MLX's kernels for few rows take at a time
 
@@ -31,6 +37,8 @@ class Kernel:
     function: str = ""  # as C++ names it; of ours the name says it
     rows: int = 1  # of x that a weight is used for
     has_matrices: bool = False
+    constants: tuple[str, ...] = CONSTANTS  # those that are true
+    edits: tuple[tuple[str, str], ...] = ()  # texts of its source, and what is measured in their place
 
 
 @dataclass(frozen=True)
@@ -44,10 +52,10 @@ class Cell:
     mlx_passes: int = 1
 
 
-def _rows_kernel(form, rows):
+def rows_kernel(form, rows):
     work = f"{rows} * features_per_simdgroup * Chunk<half, {form}>::size"
     name = f"projection_rows_{rows}_{form}"
-    return Kernel(name, METAL / "projection_rows.metal", 256, work, rows=rows)
+    return Kernel(name, METAL / "projection_rows.metal", 64, work, rows=rows)
 
 
 def _tile_kernel(source, name, work, threads=128):
@@ -57,7 +65,7 @@ def _tile_kernel(source, name, work, threads=128):
 def _ours():
     for form in FORMATS:
         for rows in range(1, MOST_ROWS + 1):
-            yield _rows_kernel(form, rows)
+            yield rows_kernel(form, rows)
     for form in TILE_FORMATS:
         per_thread = f"tile_cols * {form}::tile_depth / tile_threads"
         for rows in (32, 64):
@@ -65,9 +73,14 @@ def _ours():
         for rows in (32, 64) if form == "dense" else (64,):
             yield _tile_kernel("input_grad", f"input_grad_{rows}_{form}", f"{rows} * {per_thread}")
     yield _tile_kernel("weight_grad", "weight_grad", "weight_grad_rows * tile_cols * 16 / tile_threads")
-    for name, simdgroups in (("low_rank_product", 16), ("adapter_grad", 8)):
-        # Of each product of 8 by 8 by 8 a lane's share is 16.
-        yield _tile_kernel(name, name, "16 * blocks_per_tile", 32 * simdgroups)
+    yield replace(
+        _tile_kernel("projection", "projection_32_dense, ragged rows", "32 * tile_cols * 16 / tile_threads"),
+        edits=(("min(BM, params.rows - first_row)", "BM - 1"),),
+    )
+    for source, shapes in LOW_RANK.items():
+        for shape, blocks in shapes.items():
+            # Of each product of 8 by 8 by 8 a lane's share is 16.
+            yield _tile_kernel(source, f"{source}_{shape}", f"16 * {blocks}", 512)
 
 
 def _mlx_source(form):
@@ -111,6 +124,12 @@ def _mlx():
     yield _gemm("gemm_tn", "half", 64, 64, 16, 1, "true, false")
     yield _gemm("gemm_nn_float", "float", 64, 64, 16, 2, "false, false")
     yield _gemm("gemm_tn_float", "float", 64, 64, 16, 2, "true, false")
+    # As it is compiled when rows of its last tiles are missing.
+    yield replace(
+        _gemm("gemm_nt, ragged rows", "half", 64, 32, 32, 2, "false, true"),
+        constants=("align_N", "align_K"),
+        edits=(("align_M ? BM : short(min(BM, params->M - c_row))", "BM - 1"),),
+    )
     for form in TILE_FORMATS[1:]:
         bits, group = FORMATS[form]
         source, prefix = _mlx_source(form)
@@ -123,7 +142,7 @@ def _cells():
     for form in FORMATS:
         for rows in ROWS:
             passes = ceil(rows / MOST_ROWS), ceil(rows / MOST_VECTORS)
-            ours = _rows_kernel(form, ceil(rows / passes[0]))
+            ours = rows_kernel(form, ceil(rows / passes[0]))
             mlx = _mlx_vectors(form, ceil(rows / passes[1]))
             yield Cell(f"{form}, rows {rows}", ours.name, mlx.name, *passes)
     for form in TILE_FORMATS:
@@ -131,9 +150,15 @@ def _cells():
             yield _tile_cell(f"projection_{rows}_{form}", "gemm_nt" if form == "dense" else f"qmm_t_{form}")
         for rows in (32, 64) if form == "dense" else (64,):
             yield _tile_cell(f"input_grad_{rows}_{form}", "gemm_nn" if form == "dense" else f"qmm_n_{form}")
+    yield _tile_cell("projection_32_dense, ragged rows", "gemm_nt, ragged rows")
     yield _tile_cell("weight_grad", "gemm_tn")
-    yield _tile_cell("low_rank_product", "gemm_nn_float")
-    yield _tile_cell("adapter_grad", "gemm_tn_float")
+    for source, mlx in (("low_rank_product", "gemm_nn_float"), ("adapter_grad", "gemm_tn_float")):
+        for shape in LOW_RANK[source]:
+            # Of the 64 columns of MLX's tile an adapter of rank 8 fills one eighth.
+            ours = f"{source}_{shape}"
+            yield Cell(f"{ours}, rank 8", ours, mlx, mlx_passes=8)
+            if shape.endswith("3"):
+                yield Cell(f"{ours}, rank 64", ours, mlx)
 
 
 def _tile_cell(ours, mlx):

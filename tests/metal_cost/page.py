@@ -1,7 +1,8 @@
 """Tables of what was measured, for the terminal and docs/design/metal_cost.md."""
 
 from .cells import CELLS, FORMATS, HERE, KERNELS, METAL, ROWS
-from .report import cost, misses
+from .mistakes import MISTAKES
+from .report import cost, misses, seen, text_of
 
 DOCUMENT = HERE.parents[1] / "docs" / "design" / "metal_cost.md"
 MARKER = "<!-- what follows is written by make metal-cost -->"
@@ -24,7 +25,12 @@ def _few_rows(found, value, reason, form):
     for name in FORMATS:
         cells = [CELLS[f"{name}, rows {rows}"] for rows in ROWS]
         figures = (
-            _versus(value(found[c.ours], c.our_passes), value(found[c.mlx], c.mlx_passes), reason in misses(c, found), form)
+            _versus(
+                value(found[c.ours], c.our_passes),
+                value(found[c.mlx], c.mlx_passes),
+                reason in misses(c, found),
+                form,
+            )
             for c in cells
         )
         yield [name, *figures]
@@ -39,8 +45,16 @@ def cell_rows(found, cells):
             f"`{c.mlx}`" + (f" x {c.mlx_passes}" if c.mlx_passes > 1 else ""),
             _versus(c.our_passes * cost(ours), c.mlx_passes * cost(mlx), "cycles" in missed, "{:.2f}"),
             _versus(ours["threads"], mlx["threads"], "threads" in missed, "{}"),
-            ", ".join(missed) or "-",
+            text_of(missed) or "-",
         )
+
+
+def mistake_rows(found):
+    for name, mistake in MISTAKES.items():
+        without, with_it = misses(mistake.right, found), misses(mistake.cell, found)
+        new = seen(mistake, found)
+        marked = ", ".join(f"**{r} {f:g}**" if r in new else f"{r} {f:g}" for r, f in with_it.items())
+        yield name, mistake.right.name, text_of(without) or "-", marked or "-"
 
 
 CELL_HEAD = ("cell", "MLX's kernel", "cycles, ours / MLX's", "threads", "misses")
@@ -79,6 +93,9 @@ def page(text, found):
     tiles = [c for c in CELLS.values() if KERNELS[c.ours].has_matrices]
     lines += ["## Tiles", "", "Cycles to a multiply-add:", ""]
     lines += table(CELL_HEAD, cell_rows(found, tiles))
+    lines += ["## Mistakes put back", "", "What our kernels once did. Bold is what the report sees.", ""]
+    head = ("mistake", "cell", "misses", "with the mistake")
+    lines += table(head, mistake_rows(found))
     for title, is_ours in (("## Our kernels", True), ("## MLX's kernels", False)):
         names = [n for n, k in KERNELS.items() if (k.source.parent == METAL) == is_ours]
         lines += [title, "", *table(KERNEL_HEAD, kernel_rows(found, names))]

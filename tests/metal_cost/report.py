@@ -1,4 +1,4 @@
-"""Measures the kernels, and says where ours cost more than MLX's."""
+"""Measures the kernels, and says where ours cost more than MLX's, and by how much."""
 
 import hashlib
 import json
@@ -16,8 +16,6 @@ from .translate import entry, kernels, translate
 RESULT = HERE / "cost.json"
 # Misses that stand as they are. `write` takes lines out; one that is new has to be written in by hand.
 ACCEPTED = HERE / "accepted.txt"
-# What a kernel is measured without: bias, residual, adapter. MLX's are told that shapes are whole tiles.
-CONSTANTS = ("align_M", "align_N", "align_K")
 
 
 @cache
@@ -30,7 +28,7 @@ def fingerprint():
     digest = hashlib.sha256(f"{compiler.MESA} {compiler.LLVM}".encode())
     for path in sorted({k.source for k in KERNELS.values()}):
         digest.update("\n".join(line for line in flattened(path).split("\n") if line[:2] != "# ").encode())
-    for name in ("metal.h", "translate.py", "measure.py", "cells.py", "report.py"):
+    for name in ("metal.h", "translate.py", "measure.py", "cells.py", "mistakes.py", "report.py"):
         digest.update((HERE / name).read_bytes())
     return digest.hexdigest()
 
@@ -38,8 +36,12 @@ def fingerprint():
 def source_of(kernel):
     """A kernel in C++ for OpenCL, with its entry point."""
     text = flattened(kernel.source)
-    function = kernel.function or kernels(text)[f"{kernel.name}_float16"]
-    return translate(text, CONSTANTS) + entry(text, function, kernel.threads, kernel.work)
+    for now, instead in kernel.edits:
+        if text.count(now) != 1:
+            raise ValueError(f"{text.count(now)} places have {now!r}")
+        text = text.replace(now, instead)
+    function = kernel.function or kernels(text)[f"{kernel.name.split(',')[0]}_float16"]
+    return translate(text, kernel.constants) + entry(text, function, kernel.threads, kernel.work)
 
 
 def measure_kernel(kernel):
@@ -53,10 +55,10 @@ def measure_kernel(kernel):
     return found | {"rows": kernel.rows}
 
 
-def measure_all(names, progress=iter):
+def measure_all(every, progress=iter):
     with ThreadPoolExecutor(cpu_count()) as pool:
-        results = pool.map(measure_kernel, [KERNELS[name] for name in names])
-        return dict(zip(names, progress(results), strict=True))
+        results = pool.map(measure_kernel, every)
+        return {k.name: r for k, r in zip(every, progress(results), strict=True)}
 
 
 def cost(kernel):
@@ -65,25 +67,27 @@ def cost(kernel):
 
 
 def misses(cell, found):
-    """In what a cell is worse than MLX's kernel, or than it should be."""
+    """In what a cell is worse than MLX's kernel, or than it should be: figures, of which more is worse."""
     ours, mlx = found[cell.ours], found[cell.mlx]
     step = ours["step"]
-    return [
-        name
-        for name, is_missed in {
-            "cycles": cell.our_passes * cost(ours) > cell.mlx_passes * cost(mlx),
-            "threads": ours["threads"] < mlx["threads"],
-            "64-bit multiply": step["multiplies_64"] > 0,
-            "branches": step["branches"] > 1,
-            "spills": ours["spills"] > 0,
-        }.items()
-        if is_missed
-    ]
+    figures = {  # and the most that they may be
+        "cycles": (cell.our_passes * cost(ours) / (cell.mlx_passes * cost(mlx)), 1),
+        "threads": (mlx["threads"] / ours["threads"], 1),
+        "64-bit multiply": (step["multiplies_64"], 0),
+        "branches": (step["branches"], 1),
+        "spills": (ours["spills"], 0),
+    }
+    return {name: round(figure, 3) for name, (figure, most) in figures.items() if figure > most}
 
 
 def accepted():
     lines = (line.split(": ") for line in ACCEPTED.read_text().splitlines())
-    return {cell: reasons.split(", ") for cell, reasons in lines}
+    pairs = {cell: (reason.rsplit(" ", 1) for reason in reasons.split(", ")) for cell, reasons in lines}
+    return {cell: {reason: float(figure) for reason, figure in some} for cell, some in pairs.items()}
+
+
+def text_of(reasons):
+    return ", ".join(f"{reason} {figure:g}" for reason, figure in reasons.items())
 
 
 def all_misses(found):
@@ -91,14 +95,24 @@ def all_misses(found):
     return {name: reasons for name, reasons in every.items() if reasons}
 
 
+def worse(reasons, than):
+    return {reason: figure for reason, figure in reasons.items() if figure > than.get(reason, 0)}
+
+
 def write(found):
-    """Writes the figures, takes from the accepted misses what is mended, and returns the new ones."""
+    """Writes the figures, takes from the accepted misses what is mended, and returns those that are worse."""
     result = {"fingerprint": fingerprint(), "kernels": found}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     before, now = accepted(), all_misses(found)
-    still = {cell: [r for r in reasons if r in now.get(cell, [])] for cell, reasons in before.items()}
-    ACCEPTED.write_text(
-        "".join(f"{cell}: {', '.join(reasons)}\n" for cell, reasons in still.items() if reasons)
-    )
-    new = {cell: [r for r in reasons if r not in before.get(cell, [])] for cell, reasons in now.items()}
+    lines = []
+    for cell, reasons in before.items():
+        still = {r: min(figure, now[cell][r]) for r, figure in reasons.items() if r in now.get(cell, {})}
+        lines += [f"{cell}: {text_of(still)}\n"] if still else []
+    ACCEPTED.write_text("".join(lines))
+    new = {cell: worse(reasons, before.get(cell, {})) for cell, reasons in now.items()}
     return {cell: reasons for cell, reasons in new.items() if reasons}
+
+
+def seen(mistake, found):
+    """In what the report finds a cell worse with the mistake than without it."""
+    return worse(misses(mistake.cell, found), misses(mistake.right, found))

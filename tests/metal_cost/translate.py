@@ -2,7 +2,17 @@
 
 import re
 
-from msl_sim.source import BUILTINS, CONSTANT, INSTANTIATION, KERNEL, THREADGROUP, blank, closing, split, without
+from msl_sim.source import (
+    BUILTINS,
+    CONSTANT,
+    INSTANTIATION,
+    KERNEL,
+    THREADGROUP,
+    blank,
+    closing,
+    split,
+    without,
+)
 
 ATTRIBUTE = re.compile(r"\[\[(?:[^\]]|\](?!\]))*\]\]")
 VECTOR = re.compile(r"\b((?:u?(?:char|short|int|long)|half|float)[234]|(?:metal::)?vec<[^<>]*>)\(")

@@ -112,6 +112,10 @@ int64_t tile_rows(int64_t rows) {
   return rows <= 32 ? 32 : 64;
 }
 
+// From so many rows on a low-rank product's tiles are high: fewer read its factors less often, and there are
+// enough to fill a GPU. Reasoned, not measured on a Mac.
+constexpr int64_t many_rows = 1024;
+
 // [B, S, features] as one head.
 std::vector<Tensor> by_heads(std::vector<Tensor> tensors) {
   for (auto& t : tensors) {
@@ -123,18 +127,30 @@ std::vector<Tensor> by_heads(std::vector<Tensor> tensors) {
   return tensors;
 }
 
-// Sets each segment's first_tile and end_column, and returns the number of tiles. Segments that share the
-// left operand share tiles of columns; a tile of columns counts tiles_of(segment) times.
+// The tiles of a low-rank product or of its gradient: how many, and how many blocks of columns each has.
+struct ColumnTiles {
+  uint32_t count = 0;
+  int blocks = 1;
+};
+
+// Sets each segment's end_column and first_tile. Segments that share the left operand share tiles of columns;
+// a tile of columns counts tiles_of(segment) times.
 template <typename TilesOf>
-uint32_t set_tiles(ProjectionParams& params, bool shared, TilesOf&& tiles_of) {
-  uint32_t tiles = 0;
+ColumnTiles set_tiles(ProjectionParams& params, bool shared, TilesOf&& tiles_of) {
+  ColumnTiles tiles;
   for (int i = 0; i < params.segments; ++i) {
     auto& s = params.segment[i];
     bool last = shared || i + 1 == params.segments;
-    s.first_tile = tiles;
     s.end_column = last ? params.low_columns : params.segment[i + 1].first_column;
+    if (s.end_column - s.first_column > block_size) {
+      tiles.blocks = wide_blocks;
+    }
+  }
+  for (int i = 0; i < params.segments; ++i) {
+    auto& s = params.segment[i];
+    s.first_tile = tiles.count;
     if (!shared || i == 0) {
-      tiles += ceil_div(s.end_column - s.first_column, blocks_per_tile * block_size) * tiles_of(s);
+      tiles.count += ceil_div(s.end_column - s.first_column, tiles.blocks * block_size) * tiles_of(s);
     }
   }
   return tiles;
@@ -390,12 +406,19 @@ void Planner::add_low_rank_product(Role factor) {
   bindings.add_segments(buffer_left, left);
   bindings.add_segments(buffer_lora, factors);
   bindings.add(buffer_low_rank, &low_rank_, true);
+  bool has_rest = false;
+  for (int i = 0; i < params.segments; ++i) {
+    has_rest |= params.segment[i].head_dim % block_size != 0;
+  }
+  int row_blocks = params.rows < many_rows ? 1 : high_blocks;
   launch(
-      "low_rank_product",
-      {.buffers = bindings.buffers,
+      "low_rank_product_" + std::to_string(row_blocks) + "x" + std::to_string(tiles.blocks),
+      {.constants = {{constant_has_rest, has_rest}},
+       .buffers = bindings.buffers,
        .params = params,
-       .grid = {tiles, ceil_div(params.rows, block_size), static_cast<uint32_t>(params.batch)},
-       .threadgroup = {32 * product_simdgroups, 1, 1}});
+       .grid =
+           {tiles.count, ceil_div(params.rows, row_blocks * block_size), static_cast<uint32_t>(params.batch)},
+       .threadgroup = {32 * low_rank_simdgroups, 1, 1}});
 }
 
 void Planner::add_adapter_grad(Role factor, const Tensors& grads) {
@@ -407,7 +430,7 @@ void Planner::add_adapter_grad(Role factor, const Tensors& grads) {
   auto params = call_params(Rows(left), left);
   set_adapters(params, factor, wanted);
   auto tiles = set_tiles(params, factor == Role::lora_a, [](auto& s) {
-    return ceil_div(s.features / s.head_dim * ceil_div(s.head_dim, block_size), grad_simdgroups);
+    return s.features / s.head_dim * ceil_div(s.head_dim, high_blocks * block_size);
   });
 
   Bindings bindings(**first);
@@ -415,11 +438,12 @@ void Planner::add_adapter_grad(Role factor, const Tensors& grads) {
   bindings.add(buffer_low_rank, &low_rank_);
   bindings.add_segments(buffer_output, wanted, true);
   launch(
-      "adapter_grad",
-      {.buffers = bindings.buffers,
+      "adapter_grad_" + std::to_string(tiles.blocks),
+      {.constants = {{constant_has_rest, params.rows % block_size != 0}},
+       .buffers = bindings.buffers,
        .params = params,
-       .grid = {tiles, 1, 1},
-       .threadgroup = {32 * grad_simdgroups, 1, 1}});
+       .grid = {tiles.count, 1, 1},
+       .threadgroup = {32 * low_rank_simdgroups, 1, 1}});
 }
 
 }  // namespace
