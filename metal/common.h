@@ -95,6 +95,20 @@ struct RowMajorStore {
   }
 };
 
+// Where the partial sums of a split's row begin.
+METAL_FUNC int64_t partial_offset(int split, int64_t batch, int row, constant ProjectionParams& params) {
+  return ((split * int64_t(params.batch) + batch) * params.rows + row) * params.partial_columns;
+}
+
+METAL_FUNC float sum_of_splits(
+    const device float* partial, int64_t batch, int row, int column, constant ProjectionParams& params) {
+  float sum = 0.0f;
+  for (int split = 0; split < params.splits; ++split) {
+    sum += partial[partial_offset(split, batch, row, params) + column];
+  }
+  return sum;
+}
+
 }  // namespace mlx_fused
 
 #define INSTANTIATE(name, ...) template [[host_name(name)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;

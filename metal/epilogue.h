@@ -53,7 +53,7 @@ METAL_FUNC void add_low_rank(
 }
 
 // out = residual + alpha * (sum + bias + low-rank sum), rounded once, or where mlx-lm's modules round.
-template <typename T, typename Format>
+template <typename T>
 struct Epilogue {
   const device T* bias;
   const device T* residual;
@@ -63,18 +63,19 @@ struct Epilogue {
   constant ProjectionParams* params;
   constant SegmentParams* segment;
 
-  // A lane's share of the low-rank term of one row and feature.
-  METAL_FUNC float low_rank_share(int64_t batch, int row, int feature, ushort lane) const thread {
+  // One of `lanes` lanes' share of the low-rank term of one row and feature.
+  METAL_FUNC float low_rank_share(
+      int64_t batch, int row, int feature, ushort lane, ushort lanes) const thread {
     const device float* low_row = low_rank + (batch * params->rows + row) * params->low_columns;
     float sum = 0.0f;
-    for (int r = lane; r < segment->rank; r += 32) {
+    for (int r = lane; r < segment->rank; r += lanes) {
       sum += low_row[segment->first_column + r] * lora_b[r * segment->rank_stride + feature];
     }
     return sum;
   }
 
   METAL_FUNC void store(int64_t batch, int row, int feature, float sum, float low_rank_sum) const thread {
-    float y = Format::is_quantized ? rounded(sum) : sum;
+    float y = mlx_fused_is_quantized ? rounded(sum) : sum;
     if (mlx_fused_has_bias) {
       y += static_cast<float>(bias[feature]);
     }

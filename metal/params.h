@@ -27,7 +27,8 @@ enum BufferIndex : int32_t {
   buffer_bias = buffer_biases + 3,  // or its gradient
   buffer_lora = buffer_bias + 3,    // an adapter's A or B
   buffer_output = buffer_lora + 3,  // dx is one buffer, the first
-  buffer_count = buffer_output + 3,
+  buffer_partial = buffer_output + 3,
+  buffer_count,
 };
 
 // Fixed when a pipeline is made, so that what a call lacks costs it nothing.
@@ -35,7 +36,9 @@ enum ConstantIndex : int32_t {
   constant_has_bias,
   constant_has_residual,
   constant_has_adapter,
+  constant_is_quantized,
   constant_exact,     // round where mlx-lm's modules do
+  constant_is_split,  // store partial sums
   constant_has_rest,  // the sums of a low-rank product or of its gradient are not of whole blocks
 };
 
@@ -43,6 +46,12 @@ enum ConstantIndex : int32_t {
 MLX_FUSED_CONSTANT int tile_cols = 64;
 MLX_FUSED_CONSTANT int tile_threads = 128;
 MLX_FUSED_CONSTANT int weight_grad_rows = 64;
+
+// Tiles too few for a device's cores split their depth. The splits' sums are added up by a launch of its own,
+// of which a threadgroup takes a tile's columns of a few rows.
+MLX_FUSED_CONSTANT int quantized_depth =
+    32;  // of a tile's blocks, of which each thread decodes 16 values; that of dense ones divides it
+MLX_FUSED_CONSTANT int sum_rows = tile_threads / tile_cols;
 
 // Up to so many rows the weights are read once for all of them, by lanes side by side, a simdgroup taking a
 // few features. A tile of the other kernel would be three quarters empty: reasoned, not measured on a Mac.
@@ -99,13 +108,16 @@ struct ProjectionParams {
   int32_t low_columns;
   float alpha;
   int32_t log2_group_size;  // of quantized weights
+  int32_t splits;           // of the depth of tiles
+  int32_t split_depth;      // a multiple of that of blocks
+  int32_t partial_columns;  // the partial sums are [splits, batch * rows, partial_columns], tile by tile
   SegmentParams segment[3];
 };
 
 #ifndef __METAL_VERSION__
 static_assert(buffer_count <= 31);  // as many as Metal has
 static_assert(sizeof(SegmentParams) == 96 && offsetof(SegmentParams, features) == 64);
-static_assert(sizeof(ProjectionParams) == 368 && offsetof(ProjectionParams, segment) == 80);
+static_assert(sizeof(ProjectionParams) == 376 && offsetof(ProjectionParams, segment) == 88);
 #endif
 
 }  // namespace mlx_fused
@@ -114,7 +126,9 @@ static_assert(sizeof(ProjectionParams) == 368 && offsetof(ProjectionParams, segm
 constant bool mlx_fused_has_bias [[function_constant(mlx_fused::constant_has_bias)]];
 constant bool mlx_fused_has_residual [[function_constant(mlx_fused::constant_has_residual)]];
 constant bool mlx_fused_has_adapter [[function_constant(mlx_fused::constant_has_adapter)]];
+constant bool mlx_fused_is_quantized [[function_constant(mlx_fused::constant_is_quantized)]];
 constant bool mlx_fused_exact [[function_constant(mlx_fused::constant_exact)]];
+constant bool mlx_fused_is_split [[function_constant(mlx_fused::constant_is_split)]];
 constant bool mlx_fused_has_rest [[function_constant(mlx_fused::constant_has_rest)]];
 
 // BUFFER declares a parameter bound at buffer_<name>; PER_SEGMENT declares three; OF_SEGMENT picks one of

@@ -109,7 +109,7 @@ template <typename T, typename Format, int M>
     accumulate<T, Format, M>(weight, row, params.in_features - column, sums);
   }
 
-  const Epilogue<T, Format> epilogue = EPILOGUE_OF(index);
+  const Epilogue<T> epilogue = EPILOGUE_OF(index);
   STEEL_PRAGMA_UNROLL
   for (int f = 0; f < features_per_simdgroup; ++f) {
     STEEL_PRAGMA_UNROLL
@@ -119,7 +119,7 @@ template <typename T, typename Format, int M>
         const int r = (first_row + m) % params.rows;
         const float sum = simd_sum(sums[f][m]);
         const float low_rank_sum =
-            mlx_fused_has_adapter ? simd_sum(epilogue.low_rank_share(batch, r, nearest + f, lane)) : 0.0f;
+            mlx_fused_has_adapter ? simd_sum(epilogue.low_rank_share(batch, r, nearest + f, lane, 32)) : 0.0f;
         if (lane == 0) {
           epilogue.store(batch, r, nearest + f, sum, low_rank_sum);
         }

@@ -14,8 +14,11 @@ struct Group {
   float scale, bias;
 };
 
-// Not quantized: in the dtype of the activations.
-struct dense {
+// Not quantized: in the dtype of the activations. Transposed, what is next to each other in memory is of one
+// column.
+template <bool is_transposed_>
+struct Dense {
+  static constant constexpr bool is_transposed = is_transposed_;
   static constant constexpr bool is_quantized = false;
   static constant constexpr bool has_biases = false;
   static constant constexpr int tile_depth = 16;
@@ -30,13 +33,11 @@ struct dense {
   }
 };
 
-// The depth of a tile's blocks at which each of its 128 threads decodes one chunk of 16.
-constant constexpr int quantized_depth = 32;
-
 // Integers, scaled and shifted by group.
 template <int bits_>
 struct Affine {
   static constant constexpr bool is_quantized = true;
+  static constant constexpr bool is_transposed = false;
   static constant constexpr int tile_depth = quantized_depth;
   static constant constexpr int bits = bits_;
   static constant constexpr bool has_biases = true;
@@ -64,6 +65,7 @@ struct Affine {
 template <typename Value, int bits_, typename Scale>
 struct Floats {
   static constant constexpr bool is_quantized = true;
+  static constant constexpr bool is_transposed = false;
   static constant constexpr int tile_depth = quantized_depth;
   static constant constexpr int bits = bits_;
   static constant constexpr bool has_biases = false;
@@ -87,6 +89,8 @@ struct Floats {
   }
 };
 
+using dense = Dense<false>;
+using transposed = Dense<true>;
 using affine_2 = Affine<2>;
 using affine_3 = Affine<3>;
 using affine_4 = Affine<4>;
@@ -134,8 +138,8 @@ struct Chunk {
   }
 };
 
-template <typename T>
-struct Chunk<T, dense> {
+template <typename T, bool is_transposed>
+struct Chunk<T, Dense<is_transposed>> {
   static constant constexpr int size = 4;
   static constant constexpr int stride = size;
 
@@ -271,12 +275,22 @@ struct Loader {
 };
 
 // Dense weights take steel's own loader.
-template <typename T, short block_rows, short block_cols, short block_stride, bool steps_along_row>
-struct Loader<T, dense, block_rows, block_cols, block_stride, steps_along_row> {
+template <
+    typename T,
+    bool is_transposed,
+    short block_rows,
+    short block_cols,
+    short block_stride,
+    bool steps_along_row>
+struct Loader<T, Dense<is_transposed>, block_rows, block_cols, block_stride, steps_along_row> {
   mlx::steel::BlockLoader<T, block_rows, block_cols, block_stride, steps_along_row, tile_threads> loader;
 
   METAL_FUNC Loader(
-      Weight<T, dense> weight, int first_column, threadgroup T* block, ushort simdgroup, ushort lane) thread
+      Weight<T, Dense<is_transposed>> weight,
+      int first_column,
+      threadgroup T* block,
+      ushort simdgroup,
+      ushort lane) thread
       : loader(weight.values + first_column, weight.segment->weight_row_stride, block, simdgroup, lane) {}
 
   METAL_FUNC void load_unsafe() const thread {
@@ -291,6 +305,20 @@ struct Loader<T, dense, block_rows, block_cols, block_stride, steps_along_row> {
     loader.next();
   }
 };
+
+// The weight's blocks of a tile: in memory their depth lies along the rows, or their columns do.
+template <typename T, typename Format, bool is_depth_along, short cols, short depth, short padding>
+using WeightLoader = Loader<
+    T,
+    Format,
+    is_depth_along ? cols : depth,
+    is_depth_along ? depth : cols,
+    (is_depth_along ? depth : cols) + padding,
+    is_depth_along>;
+
+METAL_FUNC short2 weight_extent(bool is_depth_along, short cols, short depth) {
+  return is_depth_along ? short2(depth, cols) : short2(cols, depth);
+}
 
 }  // namespace mlx_fused
 

@@ -30,12 +30,25 @@ Route best(const Workload& work, const DeviceInfo& device) {
 
 }  // namespace
 
+DeviceInfo metal_device(
+    const std::string& architecture, int generation, bool is_apple7, std::pair<int, int> darwin) {
+  char size = architecture.empty() ? 'g' : architecture.back();
+  // As MLX decides it: from macOS 26.2 on, with GPUs of generation 17, of phones 18. Darwin 25.2 is macOS
+  // 26.2; the system's own number may be an older one, for compatibility.
+  bool matmul_units = darwin >= std::pair(25, 2) && generation >= (size == 'p' ? 18 : 17);
+  int cores = size == 'p' ? 6 : size == 's' ? 40 : size == 'd' ? 80 : 10;
+  return {DeviceInfo::metal, size, cores, is_apple7, matmul_units};
+}
+
 bool has_kernels(const Workload& work, const DeviceInfo& device) {
   auto& quantization = work.call.quantization;
   if (device.kind == DeviceInfo::other_gpu || (quantization && !is_known(*quantization))) {
     return false;
   }
   if (device.kind == DeviceInfo::metal) {
+    if (!device.is_apple7) {
+      return false;
+    }
     bool plain_matmuls = work.is_grad && work.call.segments.size() == 1 && !work.call.has_adapters();
     bool readable = work.in_features > 0 && work.in_features < max_row_stride;
     if (plain_matmuls || !readable || work.no_metal_kernel) {

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "mlx/array.h"
@@ -17,11 +18,19 @@ namespace mx = mlx::core;
 // Who computes a call: MLX's own operations, or a primitive of ours.
 enum class Route { composed, fused };
 
-// The properties of a device that routing depends on.
+// The properties of a device that routing depends on. All but the kind are those of a Metal GPU.
 struct DeviceInfo {
   enum Kind { cpu, metal, other_gpu } kind;
-  bool matmul_units;  // MLX's matmul uses matrix units that our kernels cannot reach (M5, A19 and later)
+  char size = 0;              // MLX's letter: phone (p), base (g), Pro and Max (s), Ultra (d)
+  int cores = 0;              // nominal, the most of that size: neither Metal nor MLX tells
+  bool is_apple7 = false;     // has simdgroup matrices and bfloat16 as our kernels need (from M1 and A14 on)
+  bool matmul_units = false;  // MLX's matmul uses units that our kernels cannot reach (from M5 and A19 on)
 };
+
+// A Metal GPU by MLX's name of its architecture, such as applegpu_g13s, with its generation (13), and by the
+// version of Darwin.
+DeviceInfo metal_device(
+    const std::string& architecture, int generation, bool is_apple7, std::pair<int, int> darwin);
 
 // The properties of a call, or of its gradient, that routing depends on.
 struct Workload {

@@ -17,6 +17,7 @@ SIMULATED = [
     "test_metal_kernels",
     "test_metal_lora",
     "test_metal_quantized",
+    "test_metal_splits",
 ]
 SIMULATED += ["test_metal_address_spaces", "test_metal_source", "test_msl_sim", "test_mutation"]
 is_simulated = sys.platform == "linux" and platform.machine() == "x86_64"

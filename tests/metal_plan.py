@@ -84,11 +84,14 @@ class Call:
         self.places.append((name, offset))
         return len(self.places) - 1, list(shape), list(strides)
 
-    def run(self, inputs, outputs, about=None, library_of=None, **options):
-        """Runs the plan of a call whose tensors are given by (role, segment); the rest of it is ``about``."""
+    def run(self, inputs, outputs, about=None, library_of=None, cores=0, **options):
+        """Runs the plan of a call whose tensors are given by (role, segment); the rest of it is ``about``.
+
+        The plan is for so many cores; with none it splits no tile's depth.
+        """
         inputs = {slot: tensor for slot, tensor in inputs.items() if tensor}
         about = {"adapter_scales": [None] * (1 + max(segment for _, segment in inputs))} | (about or {})
-        launches, temporaries = _internals.plan(NAMES[self.dtype], inputs, outputs, **about)
+        launches, temporaries = _internals.plan(NAMES[self.dtype], inputs, outputs, cores=cores, **about)
         for i, size in enumerate(temporaries):  # of float32; NaN, so that what is not written shows
             self.buffers[f"temporary {i}"] = np.full(size // 4, np.nan, np.float32)
         for launch in launches:

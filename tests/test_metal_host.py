@@ -167,6 +167,38 @@ def test_what_cannot_be_read_in_place_is_copied(gpu, rng):
             gpu(call()[0])
 
 
+def columns_first(a):
+    return mx.contiguous(a.T).T if a.ndim == 2 else a
+
+
+@packings
+def test_weights_column_by_column_are_read_in_place(gpu, rng, packed):
+    check(gpu, rng, projections.qkv(rng, 2, 5, 64, HEADS[0], packed=packed), view=columns_first)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_unless_only_some_are(gpu, rng, place):
+    call = projections.qkv(rng, 2, 5, 64, HEADS[0])
+    weights = list(call.arguments["weight"])
+    weights[place] = columns_first(weights[place])
+    with pytest.raises(RuntimeError, match="Contiguous"):
+        gpu(call.replace(weight=tuple(weights))()[0])
+
+
+@dtypes
+@forms
+def test_tiles_split_their_depth(gpu, rng, form, dtype):
+    call = projections.output(rng, 1, 20, 320, 256, form, dtype)
+    outputs = call()
+    assert gpu(outputs[0]) == 2
+    oracle.assert_close(outputs, call.formula, *as_held(call), terms=call.forward_terms)
+    call = projections.qkv(rng, 1, 20, 64, HEADS[0], form, dtype)
+    given, keys = projections.cotangents(rng, call), [("input", None)]
+    grads = projections.gradients(call, keys, given)
+    assert gpu(grads[0]) == 2
+    oracle.assert_close(grads, call.gradient_formula(keys), given, *as_held(call), terms=call.gradient_terms)
+
+
 @forms
 @adapters
 def test_outputs_token_by_token(gpu, rng, ranks, form):

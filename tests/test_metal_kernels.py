@@ -52,11 +52,10 @@ def output(rng, batch, seq, hidden, out, dtype=mx.float32, bias=True, **options)
 def test_every_instantiation_is_here():
     tiles = ["projection_32", "projection_64", "input_grad_32", "input_grad_64"]
     on_weights = tiles + [f"projection_rows_{rows}" for rows in range(1, 5)]
-    kernels = [f"{kernel}_dense" for kernel in on_weights] + [
-        "weight_grad",
-        *(f"low_rank_product_{shape}" for shape in ("1x1", "1x3", "4x1", "4x3")),
-        *(f"adapter_grad_{blocks}" for blocks in (1, 3)),
-    ]
+    kernels = [f"{kernel}_dense" for kernel in on_weights] + [f"{kernel}_transposed" for kernel in tiles]
+    kernels += ["projection_splits", "input_grad_splits", "weight_grad"]
+    kernels += [f"low_rank_product_{shape}" for shape in ("1x1", "1x3", "4x1", "4x3")]
+    kernels += [f"adapter_grad_{columns}" for columns in (1, 3)]
     formats = ("affine", "mxfp", "nvfp")
     dense = {name for name in libraries() if not any(f"_{format}" in name for format in formats)}
     assert dense == {f"{kernel}_{dtype}" for kernel in kernels for dtype in NAMES.values()}

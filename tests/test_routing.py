@@ -46,6 +46,35 @@ def test_metal_fuses_what_saves_launches(rows):
     assert choose_route("output_grad", rows=rows) == "composed"
 
 
+@pytest.mark.parametrize(
+    "architecture, generation, darwin, size, cores, matmul_units",
+    [
+        ("applegpu_g13g", 13, (25, 2), "g", 10, False),
+        ("applegpu_g16s", 16, (26, 0), "s", 40, False),
+        ("applegpu_g14d", 14, (25, 2), "d", 80, False),
+        ("applegpu_g17s", 17, (25, 2), "s", 40, True),
+        ("applegpu_g17s", 17, (25, 1), "s", 40, False),
+        ("applegpu_g17p", 17, (25, 2), "p", 6, False),
+        ("applegpu_g18p", 18, (25, 2), "p", 6, True),
+        ("", 0, (0, 0), "g", 10, False),
+    ],
+)
+def test_a_metal_gpu_is_known_by_its_architecture(
+    architecture, generation, darwin, size, cores, matmul_units
+):
+    for is_apple7 in (True, False):
+        found = _internals.metal_device(architecture, generation, is_apple7, darwin)
+        assert found == (size, cores, is_apple7, matmul_units)
+
+
+@pytest.mark.parametrize("operation", ["qkv", "qkv_grad", "output", "output_grad"])
+@pytest.mark.parametrize("rows", [1, 8, 128])
+def test_gpus_without_simdgroup_matrices_are_composed_whatever_the_route(operation, rows):
+    for route in (None, "fused"):
+        for kind in ({}, {"quantization": ("affine", 4, 64)}, {"has_bias": True, "has_adapters": True}):
+            assert choose_route(operation, rows=rows, is_apple7=False, route=route, **kind) == "composed"
+
+
 @pytest.mark.parametrize("operation", ["qkv", "qkv_grad", "output"])
 def test_matmul_units_take_the_large_products(operation):
     for rows, expected in ((1, "fused"), (31, "fused"), (32, "composed"), (4096, "composed")):

@@ -37,12 +37,16 @@ using Tensors = std::map<std::pair<std::string, int>, Tensor>;
 constexpr std::array<std::string_view, 9> roles = {
     "cotangent", "input", "weight", "group_scales", "group_biases", "bias", "lora_a", "lora_b", "residual"};
 
+metal::Tensor tensor(const Tensor& t) {
+  auto& [array, shape, strides] = t;
+  return {array, {shape.begin(), shape.end()}, {strides.begin(), strides.end()}};
+}
+
 // A call's tensors in the order of its slots.
 std::vector<metal::Tensor> in_order(const mlx_fused::Slots& slots, const Tensors& tensors) {
   std::vector<metal::Tensor> ordered;
   for (auto [role, segment] : slots) {
-    auto& t = tensors.at({std::string(roles[static_cast<int>(role)]), segment});
-    ordered.push_back(std::make_from_tuple<metal::Tensor>(t));
+    ordered.push_back(tensor(tensors.at({std::string(roles[static_cast<int>(role)]), segment})));
   }
   return ordered;
 }
@@ -52,16 +56,20 @@ nb::tuple launches(const metal::Plan& plan) {
   nb::list list;
   for (auto& launch : plan.launches) {
     nb::dict constants;
-    for (auto [index, value] : launch.constants) {
-      constants[nb::int_(static_cast<int>(index))] = value;
+    auto [given, values] = launch.kernel.constants;
+    for (int i = 0; given >> i; ++i) {
+      if (given >> i & 1) {
+        constants[nb::int_(i)] = static_cast<bool>(values >> i & 1);
+      }
     }
     nb::list buffers;
     for (auto& b : launch.buffers) {
       buffers.append(nb::make_tuple(b.index, b.array));
     }
     nb::dict dict;
-    dict["kernel"] = launch.kernel;
-    dict["format"] = launch.format;
+    dict["kernel"] = launch.kernel.name();
+    auto format = launch.kernel.library_format();
+    dict["format"] = nb::str(format.data(), format.size());
     dict["constants"] = constants;
     dict["buffers"] = buffers;
     nb::bytes params(reinterpret_cast<const char*>(&launch.params), sizeof(launch.params));
@@ -88,11 +96,15 @@ void bind_internals(nb::module_& m) {
          bool has_adapters,
          bool no_metal_kernel,
          const std::string& device,
+         const std::string& size,
+         bool is_apple7,
          bool matmul_units,
          const std::optional<std::string>& route) {
-        auto kind = device == "cpu"     ? mlx_fused::DeviceInfo::cpu
-                    : device == "metal" ? mlx_fused::DeviceInfo::metal
-                                        : mlx_fused::DeviceInfo::other_gpu;
+        auto info =
+            device == "metal"
+                ? mlx_fused::metal_device("applegpu_g13" + size, matmul_units ? 18 : 13, is_apple7, {25, 2})
+                : mlx_fused::DeviceInfo{
+                      device == "cpu" ? mlx_fused::DeviceInfo::cpu : mlx_fused::DeviceInfo::other_gpu};
         bool is_output = operation.starts_with("output");
         mlx_fused::Segment segment{.features = 64};
         if (has_adapters) {
@@ -105,7 +117,7 @@ void bind_internals(nb::module_& m) {
             .epilogue = {.has_residual = is_output}};
         mlx_fused::Workload work{
             call, promoted, rows, in_features, operation.ends_with("_grad"), no_metal_kernel};
-        auto chosen = mlx_fused::choose_route(work, {kind, matmul_units}, route);
+        auto chosen = mlx_fused::choose_route(work, info, route);
         return chosen == mlx_fused::Route::composed ? "composed" : "fused";
       },
       "operation"_a,
@@ -117,8 +129,16 @@ void bind_internals(nb::module_& m) {
       "has_adapters"_a = false,
       "no_metal_kernel"_a = false,
       "device"_a,
+      "size"_a = "s",
+      "is_apple7"_a = true,
       "matmul_units"_a = false,
       "route"_a = nb::none());
+  internals.def(
+      "metal_device",
+      [](const std::string& architecture, int generation, bool is_apple7, std::pair<int, int> darwin) {
+        auto info = mlx_fused::metal_device(architecture, generation, is_apple7, darwin);
+        return nb::make_tuple(std::string(1, info.size), info.cores, info.is_apple7, info.matmul_units);
+      });
   // Of a projection, or of gradients if there are cotangents: `outputs` are then those that are wanted.
   internals.def(
       "plan",
@@ -128,7 +148,9 @@ void bind_internals(nb::module_& m) {
          const std::vector<std::optional<float>>& adapter_scales,
          const std::optional<QuantizationTuple>& q,
          float alpha,
-         bool exact) {
+         bool exact,
+         int cores) {
+        auto type = metal::dtype_named(dtype);
         mlx_fused::Call call{
             .has_bias = inputs.contains({"bias", 0}),
             .quantization = quantization(q),
@@ -139,10 +161,10 @@ void bind_internals(nb::module_& m) {
         if (!inputs.contains({"cotangent", 0})) {
           std::vector<metal::Tensor> out;
           for (auto& [slot, t] : outputs) {
-            out.push_back(std::make_from_tuple<metal::Tensor>(t));
+            out.push_back(tensor(t));
           }
           return launches(
-              metal::plan_projection(call, dtype, in_order(mlx_fused::input_slots(call), inputs), out));
+              metal::plan_projection(call, type, cores, in_order(mlx_fused::input_slots(call), inputs), out));
         }
         mlx_fused::GradCall grad{call, {}};
         for (auto& [slot, t] : outputs) {
@@ -151,7 +173,11 @@ void bind_internals(nb::module_& m) {
         }
         return launches(
             metal::plan_gradients(
-                grad, dtype, in_order(mlx_fused::input_slots(grad), inputs), in_order(grad.wanted, outputs)));
+                grad,
+                type,
+                cores,
+                in_order(mlx_fused::input_slots(grad), inputs),
+                in_order(grad.wanted, outputs)));
       },
       "dtype"_a,
       "inputs"_a,
@@ -159,5 +185,6 @@ void bind_internals(nb::module_& m) {
       "adapter_scales"_a,
       "quantization"_a = nb::none(),
       "alpha"_a = 1.0f,
-      "exact"_a = false);
+      "exact"_a = false,
+      "cores"_a = 0);
 }

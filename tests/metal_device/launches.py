@@ -26,10 +26,13 @@ def _named(macro, formats):
     return [f"{name}{form}_{dtype}" for name in names for form in formats for dtype in DTYPES]
 
 
-def launched(operation, dtype, batch, seq, hidden, heads, form=None, ranks=None):
+def launched(
+    operation, dtype, batch, seq, hidden, heads, form=None, ranks=None, cores=0, transposed=False
+):  # fmt: skip
     """The kernels of one call, on weights of a form (mode, group_size, bits) or dense ones.
 
-    ``heads`` is (num_heads, num_kv_heads, head_dim), ``ranks`` those of the segments' adapters.
+    ``heads`` is (num_heads, num_kv_heads, head_dim), ``ranks`` those of the segments' adapters. A device with
+    ``cores`` splits the depth of few tiles.
     """
     num_heads, num_kv_heads, head_dim = heads
     counts = (num_heads, num_kv_heads, num_kv_heads)
@@ -38,7 +41,7 @@ def launched(operation, dtype, batch, seq, hidden, heads, form=None, ranks=None)
     x, results, inputs, adapters = _tensor(batch, seq, hidden), {}, {}, {}
     for i, n in enumerate(features):
         results[i] = _tensor(batch, seq, n)
-        inputs["weight", i] = _tensor(n, hidden * bits // 32)
+        inputs["weight", i] = 0, [n, hidden * bits // 32], [1, n] if transposed else [hidden * bits // 32, 1]
         inputs["group_scales", i] = inputs["group_biases", i] = _tensor(n, hidden // group_size)
     ranks = ranks or [None] * len(features)
     for i, rank in enumerate(ranks):
@@ -56,7 +59,7 @@ def launched(operation, dtype, batch, seq, hidden, heads, form=None, ranks=None)
             outputs |= {slot: tensor for slot, tensor in inputs.items() if slot[0] == "weight"}
     else:
         outputs = {("output", i): result for i, result in results.items()}
-    launches, _ = _internals.plan(dtype, inputs, outputs, **about)
+    launches, _ = _internals.plan(dtype, inputs, outputs, cores=cores, **about)
     return sorted({launch["kernel"] for launch in launches})
 
 

@@ -2,8 +2,6 @@
 #include <sys/utsname.h>
 
 #include <cstdio>
-#include <cstdlib>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -26,17 +24,16 @@ class Launcher {
  public:
   explicit Launcher(mx::Stream stream) : stream_(stream) {}
 
-  // Kernels need unit stride along the last axis and row strides below max_row_stride; other arrays are
-  // copied.
-  std::vector<Tensor> inputs(const Arrays& arrays) {
-    std::vector<Tensor> tensors;
-    for (auto& a : arrays) {
-      bool readable = a.shape(-1) <= 1 || a.strides(-1) == 1;
-      if (a.ndim() > 1) {
-        int row_axis = a.shape(-2) == 1 ? 0 : static_cast<int>(a.ndim()) - 2;
-        readable &= a.shape(row_axis) == 1 || std::abs(a.strides(row_axis)) < max_row_stride;
+  // Arrays that no kernel can read as they lie are copied.
+  std::vector<Tensor> inputs(const Call& call, const Slots& slots, const Arrays& arrays) {
+    auto tensors = outputs(arrays);
+    bool transposed = metal::has_transposed_weights(call, {tensors, slots});
+    for (size_t i = 0; i < arrays.size(); ++i) {
+      bool readable = metal::has_readable_rows(tensors[i]) || (transposed && slots[i].role == Role::weight);
+      if (!readable && arrays[i].size() > 0) {
+        arrays_[i] = copy(arrays[i]);
+        tensors[i] = tensor(i);
       }
-      tensors.push_back(add(readable || a.size() == 0 ? a : copy(a)));
     }
     return tensors;
   }
@@ -44,7 +41,8 @@ class Launcher {
   std::vector<Tensor> outputs(const Arrays& arrays) {
     std::vector<Tensor> tensors;
     for (auto& a : arrays) {
-      tensors.push_back(add(a));
+      arrays_.push_back(a);
+      tensors.push_back(tensor(arrays_.size() - 1));
     }
     return tensors;
   }
@@ -59,15 +57,7 @@ class Launcher {
       encoder.add_temporary(temporaries.back());
     }
     for (auto& launch : plan.launches) {
-      mx::metal::MTLFCList constants;
-      std::string specialized = launch.kernel;
-      for (auto& [index, value] : launch.constants) {
-        constants.emplace_back(&value, MTL::DataType::DataTypeBool, index);
-        specialized += value ? "_1" : "_0";
-      }
-      auto kernel =
-          device.get_kernel(launch.kernel, metal::library(device, launch.format), specialized, constants);
-      encoder.set_compute_pipeline_state(kernel);
+      encoder.set_compute_pipeline_state(metal::pipeline(device, launch.kernel));
       for (auto& binding : launch.buffers) {
         auto& a = binding.array < 0 ? temporaries[-1 - binding.array] : arrays_[binding.array];
         if (binding.is_output) {
@@ -93,20 +83,18 @@ class Launcher {
     return outputs[0];
   }
 
-  Tensor add(const mx::array& a) {
-    arrays_.push_back(a);
-    return {
-        static_cast<int>(arrays_.size()) - 1,
-        {a.shape().begin(), a.shape().end()},
-        {a.strides().begin(), a.strides().end()}};
+  Tensor tensor(int i) const {
+    auto& a = arrays_[i];
+    return {i, {a.shape().begin(), a.shape().end()}, a.strides()};
   }
 
   mx::Stream stream_;
   Arrays arrays_;
 };
 
-std::string name_of(mx::Dtype dtype) {
-  return dtype == mx::float32 ? "float32" : dtype == mx::float16 ? "float16" : "bfloat16";
+metal::DType type_of(mx::Dtype dtype) {
+  using enum metal::DType;
+  return dtype == mx::float32 ? float32 : dtype == mx::float16 ? float16 : bfloat16;
 }
 
 }  // namespace
@@ -114,34 +102,36 @@ std::string name_of(mx::Dtype dtype) {
 void Projection::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs);
   Launcher launcher(stream());
-  auto in = launcher.inputs(inputs), out = launcher.outputs(outputs);
-  launcher.encode(metal::plan_projection(call_, name_of(outputs[0].dtype()), in, out));
+  auto in = launcher.inputs(call_, input_slots(call_), inputs), out = launcher.outputs(outputs);
+  int cores = describe(stream().device).cores;
+  launcher.encode(metal::plan_projection(call_, type_of(outputs[0].dtype()), cores, in, out));
 }
 
 void ProjectionGrad::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs);
   Launcher launcher(stream());
-  auto in = launcher.inputs(inputs), out = launcher.outputs(outputs);
-  auto dtype = Operands(inputs, input_slots(call_)).get(Role::cotangent).dtype();
-  launcher.encode(metal::plan_gradients(call_, name_of(dtype), in, out));
+  auto slots = input_slots(call_);
+  auto in = launcher.inputs(call_.forward, slots, inputs), out = launcher.outputs(outputs);
+  auto dtype = Operands(inputs, slots).get(Role::cotangent).dtype();
+  int cores = describe(stream().device).cores;
+  launcher.encode(metal::plan_gradients(call_, type_of(dtype), cores, in, out));
 }
 
 DeviceInfo describe(mx::Device device) {
   if (device == mx::Device::cpu) {
-    return {DeviceInfo::cpu, false};
+    return {DeviceInfo::cpu};
   }
-  // As MLX decides it: from macOS 26.2 on, with GPUs of generation 17, of phones 18.
-  static const bool matmul_units = [&] {
-    // Darwin 25.2 is macOS 26.2; the system's own number may be an older one, for compatibility.
+  static const DeviceInfo gpu = [&] {
     utsname system;
-    int major = 0, minor = 0;
-    bool known = uname(&system) == 0 && std::sscanf(system.release, "%d.%d", &major, &minor) == 2;
-    auto& gpu = mx::metal::device(device);
-    bool phone = gpu.get_architecture().back() == 'p';
-    return known && std::pair(major, minor) >= std::pair(25, 2) &&
-           gpu.get_architecture_gen() >= (phone ? 18 : 17);
+    std::pair darwin(0, 0);
+    if (uname(&system) == 0) {
+      std::sscanf(system.release, "%d.%d", &darwin.first, &darwin.second);
+    }
+    auto& metal = mx::metal::device(device);
+    bool is_apple7 = metal.mtl_device()->supportsFamily(MTL::GPUFamilyApple7);
+    return metal_device(metal.get_architecture(), metal.get_architecture_gen(), is_apple7, darwin);
   }();
-  return {DeviceInfo::metal, matmul_units};
+  return gpu;
 }
 
 }  // namespace mlx_fused

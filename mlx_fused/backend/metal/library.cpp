@@ -2,10 +2,14 @@
 
 #include <dlfcn.h>
 
+#include <array>
 #include <filesystem>
 #include <fstream>
+#include <mutex>
 #include <sstream>
 #include <stdexcept>
+#include <string>
+#include <unordered_map>
 
 namespace mlx_fused::metal {
 
@@ -18,8 +22,6 @@ std::filesystem::path extension_dir() {
   }
   return std::filesystem::path(info.dli_fname).parent_path();
 }
-
-}  // namespace
 
 MTL::Library* library(mlx::core::metal::Device& device, const std::string& format) {
   static const auto dir = extension_dir();
@@ -39,6 +41,34 @@ MTL::Library* library(mlx::core::metal::Device& device, const std::string& forma
     source << file.rdbuf();
     return source.str();
   });
+}
+
+MTL::ComputePipelineState* load(mlx::core::metal::Device& device, const Kernel& kernel) {
+  mlx::core::metal::MTLFCList constants;
+  std::array<bool, 8> values;
+  auto specialized = kernel.name();
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (kernel.constants.given >> i & 1) {
+      values[i] = kernel.constants.values >> i & 1;
+      constants.emplace_back(&values[i], MTL::DataType::DataTypeBool, i);
+      specialized += values[i] ? "_1" : "_0";
+    }
+  }
+  auto format = std::string(kernel.library_format());
+  return device.get_kernel(kernel.name(), library(device, format), specialized, constants);
+}
+
+}  // namespace
+
+MTL::ComputePipelineState* pipeline(mlx::core::metal::Device& device, const Kernel& kernel) {
+  static std::mutex mutex;
+  static std::unordered_map<uint64_t, MTL::ComputePipelineState*> loaded;
+  std::lock_guard lock(mutex);
+  auto& found = loaded[kernel.key()];
+  if (!found) {
+    found = load(device, kernel);
+  }
+  return found;
 }
 
 }  // namespace mlx_fused::metal

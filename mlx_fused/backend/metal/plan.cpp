@@ -1,8 +1,7 @@
 #include "mlx_fused/backend/metal/plan.h"
 
+#include <algorithm>
 #include <bit>
-#include <limits>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -11,31 +10,17 @@ namespace mlx_fused::metal {
 // Activations and their gradients are [B, heads, S, head_dim] here.
 namespace {
 
-using Tensors = BySlot<Tensor>;
-using Parts = std::vector<const Tensor*>;  // one for each segment, null where it has none
-
 uint32_t ceil_div(int64_t a, int64_t b) {
   return static_cast<uint32_t>((a + b - 1) / b);
 }
-
-bool is_empty(const Tensor& t) {
-  return std::find(t.shape.begin(), t.shape.end(), 0) != t.shape.end();
-}
-
-// The batch and row strides of a launch's tensors: the segments', then the others that exist. Batch and rows
-// become one axis if all strides allow it, so that tiles are full.
-struct Rows {
-  int64_t batch, rows;
-  std::vector<RowStrides> strides;
-
-  explicit Rows(const Parts& by_segment, const Parts& others = {});
-};
 
 // Every buffer of a kernel must be bound, at an offset that suits its type. For a tensor that is missing, or
 // empty, the output is: it begins its memory, so it suits them all.
 class Bindings {
  public:
-  explicit Bindings(const Tensor& output) : output_(output) {}
+  explicit Bindings(const Tensor& output) : output_(output) {
+    buffers.reserve(buffer_count);
+  }
 
   void add(int index, const Tensor* tensor, bool is_output = false) {
     buffers.push_back({index, (tensor && !is_empty(*tensor) ? *tensor : output_).array, is_output});
@@ -57,8 +42,12 @@ class Bindings {
 class Planner {
  public:
   // `scales` are what the segments' low-rank products are multiplied by.
-  Planner(const Call& call, const std::string& dtype, const Tensors& inputs, std::vector<float> scales)
-      : call_(call), dtype_(dtype), inputs_(inputs), scales_(std::move(scales)) {}
+  Planner(const Call& call, DType dtype, int cores, const Tensors& inputs, std::vector<float> scales)
+      : call_(call), dtype_(dtype), cores_(cores), inputs_(inputs), scales_(std::move(scales)) {
+    format_ = call.quantization                      ? format_of(*call.quantization)
+              : has_transposed_weights(call, inputs) ? Format::transposed
+                                                     : Format::dense;
+  }
 
   void add_projection(const Parts& outputs);
   void add_input_grad(const Tensor& dx);
@@ -83,29 +72,29 @@ class Planner {
   void set_adapters(ProjectionParams& params, Role factor, const Parts& factors) const;
   void bind_weights(ProjectionParams& params, Bindings& bindings) const;
 
-  // Adds a launch of the kernel <name>_<dtype>, or of one for weights of a format, <name>_<format>_<dtype>.
-  void launch(const std::string& name, Launch launch);
-  void launch_on_weights(const std::string& name, Launch launch);
+  // Adds a launch of a kernel for the plan's dtype.
+  void launch(Launch launch);
+
+  // The same of tiles, which split their depth if they are too few, and then of what adds up the splits.
+  // `depth` counts whole blocks. The last buffer is that of partial sums.
+  void launch_tiles(Launch launch, Function splits, int64_t depth);
+
+  int64_t splits_of(int64_t tiles, int64_t rows, int64_t depth) const;
+
+  // A temporary of float32.
+  Tensor add_temporary(int64_t rows, int64_t columns);
 
   const Call& call_;
-  const std::string& dtype_;
+  const DType dtype_;
+  const int cores_;
+  Format format_;
   const Tensors& inputs_;
   const std::vector<float> scales_;
   Tensor low_rank_{0, {0}, {1}};  // the latest low-rank product
 };
 
-// Adjacent heads are treated as one long head.
-SegmentParams segment_params(const Tensor& tensor, const RowStrides& strides) {
-  SegmentParams p{.rows = strides, .head_stride = tensor.strides[1]};
-  p.head_dim = tensor.shape[3];
-  p.features = tensor.shape[1] * tensor.shape[3];
-  if (tensor.shape[1] == 1 || p.head_stride == p.head_dim) {
-    p.head_dim = p.features;
-    p.head_stride = 0;
-  }
-  p.head_dim = std::max(p.head_dim, 1);  // a divisor
-  return p;
-}
+constexpr int threadgroups_per_core = 8;
+constexpr int64_t min_split_depth = 128;
 
 // Up to 32 rows half of the larger tile would be empty: reasoned, not measured on a Mac.
 int64_t tile_rows(int64_t rows) {
@@ -116,21 +105,10 @@ int64_t tile_rows(int64_t rows) {
 // enough to fill a GPU. Reasoned, not measured on a Mac.
 constexpr int64_t many_rows = 1024;
 
-// [B, S, features] as one head.
-std::vector<Tensor> by_heads(std::vector<Tensor> tensors) {
-  for (auto& t : tensors) {
-    if (t.shape.size() == 3) {
-      t.shape.insert(t.shape.begin() + 1, 1);
-      t.strides.insert(t.strides.begin() + 1, 0);
-    }
-  }
-  return tensors;
-}
-
 // The tiles of a low-rank product or of its gradient: how many, and how many blocks of columns each has.
 struct ColumnTiles {
   uint32_t count = 0;
-  int blocks = 1;
+  uint8_t blocks = 1;
 };
 
 // Sets each segment's end_column and first_tile. Segments that share the left operand share tiles of columns;
@@ -156,28 +134,6 @@ ColumnTiles set_tiles(ProjectionParams& params, bool shared, TilesOf&& tiles_of)
   return tiles;
 }
 
-Rows::Rows(const Parts& by_segment, const Parts& others)
-    : batch(by_segment[0]->shape[0]), rows(by_segment[0]->shape[2]) {
-  for (auto* tensors : {&by_segment, &others}) {
-    for (auto* t : *tensors) {
-      if (t) {
-        strides.push_back({t->strides[0], t->strides[2]});
-      }
-    }
-  }
-  bool one_row = rows == 1;
-  bool mergeable = std::all_of(strides.begin(), strides.end(), [&](auto& s) {
-    return one_row || batch == 1 || s.batch == rows * s.row;
-  });
-  if (mergeable && batch * rows <= std::numeric_limits<int32_t>::max()) {
-    for (auto& s : strides) {
-      s.row = one_row ? s.batch : s.row;
-    }
-    rows *= batch;
-    batch = 1;
-  }
-}
-
 Parts Planner::parts(const Tensors& tensors, Role role) const {
   Parts parts;
   for (size_t i = 0; i < call_.segments.size(); ++i) {
@@ -201,10 +157,11 @@ ProjectionParams Planner::call_params(const Rows& rows, const Parts& by_segment)
 void Planner::bind_weights(ProjectionParams& params, Bindings& bindings) const {
   auto weights = parts(inputs_, Role::weight), scales = parts(inputs_, Role::group_scales),
        biases = parts(inputs_, Role::group_biases);
-  auto row_stride = [](const Tensor* t) { return t ? t->strides[0] : 0; };
+  int axis = format_ == Format::transposed ? 1 : 0;
+  auto row_stride = [](const Tensor* t, int axis = 0) { return t ? t->strides[axis] : 0; };
   int units = call_.quantization ? 2 : 1;  // the kernels read the codes' words of 32 bits as two of 16
   for (size_t i = 0; i < weights.size(); ++i) {
-    params.segment[i].weight_row_stride = units * row_stride(weights[i]);
+    params.segment[i].weight_row_stride = units * row_stride(weights[i], axis);
     params.segment[i].scales_row_stride = row_stride(scales[i]);
     params.segment[i].biases_row_stride = row_stride(biases[i]);
   }
@@ -216,18 +173,53 @@ void Planner::bind_weights(ProjectionParams& params, Bindings& bindings) const {
   bindings.add_segments(buffer_biases, biases);
 }
 
-void Planner::launch(const std::string& name, Launch launch) {
-  launch.kernel = name + "_" + dtype_;
+void Planner::launch(Launch launch) {
+  launch.kernel.dtype = dtype_;
   plan.launches.push_back(std::move(launch));
 }
 
-void Planner::launch_on_weights(const std::string& name, Launch launch) {
-  auto& q = call_.quantization;
-  if (q) {
-    launch.format = q->is_affine() ? "affine_" + std::to_string(q->bits) : q->mode;
+Tensor Planner::add_temporary(int64_t rows, int64_t columns) {
+  plan.temporaries.push_back(rows * columns * sizeof(float));
+  return {-static_cast<int>(plan.temporaries.size()), {rows, columns}, {columns, 1}};
+}
+
+// The fewest splits that give every core some threadgroups. None is so shallow that one more stage takes
+// longer than what it saves, or that the partial sums take more bytes than 16-bit weights: reasoned, not
+// measured on a Mac.
+int64_t Planner::splits_of(int64_t tiles, int64_t rows, int64_t depth) const {
+  auto shallowest = std::max(min_split_depth, 4 * rows);
+  return std::min<int64_t>(ceil_div(threadgroups_per_core * cores_, tiles), depth / shallowest);
+}
+
+void Planner::launch_tiles(Launch launch, Function splits, int64_t depth) {
+  auto& params = launch.params;
+  const auto constants = launch.kernel.constants;
+  auto [columns, row_tiles, batch] = launch.grid;
+  int64_t rows = int64_t{params.batch} * params.rows;
+  auto wanted = splits_of(int64_t{columns} * row_tiles * batch, rows, depth);
+  params.splits = 1;
+  params.split_depth = depth;
+  launch.kernel.constants.set(constant_is_split, wanted > 1);
+  if (wanted < 2) {
+    this->launch(std::move(launch));
+    return;
   }
-  auto of_format = name + "_" + launch.format;
-  this->launch(of_format, std::move(launch));
+  params.split_depth = ceil_div(ceil_div(depth, wanted), quantized_depth) * quantized_depth;
+  params.splits = ceil_div(depth, params.split_depth);
+  params.partial_columns = columns * tile_cols;
+  auto partial = add_temporary(params.splits * rows, params.partial_columns);
+
+  Launch sum{
+      .kernel = {.function = splits, .constants = constants},
+      .buffers = launch.buffers,
+      .params = params,
+      .grid = {columns, ceil_div(params.rows, sum_rows), batch},
+      .threadgroup = launch.threadgroup};
+  sum.buffers.back() = {buffer_partial, partial.array, false};
+  launch.buffers.back() = {buffer_partial, partial.array, true};
+  launch.grid[2] *= params.splits;
+  this->launch(std::move(launch));
+  this->launch(std::move(sum));
 }
 
 void Planner::add_projection(const Parts& outputs) {
@@ -239,7 +231,7 @@ void Planner::add_projection(const Parts& outputs) {
   bool few = tokens <= few_rows;
   for (int i = 0; i < params.segments; ++i) {
     auto *scales = inputs_.find(Role::group_scales, i), *biases = inputs_.find(Role::group_biases, i);
-    few &= params.segment[i].features >= features_per_simdgroup;
+    few &= format_ != Format::transposed && params.segment[i].features >= features_per_simdgroup;
     few &= !biases || biases->strides[0] == scales->strides[0];
   }
   params.input = rows.strides[outputs.size()];
@@ -265,24 +257,33 @@ void Planner::add_projection(const Parts& outputs) {
   bindings.add_segments(buffer_lora, lora_b);
   bindings.add_segments(buffer_output, outputs, true);
 
-  Launch launch{
-      .constants =
-          {{constant_has_bias, call_.has_bias},
-           {constant_has_residual, residual != nullptr},
-           {constant_has_adapter, has_adapters()},
-           {constant_exact, call_.epilogue.exact}},
-      .buffers = bindings.buffers,
-      .params = params};
+  Kernel kernel{.function = few ? Function::projection_rows : Function::projection, .format = format_};
+  auto& constants = kernel.constants;
+  constants.set(constant_has_bias, call_.has_bias);
+  constants.set(constant_has_residual, residual != nullptr);
+  constants.set(constant_has_adapter, has_adapters());
+  constants.set(constant_is_quantized, call_.quantization.has_value());
+  constants.set(constant_exact, call_.epilogue.exact);
   if (few) {
     auto passes = ceil_div(tokens, max_rows_per_pass);
-    launch.grid = {tiles, passes, 1};
-    launch.threadgroup = {32 * projection_simdgroups, 1, 1};
-    launch_on_weights("projection_rows_" + std::to_string(ceil_div(tokens, passes)), launch);
+    kernel.rows = ceil_div(tokens, passes);
+    launch(
+        {.kernel = kernel,
+         .buffers = std::move(bindings.buffers),
+         .params = params,
+         .grid = {tiles, passes, 1},
+         .threadgroup = {32 * projection_simdgroups, 1, 1}});
   } else {
-    auto tile = tile_rows(rows.rows);
-    launch.grid = {tiles, ceil_div(rows.rows, tile), static_cast<uint32_t>(rows.batch)};
-    launch.threadgroup = {tile_threads, 1, 1};
-    launch_on_weights("projection_" + std::to_string(tile), launch);
+    kernel.rows = tile_rows(rows.rows);
+    bindings.add(buffer_partial, nullptr);
+    launch_tiles(
+        {.kernel = kernel,
+         .buffers = std::move(bindings.buffers),
+         .params = params,
+         .grid = {tiles, ceil_div(rows.rows, kernel.rows), static_cast<uint32_t>(rows.batch)},
+         .threadgroup = {tile_threads, 1, 1}},
+        Function::projection_splits,
+        params.in_features);
   }
 }
 
@@ -300,17 +301,26 @@ void Planner::add_input_grad(const Tensor& dx) {
   bindings.add(buffer_low_rank, &low_rank_);
   bindings.add_segments(buffer_lora, lora_a);
   bindings.add(buffer_output, &dx, true);
+  bindings.add(buffer_partial, nullptr);
 
-  auto tile =
-      call_.quantization ? 64 : tile_rows(rows.rows);  // only these are compiled for quantized weights
+  Kernel kernel{.function = Function::input_grad, .format = format_};
+  // Of quantized weights only these are compiled.
+  kernel.rows = call_.quantization ? 64 : tile_rows(rows.rows);
+  kernel.constants.set(constant_has_adapter, has_adapters());
   auto tiles = ceil_div(params.in_features, tile_cols);
-  launch_on_weights(
-      "input_grad_" + std::to_string(tile),
-      {.constants = {{constant_has_adapter, has_adapters()}},
-       .buffers = bindings.buffers,
+  int64_t depth = 0;  // every head begins with a block
+  for (int i = 0; i < params.segments; ++i) {
+    auto& s = params.segment[i];
+    depth += s.features / s.head_dim * ceil_div(s.head_dim, quantized_depth) * quantized_depth;
+  }
+  launch_tiles(
+      {.kernel = kernel,
+       .buffers = std::move(bindings.buffers),
        .params = params,
-       .grid = {tiles, ceil_div(rows.rows, tile), static_cast<uint32_t>(rows.batch)},
-       .threadgroup = {tile_threads, 1, 1}});
+       .grid = {tiles, ceil_div(rows.rows, kernel.rows), static_cast<uint32_t>(rows.batch)},
+       .threadgroup = {tile_threads, 1, 1}},
+      Function::input_grad_splits,
+      depth);
 }
 
 void Planner::add_weight_grad(const Tensors& grads) {
@@ -345,8 +355,8 @@ void Planner::add_weight_grad(const Tensors& grads) {
   bindings.add_segments(buffer_output, weights, true);
   bindings.add_segments(buffer_bias, biases, true);
   launch(
-      "weight_grad",
-      {.buffers = bindings.buffers,
+      {.kernel = {.function = Function::weight_grad},
+       .buffers = std::move(bindings.buffers),
        .params = params,
        .grid = {ceil_div(params.in_features, tile_cols), tiles, 1},
        .threadgroup = {tile_threads, 1, 1}});
@@ -397,8 +407,7 @@ void Planner::add_low_rank_product(Role factor) {
   auto tiles = set_tiles(params, factor == Role::lora_a, [](auto&) { return 1; });
 
   int64_t rows = int64_t{params.batch} * params.rows, columns = params.low_columns;
-  low_rank_ = {-1 - static_cast<int>(plan.temporaries.size()), {rows, columns}, {columns, 1}};
-  plan.temporaries.push_back(rows * columns * sizeof(float));
+  low_rank_ = add_temporary(rows, columns);
   if (is_empty(low_rank_)) {
     return;
   }
@@ -410,11 +419,12 @@ void Planner::add_low_rank_product(Role factor) {
   for (int i = 0; i < params.segments; ++i) {
     has_rest |= params.segment[i].head_dim % block_size != 0;
   }
-  int row_blocks = params.rows < many_rows ? 1 : high_blocks;
+  Constants constants;
+  constants.set(constant_has_rest, has_rest);
+  uint8_t row_blocks = params.rows < many_rows ? 1 : high_blocks;
   launch(
-      "low_rank_product_" + std::to_string(row_blocks) + "x" + std::to_string(tiles.blocks),
-      {.constants = {{constant_has_rest, has_rest}},
-       .buffers = bindings.buffers,
+      {.kernel = {.function = Function::low_rank_product, .rows = row_blocks, .columns = tiles.blocks, .constants = constants},
+       .buffers = std::move(bindings.buffers),
        .params = params,
        .grid =
            {tiles.count, ceil_div(params.rows, row_blocks * block_size), static_cast<uint32_t>(params.batch)},
@@ -437,10 +447,11 @@ void Planner::add_adapter_grad(Role factor, const Tensors& grads) {
   bindings.add_segments(buffer_left, left);
   bindings.add(buffer_low_rank, &low_rank_);
   bindings.add_segments(buffer_output, wanted, true);
+  Constants constants;
+  constants.set(constant_has_rest, params.rows % block_size != 0);
   launch(
-      "adapter_grad_" + std::to_string(tiles.blocks),
-      {.constants = {{constant_has_rest, params.rows % block_size != 0}},
-       .buffers = bindings.buffers,
+      {.kernel = {.function = Function::adapter_grad, .columns = tiles.blocks, .constants = constants},
+       .buffers = std::move(bindings.buffers),
        .params = params,
        .grid = {tiles.count, 1, 1},
        .threadgroup = {32 * low_rank_simdgroups, 1, 1}});
@@ -450,7 +461,8 @@ void Planner::add_adapter_grad(Role factor, const Tensors& grads) {
 
 Plan plan_projection(
     const Call& call,
-    const std::string& dtype,
+    DType dtype,
+    int cores,
     const std::vector<Tensor>& inputs,
     const std::vector<Tensor>& outputs) {
   if (is_empty(outputs[0])) {
@@ -462,7 +474,7 @@ Plan plan_projection(
     scales.push_back(s.adapter_scale.value_or(0));
   }
   Tensors tensors(in, input_slots(call));
-  Planner planner(call, dtype, tensors, scales);
+  Planner planner(call, dtype, cores, tensors, scales);
   if (planner.has_adapters()) {
     planner.add_low_rank_product(Role::lora_a);
   }
@@ -476,7 +488,8 @@ Plan plan_projection(
 
 Plan plan_gradients(
     const GradCall& call,
-    const std::string& dtype,
+    DType dtype,
+    int cores,
     const std::vector<Tensor>& inputs,
     const std::vector<Tensor>& outputs) {
   auto in = by_heads(inputs), out = by_heads(outputs);
@@ -486,7 +499,7 @@ Plan plan_gradients(
     scales.push_back(call.adapter_scale(i));
   }
   Tensors tensors(in, input_slots(call)), grads(out, call.wanted);
-  Planner planner(call.forward, dtype, tensors, scales);
+  Planner planner(call.forward, dtype, cores, tensors, scales);
   auto wants = [&](Role factor) {
     for (int i = 0; i < segments; ++i) {
       if (call.wants(factor, i) && planner.rank(i) > 0) {

@@ -15,7 +15,7 @@ void ProjectionGrad::eval_gpu(const Arrays&, Arrays&) {
 }
 
 DeviceInfo describe(mx::Device device) {
-  return {device == mx::Device::cpu ? DeviceInfo::cpu : DeviceInfo::other_gpu, false};
+  return {device == mx::Device::cpu ? DeviceInfo::cpu : DeviceInfo::other_gpu};
 }
 
 }  // namespace mlx_fused

@@ -16,6 +16,13 @@
 namespace MTL {
 
 enum DataType : unsigned { DataTypeBool = 53 };
+enum GPUFamily : long { GPUFamilyApple7 = 1007 };
+
+struct Device {
+  bool supportsFamily(GPUFamily) {
+    return true;
+  }
+};
 
 struct Size {
   size_t width, height, depth;
@@ -39,6 +46,9 @@ using MTLFCList = std::vector<std::tuple<const void*, MTL::DataType, size_t>>;
 
 class Device {
  public:
+  MTL::Device* mtl_device() {
+    return &device_;
+  }
   const std::string& get_architecture() const {
     return architecture_;
   }
@@ -65,6 +75,7 @@ class Device {
   }
 
  private:
+  MTL::Device device_;
   std::string architecture_ = "applegpu_g14s";
   std::map<std::string, MTL::Library> libraries_;
   std::map<std::pair<std::string, std::string>, MTL::ComputePipelineState> kernels_;
