@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from mlx_fused.cli import main as commands
-
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "no-report"
 
@@ -91,5 +89,7 @@ def test_no_user_and_no_path_is_named(mac_report, tmp_path, monkeypatch):
 def test_there_are_such_commands_and_options(mac_report, rehearse):
     """A parser sees what is wrong with the options before it shows its help."""
     for name, command in mac_report.steps(FOLDER, rehearse).items():
-        done = subprocess.run([*command, "-h" if name == "source" else "--help"], capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, "-h" if name == "source" else "--help"], capture_output=True, text=True
+        )
         assert "usage" in done.stdout.lower(), f"{name}: {done.stderr}"

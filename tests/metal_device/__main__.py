@@ -16,10 +16,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from launches import instantiations, quantized_instantiations
 from metal_report import ENVIRONMENT, Journal, summary, table
 
 import mlx_fused
+from launches import instantiations, quantized_instantiations
 
 HERE = Path(__file__).resolve().parent
 METALLIB = Path(mlx_fused._ext.__file__).with_name("mlx_fused.metallib")
@@ -93,7 +93,11 @@ def run(file, for_pytest, journal, report):
         died = journal.died().keys() - before.keys()
         report["died"] |= dict.fromkeys(died, how)
         if not died:
-            if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
+            if status not in (
+                pytest.ExitCode.OK,
+                pytest.ExitCode.TESTS_FAILED,
+                pytest.ExitCode.NO_TESTS_COLLECTED,
+            ):
                 report["broke_off"][file.name] = how
             return status
 

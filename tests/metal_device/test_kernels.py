@@ -2,9 +2,9 @@
 
 import mlx.core as mx
 import pytest
-from launches import DTYPES, instantiations, launched
 
 import projections
+from launches import DTYPES, instantiations, launched
 from test_backward import check as check_backward
 from test_forward import biases, check
 
