@@ -423,11 +423,7 @@ void Planner::add_low_rank_product(Role factor) {
   constants.set(constant_has_rest, has_rest);
   uint8_t row_blocks = params.rows < many_rows ? 1 : high_blocks;
   launch(
-      {.kernel =
-           {.function = Function::low_rank_product,
-            .rows = row_blocks,
-            .columns = tiles.blocks,
-            .constants = constants},
+      {.kernel = {.function = Function::low_rank_product, .rows = row_blocks, .columns = tiles.blocks, .constants = constants},
        .buffers = std::move(bindings.buffers),
        .params = params,
        .grid =
