@@ -6,7 +6,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake mlx_fused python/src
 # A worker per CPU; one that has nothing left takes tests from the others.
 WORKERS := --numprocesses auto --dist worksteal
 
-.PHONY: help demo test test-slow test-metal test-mlx-lm models metal-cost bench crossover sanitize docs linkcheck lint stubs wheels wheel-macos clean
+.PHONY: help demo test test-slow test-metal mac-report test-mlx-lm models metal-cost bench crossover sanitize docs linkcheck lint stubs wheels wheel-macos clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -31,8 +31,10 @@ test-slow: $(VENV)/installed  ## Run the longer sweeps
 	$(BIN)/python -m pytest $(WORKERS) -m slow
 
 test-metal: $(VENV)/installed  ## Run the tests on this Mac's GPU, with Metal's validation layers on
-	MTL_DEBUG_LAYER=1 MTL_SHADER_VALIDATION=1 MTL_SHADER_VALIDATION_REPORT_TO_STDERR=1 \
-	MTL_SHADER_VALIDATION_ABORT_ON_FAULT=1 MLX_ENABLE_TF32=0 $(BIN)/python -m pytest tests/metal_device
+	$(BIN)/python tests/metal_device
+
+mac-report: $(VENV)/installed  ## Run all that only a Mac can answer, and pack it in build/mac-report.zip
+	$(BIN)/python tests/metal_device/mac_report.py
 
 test-mlx-lm: $(VENV)/installed  ## Run mlx-lm's own tests with every model patched: MLX_LM=<a checkout of mlx-lm>
 	$(BIN)/python tests/run_mlx_lm_tests.py $(MLX_LM)

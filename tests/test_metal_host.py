@@ -150,11 +150,12 @@ def test_every_subset_of_gradients(gpu, rng, packed, ranks, form):
 @forms
 @adapters
 @packings
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)  # of 16 bits, at odd offsets
 @pytest.mark.parametrize("view", [sliced, broadcast_rows], ids=lambda f: f.__name__)
-def test_views_are_read_in_place(gpu, rng, view, packed, ranks, form):
-    call = projections.qkv(rng, 3, 5, 64, HEADS[0], form, packed=packed, ranks=ranks)
+def test_views_are_read_in_place(gpu, rng, view, dtype, packed, ranks, form):
+    call = projections.qkv(rng, 3, 5, 64, HEADS[0], form, dtype, packed=packed, ranks=ranks)
     check(gpu, rng, call, view=view)
-    call = projections.output(rng, 3, 5, 64, 40, form, rank=ranks and 4)
+    call = projections.output(rng, 3, 5, 64, 40, form, dtype, rank=ranks and 4)
     check(gpu, rng, call, view=view)
 
 

@@ -79,6 +79,15 @@ def test_findings_are_raised(rules):
         rules.run([step], buffers)
 
 
+@pytest.mark.parametrize("offset, kinds", [(2, {"misaligned"}), (4, set())])
+def test_a_buffer_is_bound_at_a_multiple_of_its_types_alignment(rules, offset, kinds):
+    """As Metal's validation asks, of what a kernel does not read too."""
+    buffers = {"x": np.ones(100, np.float32), "y": np.zeros(100, np.float32)}
+    step = launch("good_write", buffers, (2, 1, 1), (64, 1, 1), {}, [struct.pack("I", 64)])
+    step["buffers"][0] = (0, "x", offset)
+    assert {f.kind for f in rules.run([step], buffers, check=False).findings} == kinds
+
+
 def test_what_is_read_only_is_not_written(rules):
     buffers = {"x": np.ones(100, np.float32), "y": np.zeros(100, np.float32)}
     buffers["y"].flags.writeable = False

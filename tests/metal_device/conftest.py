@@ -1,35 +1,16 @@
-"""Runs on a GPU, with Metal's validation layers on: ``make test-metal``."""
+"""The tests of this folder, on a GPU with Metal's validation layers on: ``make test-metal`` runs them."""
 
 import os
-import platform
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from launches import instantiations, quantized_instantiations
-from metal_report import Outcomes, table, write
-
-import mlx_fused
-
-ROOT = Path(__file__).parents[2]
-# Read when the process makes its device. MLX's own matmuls must round as their dtype says: no TF32.
-ENVIRONMENT = {
-    "MTL_DEBUG_LAYER": "1",
-    "MTL_SHADER_VALIDATION": "1",
-    "MTL_SHADER_VALIDATION_REPORT_TO_STDERR": "1",
-    "MTL_SHADER_VALIDATION_ABORT_ON_FAULT": "1",
-    "MLX_ENABLE_TF32": "0",
-}
+from metal_report import ENVIRONMENT, Journal
 
 
 def pytest_addoption(parser):
     parser.addoption("--rehearse", action="store_true", help="Run on the CPU device, on any machine.")
-    parser.addoption(
-        "--metal-report",
-        type=Path,
-        default=ROOT / "build/metal-report.json",
-        help="Where to write the report.",
-    )
+    parser.addoption("--journal", type=Path, help="Continue the run that wrote this, and write on.")
 
 
 def chosen(config):
@@ -47,47 +28,48 @@ def pytest_configure(config):
         unset = [f"{name}={value}" for name, value in ENVIRONMENT.items() if os.environ.get(name) != value]
         if unset:
             raise pytest.UsageError(f"run `make test-metal`, or set {' '.join(unset)}")
-    config.option.metal_report.unlink(missing_ok=True)  # a run that dies leaves none
-    config.pluginmanager.register(Reporter(config), "metal-report")
+    if config.option.journal:
+        config.pluginmanager.register(Recorder(Journal(config.option.journal)))
 
 
 def pytest_ignore_collect(config):
     return None if chosen(config) else True
 
 
-def pytest_itemcollected(item):
+def subject(item):
     callspec = getattr(item, "callspec", None)
     suite = item.function.__module__.rpartition(".")[2].removeprefix("test_")
-    subject = callspec.params.get("kernel", suite) if callspec else suite
-    item.user_properties.append(("subject", subject))
+    return callspec.params.get("kernel", suite) if callspec else suite
 
 
-class Reporter:
-    """Writes the report when the session ends."""
+class Recorder:
+    """Leaves out the tests that have run, and those of a subject that died; writes down what becomes of all."""
 
-    def __init__(self, config):
-        self.config = config
-        self.outcomes = Outcomes(instantiations() + quantized_instantiations())
+    def __init__(self, journal):
+        self.journal = journal
+        self.outcome, self.why = None, ""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        known, dead = self.journal.read(), set(self.journal.died().values())
+        left = [item for item in items if item.nodeid not in known]
+        items[:] = [item for item in left if subject(item) not in dead]
+        for item in left:
+            if subject(item) in dead:
+                self.journal.add(item.nodeid, subject(item), "not run")
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        self.outcome, self.why = "passed", ""
+        self.journal.add(item.nodeid, subject(item), "died")
+        result = yield
+        self.journal.add(item.nodeid, subject(item), self.outcome, self.why)
+        return result
 
     def pytest_runtest_logreport(self, report):
-        self.outcomes.add(report.nodeid, dict(report.user_properties)["subject"], report.outcome)
-
-    def pytest_terminal_summary(self, terminalreporter, exitstatus):
-        package = Path(mlx_fused._ext.__file__).parent
-        rehearsal = self.config.option.rehearse
-        about = {
-            "device": "cpu, a rehearsal" if rehearsal else mx.device_info()["device_name"],
-            "system": platform.platform(),
-            "mlx": mx.__version__,
-            "library": "metallib" if (package / "mlx_fused.metallib").exists() else "source",
-            "exit_status": int(exitstatus),
-        }
-        report = self.outcomes.report(about)
-        write(report, self.config.option.metal_report)
-        terminalreporter.section(f"Metal kernels on: {about['device']}")
-        for line in table(report):
-            terminalreporter.line(line)
-        terminalreporter.line(f"Written: {self.config.option.metal_report}")
+        """A test fails if any of its phases does, and is skipped if none runs."""
+        self.outcome = max(self.outcome, report.outcome, key=("passed", "skipped", "failed").index)
+        self.why += report.longreprtext if report.failed else ""
 
 
 @pytest.fixture(scope="session")

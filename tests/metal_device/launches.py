@@ -26,10 +26,13 @@ def _named(macro, formats):
     return [f"{name}{form}_{dtype}" for name in names for form in formats for dtype in DTYPES]
 
 
-def launched(operation, dtype, batch, seq, hidden, heads, form=None, cores=0, transposed=False):
+def launched(
+    operation, dtype, batch, seq, hidden, heads, form=None, ranks=None, cores=0, transposed=False
+):  # fmt: skip
     """The kernels of one call, on weights of a form (mode, group_size, bits) or dense ones.
 
-    ``heads`` is (num_heads, num_kv_heads, head_dim). A device with ``cores`` splits the depth of few tiles.
+    ``heads`` is (num_heads, num_kv_heads, head_dim), ``ranks`` those of the segments' adapters. A device with
+    ``cores`` splits the depth of few tiles.
     """
     num_heads, num_kv_heads, head_dim = heads
     counts = (num_heads, num_kv_heads, num_kv_heads)
@@ -40,15 +43,18 @@ def launched(operation, dtype, batch, seq, hidden, heads, form=None, cores=0, tr
         results[i] = _tensor(batch, seq, n)
         inputs["weight", i] = 0, [n, hidden * bits // 32], [1, n] if transposed else [hidden * bits // 32, 1]
         inputs["group_scales", i] = inputs["group_biases", i] = _tensor(n, hidden // group_size)
-        adapters |= {("lora_a", i): _tensor(hidden, 8), ("lora_b", i): _tensor(8, n)}
-    scales = [1.0 if "lora" in operation else None] * len(features)
+    ranks = ranks or [None] * len(features)
+    for i, rank in enumerate(ranks):
+        if rank is not None:
+            adapters |= {("lora_a", i): _tensor(hidden, rank), ("lora_b", i): _tensor(rank, features[i])}
+    scales = [None if rank is None else 1.0 for rank in ranks]
     about = {"adapter_scales": scales, "quantization": (mode, bits, group_size) if form else None}
     inputs |= {("input", 0): x} | adapters
     if operation == "output":
         inputs["residual", 0] = results[0]
     if operation.endswith("grad"):
         inputs |= {("cotangent", i): result for i, result in results.items()}
-        outputs = {("input", 0): x} | (adapters if "lora" in operation else {})
+        outputs = {("input", 0): x} | adapters
         if operation == "qkv_grad" and not form:
             outputs |= {slot: tensor for slot, tensor in inputs.items() if slot[0] == "weight"}
     else:

@@ -1,39 +1,55 @@
-"""What passed on the device, by kernel and by suite: a JSON file and a table."""
+"""What a run on the device leaves: a journal of its tests, written as it goes, and a report made of that."""
 
 import json
 from collections import Counter
 
-OUTCOMES = ("passed", "failed", "skipped")
+OUTCOMES = ("passed", "failed", "skipped", "died", "not run")
+
+# Read when a process makes its device. MLX's own matmuls must round as their dtype says: no TF32.
+ENVIRONMENT = {
+    "MTL_DEBUG_LAYER": "1",
+    "MTL_SHADER_VALIDATION": "1",
+    "MTL_SHADER_VALIDATION_REPORT_TO_STDERR": "1",
+    "MTL_SHADER_VALIDATION_ABORT_ON_FAULT": "1",
+    "MLX_ENABLE_TF32": "0",
+}
 
 
-class Outcomes:
-    """Collects the outcome of every test under its subject: a kernel's name, or the suite it comes from."""
+class Journal:
+    """A line per outcome of a test; the last one counts.
 
-    def __init__(self, kernels):
-        self._kernels = kernels
-        self._tests = {}
+    A test's subject is a kernel's name, or the suite that it comes from. One that has begun has died, until
+    a line says otherwise: no other process needs to tell.
+    """
 
-    def add(self, test, subject, outcome):
-        """A test fails if any of its phases does, and is skipped if none runs."""
-        _, before = self._tests.get(test, (subject, "passed"))
-        worst = max(before, outcome, key=("passed", "skipped", "failed").index)
-        self._tests[test] = subject, worst
+    def __init__(self, path):
+        self.path = path
 
-    def report(self, about):
-        counts = {kernel: Counter() for kernel in self._kernels}
-        for subject, outcome in self._tests.values():
-            counts.setdefault(subject, Counter())[outcome] += 1
-        counts = {subject: {o: count[o] for o in OUTCOMES} for subject, count in counts.items()}
-        return {
-            **about,
-            "kernels": {k: counts[k] for k in self._kernels},
-            "suites": {s: c for s, c in counts.items() if s not in self._kernels},
-        }
+    def add(self, test, subject, outcome, why=""):
+        with self.path.open("a") as file:
+            file.write(json.dumps([test, subject, outcome, why]) + "\n")
+
+    def read(self):
+        """(subject, outcome, why it failed) of every test."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return {test: tuple(what) for test, *what in map(json.loads, lines)}
+
+    def died(self):
+        """The subject of every test that died."""
+        return {test: subject for test, (subject, outcome, _) in self.read().items() if outcome == "died"}
 
 
-def write(report, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+def summary(outcomes, kernels):
+    """How many tests of each kernel, and of each suite, had which outcome, and what was wrong."""
+    counts = {kernel: Counter() for kernel in kernels}
+    for subject, outcome, _ in outcomes.values():
+        counts.setdefault(subject, Counter())[outcome] += 1
+    counts = {subject: {o: count[o] for o in OUTCOMES} for subject, count in counts.items()}
+    return {
+        "kernels": {k: counts[k] for k in kernels},
+        "suites": {s: c for s, c in counts.items() if s not in kernels},
+        "failures": {test: why for test, (_, _, why) in outcomes.items() if why},
+    }
 
 
 def table(report):
@@ -42,5 +58,9 @@ def table(report):
     width = max(len(name) for name, _ in rows)
     yield f"{'':{width}}  " + "  ".join(f"{o:>7}" for o in OUTCOMES)
     for name, count in rows:
-        verdict = "" if sum(count.values()) else "  not run"
+        verdict = "" if sum(count.values()) else "  no tests"
         yield f"{name:{width}}  " + "  ".join(f"{count[o]:7}" for o in OUTCOMES) + verdict
+    for test, how in report["died"].items():
+        yield f"Died ({how}): {test}"
+    for file, how in report["broke_off"].items():
+        yield f"Broke off ({how}): {file}"

@@ -298,7 +298,7 @@ def _describe(f, locator, names, kernel):
         "out of bounds": text or access,
         "race": f"{access}, {text} by thread {f.other_thread} at {other} without a barrier between",
         "uninitialised threadgroup memory": access,
-        "misaligned": "address not a multiple of the type's alignment",
+        "misaligned": f"{text or 'address'} not a multiple of the type's alignment",
         "threadgroup memory": f"{f.bytes} bytes, where there are 32768",
         "too many threads": f"max_total_threads_per_threadgroup is {f.bytes}",
         "undefined behaviour": text,

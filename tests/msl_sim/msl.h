@@ -412,9 +412,9 @@ struct Source {
 template <class P>
 MSL_FUNC P argument(Source from) {
   if constexpr (std::is_pointer_v<P>) {
-    return static_cast<P>(msl_buffer(from.index));
+    return static_cast<P>(msl_buffer(from.index, alignof(std::remove_pointer_t<P>)));
   } else if constexpr (std::is_reference_v<P>) {
-    return *static_cast<std::remove_reference_t<P>*>(msl_buffer(from.index));
+    return *static_cast<std::remove_reference_t<P>*>(msl_buffer(from.index, alignof(P)));
   } else if constexpr (std::is_integral_v<P>) {
     return static_cast<P>(msl_builtin(from.index, 0));
   } else {

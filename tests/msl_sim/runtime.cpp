@@ -264,7 +264,12 @@ void msl_undefined_constant(unsigned index) {
   }
   abandon();
 }
-void* msl_buffer(unsigned index) {
+void* msl_buffer(unsigned index, unsigned alignment) {
+  if (reinterpret_cast<u64>(buffers[index]) % alignment) {
+    if (Finding* f = report(misaligned, HERE)) {
+      f->text = "a buffer's offset";
+    }
+  }
   return buffers[index];
 }
 uint32_t msl_builtin(unsigned which, unsigned dimension) {

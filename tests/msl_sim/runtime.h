@@ -34,6 +34,6 @@ void* msl_threadgroup_variable(unsigned id, uint64_t bytes, unsigned element_byt
 void msl_atomic(const volatile void* address, unsigned bytes);
 void msl_max_threads(unsigned threads);
 void msl_undefined_constant(unsigned index);
-void* msl_buffer(unsigned index);
+void* msl_buffer(unsigned index, unsigned alignment);
 uint32_t msl_builtin(unsigned which, unsigned dimension);
 }

@@ -7,7 +7,8 @@
 
 namespace mlx_fused::metal {
 
-// Every buffer of a kernel must be bound. For a tensor that is missing, or empty, the output is.
+// Every buffer of a kernel must be bound, at an offset that suits its type. For a tensor that is missing, or
+// empty, the output is: it begins its memory, so it suits them all.
 class Bindings {
  public:
   explicit Bindings(const Tensor& output) : output_(output) {
