@@ -153,6 +153,7 @@ def low_rank_product(folder):
         check(folder, files, op, Embedded, INPUT)
     for op in lora_calls(1, 1030, 20):
         check(folder, files, op)
+    check(folder, files, qkv(1, 11, 20, ranks=(9, None, None), scale=(2.0, 1.0, 1.0)))  # none after it
 
 
 def adapter_grad(folder):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from metal_cost import cells, measure, page, report
+from metal_cost import cells, loops, measure, page, report
 from metal_cost.cells import KERNELS, METAL
 from metal_cost.mistakes import MISTAKES
 from metal_cost.translate import entry, kernels, translate
@@ -186,6 +186,21 @@ def test_a_mistake_put_back_is_seen(name, result):
         replace(mistake, kernel=KERNELS[mistake.right.ours], passes=mistake.right.our_passes),
         result["kernels"],
     )
+
+
+ONE_BRANCH = [
+    name for name in KERNELS if name.startswith(("projection_rows_1", "projection_rows_4", *cells.LOW_RANK))
+]
+
+
+@pytest.mark.parametrize("name", ONE_BRANCH)
+def test_a_loop_has_no_branch_but_its_own(name):
+    """As another compiler has it, at once: the figures are of Mesa's, whoever has that."""
+    assert loops.branches(KERNELS[name]) == 1
+
+
+def test_a_guard_in_a_loop_is_a_branch():
+    assert loops.branches(MISTAKES["the loop asks whether a row of the weight exists"].kernel) > 1
 
 
 METAL_SOURCE = """constant bool flag [[function_constant(0)]];
