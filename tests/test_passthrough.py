@@ -137,6 +137,14 @@ def test_models_whose_switch_is_off_say_so_at_the_end(run, checkpoint, monkeypat
     assert err.splitlines()[-1] == "mlx-fused: nothing ran fused, since MLX_FUSED=off"
 
 
+def test_the_closing_line_tells_what_was_routed_to_mlx(run, checkpoint, monkeypatch):
+    monkeypatch.setenv("MLX_FUSED_ROUTE", "composed")
+    code, _, err = run(main.main, ["generate", "--model", str(checkpoint / "model"), "--max-tokens", "2"])
+    (fused, total), residual, more = counts(err)
+    assert code == 0 and fused == total > 0 and residual == (fused, total)
+    assert more == f", {fused} of these by MLX's own operations" * 2
+
+
 def test_a_draft_model_is_patched_and_counted(run, checkpoint):
     drafted = ["--draft-model", str(checkpoint / "model-4bit"), "--num-draft-tokens", "1"]
     arguments = ["generate", "--model", str(checkpoint / "model"), "--max-tokens", "5"]

@@ -141,7 +141,7 @@ def test_checkpoints_of_the_demo_pass(checkpoints, arguments):
     assert "Validating" not in result.stdout
     assert result.stderr.count("each line shows the worst of its checks; --json has them all") == 2
     assert "PASSED" in result.stderr and "…" not in result.stderr  # nothing is cut at 80 columns
-    assert max(map(len, result.stderr.split("calls that ran fused")[0].splitlines()[2:])) <= 80
+    assert max(map(len, result.stderr.split("ran fused: QKV")[0].splitlines()[2:])) <= 80
 
 
 def test_progress_ends_where_it_says(checkpoints):

@@ -104,7 +104,7 @@ def _patching_loader(command: str) -> Iterator[None]:
 
 def _share(calls: Calls) -> str:
     reason = f" (last obstacle: {calls.reason})" if calls.fallen_back and calls.reason else ""
-    return f"{calls.fused} of {calls.total} calls{reason}"
+    return f"{calls.share}{reason}"
 
 
 def _say_once(line: str) -> None:

@@ -12,6 +12,7 @@ import click
 from mlx_fused.cli.info import describe
 from mlx_fused.cli.output import console, json_option, print_json
 from mlx_fused.cli.settings import must_be_on
+from mlx_fused.patching import Calls
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -93,9 +94,9 @@ def _show(out: Console, results: dict) -> None:
     out.print(_operations(results["operations"]))
     out.print(_end_to_end(results["end_to_end"]))
     out.print(_costs(results))
-    qkv, residual = (f"{calls['fused']} of {calls['total']}" for calls in results["calls"].values())
+    qkv, residual = (Calls(**calls).share for calls in results["calls"].values())
     out.print(
-        f"calls that ran fused: {qkv} of QKV projections, {residual} of output projections + residual; "
+        f"ran fused: QKV projections in {qkv}, output projections + residual in {residual}; "
         f"on {results['machine']['default device']}",
         soft_wrap=True,
     )

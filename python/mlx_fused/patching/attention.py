@@ -240,6 +240,7 @@ class _Call:
         self._count("qkv", fused=1)
         self.adapters_apart = qkv.adapters_apart is not None
         self.outputs = projections.project(attention, qkv, x, self.patch.options.exact)
+        self.patch.qkv_calls.add_route()
         # The model's code may change a layer before it calls it, which then makes its output invalid.
         self.operands = {name: projections.kept(attention[name]) for name in qkv.names if name != first}
 

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass, field
 from threading import Lock
 
+from mlx_fused._ext import last_decision
+
 _lock = Lock()
 
 _OFF = dict.fromkeys(("0", "false", "off", "no"), True) | dict.fromkeys(("1", "true", "on", "yes", ""), False)
@@ -31,10 +33,12 @@ class Calls:
     Attributes:
         total (int): All calls.
         fused (int): Those that ran as one operation.
+        composed (int): Of these, how many routing gave to MLX's own operations.
     """
 
     total: int = 0
     fused: int = 0
+    composed: int = 0
     reason: str | None = None  # of the latest call that patching left to the model's own code
 
     def add(self, total: int = 0, fused: int = 0, reason: str | None = None) -> None:
@@ -42,6 +46,18 @@ class Calls:
             self.total += total
             self.fused += fused
             self.reason = reason or self.reason
+
+    def add_route(self) -> None:
+        """Count where routing sent this thread's latest operation."""
+        if last_decision()[0] == "composed":
+            with _lock:
+                self.composed += 1
+
+    @property
+    def share(self) -> str:
+        """How many of the calls ran fused, in words."""
+        by_mlx = f", {self.composed} of these by MLX's own operations" if self.composed else ""
+        return f"{self.fused} of {self.total} calls{by_mlx}"
 
     @property
     def fallen_back(self) -> int:

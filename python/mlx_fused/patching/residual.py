@@ -38,7 +38,9 @@ class Projected(mx.array):
         if not alike or self._add is None:
             return super().__add__(other)
         self._calls.add(fused=1)
-        return self._add(residual=other, alpha=self._alpha)
+        y = self._add(residual=other, alpha=self._alpha)
+        self._calls.add_route()
+        return y
 
     __radd__ = __add__
 

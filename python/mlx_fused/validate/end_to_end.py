@@ -49,7 +49,7 @@ class Runs:
         self.dtype = dtype_of(model)
         self.dtypes = list(dict.fromkeys([mx.float32, self.dtype]))
         self.memory: dict[str, int] = {}
-        self.calls = {part: {"total": 0, "fused": 0} for part in ("qkv", "residual")}
+        self.calls = {part: {"total": 0, "fused": 0, "composed": 0} for part in ("qkv", "residual")}
 
     @property
     def count(self) -> int:
@@ -73,8 +73,7 @@ class Runs:
             self.memory[name] = max(self.memory.get(name, 0), mx.get_peak_memory())
         for layer in report.layers if report else ():
             for part, calls in self.calls.items():
-                calls["total"] += getattr(layer, part).calls.total
-                calls["fused"] += getattr(layer, part).calls.fused
+                calls |= {name: n + getattr(getattr(layer, part).calls, name) for name, n in calls.items()}
         self.on_step()
         return result
 
