@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake mlx_fused python/src -type f) python/mlx_fused/_build.py.in
+SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake metal mlx_fused python/src -type f) python/mlx_fused/_build.py.in
 # A worker per CPU; one that has nothing left takes tests from the others.
 WORKERS := --numprocesses auto --dist worksteal
 

@@ -105,7 +105,8 @@ def fused_qkv_projection(
             after the scaled low-rank product, and after their sum. Default: ``False``.
         route (str, optional): ``"composed"`` for MLX's own operations, which can be exported; ``"fused"`` for
             our kernel, an error if there is none. Default: ``None``, the one expected to be faster, unless
-            the environment variable ``MLX_FUSED_ROUTE`` names one.
+            the environment variable ``MLX_FUSED_ROUTE`` names one. The gradient of our kernel's results is
+            routed by itself, always as by ``None``.
         stream (Stream or Device, optional): Where to run. Default: ``None``, the default stream of the
             default device.
 

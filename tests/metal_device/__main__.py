@@ -74,6 +74,8 @@ def has_kernels():
 @contextmanager
 def no_metallib():
     aside = METALLIB.with_suffix(".aside")
+    if aside.exists():
+        aside.rename(METALLIB)  # of a run that was killed
     if METALLIB.exists():
         METALLIB.rename(aside)
     try:

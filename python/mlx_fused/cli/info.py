@@ -11,7 +11,7 @@ import click
 import mlx.core as mx
 
 import mlx_fused
-from mlx_fused import _ext
+from mlx_fused import _ext, tuning
 from mlx_fused.cli.calls import Call, Sizes, make_calls
 from mlx_fused.cli.output import json_option, print_json
 
@@ -36,7 +36,7 @@ class Decision(NamedTuple):
 @click.command()
 @json_option
 def info(as_json: bool) -> None:
-    """Print versions, the device, and who computes what."""
+    """Print versions, the device, and who computes what: calls of Llama-3.2-1B's sizes."""
     facts = describe() | {"settings": {name: os.environ[name] for name in _VARIABLES if name in os.environ}}
     table = dict(routes())
     if as_json:
@@ -53,6 +53,7 @@ def info(as_json: bool) -> None:
     click.echo()
     for n, decision in enumerate(decisions, 1):
         click.echo(f"[{n}] {decision.source}: {decision.reason}")
+    click.echo("The table and what it rests on: docs/design/routing.md")
 
 
 def _by_rows(row: list[Decision]) -> dict[str, dict[str, str]]:
@@ -70,6 +71,7 @@ def describe() -> dict[str, object]:
         "default device": str(mx.default_device()),
         "device name": mx.device_info().get("device_name", platform.machine()),
         "kernels": _kernels(),
+        "measured routes": tuning.in_use or "none",
     }
 
 

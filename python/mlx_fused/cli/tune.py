@@ -95,12 +95,14 @@ def _show(out, calls: table.Calls) -> None:
     from rich.table import Table
 
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="speedup of our kernels over MLX's operations")
-    shown.add_column("tokens", overflow="fold")
+    shown.add_column("tokens")
     for m in measure.ROWS:
         shown.add_column(str(m), justify="right", no_wrap=True)
-    for kind, timings in calls.items():
-        shown.add_row(str(kind), *(_speedup(timings.get(m)) for m in measure.ROWS))
+    for n, timings in enumerate(calls.values(), 1):
+        shown.add_row(f"[{n}]", *(_speedup(timings.get(m)) for m in measure.ROWS))
     out.print(shown)
+    for n, kind in enumerate(calls, 1):
+        out.print(f"[{n}] {kind}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _speedup(timing: table.Timing | None) -> str:

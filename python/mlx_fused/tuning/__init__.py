@@ -63,8 +63,12 @@ def path() -> str:
     return os.path.join(folder, "routes.json")
 
 
+in_use: str | None = None  # what is, of the table of this machine
+
+
 def use_table() -> None:
     """Route by the table of this machine, if there is one; warn if it cannot be used."""
+    global in_use
     if not os.path.lexists(path()):
         return
     from mlx_fused.tuning import table
@@ -80,3 +84,4 @@ def use_table() -> None:
         return
     routes = [(kind, {m: timing.route for m, timing in rows.items()}) for kind, rows in found.calls.items()]
     _ext.set_tuned_routes(found.device, routes)
+    in_use = f"{len(routes)} kinds of calls, {path()}"

@@ -24,6 +24,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
 ROUTES = ("fused", "composed")
 ROTATED = 257 * 2**20  # bytes of weights in turn; reasoned: more than the last-level cache of any Mac
 _LONGEST = 64  # calls in a chain
+_MOST_COPIES = 1024  # as many as the calls of a cell
 _LORA_SCALE = 20.0  # mlx-lm's default
 
 Layers = Sequence[LinearOperands]
@@ -93,7 +94,7 @@ def measure(
         dict: What was measured, by rows.
     """
     copies = ceil(effort.rotated / sum(a.nbytes for layer in _layers(kind) for a in _arrays(layer)))
-    layers = cycle(_copies(_layers(kind), max(2, copies)))
+    layers = cycle(_copies(_layers(kind), min(max(2, copies), _MOST_COPIES)))
     timings: dict[int, Timing] = {}
     pace = 0.0
     for m in rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -122,6 +123,7 @@ def _here(device: mx.DeviceType) -> dict[str, str]:
         "device": name,
         "device name": about.get("device_name", "none"),
         "architecture": about.get("architecture", "none"),
+        "macOS": platform.mac_ver()[0],  # on which it depends what MLX's kernels can use
         "mlx": version("mlx"),
         "mlx-fused": __version__,
     }
