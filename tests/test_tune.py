@@ -355,6 +355,7 @@ UNUSABLE = {
     "a negative rank": (changed(ranks=[0, -1, 0]), "no size"),
     "no input": (changed(in_features=0), "no size"),
     "a format of two": (changed(format=["affine", 4]), "broken"),
+    "half a character": (changed(format=["\ud800", 4, 64]), "UnicodeEncodeError"),
     "bits as text": (changed(format=["affine", "4", 64]), "no int"),
 }
 

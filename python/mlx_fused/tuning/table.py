@@ -164,7 +164,8 @@ def _kind(call: dict) -> Kind:
 
 
 def _format(mode, bits, group_size) -> tuple[str, int, int]:
-    return _is(str, mode), _size(bits), _size(group_size)
+    _is(str, mode).encode()  # JSON may have halves of characters, which C++ cannot take
+    return mode, _size(bits), _size(group_size)
 
 
 def _timings(rows: list) -> dict[int, Timing]:
