@@ -96,7 +96,7 @@ template <typename T, int BN>
         constant SegmentParams& segment = params.segment[index];
         const device float* lora_a = OF_SEGMENT(index, lora) + column * segment.feature_stride;
         for (int r = 0; r < segment.rank; ++r) {
-          sum += low_row[segment.first_column + r] * lora_a[r * segment.rank_stride];
+          sum += low_row[segment.first_column + r] * lora_a[r];
         }
       }
     }

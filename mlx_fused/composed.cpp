@@ -163,6 +163,7 @@ class Adapters {
 
 // residual + alpha (x weight^T + bias) + low_rank^T b of a segment with an adapter. All but the first product
 // is summed in float32 and rounded once; where the weight is dense, a product with a term to add takes that.
+// Not in float16, which does not hold every such sum.
 mx::array add_to_product(
     const mx::array& low_rank,
     const mx::array& b,
@@ -187,15 +188,19 @@ mx::array add_to_product(
     others = others ? mx::add(r, *others, s) : r;
   }
   auto left = transposed(low_rank, s);
-  auto rest =
-      mx::astype(others ? products.add_product(*others, left, b) : products.matmul(left, b), dtype, s);
+  auto rest = others ? products.add_product(*others, left, b) : products.matmul(left, b);
   auto rows = mx::flatten(x, 0, 1, s);
+  auto weight = [&] { return transposed(operands.get(Role::weight, segment), s); };
   auto sum = [&] {
-    if (auto& q = call.quantization) {
-      auto y = quantized_product(rows, operands, segment, *q, true, products);
-      return mx::add(scaled(y, alpha, s), rest, s);
+    if (dtype != mx::float16 && !call.quantization) {
+      return products.add_product(mx::astype(rest, dtype, s), rows, weight(), alpha);
     }
-    return products.add_product(rest, rows, transposed(operands.get(Role::weight, segment), s), alpha);
+    // The rest by itself may be more than float16 holds.
+    auto& q = call.quantization;
+    auto y =
+        q ? quantized_product(rows, operands, segment, *q, true, products) : products.matmul(rows, weight());
+    auto wide = dtype == mx::float16 ? rest : mx::astype(rest, dtype, s);
+    return mx::astype(mx::add(scaled(y, alpha, s), wide, s), dtype, s);
   };
   return mx::unflatten(sum(), 0, {x.shape(0), x.shape(1)}, s);
 }

@@ -37,6 +37,13 @@ std::vector<int> ranks(const Operands& operands, const Call& call) {
   return ranks;
 }
 
+// Heads that are an axis lie between the rows of one example and those of the next.
+std::optional<int64_t> line_rows(const Call& call, int batch, int rows) {
+  bool apart = std::any_of(
+      call.segments.begin(), call.segments.end(), [](auto& segment) { return segment.heads > 1; });
+  return apart && batch > 1 && rows > 1 ? std::optional<int64_t>(rows) : std::nullopt;
+}
+
 Workload workload(const Arrays& inputs, const Call& call) {
   auto& x = inputs[0];
   return {
@@ -44,6 +51,7 @@ Workload workload(const Arrays& inputs, const Call& call) {
       .promoted = promoted_types(inputs, call),
       .rows = int64_t(x.shape(0)) * x.shape(1),
       .in_features = x.shape(2),
+      .line_rows = line_rows(call, x.shape(0), x.shape(1)),
       .ranks = ranks(Operands(inputs, input_slots(call)), call)};
 }
 
@@ -69,6 +77,7 @@ Workload workload(const Arrays& inputs, const GradCall& call) {
       .rows = int64_t(cotangent.shape(0)) * cotangent.shape(-2),
       .in_features = in_features(operands, forward).value_or(0),
       .wanted = &call.wanted,
+      .line_rows = line_rows(forward, cotangent.shape(0), cotangent.shape(-2)),
       .ranks = ranks(operands, forward)};
   for (int i = 0; i < int(forward.segments.size()); ++i) {
     // On Metal a bias's gradient comes only with its weight's.

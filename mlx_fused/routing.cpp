@@ -15,8 +15,11 @@ namespace {
 using Device = RouteRow::Device;
 using Part = RouteRow::Part;
 
-// The cost report has ranks of 8, 32 and 64; the last stands for all above this.
-constexpr int low_rank = 32;
+// The cost report has ranks of 8, 32 and 64, which stand for all up to them, and above.
+constexpr int low_rank = 8, mid_rank = 32;
+
+// Of fewer rows a tile that is not full is much.
+constexpr int64_t short_line = 128;
 
 // Of the launch that multiplies with the weights.
 int64_t threadgroups(const Workload& work, const DeviceInfo& device) {
@@ -56,20 +59,28 @@ bool has_part(const Workload& work, Part part, const DeviceInfo& device) {
     case Part::small_grid:
       return (!work.is_grad() || wants(work, Role::input)) &&
              threadgroups(work, device) < metal::threadgroups_per_core * device.cores;
+    case Part::short_batches:
+      return (!work.is_grad() || wants(work, Role::input)) && work.rows > few_rows &&
+             work.line_rows.value_or(work.rows) < std::min<int64_t>(work.rows, short_line);
     case Part::residual:
-      return !work.is_grad() && work.call.epilogue.has_residual && work.call.is_plain();
+      return !work.is_grad() && work.call.epilogue.has_residual && work.call.is_plain() &&
+             !work.call.epilogue.exact;
     case Part::input_gradient:
       return wants(work, Role::input);
     case Part::weight_gradient:
       return wants(work, Role::weight);
     case Part::low_rank_product:
       return low_rank_product && rank <= low_rank;
+    case Part::mid_rank_product:
+      return low_rank_product && rank > low_rank && rank <= mid_rank;
     case Part::high_rank_product:
-      return low_rank_product && rank > low_rank;
+      return low_rank_product && rank > mid_rank;
     case Part::adapter_gradient:
       return adapter_gradient && rank <= low_rank;
+    case Part::mid_rank_gradient:
+      return adapter_gradient && rank > low_rank && rank <= mid_rank;
     case Part::high_rank_gradient:
-      return adapter_gradient && rank > low_rank;
+      return adapter_gradient && rank > mid_rank;
   }
   return false;
 }
@@ -108,6 +119,8 @@ const std::vector<RouteRow>& route_table() {
       {Device::metal, Part::residual, "any", few_rows + 1, any_rows, composed,
        "mx.addmm is one launch too."},
 #include "mlx_fused/metal_cost.inc"
+      {Device::metal, Part::short_batches, "any", 0, any_rows, composed,
+       "Each example of the batch takes tiles of its own, which are not full: reasoned."},
       {Device::metal, Part::small_grid, "any", 2, any_rows, composed,
        "Fewer than 8 threadgroups to a core, and MLX's kernels may have more: reasoned. "
        "Given up: one launch for a QKV call's 3, with bias up to 6."},

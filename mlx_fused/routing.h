@@ -43,6 +43,8 @@ struct Workload {
   const Slots* wanted = nullptr;  // the gradients, if it is of these
   bool no_metal_kernel = false;   // Metal has no kernel for one of the wanted gradients
 
+  std::optional<int64_t> line_rows = std::nullopt;  // of an example, if a batch's do not lie in line
+
   std::vector<int> ranks = {};  // of each segment's adapter, 0 without one
 
   bool is_grad() const {
@@ -59,13 +61,16 @@ struct RouteRow {
   enum class Part {
     any,
     projection,
-    small_grid,  // a projection or gradient of the input with too few threadgroups to keep a GPU busy
-    residual,    // a projection whose epilogue adds nothing but a residual
+    small_grid,     // a projection or gradient of the input with too few threadgroups to keep a GPU busy
+    short_batches,  // the same of examples that do not lie in line, as heads are split
+    residual,       // a projection whose epilogue adds nothing but a residual
     input_gradient,
     weight_gradient,
     low_rank_product,  // x A or dy B^T of adapters
+    mid_rank_product,
     high_rank_product,
     adapter_gradient,
+    mid_rank_gradient,
     high_rank_gradient
   };
 

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import mlx_fused
 import operands
 import oracle
 import projections
@@ -207,3 +208,12 @@ def test_nan_in_an_adapter_reaches_its_segment_alone(rng, form):
         q, k, v = call.arguments[name]
         bad = call(**{name: (q, mx.full(k.shape, np.nan), v)})
         assert [np.isnan(oracle.exact(y)).any() for y in bad] == [False, True, False]
+
+
+def test_a_float16_sum_may_have_terms_that_are_too_large_together():
+    """x W is -20000, the adapter adds 10000 and the residual 60000: float16 holds 50000, and not 70000."""
+    x, residual = mx.full((1, 9, 32), 10, mx.float16), mx.full((1, 9, 32), 60000, mx.float16)
+    weight = mlx_fused.LinearOperands(mx.full((32, 32), -62.5, mx.float16))
+    lora = {"lora_a": mx.full((32, 1), 1.0), "lora_b": mx.full((1, 32), 31.25), "lora_scale": 1.0}
+    y = mlx_fused.fused_output_projection_residual(x, weight._replace(**lora), residual=residual)
+    assert mx.all(y == mx.array(50000, mx.float16)).item()

@@ -26,17 +26,21 @@ HAS = {
     "input_gradient": ("qkv_grad", {"wanted": ["input"]}),
     "weight_gradient": ("qkv_grad", {"wanted": ["weight", "bias"]}),
     "low_rank_product": ("qkv", {"rank": 8}),
+    "mid_rank_product": ("qkv", {"rank": 32}),
     "high_rank_product": ("qkv", {"rank": 33}),
     "adapter_gradient": ("qkv_grad", {"wanted": ["lora_b"], "rank": 8}),
+    "mid_rank_gradient": ("qkv_grad", {"wanted": ["lora_a"], "rank": 9}),
     "high_rank_gradient": ("qkv_grad", {"wanted": ["lora_a"], "rank": 33}),
 }
 NAMES = {  # that the table has for them
     "projection": "projection",
     "input_gradient": "gradient of the input",
     "weight_gradient": "gradient of weights",
-    "low_rank_product": "LoRA's x A or dy B^T, rank up to 32",
+    "low_rank_product": "LoRA's x A or dy B^T, rank up to 8",
+    "mid_rank_product": "LoRA's x A or dy B^T, rank 9 to 32",
     "high_rank_product": "LoRA's x A or dy B^T, rank above 32",
-    "adapter_gradient": "gradient of LoRA's A or B, rank up to 32",
+    "adapter_gradient": "gradient of LoRA's A or B, rank up to 8",
+    "mid_rank_gradient": "gradient of LoRA's A or B, rank 9 to 32",
     "high_rank_gradient": "gradient of LoRA's A or B, rank above 32",
 }
 
@@ -106,14 +110,13 @@ def test_every_row_of_the_table_decides_some_calls():
     operations = [*HAS.values(), ("output", {})]
     seen = set()
     for (operation, kind), form, device, rows in product(
-        operations, FORMATS, devices, (*range(10), 33, 1024)
+        operations, FORMATS, devices, (*range(10), 33, 65, 130, 1024)
     ):
-        for features in ([64], [4096]):
-            row = deciding(
-                operation, rows, **kind, **device, quantization=quantization(form), features=features
-            )
-            seen.add(row)
+        for features, line_rows in (([64], None), ([4096], None), ([4096], 9)):
             arguments = kind | device | {"quantization": quantization(form), "features": features}
+            arguments["line_rows"] = line_rows
+            row = deciding(operation, rows, **arguments)
+            seen.add(row)
             forced = choose_route(operation, rows=rows, **arguments, route="fused")
             if forced == "fused":  # there are kernels for it, so the table is asked
                 assert choose_route(operation, rows=rows, **arguments) == row.route
@@ -152,6 +155,10 @@ def test_what_costs_more_than_mlx_is_composed(name, figures):
         else:  # nor is any row of the table about it, unless another cell of the same place misses
             others = [c for c in CELLS.values() if routes.place(c) == (part, weights, first, last)]
             is_missed = any(routes.decisive(c, figures)[0] for c in others)
+            is_missed |= any(
+                (run.part, run.weights, run.first) == (part, weights, rows)
+                for run in routes.unfilled(figures)
+            )
             found = {row.part for row in matching(operation, rows, **arguments)}
             assert is_missed or NAMES[part] not in found
 
@@ -176,6 +183,7 @@ def test_only_branches_and_64_bit_products_of_tiles_do_not_decide():
     [
         ("qkv", {}, ["projection"]),
         ("qkv", {"rank": 8}, ["projection", "low_rank_product"]),
+        ("qkv", {"rank": 9}, ["projection", "mid_rank_product"]),
         ("qkv", {"rank": 33}, ["projection", "high_rank_product"]),
         ("qkv_grad", {"wanted": ["input"]}, ["input_gradient"]),
         ("qkv_grad", {"wanted": ["input"], "rank": 8}, ["input_gradient", "low_rank_product"]),
@@ -195,6 +203,44 @@ def test_the_parts_of_a_call(operation, kind, parts):
     assert found == {NAMES[part] for part in parts} & known
 
 
+@pytest.mark.parametrize("part", ["projection", "input_gradient"])
+@pytest.mark.parametrize("form", ["dense", "affine_4", "mxfp4"])
+def test_tiles_that_are_not_full_are_compared_as_they_are(part, form, figures):
+    operation, kind = HAS[part]
+    for rows in range(9, 513):
+        ours, mlx = routes.cycles(figures, part, form, rows)
+        if round(ours / mlx, 2) > 1:
+            about = {"quantization": quantization(form), "size": "g", **kind}
+            assert choose_route(operation, rows=rows, **about) == "composed"
+
+
+def test_cycles_of_tiles_by_hand(figures):
+    def cost(name):
+        return report.cost(figures[name])
+
+    assert routes.cycles(figures, "projection", "affine_4", 9) == (
+        32 * cost("projection_32_affine_4"),
+        min(2 * cost("affine_qmv_wide_affine_4_5"), 32 * cost("qmm_t_affine_4")),
+    )
+    assert routes.cycles(figures, "projection", "dense", 65) == (
+        128 * cost("projection_64_dense"),
+        128 * cost("gemm_nt"),
+    )
+    assert routes.cycles(figures, "input_gradient", "affine_4", 3) == (
+        64 * cost("input_grad_64_affine_4"),
+        32 * cost("qmm_n_affine_4"),
+    )
+
+
+def test_short_examples_that_lie_apart_are_composed():
+    apart = "projection or gradient of the input, short examples apart"
+    for operation in ("qkv", "qkv_grad"):
+        for line_rows, rows, is_short in ((4, 64, True), (127, 254, True), (128, 256, False), (4, 8, False)):
+            found = {row.part for row in matching(operation, rows, line_rows=line_rows)}
+            assert (apart in found) == is_short
+        assert apart not in {row.part for row in matching(operation, 64)}
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_mlx_adds_a_residual_alone(size):
     alone = "projection + residual alone"
@@ -205,6 +251,7 @@ def test_mlx_adds_a_residual_alone(size):
             assert deciding("output", rows, size=size, **kind).part != alone
     assert deciding("output", 8, size=size).part != alone
     assert deciding("qkv", 1, size=size).part != alone
+    assert deciding("output", 9, size=size, exact=True).part != alone  # MLX rounds between, in two launches
     assert choose_route("output_grad", size=size) == "composed"  # there is no kernel
 
 

@@ -1,4 +1,4 @@
-"""``mlx-fused tune``: what is timed, the file of it, and the routes that follow."""
+"""``mlx-fused tune``: what is timed, and the routes that follow."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -29,10 +28,9 @@ from mlx_fused.tuning.measure import QUICK, Effort, route_of, with_gradients
 from mlx_fused.tuning.table import Timing
 from mlx_fused.validate import CannotValidate
 from tiny_models import make
+from tuned import CALLS, COMPOSED, EVEN, FUSED, OUTPUT, PLAIN, cache, ignored, write  # noqa: F401
 
 FORMATS = (None, ("affine", 4, 64), ("affine", 8, 32), ("mxfp4", 4, 32))
-PLAIN = Kind(False, False, mx.float32, None, False, 64, (64, 32, 32), (0, 0, 0))
-OUTPUT = PLAIN._replace(features=(64,), ranks=(0,))
 KINDS = [
     kind
     for one in (PLAIN, OUTPUT)
@@ -44,16 +42,6 @@ KINDS = [
 KINDS += [PLAIN._replace(ranks=(8, 0, 8)), PLAIN._replace(format=("affine", 4, 32))]
 KINDS += [OUTPUT._replace(ranks=(4,))]
 KINDS += [PLAIN._replace(dtype=mx.float16), PLAIN._replace(in_features=32), OUTPUT._replace(features=(32,))]
-FUSED, COMPOSED, EVEN = Timing.of(1.0, 2.0), Timing.of(2.0, 1.0), Timing.of(1.0, 1.01)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """A cache folder of the test's own, and no measured routes before and after."""
-    monkeypatch.setenv("MLX_FUSED_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("MLX_FUSED_ROUTE", raising=False)
-    yield tmp_path / "cache"
-    _ext.set_tuned_routes(mx.cpu, [])
 
 
 @pytest.fixture
@@ -62,19 +50,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(measure, "ROWS", (1, 3))
     monkeypatch.setattr(sys.modules["mlx_fused.cli.tune"], "EFFORT", QUICK)
     return partial(CliRunner().invoke, main)
-
-
-def write(calls):
-    table.write(tuning.path(), calls)
-    return Path(tuning.path())
-
-
-def ignored():
-    """The warnings of reading the table."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        tuning.use_table()
-    return [str(w.message) for w in said]
 
 
 # What is timed
@@ -276,191 +251,6 @@ def test_routes_of_a_gpu_are_not_those_of_the_cpu():
     assert route_of(PLAIN, 1) == "fused"
 
 
-# The file
-
-
-CALLS = {
-    PLAIN: {1: COMPOSED, 8: EVEN, 32: FUSED},
-    OUTPUT._replace(gradient=True, of_weights=True, dtype=mx.bfloat16): {1: FUSED},
-    PLAIN._replace(format=("affine", 4, 64), bias=True, ranks=(8, 0, 8)): {2: COMPOSED},
-}
-
-
-def test_what_is_written_is_read():
-    path = write(CALLS)
-    assert table.read(path) == (mx.cpu, CALLS)
-    assert ignored() == []
-    assert [_ext.tuned_route(PLAIN, m) for m in (1, 8, 32)] == ["composed", None, "fused"]
-    assert [_ext.tuned_route(kind, 2) for kind in CALLS] == ["composed", "fused", "composed"]
-    (first, *_) = json.loads(path.read_text())["calls"]
-    assert first["rows"][0] == {"rows": 1, "route": "composed", "fused_s": 2.0, "composed_s": 1.0}
-
-
-def test_measuring_again_replaces_what_was_measured_and_keeps_the_rest():
-    write(CALLS)
-    path = write({PLAIN: {2: FUSED}})
-    assert table.read(path).calls == CALLS | {PLAIN: {2: FUSED}}
-
-
-def changed(**at):
-    """A valid file with other values: of the first call or of its first row by name, or of the file."""
-
-    def change(content):
-        first = content["calls"][0]
-        for name, value in at.items():
-            of = next(d for d in (first["rows"][0], first, content["measured on"], content) if name in d)
-            of[name] = value
-        return content
-
-    return lambda: json.dumps(change(json.loads(Path(tuning.path()).read_text())))
-
-
-def twice():
-    content = json.loads(Path(tuning.path()).read_text())
-    return json.dumps(content | {"calls": content["calls"][:1] * 2})
-
-
-UNUSABLE = {
-    "empty": (lambda: "", "broken"),
-    "no JSON": (lambda: "routes", "broken"),
-    "cut": (lambda: Path(tuning.path()).read_text()[:-20], "broken"),
-    "a list": (lambda: "[]", "broken"),
-    "deep": (lambda: "[" * 100_000, "broken"),
-    "null": (lambda: "null", "broken"),
-    "not UTF-8": (lambda: b"\xff\xfe", "broken"),
-    "nothing measured on": (lambda: "{}", "broken"),
-    "calls of another type": (changed(calls=3), "broken"),
-    "a call of another type": (changed(calls=[3]), "broken"),
-    "the same calls twice": (twice, "the same calls twice"),
-    "another GPU": (changed(**{"device name": "Apple M9"}), "device name Apple M9, but this is device name"),
-    "a device that is not here": (changed(device="gpu"), "but this is"),
-    "an unknown device": (changed(device="tpu"), "broken"),
-    "another MLX": (changed(mlx="0.1.2"), "mlx 0.1.2, but this is mlx 0."),
-    "another mlx-fused": (changed(**{"mlx-fused": "0.0.1"}), "mlx-fused 0.0.1"),
-    "no rows": (changed(rows=[]), "broken"),
-    "rows as text": (changed(route="fused", rows="1"), "broken"),
-    "an unknown route": (changed(route="fast"), "unknown routes"),
-    "a route as a list": (changed(route=[]), "broken"),
-    "no time": (changed(fused_s=0.0), "no time"),
-    "infinite time": (changed(composed_s=float("inf")), "no time"),
-    "time as text": (changed(fused_s="1"), "no float"),
-    "an unknown dtype": (changed(dtype="int8"), "broken"),
-    "gradient as a number": (changed(gradient=1), "no bool"),
-    "weights without a gradient": (changed(of_weights=True), "no such call"),
-    "the other operation": (changed(operation="output"), "no such call"),
-    "two features": (changed(features=[64, 32]), "2 features"),
-    "a feature as text": (changed(features=[64, "32", 32]), "no int"),
-    "a feature too large": (changed(features=[64, 2**31, 32]), "no size"),
-    "too few ranks": (changed(ranks=[0]), "1 ranks"),
-    "a negative rank": (changed(ranks=[0, -1, 0]), "no size"),
-    "no input": (changed(in_features=0), "no size"),
-    "a format of two": (changed(format=["affine", 4]), "broken"),
-    "half a character": (changed(format=["\ud800", 4, 64]), "UnicodeEncodeError"),
-    "bits as text": (changed(format=["affine", "4", 64]), "no int"),
-}
-
-
-@pytest.mark.parametrize("name", UNUSABLE)
-def test_a_file_that_is_broken_foreign_or_stale_is_ignored_with_a_warning(name):
-    make_content, reason = UNUSABLE[name]
-    path = write({PLAIN: {1: COMPOSED}, OUTPUT: {1: COMPOSED}})
-    content = make_content()
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    (said,) = ignored()
-    assert said.startswith(f"The measured routes in {path} are not used: ") and reason in said
-    assert "\n" not in said
-    assert route_of(PLAIN, 1) == route_of(OUTPUT, 1) == "fused"  # never a part of it
-
-
-def test_a_file_that_cannot_be_read_is_ignored_with_a_warning(cache):
-    path = Path(tuning.path())
-    path.mkdir(parents=True)
-    (said,) = ignored()
-    assert "cannot be read (Is a directory)" in said
-    path.rmdir()
-    path.symlink_to(cache / "nowhere")
-    (said,) = ignored()
-    assert "cannot be read (No such file or directory)" in said
-
-
-def test_a_file_that_cannot_be_used_is_replaced():
-    Path(tuning.path()).parent.mkdir()
-    Path(tuning.path()).write_text("{")
-    assert table.read(write(CALLS)).calls == CALLS
-
-
-def test_importing_reads_it_and_says_once_if_it_cannot():
-    code = "import mlx_fused, mlx_fused.nn; from mlx_fused import _ext; from mlx_fused.tuning import Kind\n"
-    code += f"import mlx.core as mx; print(_ext.tuned_route({PLAIN!r}, 1))"
-    code = code.replace("mlx.core.float32", "mx.float32")
-    path = write(CALLS)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("composed\n", "")
-    path.write_text("{")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "None\n" and done.returncode == 0
-    assert done.stderr.startswith("<string>:1: UserWarning: The measured routes in ")
-    assert done.stderr.count("Warning") == 1
-
-
-def test_importing_without_a_table_loads_nothing_for_it():
-    modules = ("json", "fcntl", "mlx_fused.tuning.table", "rich", "click")
-    code = f"import sys, mlx_fused; print([m for m in {modules} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("[]\n", "")
-
-
-def test_where_the_file_is(monkeypatch, cache):
-    assert tuning.path() == str(cache / "routes.json")
-    monkeypatch.delenv("MLX_FUSED_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-    assert tuning.path() == "/caches/mlx-fused/routes.json"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/me")
-    for platform, folder in (("linux", ".cache"), ("darwin", "Library/Caches")):
-        monkeypatch.setattr(sys, "platform", platform)
-        assert tuning.path() == f"/home/me/{folder}/mlx-fused/routes.json"
-
-
-def test_a_write_that_fails_leaves_the_file_as_it_was(monkeypatch, cache):
-    path = write(CALLS)
-    before = path.read_bytes()
-
-    def full(content, file, **options):
-        file.write("half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(json, "dump", full)
-    with pytest.raises(OSError, match="No space"):
-        write({PLAIN: {2: FUSED}})
-    assert path.read_bytes() == before
-    assert sorted(p.name for p in cache.iterdir()) == ["routes.json", "routes.json.lock"]
-
-
-WRITER = """
-import sys, mlx.core as mx
-from mlx_fused import tuning
-from mlx_fused.tuning import Kind, table
-mine = int(sys.argv[1])
-for n in range(1, 21):
-    kind = Kind(False, False, mx.float32, None, False, 1000 * mine + n, (64,), (0,))
-    table.write(tuning.path(), {kind: {1: table.Timing.of(1.0, 2.0)}})
-"""
-
-
-def test_processes_that_write_at_once_lose_nothing_and_no_reader_sees_a_part():
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(n)]) for n in (1, 2)]
-    seen = 0
-    while any(writer.poll() is None for writer in writers):
-        if os.path.exists(tuning.path()):
-            found = len(table.read(tuning.path()).calls)  # raises if it is a part
-            assert found >= seen
-            seen = found
-    assert [writer.returncode for writer in writers] == [0, 0]
-    expected = {1000 * mine + n for mine in (1, 2) for n in range(1, 21)}
-    assert {kind.in_features for kind in table.read(tuning.path()).calls} == expected
-
-
 # The command
 
 
@@ -540,6 +330,14 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line_before_anything_is_mea
     monkeypatch.setattr(measure, "measure", pytest.fail)
     code, _, err = run(main, ["tune"])
     assert code == 1 and len(err.splitlines()) == 1 and os.devnull in err
+
+
+def test_what_cannot_be_removed_ends_in_one_line(run, cache):
+    (cache / "routes.json").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="it is no file"):
+        tuning.use_table()
+    code, _, err = run(main, ["tune", "--remove"])
+    assert code == 1 and err.splitlines()[-1].endswith("cannot be removed: Is a directory.")
 
 
 def test_patching_that_is_off_is_an_error(run, monkeypatch):

@@ -73,12 +73,15 @@ constexpr std::array parts = {
     "any",
     "projection",
     "projection or gradient of the input, small grid",
+    "projection or gradient of the input, short examples apart",
     "projection + residual alone",
     "gradient of the input",
     "gradient of weights",
-    "LoRA's x A or dy B^T, rank up to 32",
+    "LoRA's x A or dy B^T, rank up to 8",
+    "LoRA's x A or dy B^T, rank 9 to 32",
     "LoRA's x A or dy B^T, rank above 32",
-    "gradient of LoRA's A or B, rank up to 32",
+    "gradient of LoRA's A or B, rank up to 8",
+    "gradient of LoRA's A or B, rank 9 to 32",
     "gradient of LoRA's A or B, rank above 32"};
 
 const char* name_of(mlx_fused::Route route) {
@@ -104,7 +107,9 @@ void def_on_workload(nb::module_& m, const char* name, F f) {
           const std::string& size,
           bool is_apple7,
           bool matmul_units,
-          const std::optional<std::string>& route) {
+          const std::optional<std::string>& route,
+          const std::optional<int64_t>& line_rows,
+          bool exact) {
         auto info =
             device == "metal"
                 ? mlx_fused::metal_device("applegpu_g13" + size, matmul_units ? 18 : 13, is_apple7, {25, 2})
@@ -119,7 +124,7 @@ void def_on_workload(nb::module_& m, const char* name, F f) {
             .segments = segments,
             .has_bias = has_bias,
             .quantization = quantization(q),
-            .epilogue = {.has_residual = is_output}};
+            .epilogue = {.has_residual = is_output, .exact = exact}};
         mlx_fused::Slots slots;
         for (auto& role : wanted) {
           slots.push_back(slot({role, 0}));
@@ -127,7 +132,7 @@ void def_on_workload(nb::module_& m, const char* name, F f) {
         bool is_grad = operation.ends_with("_grad");
         std::vector<int> ranks(segments.size(), rank);
         mlx_fused::Workload work{
-            call, promoted, rows, in_features, is_grad ? &slots : nullptr, no_metal_kernel, ranks};
+            call, promoted, rows, in_features, is_grad ? &slots : nullptr, no_metal_kernel, line_rows, ranks};
         return f(work, info, route);
       },
       "operation"_a,
@@ -144,7 +149,9 @@ void def_on_workload(nb::module_& m, const char* name, F f) {
       "size"_a = "s",
       "is_apple7"_a = true,
       "matmul_units"_a = false,
-      "route"_a = nb::none());
+      "route"_a = nb::none(),
+      "line_rows"_a = nb::none(),
+      "exact"_a = false);
 }
 
 // (launches, the sizes of temporaries in bytes)

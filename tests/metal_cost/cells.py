@@ -99,7 +99,7 @@ def _mlx_source(form):
     return HERE / f"mlx_{family}.metal", {"dense": "", "affine": "affine_", "fp": "fp_"}[family]
 
 
-def _mlx_vectors(form, vectors):
+def mlx_vectors(form, vectors):
     """That for so many rows at a time, on an M3 and later."""
     bits, group = FORMATS[form]
     source, prefix = _mlx_source(form)
@@ -129,7 +129,7 @@ def _gemm(name, dtype, rows, cols, depth, simdgroups, transposed):
 def _mlx():
     for form in FORMATS:
         for vectors in range(1, MOST_VECTORS + 1):
-            yield _mlx_vectors(form, vectors)
+            yield mlx_vectors(form, vectors)
     yield _gemm("gemm_nt", "half", 64, 32, 32, 2, "false, true")
     yield _gemm("gemm_nn", "half", 64, 64, 16, 1, "false, false")
     yield _gemm("gemm_tn", "half", 64, 64, 16, 1, "true, false")
@@ -156,7 +156,7 @@ def _cells():
         for rows in ROWS:
             passes = ceil(rows / MOST_ROWS), ceil(rows / MOST_VECTORS)
             ours = rows_kernel(form, ceil(rows / passes[0]))
-            mlx = _mlx_vectors(form, ceil(rows / passes[1]))
+            mlx = mlx_vectors(form, ceil(rows / passes[1]))
             yield Cell(f"{form}, rows {rows}", ours.name, mlx.name, *passes)
     for form in TILE_FORMATS:
         for rows in (32, 64):
@@ -168,9 +168,12 @@ def _cells():
     yield _tile_cell("weight_grad", "gemm_tn")
     for source, mlx in (("low_rank_product", "gemm_nn_float"), ("adapter_grad", "gemm_tn_float")):
         for shape in LOW_RANK[source]:
-            # An adapter fills as many of the 64 columns of MLX's tile as its rank is.
-            for rank in (32, 64) if shape.endswith("3") else (8,):
-                yield Cell(f"{source}_{shape}, rank {rank}", f"{source}_{shape}", mlx, mlx_passes=64 // rank)
+            ours = f"{source}_{shape}"
+            # MLX splits K for fewer than 40 columns, of which its tile has 16; rank 8 fills half of them.
+            yield Cell(f"{ours}, rank 8", ours, "gemm_splitk_nt", mlx_passes=2)
+            if shape.endswith("3"):
+                yield Cell(f"{ours}, rank 32", ours, "gemm_splitk_nt")
+                yield Cell(f"{ours}, rank 64", ours, mlx)
 
 
 def _tile_cell(ours, mlx):

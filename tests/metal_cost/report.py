@@ -29,7 +29,15 @@ def fingerprint():
     digest = hashlib.sha256(f"{compiler.MESA} {compiler.LLVM}".encode())
     for path in sorted({k.source for k in KERNELS.values()}):
         digest.update("\n".join(line for line in flattened(path).split("\n") if line[:2] != "# ").encode())
-    for name in ("metal.h", "translate.py", "measure.py", "cells.py", "mistakes.py", "report.py"):
+    for name in (
+        "metal.h",
+        "compiler.py",
+        "translate.py",
+        "measure.py",
+        "cells.py",
+        "mistakes.py",
+        "report.py",
+    ):
         digest.update((HERE / name).read_bytes())
     return digest.hexdigest()
 

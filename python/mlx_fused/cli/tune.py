@@ -62,6 +62,8 @@ def _remove() -> None:
         os.remove(tuning.path())
     except (FileNotFoundError, NotADirectoryError):
         click.echo(f"Nothing to remove: there is no {tuning.path()}")
+    except OSError as error:
+        raise click.ClickException(f"{tuning.path()} cannot be removed: {error.strerror}.") from error
     else:
         click.echo(f"Removed: {tuning.path()}")
 

@@ -54,11 +54,12 @@ class Kind(NamedTuple):
 
 def path() -> str:
     """Where the table is, if there is one: in ``MLX_FUSED_CACHE``, or else in the user's cache folder."""
-    folder = os.environ.get("MLX_FUSED_CACHE")
+    folder = os.path.expanduser(os.environ.get("MLX_FUSED_CACHE", ""))
     if not folder:
         # Not by platformdirs: importing it at every import of mlx_fused takes longer than all of this.
         caches = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
-        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(caches)
+        chosen = os.environ.get("XDG_CACHE_HOME", "")
+        caches = chosen if os.path.isabs(chosen) else os.path.expanduser(caches)
         folder = os.path.join(caches, "mlx-fused")
     return os.path.join(folder, "routes.json")
 

@@ -20,7 +20,8 @@ from mlx_fused.linear import LinearOperands
 from mlx_fused.tuning import Kind
 from mlx_fused.tuning.table import Timing
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
+# With those at which our kernels change: a number between two takes the route of the smaller.
+ROWS = (1, 2, 4, 5, 8, 9, 16, 32, 33, 64, 128, 512, 2048)
 ROUTES = ("fused", "composed")
 ROTATED = 257 * 2**20  # bytes of weights in turn; reasoned: more than the last-level cache of any Mac
 _LONGEST = 64  # calls in a chain

@@ -66,6 +66,8 @@ def read(path: str) -> Table:
         Unusable: If it cannot be read, is broken, or is of another device, MLX or mlx-fused.
     """
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait
+            raise Unusable("it is no file")
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
         where = content["measured on"]
