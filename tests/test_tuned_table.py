@@ -2,32 +2,16 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
-import warnings
-from dataclasses import replace
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
-import mlx_lm
 import pytest
-from click.testing import CliRunner
 
-import mlx_fused
-from commands import COMMAND
-from graph import primitives
 from mlx_fused import _ext, tuning
-from mlx_fused.cli import main
-from mlx_fused.tuning import Kind, measure, table
-from mlx_fused.tuning.calls import kinds_of
-from mlx_fused.tuning.measure import QUICK, Effort, route_of, with_gradients
-from mlx_fused.tuning.table import Timing
-from mlx_fused.validate import CannotValidate
+from mlx_fused.tuning import table
+from mlx_fused.tuning.measure import route_of
 from tuned import CALLS, COMPOSED, EVEN, FUSED, OUTPUT, PLAIN, cache, ignored, write  # noqa: F401
 
 

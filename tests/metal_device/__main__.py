@@ -23,12 +23,14 @@ from launches import instantiations, quantized_instantiations
 
 HERE = Path(__file__).resolve().parent
 METALLIB = Path(mlx_fused._ext.__file__).with_name("mlx_fused.metallib")
+ASIDE = METALLIB.with_suffix(".aside")
 # What the validation says of a fault is written by no Python, so pytest must not catch it: the process is
 # about to end. A test that hangs ends its process too.
 OPTIONS = ["--capture=sys", "-o", "faulthandler_timeout=900", "-o", "faulthandler_exit_on_timeout=true"]
 
 
 def main():
+    restore_metallib()  # of a run that was killed
     parser = argparse.ArgumentParser(prog="test-metal", epilog="Other options are for pytest.")
     parser.add_argument("--rehearse", action="store_true", help="run on the CPU device, on any machine")
     parser.add_argument("--from-source", action="store_true", help="let the device compile the kernels")
@@ -73,16 +75,17 @@ def has_kernels():
 
 @contextmanager
 def no_metallib():
-    aside = METALLIB.with_suffix(".aside")
-    if aside.exists():
-        aside.rename(METALLIB)  # of a run that was killed
     if METALLIB.exists():
-        METALLIB.rename(aside)
+        METALLIB.rename(ASIDE)
     try:
         yield
     finally:
-        if aside.exists():
-            aside.rename(METALLIB)
+        restore_metallib()
+
+
+def restore_metallib():
+    if ASIDE.exists():
+        ASIDE.rename(METALLIB)
 
 
 def run(file, for_pytest, journal, report):
