@@ -163,7 +163,7 @@ def adapter_grad(folder):
     for op in lora_calls(2, 11, 64):
         check(folder, ["adapter_grad.metal"], op, Embedded, LORA)
     # Shares that end within examples; examples of less than a step, and more of them than simdgroups.
-    for batch, rows in ((2, 11), (3, 150), (2, 5), (18, 3)):
+    for batch, rows in ((2, 11), (3, 150), (40, 9), (2, 5), (18, 3)):
         for op in lora_calls(batch, rows, 27):
             check(folder, ["adapter_grad.metal"], op, names=LORA)
 
