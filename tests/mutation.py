@@ -32,6 +32,7 @@ HARMLESS = {
     "condition dropped: !Format::is_quantized": "rows of quantized weights end with whole chunks",
     "condition dropped: column < params.in_features": "a chunk of zeros",
     "guard always true: mlx_fused_has_rest": "a sum of no values",
+    "input_grad.metal:41 ": "which split takes which part of the same sum",
     "low_rank.h:89 ": "who adds which steps of the same sum",
     "< to <=": "one more block of zeros in a sum, or more of a tile than the guard after it lets through",
     "condition dropped: sums_bias": "sums that are not stored",
