@@ -482,7 +482,6 @@ def test_insisting_on_our_kernels(monkeypatch):
     for o_residual, count in (("auto", 0), (True, 1)):
         part = residual(model, o_residual=o_residual)
         assert nodes(model(x)) == count
-    assert part.calls.fused == 2 and part.calls.composed == 1
     assert part.calls.share == "2 of 2 calls, 1 of these by MLX's own operations"
 
 
