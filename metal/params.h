@@ -45,6 +45,17 @@ enum ConstantIndex : int32_t {
   constant_count,
 };
 
+// What is done to a projection's sums, elementwise. The last one is gpt-oss's gate, and has no other use.
+enum ActivationKind : int32_t {
+  activation_none,
+  activation_silu,
+  activation_gelu,
+  activation_gelu_approx,
+  activation_relu,
+  activation_relu2,
+  activation_clipped_swiglu,
+};
+
 // A tile of a projection or gradient, 32 or 64 rows of it, is that of two by two simdgroups.
 MLX_FUSED_CONSTANT int tile_cols = 64;
 MLX_FUSED_CONSTANT int tile_threads = 128;

@@ -109,16 +109,41 @@ struct LayerCheck {
   }
 };
 
+// The rows of each segment.
+Arrays split_rows(
+    const mx::array& packed, const std::vector<int>& features, Packing packing, const Products& products) {
+  if (packing == Packing::interleaved) {
+    Arrays parts;
+    int count = features.size();
+    for (int i = 0; i < count; ++i) {
+      mx::Shape start(packed.ndim(), 0), strides(packed.ndim(), 1);
+      start[0] = i;
+      strides[0] = count;
+      parts.push_back(mx::slice(packed, start, packed.shape(), strides, products.stream));
+    }
+    return parts;
+  }
+  if (packing == Packing::in_order) {
+    return products.split(packed, features);
+  }
+  auto parts = products.split(packed, {features.rbegin(), features.rend()});
+  return {parts.rbegin(), parts.rend()};
+}
+
 // Splits an array of a packed layer into the segments' parts. They share lora_a; lora_b is split by columns.
 Arrays unpacked(
-    Role role, const mx::array& array, const std::vector<int>& features, const Products& products) {
+    Role role,
+    const mx::array& array,
+    const std::vector<int>& features,
+    Packing packing,
+    const Products& products) {
   if (role == Role::lora_a) {
     return Arrays(features.size(), array);
   }
   if (role != Role::lora_b) {
-    return products.split(array, features);
+    return split_rows(array, features, packing, products);
   }
-  auto parts = products.split(mx::transpose(array, products.stream), features);
+  auto parts = split_rows(mx::transpose(array, products.stream), features, packing, products);
   for (auto& part : parts) {
     part = mx::transpose(part, products.stream);
   }
@@ -162,7 +187,8 @@ Arrays check_arguments(
     const Linears& layers,
     const std::optional<mx::array>& residual,
     Call& call,
-    const Products& products) {
+    const Products& products,
+    Packing packing) {
   check.ndim({input_name.c_str()}, input, 3);
   check.floating({input_name.c_str()}, input);
   auto& segments = call.segments;
@@ -198,7 +224,7 @@ Arrays check_arguments(
         add(role, i, std::move(array));
         continue;
       }
-      auto parts = unpacked(role, array, features, products);
+      auto parts = unpacked(role, array, features, packing, products);
       for (int j = 0; j < int(parts.size()); ++j) {
         add(role, j, std::move(parts[j]));
       }

@@ -28,6 +28,10 @@ using Linears = std::vector<Linear>;
 // Why these layers, which read the same input, cannot be computed by one operation; nullopt if they can.
 std::optional<std::string> difference(const Linears& layers);
 
+// How a packed layer has its segments' rows: one segment's after the other's, the last one's first, or in
+// turns.
+enum class Packing { in_order, reversed, interleaved };
+
 // Checks the arguments and completes the call: bias, quantization, adapters, residual, and where a segment
 // has 0 features those of its layer. Returns the call's inputs in the order of input_slots(call). Takes one
 // layer per segment, or a single layer that packs the rows of all segments and is split into views. Messages
@@ -39,6 +43,7 @@ Arrays check_arguments(
     const Linears& layers,
     const std::optional<mx::array>& residual,
     Call& call,
-    const Products& products);
+    const Products& products,
+    Packing packing = Packing::in_order);
 
 }  // namespace mlx_fused

@@ -27,6 +27,12 @@ bool Call::has_adapters() const {
   return std::any_of(segments.begin(), segments.end(), [](auto& s) { return s.adapter_scale.has_value(); });
 }
 
+Call Call::linear() const {
+  auto call = *this;
+  call.epilogue.activation = {};
+  return call;
+}
+
 bool contains(const Slots& slots, const Slot& slot) {
   return std::find(slots.begin(), slots.end(), slot) != slots.end();
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "mlx/array.h"
+#include "mlx_fused/activation.h"
 #include "mlx_fused/quantization.h"
 
 // A projection as plain data: what it computes, and the order of its arrays among a primitive's inputs.
@@ -25,11 +26,12 @@ struct Segment {
   bool operator==(const Segment&) const = default;
 };
 
-// out = residual + alpha y.
+// out = residual + alpha y, or an activation of y.
 struct Epilogue {
   bool has_residual = false;
   float alpha = 1;
   bool exact = false;  // round after every step, as mlx-lm's modules do, instead of once at the end
+  Activation activation = {};
 
   bool operator==(const Epilogue&) const = default;
 };
@@ -46,6 +48,9 @@ struct Call {
   bool operator==(const Call&) const = default;
 
   bool has_adapters() const;
+
+  // The same without its activation, whose outputs are what the activation is of.
+  Call linear() const;
 
   // Whether its layers have dense weights, no bias and no adapter; says nothing of the epilogue.
   bool is_plain() const {

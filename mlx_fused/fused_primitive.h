@@ -1,6 +1,7 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -32,6 +33,11 @@ class FusedPrimitive : public mx::Primitive {
       const Arrays& outputs) override;
   Arrays jvp(const Arrays& primals, const Arrays& tangents, const std::vector<int>& argnums) override;
   std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes) override;
+
+  // One of its outputs, made again from what a backward pass keeps anyway; nullopt if nothing is won by that.
+  virtual std::optional<mx::array> made_again(const mx::array&) {
+    return std::nullopt;
+  }
 
  protected:
   // The same function of the same inputs, in MLX's own operations.

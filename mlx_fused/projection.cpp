@@ -2,7 +2,9 @@
 
 #include <algorithm>
 
+#include "mlx/allocator.h"
 #include "mlx/ops.h"
+#include "mlx_fused/activate.h"
 #include "mlx_fused/check.h"
 #include "mlx_fused/composed.h"
 #include "mlx_fused/routing.h"
@@ -93,6 +95,13 @@ float round_to(mx::Dtype dtype, float value) {
                                  : value;
 }
 
+// An activation as a gradient's input, made again so that the forward pass need not keep it.
+mx::array made_again(const mx::array& x) {
+  auto* primitive =
+      x.has_primitive() && !x.is_available() ? dynamic_cast<FusedPrimitive*>(&x.primitive()) : nullptr;
+  return primitive ? primitive->made_again(x).value_or(x) : x;
+}
+
 // The inputs of a gradient primitive, from the cotangents and from `primals`, which are the arrays of
 // `slots`.
 Arrays grad_inputs(
@@ -100,9 +109,25 @@ Arrays grad_inputs(
   Operands operands(primals, slots);
   Arrays inputs;
   for (auto [role, segment] : input_slots(call)) {
-    inputs.push_back(role == Role::cotangent ? cotangents[segment] : operands.get(role, segment));
+    auto& array = role == Role::cotangent ? cotangents[segment] : operands.get(role, segment);
+    inputs.push_back(role == Role::input ? made_again(array) : array);
   }
   return inputs;
+}
+
+// Whether it is what MLX gives as the cotangent of an output that nothing depends on.
+bool is_zero(const mx::array& cotangent) {
+  auto* a = &cotangent;
+  auto spreads = [](const mx::Primitive& p) {
+    std::string_view name = p.name();
+    return name == "Full" || name == "Broadcast" || name == "AsType";
+  };
+  while (a->has_primitive() && spreads(a->primitive())) {
+    a = &a->inputs()[0];
+  }
+  auto is_null = [](char byte) { return byte == 0; };
+  return a->size() == 1 && !a->has_primitive() && a->is_available() && !a->is_tracer() &&
+         std::all_of(a->data<char>(), a->data<char>() + a->itemsize(), is_null);
 }
 
 std::vector<mx::Shape> output_shapes_of(const Call& call, const mx::array& x) {
@@ -111,6 +136,9 @@ std::vector<mx::Shape> output_shapes_of(const Call& call, const mx::array& x) {
   for (auto& [features, heads, adapter_scale] : call.segments) {
     shapes.push_back(
         heads ? mx::Shape{batch, heads, seq, features / heads} : mx::Shape{batch, seq, features});
+  }
+  if (call.epilogue.activation) {
+    shapes.insert(shapes.begin(), shapes[0]);
   }
   return shapes;
 }
@@ -185,7 +213,15 @@ class ComposedProjection : public Projection {
 
 }  // namespace
 
-Arrays project(Arrays inputs, Call call, const std::optional<std::string>& route, mx::Stream stream) {
+namespace {
+
+// The outputs of a call, as Projection has them.
+Arrays all_outputs(
+    Arrays inputs,
+    Call call,
+    const std::optional<std::string>& route,
+    mx::Stream stream,
+    bool keeps = false) {
   auto work = workload(inputs, call);
   auto dtype = work.promoted[0];
   if (call.epilogue.exact) {
@@ -193,8 +229,16 @@ Arrays project(Arrays inputs, Call call, const std::optional<std::string>& route
   }
   if (choose_route(Check(call.operation), work, stream, route) == Route::composed) {
     Products products(stream, route);
-    return products.are_exportable() ? composed::project(inputs, call, products)
-                                     : ComposedProjection::of(inputs, call, stream);
+    bool exports = products.are_exportable();
+    auto outputs = exports ? composed::project(inputs, call.linear(), products)
+                           : ComposedProjection::of(inputs, call.linear(), stream);
+    auto& [has_residual, alpha, exact, activation] = call.epilogue;
+    if (activation) {
+      auto y = exports || exact ? composed::activate(outputs, activation, exact, stream)
+                                : activate(outputs, activation, stream);
+      outputs.insert(outputs.begin(), y);
+    }
+    return outputs;
   }
   auto slots = input_slots(call);
   for (size_t i = 0; i < inputs.size(); ++i) {
@@ -203,9 +247,18 @@ Arrays project(Arrays inputs, Call call, const std::optional<std::string>& route
       inputs[i] = mx::astype(inputs[i], adapter ? mx::float32 : dtype, stream);
     }
   }
-  std::vector<mx::Dtype> dtypes(call.segments.size(), dtype);
-  auto primitive = std::make_shared<Projection>(stream, std::move(call));
-  return mx::array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, inputs);
+  auto shapes = output_shapes_of(call, inputs[0]);
+  std::vector<mx::Dtype> dtypes(shapes.size(), dtype);
+  auto primitive = std::make_shared<Projection>(stream, std::move(call), keeps);
+  return mx::array::make_arrays(shapes, dtypes, primitive, inputs);
+}
+
+}  // namespace
+
+Arrays project(Arrays inputs, Call call, const std::optional<std::string>& route, mx::Stream stream) {
+  bool activates = bool(call.epilogue.activation);
+  auto outputs = all_outputs(std::move(inputs), std::move(call), route, stream);
+  return activates ? Arrays{outputs[0]} : outputs;
 }
 
 Arrays project_grad(
@@ -262,14 +315,53 @@ Arrays all_gradients(
 
 Function Projection::composed() {
   return [call = call_, s = stream()](const auto& inputs) {
-    return composed::project(inputs, call, Products(s));
+    auto outputs = composed::project(inputs, call.linear(), Products(s));
+    if (auto& activation = call.epilogue.activation) {
+      outputs.insert(outputs.begin(), composed::activate(outputs, activation, call.epilogue.exact, s));
+    }
+    return outputs;
   };
+}
+
+Arrays Projection::apply(const Arrays& inputs) {
+  return all_outputs(inputs, call_, std::nullopt, stream(), keeps_);
+}
+
+void Projection::allocate_outputs(Arrays& outputs) const {
+  bool all = keeps_ || !call_.epilogue.activation;
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    outputs[i].set_data(mx::allocator::malloc(all || i == 0 ? outputs[i].nbytes() : 0));
+  }
+}
+
+Arrays Projection::kept(const Arrays& inputs, const Arrays& outputs) {
+  if (outputs[1].status() == mx::array::Status::unscheduled) {
+    keeps_ = true;
+    return {outputs.begin() + 1, outputs.end()};
+  }
+  if (outputs[1].buffer_size() >= outputs[1].nbytes()) {
+    return {outputs.begin() + 1, outputs.end()};
+  }
+  // They were evaluated before a gradient was asked for.
+  std::vector dtypes(outputs.size(), outputs[0].dtype());
+  auto again = mx::array::make_arrays(
+      output_shapes(inputs), dtypes, std::make_shared<Projection>(stream(), call_, true), inputs);
+  return {again.begin() + 1, again.end()};
+}
+
+std::optional<mx::array> Projection::made_again(const mx::array& output) {
+  auto& activation = call_.epilogue.activation;
+  auto outputs = output.outputs();
+  if (!activation || output.id() != outputs[0].id()) {
+    return std::nullopt;
+  }
+  return activate(kept(output.inputs(), outputs), activation, stream());
 }
 
 Arrays Projection::vjp(
     const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
   auto slots = input_slots(call_);
-  GradCall grad{call_, {}};
+  GradCall grad{call_.linear(), {}};
   bool of_groups = false;
   for (int argnum : argnums) {
     auto role = slots[argnum].role;
@@ -297,6 +389,14 @@ Arrays Projection::vjp(
   auto given = cotangents;
   for (size_t i = 0; i < given.size(); ++i) {
     given[i] = mx::astype(given[i], outputs[i].dtype(), stream());
+  }
+  if (auto& activation = call_.epilogue.activation) {
+    auto of_pre = activate_grad(given[0], kept(primals, outputs), activation, stream());
+    for (size_t i = 0; i < of_pre.size(); ++i) {
+      auto& own = cotangents[i + 1];  // of a second derivative
+      of_pre[i] = is_zero(own) ? of_pre[i] : mx::add(of_pre[i], given[i + 1], stream());
+    }
+    given = std::move(of_pre);
   }
   Arrays wanted, grads;
   if (!grad.wanted.empty()) {

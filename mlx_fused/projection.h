@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <optional>
 #include <string>
 #include <vector>
@@ -10,8 +11,9 @@
 
 namespace mlx_fused {
 
-// The outputs of a call, from a primitive or from MLX's own operations. `inputs` are in the order of
-// input_slots(call), of any dtypes. `route` is "composed", "fused" or unset, as in choose_route.
+// The outputs of a call, one for each segment or, of an activation, one. From a primitive or from MLX's own
+// operations. `inputs` are in the order of input_slots(call), of any dtypes. `route` is "composed", "fused"
+// or unset, as in choose_route.
 Arrays project(Arrays inputs, Call call, const std::optional<std::string>& route, mx::Stream stream);
 
 // The wanted gradients of a call, in the order of call.wanted. They have the cotangents' dtype, except those
@@ -32,9 +34,12 @@ Arrays all_gradients(
     const std::optional<std::string>& route,
     mx::Stream stream);
 
+// With an activation the outputs are first that and then what it is of, for the backward pass: these stay
+// empty unless vjp was called, which happens before evaluation. A call for inference costs nothing for it.
 class Projection : public FusedPrimitive {
  public:
-  Projection(mx::Stream stream, Call call) : FusedPrimitive(stream), call_(std::move(call)) {}
+  Projection(mx::Stream stream, Call call, bool keeps = false)
+      : FusedPrimitive(stream), call_(std::move(call)), keeps_(keeps) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
@@ -46,17 +51,17 @@ class Projection : public FusedPrimitive {
   std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes) override;
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
   bool is_equivalent(const mx::Primitive& other) const override {
-    return call_ == static_cast<const Projection&>(other).call_;
+    auto& as = static_cast<const Projection&>(other);
+    return call_ == as.call_ && keeps_ == as.keeps_;
   }
+  std::optional<mx::array> made_again(const mx::array& output) override;
   const char* name() const override {
     return call_.node.c_str();
   }
 
  protected:
   Function composed() override;
-  Arrays apply(const Arrays& inputs) override {
-    return project(inputs, call_, std::nullopt, stream());
-  }
+  Arrays apply(const Arrays& inputs) override;
   bool is_quantized() const override {
     return call_.quantization.has_value();
   }
@@ -65,6 +70,12 @@ class Projection : public FusedPrimitive {
   }
 
   const Call call_;
+
+ private:
+  void allocate_outputs(Arrays& outputs) const;
+  Arrays kept(const Arrays& primals, const Arrays& outputs);
+
+  std::atomic<bool> keeps_;
 };
 
 class ProjectionGrad : public FusedPrimitive {

@@ -147,6 +147,9 @@ bool has_kernels(const Workload& work, const DeviceInfo& device) {
     if (!device.is_apple7) {
       return false;
     }
+    if (work.call.epilogue.activation) {
+      return false;
+    }
     bool plain_matmuls = work.is_grad() && work.call.segments.size() == 1 && !work.call.has_adapters();
     bool readable = work.in_features > 0 && work.in_features < max_row_stride;
     if (plain_matmuls || !readable || work.no_metal_kernel) {

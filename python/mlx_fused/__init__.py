@@ -11,6 +11,8 @@ check_mlx(version("mlx"))
 from mlx_fused import nn  # noqa: E402
 from mlx_fused.linear import LinearOperands  # noqa: E402
 from mlx_fused.operations import (  # noqa: E402
+    fused_gated_projection,
+    fused_linear,
     fused_output_projection_residual,
     fused_output_projection_residual_bwd,
     fused_qkv_projection,
@@ -24,6 +26,8 @@ use_table()
 __all__ = [
     "LinearOperands",
     "__version__",
+    "fused_gated_projection",
+    "fused_linear",
     "fused_output_projection_residual",
     "fused_output_projection_residual_bwd",
     "fused_qkv_projection",

@@ -55,6 +55,25 @@ mlx_fused::Call make_call(
   return call;
 }
 
+// Its name, whether it is gated, alpha and limit.
+using ActivationTuple = std::tuple<std::string, bool, float, float>;
+
+mlx_fused::Activation activation_of(const std::optional<ActivationTuple>& given) {
+  using namespace mlx_fused;
+  static const std::map<std::string, ActivationKind> kinds = {
+      {"silu", activation_silu},
+      {"gelu", activation_gelu},
+      {"gelu_approx", activation_gelu_approx},
+      {"relu", activation_relu},
+      {"relu2", activation_relu2},
+      {"clipped_swiglu", activation_clipped_swiglu}};
+  if (!given) {
+    return {};
+  }
+  auto& [name, gated, alpha, limit] = *given;
+  return {kinds.at(name), gated, alpha, limit};
+}
+
 Arrays project(
     const std::string& operation,
     const std::string& node,
@@ -64,12 +83,14 @@ Arrays project(
     const std::vector<std::pair<int, int>>& segments,
     const OptionalArray& residual,
     float alpha,
+    const std::optional<ActivationTuple>& activation,
+    mlx_fused::Packing packing,
     bool exact,
     const Route& route,
     mx::StreamOrDevice s) {
   auto stream = mx::to_stream(s);
   auto call = make_call(operation, node, segments);
-  call.epilogue = {.alpha = alpha, .exact = exact};
+  call.epilogue = {.alpha = alpha, .exact = exact, .activation = activation_of(activation)};
   auto inputs = mlx_fused::check_arguments(
       mlx_fused::Check(operation),
       input_name,
@@ -77,7 +98,8 @@ Arrays project(
       linears(layers),
       residual,
       call,
-      mlx_fused::Products(stream, route));
+      mlx_fused::Products(stream, route),
+      packing);
   return mlx_fused::project(std::move(inputs), std::move(call), route, stream);
 }
 
@@ -146,6 +168,10 @@ Route tuned_route(const KindTuple& kind, int64_t rows) {
 NB_MODULE(_ext, m) {
   m.doc() = "The C++ functions that mlx_fused.operations and mlx_fused.patching call.";
 
+  nb::enum_<mlx_fused::Packing>(m, "Packing", "How a packed layer has its segments' rows.")
+      .value("in_order", mlx_fused::Packing::in_order)
+      .value("reversed", mlx_fused::Packing::reversed)
+      .value("interleaved", mlx_fused::Packing::interleaved);
   m.def(
       "project",
       &project,
@@ -157,6 +183,8 @@ NB_MODULE(_ext, m) {
       "segments"_a,
       "residual"_a,
       "alpha"_a,
+      "activation"_a.none(),
+      "packing"_a,
       "exact"_a,
       "route"_a,
       "stream"_a.none());

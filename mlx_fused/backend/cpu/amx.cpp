@@ -134,7 +134,7 @@ class AmxProduct {
         tasks_(split(outputs, rows_, 2 * side, max_cols)) {}
 
   void run() {
-    bool dense = std::holds_alternative<View>(tasks_[0].output->right[0]);
+    bool dense = std::holds_alternative<View>(tasks_[0].outputs[0].right[0]);
     int64_t all = (rows_ + side - 1) / side;
     int64_t chunk = std::clamp<int64_t>(left_bytes / panel_bytes_ / 2 * 2, 2, max_rows / side);
     packed_ = reinterpret_cast<char*>(scratch(Holder::product, std::min(chunk, all) * panel_bytes_ / 4));
@@ -143,7 +143,11 @@ class AmxProduct {
       reads_in_place_ = dense && right_form_ == Form::rows && panels_ <= max_panels_in_place;
       block_steps_ = dense && !reads_in_place_ ? dense_steps : max_steps / parts_;
       parallel_for(panels_, [&](int64_t p) { pack_left(p); });
-      parallel_for(tasks_.size(), [&](int64_t i) { multiply_task(*tasks_[i].output, tasks_[i].tile); });
+      parallel_for(tasks_.size(), [&](int64_t i) {
+        for (const Output& output : tasks_[i].outputs) {
+          multiply_task(output, tasks_[i].tile);
+        }
+      });
     }
   }
 
@@ -256,13 +260,15 @@ class AmxProduct {
     }
     release();
 
+    int64_t first_row = first_panel_ * side, last_row = std::min(first_row + panels_ * side, rows_);
+    Tile chunk{.row = first_row, .rows = last_row - first_row, .col = t.col, .cols = t.cols};
     for (int64_t p = 0; p < panels_; ++p) {
       for (int64_t r = 0; r < cols; ++r) {
         unpack_tile(tile(p, r), right_form_ == Form::rows, result + r * side, ld);
       }
       int64_t row = (first_panel_ + p) * side;
       Tile rows{.row = row, .rows = std::min(side, rows_ - row), .col = t.col, .cols = t.cols};
-      apply_epilogue(output, rows, result, ld);
+      apply_epilogue(output, chunk, rows, result, ld);
     }
   }
 

@@ -1,7 +1,9 @@
 #include "mlx_fused/backend/cpu/epilogue.h"
 
 #include <algorithm>
+#include <functional>
 
+#include "mlx_fused/backend/cpu/activation.h"
 #include "mlx_fused/backend/cpu/kernels.h"
 #include "mlx_fused/backend/cpu/scratch.h"
 #include "mlx_fused/backend/cpu/sgemm.h"
@@ -58,8 +60,8 @@ float* low_rank_tile(const std::vector<LowRank>& products, const Tile& t) {
 
 }  // namespace
 
-void apply_epilogue(const Output& output, const Tile& t, float* sums, int64_t ld) {
-  const auto& [residual, alpha, exact] = output.epilogue;
+void apply_epilogue(const Output& output, const Tile& task, const Tile& t, float* sums, int64_t ld) {
+  const auto& [residual, alpha, exact, activation] = output.epilogue;
   Type type = exact ? output.out.type : Type::float32;
   bool quantized = !output.right.empty() && std::holds_alternative<Quantized>(output.right[0]);
   float* low_rank = output.low_rank.empty() ? nullptr : low_rank_tile(output.low_rank, t);
@@ -88,7 +90,28 @@ void apply_epilogue(const Output& output, const Tile& t, float* sums, int64_t ld
       add_rows(*residual, {.row = t.row + i, .rows = 1, .col = t.col, .cols = t.cols}, row);
     }
   }
-  store(output.out, t, sums, ld);
+  if (output.pre) {
+    store(*output.pre, t, sums, ld);
+  }
+  float* gate =
+      activation.gated ? scratch(Holder::gate, task.rows * task.cols) + (t.row - task.row) * t.cols : nullptr;
+  for (int64_t i = 0; i < t.rows && activation; ++i) {
+    float* row = sums + i * ld;
+    if (gate && !output.is_gate) {
+      clip_up(activation, row, t.cols);
+      round(type, row, t.cols);
+      std::transform(row, row + t.cols, gate + i * t.cols, row, std::multiplies());
+      continue;
+    }
+    kernels().activate(activation, row, t.cols);
+    round(type, row, t.cols);
+    if (gate) {
+      std::copy_n(row, t.cols, gate + i * t.cols);
+    }
+  }
+  if (!output.is_gate) {
+    store(output.out, t, sums, ld);
+  }
 }
 
 }  // namespace mlx_fused::cpu

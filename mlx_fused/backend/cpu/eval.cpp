@@ -2,6 +2,8 @@
 // the work.
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
+#include "mlx_fused/activate.h"
+#include "mlx_fused/backend/cpu/activation.h"
 #include "mlx_fused/backend/cpu/kernels.h"
 #include "mlx_fused/backend/cpu/parallel.h"
 #include "mlx_fused/backend/cpu/projection.h"
@@ -53,6 +55,14 @@ View view_of(const mx::array& a) {
 
 std::optional<View> view_of(const mx::array* a) {
   return a ? std::optional(view_of(*a)) : std::nullopt;
+}
+
+std::vector<View> views_of(const Arrays& arrays) {
+  std::vector<View> views;
+  for (auto& a : arrays) {
+    views.push_back(view_of(a));
+  }
+  return views;
 }
 
 // The array, copied if its rows do not have the unit stride that codes, scales and biases must have.
@@ -121,18 +131,20 @@ void dispatch(mx::Stream stream, const Arrays& inputs, Arrays& outputs, F work) 
 }  // namespace
 
 void Projection::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  allocate(outputs);
+  allocate_outputs(outputs);
   Operands operands(inputs, input_slots(call_));
+  auto& [has_residual, alpha, exact, activation] = call_.epilogue;
   std::vector<cpu::Segment> segments;
   for (int i = 0; i < int(call_.segments.size()); ++i) {
     segments.push_back(
         {weight_of(operands, i, call_.quantization, stream()),
          view_of(operands.find(Role::bias, i)),
          adapter_of(operands, i, call_),
-         view_of(outputs[i])});
+         view_of(outputs[activation ? 0 : i]),
+         activation && keeps_ ? std::optional(view_of(outputs[1 + i])) : std::nullopt});
   }
   auto x = view_of(operands.get(Role::input));
-  cpu::Epilogue epilogue{view_of(operands.find(Role::residual)), call_.epilogue.alpha, call_.epilogue.exact};
+  cpu::Epilogue epilogue{view_of(operands.find(Role::residual)), alpha, exact, activation};
   dispatch(stream(), inputs, outputs, [=] { cpu::project(x, segments, epilogue); });
 }
 
@@ -158,6 +170,27 @@ void ProjectionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   auto x = view_of(operands.find(Role::input)), dx = view_of(grads.find(Role::input));
   float alpha = forward.epilogue.alpha;
   dispatch(stream(), inputs, outputs, [=] { cpu::project_grad(x, segments, dx, alpha); });
+}
+
+void Activate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  allocate(outputs);
+  dispatch(
+      stream(),
+      inputs,
+      outputs,
+      [pre = views_of(inputs), out = view_of(outputs[0]), activation = activation_] {
+        cpu::activate(pre, out, activation);
+      });
+}
+
+void ActivateGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  allocate(outputs);
+  auto pre = views_of(inputs);
+  auto cotangent = pre[0];
+  pre.erase(pre.begin());
+  dispatch(stream(), inputs, outputs, [=, d_pre = views_of(outputs), activation = activation_] {
+    cpu::activate_grad(cotangent, pre, d_pre, activation);
+  });
 }
 
 void check_cpu_settings() {

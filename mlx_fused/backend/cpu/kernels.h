@@ -34,6 +34,9 @@ struct Kernels {
   void (*widen)(Type type, const void* from, float* to, int64_t n);   // to = from
   void (*add)(Type type, const void* from, float* to, int64_t n);     // to += from
   void (*narrow)(Type type, const float* from, void* to, int64_t n);  // to = from, rounded to nearest even
+  void (*activate)(const Activation& a, float* x, int64_t n);         // x = f(x); a gate's is not multiplied
+  void (*derive)(
+      const Activation& a, const float* x, float* y, float* dy, int64_t n);  // y = f(x), dy = f'(x)
   // to = n elements of a row of w from col on. col and n are multiples of 32, except n at the end of a row.
   void (*dequantize)(const Quantized& w, int64_t row, int64_t col, int64_t n, float* to);
   // pack copies a row of x in the order in which packed_dots reads it for weights of the format of w, whose

@@ -57,7 +57,7 @@ class Panels {
     }
     transpose(result, cols, rows_, padded_, transposed_result, cols);
     Tile t{.row = first_, .rows = rows_, .col = col, .cols = cols};
-    apply_epilogue(output, t, transposed_result, cols);
+    apply_epilogue(output, t, t, transposed_result, cols);
   }
 
  private:
@@ -92,7 +92,9 @@ void panels_product(const View& left, const std::vector<Output>& outputs) {
   for (int64_t row = 0; row < left.rows(); row += max_rows) {
     Panels panels(left, row, std::min(max_rows, left.rows() - row));
     parallel_for(tasks.size(), [&](int64_t i) {
-      panels.multiply(*tasks[i].output, tasks[i].tile.col, tasks[i].tile.cols);
+      for (const Output& output : tasks[i].outputs) {
+        panels.multiply(output, tasks[i].tile.col, tasks[i].tile.cols);
+      }
     });
   }
 }

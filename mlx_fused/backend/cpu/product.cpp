@@ -27,7 +27,8 @@ constexpr int64_t max_dots_rows = 24, max_dots_rows_amx = 4, max_dots_rows_amx_q
 
 // Whether the epilogue does nothing.
 bool is_plain(const Output& o) {
-  return !o.bias && o.low_rank.empty() && !o.epilogue.residual && o.epilogue.alpha == 1;
+  auto& [residual, alpha, exact, activation] = o.epilogue;
+  return !o.bias && o.low_rank.empty() && !residual && alpha == 1 && !activation;
 }
 
 void blas_tile(const std::vector<View>& left, const Output& output, const Tile& t) {
@@ -68,13 +69,17 @@ void blas_tile(const std::vector<View>& left, const Output& output, const Tile& 
     }
   }
   if (!direct) {
-    apply_epilogue(output, t, acc, ld);
+    apply_epilogue(output, t, t, acc, ld);
   }
 }
 
 void blas_product(const std::vector<View>& left, const std::vector<Output>& outputs) {
   auto tasks = split(outputs, tile_rows, min_tile_cols, tile_cols);
-  parallel_for(tasks.size(), [&](int64_t i) { blas_tile(left, *tasks[i].output, tasks[i].tile); });
+  parallel_for(tasks.size(), [&](int64_t i) {
+    for (const Output& output : tasks[i].outputs) {
+      blas_tile(left, output, tasks[i].tile);
+    }
+  });
 }
 
 // The left operand in float32 with unit rows, copied if need be.
@@ -91,15 +96,23 @@ BlasMatrix whole_left(const View& left) {
 
 // Runs the tasks of a product with few rows, such as a decoding step. A small product ends before another
 // thread wakes up, and a spinning thread takes a CPU from the thread that prepares the next step.
-void run(const std::vector<Task>& tasks, int64_t depth, const std::function<void(const Task&)>& task) {
+void run(
+    const std::vector<Task>& tasks,
+    int64_t depth,
+    const std::function<void(const Output&, const Tile&)>& compute_tile) {
   int64_t work = 0;
   for (const Task& t : tasks) {
-    work += t.tile.rows * t.tile.cols * depth;
+    work += t.outputs.size() * t.tile.rows * t.tile.cols * depth;
   }
+  auto run_task = [&](const Task& task) {
+    for (const Output& output : task.outputs) {
+      compute_tile(output, task.tile);
+    }
+  };
   if (work <= max_inline_work) {
-    std::ranges::for_each(tasks, task);
+    std::ranges::for_each(tasks, run_task);
   } else {
-    parallel_for(tasks.size(), [&](int64_t i) { task(tasks[i]); });
+    parallel_for(tasks.size(), [&](int64_t i) { run_task(tasks[i]); });
   }
 }
 
@@ -109,22 +122,23 @@ void dots_product(const View& left, const std::vector<Output>& outputs) {
   constexpr int64_t block = 6;  // rows dequantized at a time, as many as one pass of kernels().dots takes
   int64_t rows = left.rows(), depth = left.cols();
   BlasMatrix x = whole_left(left);
-  run(split(outputs, rows, min_stream_cols, max_stream_cols), depth, [&](const Task& task) {
-    const auto& [output, t] = task;
-    float* acc = scratch(Holder::task, rows * t.cols + block * depth);
-    if (auto w = std::get_if<View>(&output->right[0])) {
-      kernels().dots(
-          x.data, x.ld, rows, w->type, element(*w, t.col, 0), w->seq_stride, t.cols, depth, acc, t.cols);
-    } else {
-      float* converted = acc + rows * t.cols;
-      for (int64_t j = 0; j < t.cols; j += block) {
-        int64_t n = std::min(block, t.cols - j);
-        load(output->right[0], {.row = t.col + j, .rows = n, .col = 0, .cols = depth}, converted, depth);
-        kernels().dots(x.data, x.ld, rows, Type::float32, converted, depth, n, depth, acc + j, t.cols);
-      }
-    }
-    apply_epilogue(*output, t, acc, t.cols);
-  });
+  run(split(outputs, rows, min_stream_cols, max_stream_cols),
+      depth,
+      [&](const Output& output, const Tile& t) {
+        float* acc = scratch(Holder::task, rows * t.cols + block * depth);
+        if (auto w = std::get_if<View>(&output.right[0])) {
+          kernels().dots(
+              x.data, x.ld, rows, w->type, element(*w, t.col, 0), w->seq_stride, t.cols, depth, acc, t.cols);
+        } else {
+          float* converted = acc + rows * t.cols;
+          for (int64_t j = 0; j < t.cols; j += block) {
+            int64_t n = std::min(block, t.cols - j);
+            load(output.right[0], {.row = t.col + j, .rows = n, .col = 0, .cols = depth}, converted, depth);
+            kernels().dots(x.data, x.ld, rows, Type::float32, converted, depth, n, depth, acc + j, t.cols);
+          }
+        }
+        apply_epilogue(output, t, t, acc, t.cols);
+      });
 }
 
 // For still fewer rows, with quantized weights of one format: the left operand is reordered once so that the
@@ -138,13 +152,14 @@ void packed_product(const View& left, const std::vector<Output>& outputs) {
     load(left, {.row = i, .rows = 1, .col = 0, .cols = depth}, row, depth);
     kernels().pack(format, row, packed + i * length);
   }
-  run(split(outputs, rows, min_stream_cols, max_stream_cols), depth, [&](const Task& task) {
-    const auto& [output, t] = task;
-    float* acc = scratch(Holder::task, rows * t.cols);
-    const auto& w = std::get<Quantized>(output->right[0]);
-    kernels().packed_dots(packed, rows, w, t.col, t.cols, acc, t.cols);
-    apply_epilogue(*output, t, acc, t.cols);
-  });
+  run(split(outputs, rows, min_stream_cols, max_stream_cols),
+      depth,
+      [&](const Output& output, const Tile& t) {
+        float* acc = scratch(Holder::task, rows * t.cols);
+        const auto& w = std::get<Quantized>(output.right[0]);
+        kernels().packed_dots(packed, rows, w, t.col, t.cols, acc, t.cols);
+        apply_epilogue(output, t, t, acc, t.cols);
+      });
 }
 
 // Whether packed_product can compute these outputs.
@@ -167,15 +182,18 @@ std::vector<Task> split(
   int64_t wanted = tasks_per_thread * num_threads(), row_tiles = (all_rows + rows - 1) / rows;
   int64_t cols = std::clamp(all_cols * row_tiles / wanted / min_cols * min_cols, min_cols, max_cols);
   std::vector<Task> tasks;
-  for (const Output& o : outputs) {
-    for (int64_t col = 0; col < o.out.cols(); col += cols) {
+  for (size_t i = 0, count; i < outputs.size(); i += count) {
+    count = outputs[i].is_gate ? 2 : 1;
+    std::span group(&outputs[i], count);
+    int64_t of_output = outputs[i].out.cols();
+    for (int64_t col = 0; col < of_output; col += cols) {
       for (int64_t row = 0; row < all_rows; row += rows) {
         Tile t{
             .row = row,
             .rows = std::min(rows, all_rows - row),
             .col = col,
-            .cols = std::min(cols, o.out.cols() - col)};
-        tasks.push_back({&o, t});
+            .cols = std::min(cols, of_output - col)};
+        tasks.push_back({group, t});
       }
     }
   }
@@ -211,7 +229,7 @@ void product(std::vector<View> left, std::vector<Output> outputs) {
       quantized &= !view;
       unit_rows &= has_unit_rows(right);
     }
-    for (auto* v : {&o.bias, &o.epilogue.residual}) {
+    for (auto* v : {&o.bias, &o.pre, &o.epilogue.residual}) {
       if (*v) {
         *v = flattened(**v);
       }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "mlx_fused/backend/cpu/operand.h"
@@ -18,14 +19,16 @@ struct LowRank {
 struct Output {
   std::vector<Operand> right;
   View out;
+  std::optional<View> pre = {};  // where what the activation is of is kept
+  bool is_gate = false;          // has no place of its own, but the next output is multiplied with it
   std::optional<View> bias = {};
   std::vector<LowRank> low_rank = {};
   Epilogue epilogue = {};
 };
 
-// A tile of an output, computed by one thread.
+// A tile of an output, or of a gate and of the output that it gates, computed by one thread.
 struct Task {
-  const Output* output;
+  std::span<const Output> outputs;
   Tile tile;
 };
 

@@ -35,7 +35,13 @@ void project(const View& x, const std::vector<Segment>& segments, const Epilogue
   auto left = lefts.begin();
   std::vector<Output> outputs;
   for (const Segment& s : segments) {
-    Output output{.right = {operand(s.weight)}, .out = s.out, .bias = s.bias, .epilogue = epilogue};
+    Output output{
+        .right = {operand(s.weight)},
+        .out = s.out,
+        .pre = s.pre,
+        .is_gate = epilogue.activation.gated && outputs.empty(),
+        .bias = s.bias,
+        .epilogue = epilogue};
     if (s.adapter) {
       output.low_rank.push_back({*left++, s.adapter->b});
     }

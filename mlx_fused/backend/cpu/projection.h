@@ -5,6 +5,8 @@
 #include <variant>
 #include <vector>
 
+#include "mlx_fused/activation.h"
+
 // Linear layers on strided views of memory: y = x W^T and its gradients, with dense or quantized weights and
 // with low-rank adapters. Sums are accumulated in float32 and rounded once, to nearest even. Operands may
 // have different types. Every function may be called from several threads at once and returns when its result
@@ -65,18 +67,21 @@ struct Segment {
   Weight weight;
   std::optional<View> bias;  // [1, out_features]
   std::optional<Adapter> adapter;
-  View out;  // [rows, out_features]
+  View out;                      // [rows, out_features]; of gated segments the same for both
+  std::optional<View> pre = {};  // where what the activation is of is kept
 };
 
 struct Epilogue {
   std::optional<View> residual;
   float alpha = 1;
   // Round to the output's type where separate operations would: after the product (if quantized), after
-  // adding the bias, the adapter's part before and after adding it, and after multiplying by alpha.
+  // adding the bias, the adapter's part before and after adding it, after multiplying by alpha, and after the
+  // activation and what it gates.
   bool exact = false;
+  Activation activation = {};
 };
 
-// out = residual + alpha (x weight^T + bias + adapter) for every segment.
+// out = residual + alpha (x weight^T + bias + adapter) for every segment, or an activation of that.
 void project(const View& x, const std::vector<Segment>& segments, const Epilogue& epilogue);
 
 // A segment's gradients that are wanted, and what they are made of.

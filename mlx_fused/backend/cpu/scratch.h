@@ -7,8 +7,9 @@
 namespace mlx_fused::cpu {
 
 // Who uses a scratch buffer of a thread. Users nest, so each has its own buffer: an operation with adapters
-// holds one while its products run, a product while its tasks run, a task while its epilogue runs.
-enum class Holder { operation, product, task, epilogue };
+// holds one while its products run, a product while its tasks run, a task while its epilogue runs, and one
+// for the gate that its second output is multiplied with.
+enum class Holder { operation, product, task, epilogue, gate };
 
 // Memory of this thread for `count` floats, aligned for vectors. It is kept for the next call, because page
 // faults on fresh memory cost more than a small product.
@@ -16,7 +17,7 @@ inline float* scratch(Holder holder, int64_t count) {
   struct alignas(64) Line {
     float values[16];
   };
-  thread_local std::array<std::vector<Line>, 4> buffers;
+  thread_local std::array<std::vector<Line>, 5> buffers;
   auto& buffer = buffers[static_cast<int>(holder)];
   size_t lines = (count + 15) / 16;
   if (buffer.size() < lines) {

@@ -1,4 +1,5 @@
 // Compiled once per instruction set; see vectors.h.
+#include "mlx_fused/backend/cpu/activation_loops.h"
 #include "mlx_fused/backend/cpu/quantized_loops.h"
 #include "mlx_fused/backend/cpu/vectors.h"
 
@@ -247,6 +248,8 @@ const Kernels table = {
     .widen = widen,
     .add = add,
     .narrow = narrow,
+    .activate = activate,
+    .derive = derive,
     .dequantize = dequantize,
     .packed_length = packed_length,
     .pack = pack,

@@ -1,6 +1,7 @@
 // Without Metal `routing` gives GPU streams the composed form, so a primitive is never evaluated on one.
 #include <stdexcept>
 
+#include "mlx_fused/activate.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/routing.h"
 
@@ -12,6 +13,14 @@ void Projection::eval_gpu(const Arrays&, Arrays&) {
 
 void ProjectionGrad::eval_gpu(const Arrays&, Arrays&) {
   throw std::runtime_error("[ProjectionGrad] There are no kernels for this GPU.");
+}
+
+void Activate::eval_gpu(const Arrays&, Arrays&) {
+  throw std::runtime_error("[Activate] There are no kernels for this GPU.");
+}
+
+void ActivateGrad::eval_gpu(const Arrays&, Arrays&) {
+  throw std::runtime_error("[ActivateGrad] There are no kernels for this GPU.");
 }
 
 DeviceInfo describe(mx::Device device) {

@@ -1,0 +1,17 @@
+"""The fused operations."""
+
+from mlx_fused.operations.linear import fused_gated_projection, fused_linear
+from mlx_fused.operations.qkv import fused_qkv_projection, fused_qkv_projection_bwd
+from mlx_fused.operations.residual import (
+    fused_output_projection_residual,
+    fused_output_projection_residual_bwd,
+)
+
+__all__ = [
+    "fused_gated_projection",
+    "fused_linear",
+    "fused_output_projection_residual",
+    "fused_output_projection_residual_bwd",
+    "fused_qkv_projection",
+    "fused_qkv_projection_bwd",
+]

@@ -1,0 +1,130 @@
+"""What the operations share: their arguments as a call of the extension."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_fused import _ext
+from mlx_fused.linear import LinearOperands
+
+Route: TypeAlias = Literal["composed", "fused"] | None
+Stream: TypeAlias = mx.Stream | mx.Device | mx.DeviceType | None
+
+
+def project(
+    operation, node, name, x, layers, segments, exact, route, stream,
+    residual=None, alpha=1.0, activation=None, packing=_ext.Packing.in_order,
+) -> list[mx.array]:  # fmt: skip
+    try:
+        return _ext.project(
+            operation, node, name, x, layers, segments, residual, alpha,
+            activation, packing, exact, route, stream,
+        )  # fmt: skip
+    except TypeError:
+        given = {
+            name: x,
+            "residual": residual,
+            "alpha": activation[2] if activation else alpha,
+            "limit": activation[3] if activation else 0.0,
+            "exact": exact,
+            "route": route,
+            "stream": stream,
+        }
+        _check_kinds(operation, given, layers)
+        raise
+
+
+def all_gradients(operation, node, names, cotangents, name, x, layers, segments, has_bias, route, stream):
+    try:
+        return _ext.all_gradients(
+            operation, node, names, cotangents, name, x, layers, segments, has_bias, route, stream
+        )
+    except TypeError:
+        given = dict(zip(names, cotangents, strict=True))
+        _check_kinds(
+            operation, given | {name: x, "has_bias": has_bias, "route": route, "stream": stream}, layers
+        )
+        raise
+
+
+_KINDS = {
+    **dict.fromkeys(("weight", "bias", "scales", "biases", "lora_a", "lora_b", "residual"), mx.array),
+    **dict.fromkeys(("group_size", "bits"), int),
+    **dict.fromkeys(("alpha", "limit", "lora_scale"), (float, int)),
+    **dict.fromkeys(("exact", "has_bias"), bool),
+    **dict.fromkeys(("mode", "route"), str),
+    "stream": (mx.Stream, mx.Device, mx.DeviceType),
+}
+_OPTIONAL = {
+    "bias",
+    "scales",
+    "biases",
+    "lora_a",
+    "lora_b",
+    "group_size",
+    "bits",
+    "residual",
+    "route",
+    "stream",
+}
+
+
+def _check_kinds(operation: str, given: dict[str, object], layers: list[LinearOperands]) -> None:
+    """Say which argument is of the wrong type, if one is."""
+    of_layers = [item for layer in layers for item in layer._asdict().items()]
+    for name, value in [*of_layers, *given.items()]:
+        kinds = _KINDS.get(name, mx.array)
+        if not isinstance(value, kinds) and not (value is None and name in _OPTIONAL):
+            expected = " or ".join(k.__name__ for k in (kinds if isinstance(kinds, tuple) else (kinds,)))
+            raise TypeError(
+                f"[{operation}] {name} must be {expected} but got {type(value).__name__}."
+            ) from None
+
+
+def dense_layers(operation: str, weight: mx.array | tuple[mx.array, ...]) -> list[LinearOperands]:
+    weights = weight if type(weight) in (list, tuple) else [weight]
+    for w in weights:
+        if not isinstance(w, mx.array):
+            got = type(w).__name__
+            raise TypeError(f"[{operation}] weight must be an array or a tuple of arrays but got {got}.")
+    return [LinearOperands(w) for w in weights]
+
+
+def layer_of(operation: str, weight: mx.array | LinearOperands, bias: mx.array | None) -> LinearOperands:
+    if isinstance(weight, LinearOperands):
+        if bias is None:
+            return weight
+        raise ValueError(f"[{operation}] bias must be left out where weight is LinearOperands but was given.")
+    if isinstance(weight, mx.array):
+        return LinearOperands(weight, bias)
+    got = type(weight).__name__
+    hint = " LinearOperands.of makes one of a layer." if isinstance(weight, nn.Module) else ""
+    raise TypeError(f"[{operation}] weight must be an array, LinearOperands or a tuple but got {got}.{hint}")
+
+
+def layers_of(operation: str, weight, bias, names: tuple[str, ...]) -> list[LinearOperands]:
+    """The layers of a call: one that packs all segments, or one for each of ``names``."""
+    packed = isinstance(weight, LinearOperands) or not isinstance(weight, (list, tuple))
+    count = len(names)
+    if not packed and len(weight) != count:
+        raise ValueError(
+            f"[{operation}] weight must be one layer or a tuple of {count} but got {len(weight)}."
+        )
+    if bias is None:
+        return [layer_of(operation, w, None) for w in ([weight] if packed else weight)]
+    if isinstance(bias, (list, tuple)) == packed or (not packed and len(bias) != len(weight)):
+        expected = "one array" if packed else f"a tuple of {_NUMBERS[count]} arrays ({', '.join(names)})"
+        got = f"a tuple of {len(bias)}" if isinstance(bias, (list, tuple)) else "one array"
+        raise ValueError(f"[{operation}] bias must be {expected} as weight is but got {got}.")
+    if packed:
+        return [layer_of(operation, weight, bias)]
+    return [layer_of(operation, w, b) for w, b in zip(weight, bias, strict=True)]
+
+
+_NUMBERS = {2: "two", 3: "three"}
+
+# The features and heads of a segment that is as wide as its layer, and not split into heads.
+OF_LAYER = (0, 0)

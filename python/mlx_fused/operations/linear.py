@@ -1,0 +1,162 @@
+"""Linear layers with an activation: any one, and the gated half of an MLP."""
+
+from __future__ import annotations
+
+from math import inf, prod
+from typing import Literal, TypeAlias, get_args
+
+import mlx.core as mx
+
+from mlx_fused._ext import Packing
+from mlx_fused.linear import LinearOperands
+from mlx_fused.operations.call import OF_LAYER, Route, Stream, layer_of, layers_of, project
+
+Activation: TypeAlias = Literal["silu", "gelu", "gelu_approx", "relu", "relu2"]
+
+
+def fused_linear(
+    x: mx.array,
+    weight: mx.array | LinearOperands,
+    bias: mx.array | None = None,
+    *,
+    activation: Activation | None = None,
+    exact: bool = False,
+    route: Route = None,
+    stream: Stream = None,
+) -> mx.array:
+    """A linear layer, with an activation in the same operation if one is named.
+
+    Equivalent to ``activation(x @ weight.T + bias)``, accumulated in float32 and rounded once. Quantized
+    weights, LoRA and gradients work as in :func:`fused_qkv_projection`. With an activation the backward pass
+    keeps ``x @ weight.T + bias`` and not the activation, which it makes again where it needs it; nothing is
+    kept if no gradient is asked for.
+
+    Args:
+        x (array): ``[..., K]``, float32, float16 or bfloat16. Any strides.
+        weight (array or LinearOperands): ``[N, K]``, such as a head, or the weight of a tied embedding.
+        bias (array, optional): ``[N]``. Left out with :class:`LinearOperands`. Default: ``None``.
+        activation (str, optional): ``"silu"``, ``"gelu"`` (with the error function), ``"gelu_approx"`` (with
+            tanh), ``"relu"`` or ``"relu2"`` (its square), as in ``mlx.nn``. Default: ``None``.
+        exact (bool): Round after a quantized product, after the bias, after the scaled low-rank product,
+            after their sum and after the activation, whose own steps are in float32. Default: ``False``.
+        route (str, optional): As in :func:`fused_qkv_projection`.
+        stream (Stream or Device, optional): Where to run. Default: ``None``, the default stream of the
+            default device.
+
+    Returns:
+        array: ``[..., N]``, of the dtype that MLX promotes the arguments to; adapters do not count.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If a rank, shape, dtype, quantization, ``activation`` or ``route`` is wrong. The message
+            names the argument, what it must be and what it is. Also if the gradient of a quantized weight is
+            asked for.
+    """
+    operation = "fused_linear"
+    of = activation and _activation(operation, activation, _ACTIVATIONS)
+    layers = [layer_of(operation, weight, bias)]
+    x, leading = _batched(operation, x)
+    (y,) = project(operation, "FusedLinear", "x", x, layers, [OF_LAYER], exact, route, stream, activation=of)
+    return _unbatched(y, leading)
+
+
+def fused_gated_projection(
+    x: mx.array,
+    weight: mx.array | LinearOperands | tuple[mx.array | LinearOperands, mx.array | LinearOperands],
+    bias: mx.array | tuple[mx.array, mx.array] | None = None,
+    *,
+    activation: Literal["silu", "gelu", "gelu_approx", "relu", "relu2", "clipped_swiglu"] = "silu",
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    packing: Literal["gate_up", "up_gate", "interleaved"] = "gate_up",
+    exact: bool = False,
+    route: Route = None,
+    stream: Stream = None,
+) -> mx.array:
+    """The gated half of an MLP in one operation: ``activation(gate) * up``.
+
+    ``gate = x @ weight[0].T + bias[0]`` and ``up = x @ weight[1].T + bias[1]`` (Shazeer, "GLU Variants
+    Improve Transformer", 2020, arXiv:2002.05202). Accumulates in float32 and rounds once. Quantized weights, LoRA and
+    gradients work as in :func:`fused_qkv_projection`. The backward pass keeps ``x``, ``gate`` and ``up``; the
+    result is made again where the projection after it needs it. Nothing is kept if no gradient is asked for.
+
+    Args:
+        x (array): ``[..., K]``, float32, float16 or bfloat16. Any strides.
+        weight (tuple, array or LinearOperands): ``(gate, up)``, each an array ``[N, K]`` or a
+            :class:`LinearOperands`; or one of these that packs the rows of both, ``[2 * N, K]``.
+        bias (tuple or array, optional): ``(gate, up)``, each ``[N]``; or one ``[2 * N]`` if ``weight`` is
+            packed. Left out with :class:`LinearOperands`. Default: ``None``.
+        activation (str): ``"silu"``, ``"gelu"`` (with the error function), ``"gelu_approx"`` (with tanh),
+            ``"relu"`` or ``"relu2"`` (its square), as in ``mlx.nn``; or gpt-oss's ``"clipped_swiglu"``,
+            ``g * sigmoid(alpha * g) * (u + 1)`` with ``g = min(gate, limit)`` and ``u = clip(up, -limit,
+            limit)``. Default: ``"silu"``.
+        alpha (float): Of ``"clipped_swiglu"``. Default: ``1.702``.
+        limit (float): Of ``"clipped_swiglu"``. Default: ``7.0``.
+        packing (str): The rows of a packed weight: ``"gate_up"`` the gate's before up's, ``"up_gate"`` after
+            them, ``"interleaved"`` in turns, a row of the gate first. Default: ``"gate_up"``.
+        exact (bool): Round gate, up, the activation and the result, as separate modules do; the activation's
+            own steps are in float32. Default: ``False``.
+        route (str, optional): As in :func:`fused_qkv_projection`.
+        stream (Stream or Device, optional): Where to run. Default: ``None``, the default stream of the
+            default device.
+
+    Returns:
+        array: ``[..., N]``, of the dtype that MLX promotes the arguments to; adapters do not count.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If a rank, shape, dtype, quantization, ``activation``, ``packing`` or ``route`` is wrong;
+            if the two layers differ in quantization, or only one has a bias. The message names the argument,
+            what it must be and what it is. Also if the gradient of a quantized weight is asked for.
+    """
+    operation = "fused_gated_projection"
+    kind, *_ = _activation(operation, activation, (*_ACTIVATIONS, "clipped_swiglu"))
+    if packing not in _PACKINGS:
+        expected = ", ".join(map(repr, _PACKINGS))
+        raise ValueError(f"[{operation}] packing must be one of {expected} but got {packing!r}.")
+    layers = layers_of(operation, weight, bias, ("gate", "up"))
+    segments = [OF_LAYER] * 2
+    if len(layers) == 1:
+        packed = layers[0].weight
+        rows = packed.shape[0] if isinstance(packed, mx.array) and packed.ndim else 0
+        if rows % 2:
+            raise ValueError(
+                f"[{operation}] weight must have an even number of rows, gate's and up's, but got {rows}."
+            )
+        segments = [(rows // 2, 0)] * 2
+    of = (kind, True, alpha, limit) if kind == "clipped_swiglu" else (kind, True, 1.0, inf)
+    x, leading = _batched(operation, x)
+    (y,) = project(
+        operation, "FusedGatedProjection", "x", x, layers, segments, exact, route, stream,
+        activation=of, packing=_PACKINGS[packing],
+    )  # fmt: skip
+    return _unbatched(y, leading)
+
+
+_ACTIVATIONS = get_args(Activation)
+_PACKINGS = {
+    "gate_up": Packing.in_order,
+    "up_gate": Packing.reversed,
+    "interleaved": Packing.interleaved,
+}
+
+
+def _activation(operation: str, name: str, names: tuple[str, ...]) -> tuple[str, bool, float, float]:
+    if name not in names:
+        expected = ", ".join(map(repr, names))
+        raise ValueError(f"[{operation}] activation must be one of {expected} but got {name!r}.")
+    return name, False, 1.0, inf
+
+
+def _batched(operation: str, x: mx.array) -> tuple[mx.array, list[int] | None]:
+    """``x`` as ``[B, S, K]``, and the axes before ``K`` if they are others."""
+    if not isinstance(x, mx.array) or x.ndim == 3:
+        return x, None
+    if x.ndim == 0:
+        raise ValueError(f"[{operation}] x must have shape [..., K] but got {x.shape}.")
+    *leading, features = x.shape
+    return x.reshape(1, prod(leading), features), leading
+
+
+def _unbatched(y: mx.array, leading: list[int] | None) -> mx.array:
+    return y if leading is None else y.reshape(*leading, y.shape[-1])

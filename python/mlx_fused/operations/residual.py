@@ -1,0 +1,130 @@
+"""A projection with the residual added to it."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import mlx.core as mx
+
+from mlx_fused.linear import LinearOperands
+from mlx_fused.operations.call import (
+    OF_LAYER,
+    Route,
+    Stream,
+    all_gradients,
+    dense_layers,
+    layer_of,
+    project,
+)
+
+
+@overload
+def fused_output_projection_residual(
+    attn_out: mx.array,
+    weight: mx.array | LinearOperands,
+    bias: mx.array | None = None,
+    *,
+    residual: mx.array,
+    alpha: float = 1.0,
+    exact: bool = False,
+    route: Route = None,
+    stream: Stream = None,
+) -> mx.array: ...
+@overload
+def fused_output_projection_residual(
+    attn_out: mx.array,
+    weight: mx.array | LinearOperands,
+    bias: mx.array | None,
+    residual: mx.array,
+    *,
+    alpha: float = 1.0,
+    exact: bool = False,
+    route: Route = None,
+    stream: Stream = None,
+) -> mx.array: ...
+def fused_output_projection_residual(
+    attn_out, weight, bias=None, residual=None, *, alpha=1.0, exact=False, route=None, stream=None
+):
+    """Project attention's output and add the residual in one operation.
+
+    Equivalent to ``residual + alpha * (attn_out @ weight.T + bias)``, accumulated in float32 and rounded
+    once. With LoRA the low-rank part is added before multiplying by ``alpha``. Quantized weights, LoRA and
+    gradients work as in :func:`fused_qkv_projection`.
+
+    Args:
+        attn_out (array): Attention output of shape ``[B, S, Hq]``, heads side by side, float32, float16 or
+            bfloat16. Any strides.
+        weight (array or LinearOperands): Output projection of shape ``[H, Hq]``.
+        bias (array, optional): ``[H]``. Left out with :class:`LinearOperands`. Default: ``None``.
+        residual (array): The array to add, usually the attention block's input, ``[B, S, H]``.
+        alpha (float): The factor of the projection. Default: ``1.0``.
+        exact (bool): Round where separate operations do: after a quantized product, after the bias, after the
+            scaled low-rank product, after their sum, after ``alpha`` and after the residual's sum.
+            Default: ``False``.
+        route (str, optional): As in :func:`fused_qkv_projection`.
+        stream (Stream or Device, optional): Where to run. Default: ``None``, the default stream of the
+            default device.
+
+    Returns:
+        array: ``[B, S, H]``, of the dtype that MLX promotes the arguments to; adapters do not count.
+
+    Raises:
+        TypeError: If ``residual`` is left out, or an argument is of a wrong type.
+        ValueError: If a rank, shape, dtype, quantization or ``route`` is wrong. The message names the
+            argument, what it must be and what it is. Also if the gradient of a quantized weight is asked for.
+    """
+    operation = "fused_output_projection_residual"
+    if residual is None:
+        raise TypeError(f"[{operation}] residual must be an array but got None.")
+    layers, node = [layer_of(operation, weight, bias)], "FusedOutputProjection"
+    (out,) = project(
+        operation, node, "attn_out", attn_out, layers, [OF_LAYER], exact, route, stream, residual, alpha
+    )
+    return out
+
+
+def fused_output_projection_residual_bwd(
+    d_output: mx.array,
+    attn_out: mx.array,
+    weight: mx.array,
+    has_bias: bool,
+    *,
+    route: Route = None,
+    stream: Stream = None,
+) -> tuple[mx.array, mx.array, mx.array | None, mx.array]:
+    """All gradients of :func:`fused_output_projection_residual` with a dense weight and an ``alpha`` of 1.
+
+    This is the backward pass to call by hand. ``mx.grad`` and ``mx.vjp`` compute only the gradients they are
+    asked for, and work with every kind of weight and with ``alpha``.
+
+    Args:
+        d_output (array): Gradient of the output, ``[B, S, H]``.
+        attn_out (array): The forward's ``attn_out``, ``[B, S, Hq]``.
+        weight (array): The forward's weight, ``[H, Hq]``.
+        has_bias (bool): Whether the forward had a bias.
+        route (str, optional): As in the forward.
+        stream (Stream or Device, optional): As in the forward.
+
+    Returns:
+        tuple: ``d_attn_out`` of shape ``[B, S, Hq]``, ``d_weight`` of shape ``[H, Hq]``, ``d_bias`` of shape
+        ``[H]`` (in the weight's dtype) or ``None``, and ``d_residual``, which is ``d_output`` itself.
+
+    Raises:
+        TypeError: If an argument is of a wrong type, such as a :class:`LinearOperands`.
+        ValueError: If a rank, shape, dtype or ``route`` is wrong.
+    """
+    operation = "fused_output_projection_residual_bwd"
+    d_attn_out, d_weight, *d_bias = all_gradients(
+        operation,
+        "FusedOutputProjection",
+        ["d_output"],
+        [d_output],
+        "attn_out",
+        attn_out,
+        dense_layers(operation, [weight]),
+        [OF_LAYER],
+        has_bias,
+        route,
+        stream,
+    )
+    return d_attn_out, d_weight, *(d_bias or (None,)), d_output
