@@ -76,9 +76,10 @@ def fused_gated_projection(
     """The gated half of an MLP in one operation: ``activation(gate) * up``.
 
     ``gate = x @ weight[0].T + bias[0]`` and ``up = x @ weight[1].T + bias[1]`` (Shazeer, "GLU Variants
-    Improve Transformer", 2020, arXiv:2002.05202). Accumulates in float32 and rounds once. Quantized weights, LoRA and
-    gradients work as in :func:`fused_qkv_projection`. The backward pass keeps ``x``, ``gate`` and ``up``; the
-    result is made again where the projection after it needs it. Nothing is kept if no gradient is asked for.
+    Improve Transformer", 2020, arXiv:2002.05202). Accumulates in float32 and rounds once. Quantized weights,
+    LoRA and gradients work as in :func:`fused_qkv_projection`. The backward pass keeps ``x``, ``gate`` and
+    ``up``; the result is made again where the projection after it needs it. Nothing is kept if no gradient is
+    asked for.
 
     Args:
         x (array): ``[..., K]``, float32, float16 or bfloat16. Any strides.
