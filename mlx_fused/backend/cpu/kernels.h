@@ -4,6 +4,12 @@
 
 namespace mlx_fused::cpu {
 
+// A matrix of 32-bit words: w(j, p) is the word at index j * row_stride + p * word_stride.
+struct Words {
+  const void* data;
+  int64_t row_stride, word_stride;
+};
+
 // The vector loops, a table of functions per instruction set. All rows have unit stride.
 struct Kernels {
   // y[i * ldy + j] = the dot product of row i of x and row j of w, both of length k, for i < m and j < n
@@ -18,15 +24,14 @@ struct Kernels {
       int64_t k,
       float* y,
       int64_t ldy);
-  // y[j * ldy + i] = the sum over p < k of w[j * ldw + p] * x[p * cols + i], plus its old value if
-  // accumulate, for i < cols and j < n; cols is one, two or three times lanes
+  // y[j * ldy + i] = the sum over p < words of x[p * cols + i] times w(j, p), plus its old value if
+  // accumulate, for i < cols and j < n; cols is one, two or three times lanes. A word is a float.
   void (*panel)(
-      const float* x,
+      const void* x,
       int64_t cols,
-      const float* w,
-      int64_t ldw,
+      const Words& w,
       int64_t n,
-      int64_t k,
+      int64_t words,
       float* y,
       int64_t ldy,
       bool accumulate);
