@@ -60,7 +60,7 @@ for table in quantized.TABLES:
 """
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_every_byte_of_every_format(isa):
     """NaN, infinities and the smallest numbers too."""
     environment = os.environ | {"MLX_FUSED_MAX_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}

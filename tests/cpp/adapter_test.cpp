@@ -296,7 +296,7 @@ void check_roundings() {
 }  // namespace
 
 int main() {
-  check_cases();
-  check_roundings();
+  with_and_without_blas(check_cases);
+  with_and_without_blas(check_roundings);
   std::puts("adapter_test: all products are right");
 }

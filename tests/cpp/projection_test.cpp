@@ -141,8 +141,8 @@ void check_threads() {
 }  // namespace
 
 int main() {
-  check_cases();
-  check_not_finite();
+  with_and_without_blas(check_cases);
+  with_and_without_blas(check_not_finite);
   check_threads();
   std::puts("projection_test: all products are right");
 }

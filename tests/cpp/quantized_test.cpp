@@ -71,7 +71,7 @@ void check_mixed() {
 }  // namespace
 
 int main() {
-  check_cases();
-  check_mixed();
+  with_and_without_blas(check_cases);
+  with_and_without_blas(check_mixed);
   std::puts("quantized_test: all products are right");
 }

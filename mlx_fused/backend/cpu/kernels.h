@@ -4,6 +4,12 @@
 
 namespace mlx_fused::cpu {
 
+// A matrix of 32-bit words: w(j, p) is the word at index j * row_stride + p * word_stride.
+struct Words {
+  const void* data;
+  int64_t row_stride, word_stride;
+};
+
 // The vector loops, a table of functions per instruction set. All rows have unit stride.
 struct Kernels {
   // y[i * ldy + j] = the dot product of row i of x and row j of w, both of length k, for i < m and j < n
@@ -18,15 +24,14 @@ struct Kernels {
       int64_t k,
       float* y,
       int64_t ldy);
-  // y[j * ldy + i] = the sum over p < k of w[j * ldw + p] * x[p * cols + i], plus its old value if
-  // accumulate, for i < cols and j < n; cols is one, two or three times lanes
+  // y[j * ldy + i] = the sum over p < words of x[p * cols + i] times w(j, p), plus its old value if
+  // accumulate, for i < cols and j < n; cols is one, two or three times lanes. A word is a float.
   void (*panel)(
-      const float* x,
+      const void* x,
       int64_t cols,
-      const float* w,
-      int64_t ldw,
+      const Words& w,
       int64_t n,
-      int64_t k,
+      int64_t words,
       float* y,
       int64_t ldy,
       bool accumulate);
@@ -51,8 +56,39 @@ struct Kernels {
 // The table of the best instruction set that this CPU has and MLX_FUSED_MAX_ISA allows.
 const Kernels& kernels();
 
+// The scales of `count` groups of a quantized matrix: row j's are at scales + j * ld, and the biases too.
+struct Groups {
+  int64_t count, words;  // of a group
+  const float *scales, *biases;
+  int64_t ld;
+  const float* x_sums;  // the sums over 16 words each of x, like x a panel; null if there are no biases
+};
+
+// Loops whose words are two bfloat16, the first in the lower half. Both products of a pair are added to its
+// sum.
+struct BFloat16Kernels {
+  decltype(Kernels::panel) panel;
+  // The same where w(j, p) are codes, which the scales of their groups multiply.
+  void (*group_panel)(
+      const void* x,
+      int64_t cols,
+      const Words& w,
+      int64_t n,
+      const Groups& groups,
+      float* y,
+      int64_t ldy,
+      bool accumulate);
+  // to = n codes of a row of w from col on, around zero; col and n as for dequantize
+  void (*codes)(const Quantized& w, int64_t row, int64_t col, int64_t n, uint16_t* to);
+  // The scales, and the biases if there are any, of n groups from `group` on. Fills whole vectors of 16.
+  void (*scales)(const Quantized& w, int64_t row, int64_t group, int64_t n, float* scales, float* biases);
+};
+
+// Null if the CPU has no such instructions, or MLX_FUSED_MAX_ISA does not allow them.
+const BFloat16Kernels* bfloat16_kernels();
+
 // The x86 instruction sets that we have code for, each including those before it.
-enum class Isa { baseline, avx2, avx512, amx };
+enum class Isa { baseline, avx2, avx512, avx512_bf16, amx };
 
 // Whether the environment variable MLX_FUSED_MAX_ISA, the name of an instruction set, allows this one. If
 // unset it allows all; throws if it is not a name.

@@ -45,6 +45,19 @@ void load(const Operand& o, const Tile& t, float* to, int64_t ld) {
   }
 }
 
+bool load_either(const Operand& o, const Tile& t, float* to) {
+  if (auto q = std::get_if<TransposedQuantized>(&o)) {
+    dequantize(q->matrix, t.transposed(), to, t.rows);
+    return true;
+  }
+  if (auto view = std::get_if<View>(&o); view && view->seq_stride == 1 && view->dim_stride != 1) {
+    load(transposed(*view), t.transposed(), to, t.rows);
+    return true;
+  }
+  load(o, t, to, t.cols);
+  return false;
+}
+
 std::optional<BlasMatrix> blas_view(const Operand& o, const Tile& t) {
   auto view = std::get_if<View>(&o);
   if (!view || view->type != Type::float32) {
@@ -66,16 +79,8 @@ BlasMatrix blas_matrix(const Operand& o, const Tile& t, float* to) {
   if (auto matrix = blas_view(o, t)) {
     return *matrix;
   }
-  if (auto q = std::get_if<TransposedQuantized>(&o)) {
-    dequantize(q->matrix, t.transposed(), to, t.rows);
-    return {to, static_cast<int>(t.rows), true};
-  }
-  if (auto view = std::get_if<View>(&o); view && view->seq_stride == 1 && view->dim_stride != 1) {
-    load(transposed(*view), t.transposed(), to, t.rows);
-    return {to, static_cast<int>(t.rows), true};
-  }
-  load(o, t, to, t.cols);
-  return {to, static_cast<int>(t.cols), false};
+  bool transposed = load_either(o, t, to);
+  return {to, static_cast<int>(transposed ? t.rows : t.cols), transposed};
 }
 
 }  // namespace mlx_fused::cpu

@@ -24,6 +24,10 @@ bool has_unit_rows(const Operand& o);
 // to[i * ld + j] = element (t.row + i, t.col + j), in float32. The operand must not be a TransposedQuantized.
 void load(const Operand& o, const Tile& t, float* to, int64_t ld);
 
+// Loads the tile, or its transpose if its columns are what lies together in memory, to rows without gaps at
+// `to`. Returns whether it is the transpose.
+bool load_either(const Operand& o, const Tile& t, float* to);
+
 // A matrix as BLAS takes it; ld is its leading dimension.
 struct BlasMatrix {
   const float* data;

@@ -173,13 +173,17 @@ bool can_pack(const std::vector<Output>& outputs) {
 
 }  // namespace
 
+int64_t wanted_tasks() {
+  return tasks_per_thread * num_threads();
+}
+
 std::vector<Task> split(
     const std::vector<Output>& outputs, int64_t rows, int64_t min_cols, int64_t max_cols) {
   int64_t all_rows = outputs[0].out.rows(), all_cols = 0;
   for (const Output& o : outputs) {
     all_cols += o.out.cols();
   }
-  int64_t wanted = tasks_per_thread * num_threads(), row_tiles = (all_rows + rows - 1) / rows;
+  int64_t wanted = wanted_tasks(), row_tiles = (all_rows + rows - 1) / rows;
   int64_t cols = std::clamp(all_cols * row_tiles / wanted / min_cols * min_cols, min_cols, max_cols);
   std::vector<Task> tasks;
   for (size_t i = 0, count; i < outputs.size(); i += count) {
@@ -236,7 +240,7 @@ void product(std::vector<View> left, std::vector<Output> outputs) {
     }
   }
   bool amx = !left.empty() && left_bfloat16 && (dense_bfloat16 || quantized) && has_amx();
-  bool streams = left.size() == 1 && unit_rows;  // whether dots, packed and panels products can compute it
+  bool streams = left.size() == 1 && unit_rows;  // whether dots and packed products can compute it
   int64_t rows = outputs[0].out.rows();
   int64_t dots_rows = !amx ? max_dots_rows : quantized ? max_dots_rows_amx_quantized : max_dots_rows_amx;
   if (streams && rows <= max_packed_rows && can_pack(outputs)) {
@@ -245,8 +249,8 @@ void product(std::vector<View> left, std::vector<Output> outputs) {
     dots_product(left[0], outputs);
   } else if (amx) {
     amx_product(left, outputs);
-  } else if (streams && rows < sgemm_min_rows) {
-    panels_product(left[0], outputs);
+  } else if (rows < sgemm_min_rows) {
+    panels_product(left, outputs);
   } else {
     blas_product(left, outputs);
   }

@@ -32,6 +32,9 @@ struct Task {
   Tile tile;
 };
 
+// How many tasks a product is split into at least, if it is large enough: several for every thread.
+int64_t wanted_tasks();
+
 // Splits the outputs into tiles of at most `rows` rows and of min_cols to max_cols columns, chosen so that
 // every thread gets several.
 std::vector<Task> split(const std::vector<Output>& outputs, int64_t rows, int64_t min_cols, int64_t max_cols);

@@ -15,9 +15,9 @@ namespace mlx_fused::cpu {
 
 // docs/design/thresholds.md: Accelerate always, OpenBLAS never.
 #ifdef __APPLE__
-const int64_t sgemm_min_rows = 0;
+int64_t sgemm_min_rows = 0;
 #else
-const int64_t sgemm_min_rows = std::numeric_limits<int64_t>::max();
+int64_t sgemm_min_rows = std::numeric_limits<int64_t>::max();
 #endif
 
 void sgemm(

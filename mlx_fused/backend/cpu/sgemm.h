@@ -20,7 +20,8 @@ void sgemm(
     float* c,
     int ldc);
 
-// From this many rows of the left operand on, the library is faster than panels_product.
-extern const int64_t sgemm_min_rows;
+// From this many rows of the left operand on, the library is faster than panels_product: never on Linux,
+// where only tests change this, and always on macOS.
+extern int64_t sgemm_min_rows;
 
 }  // namespace mlx_fused::cpu

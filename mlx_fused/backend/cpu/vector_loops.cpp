@@ -1,5 +1,6 @@
 // Compiled once per instruction set; see vectors.h.
 #include "mlx_fused/backend/cpu/activation_loops.h"
+#include "mlx_fused/backend/cpu/panel_loops.h"
 #include "mlx_fused/backend/cpu/quantized_loops.h"
 #include "mlx_fused/backend/cpu/vectors.h"
 
@@ -8,11 +9,11 @@ namespace mlx_fused::cpu::MLX_FUSED_ISA {
 namespace {
 
 // Reasoned, not measured: accumulators, loaded vectors and one spare fit the 32 vector registers of AVX-512
-// and aarch64 (4 * 6 + 4 + 1 and 8 * 3 + 3 + 1), and elsewhere 16 (4 * 2 + 4 + 1 and 4 * 3 + 3 + 1).
+// and aarch64 (4 * 6 + 4 + 1), and elsewhere 16 (4 * 2 + 4 + 1).
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int max_rows_w = 6, panel_rows_w = 8;
+constexpr int max_rows_w = 6;
 #else
-constexpr int max_rows_w = 2, panel_rows_w = 4;
+constexpr int max_rows_w = 2;
 #endif
 constexpr int max_rows_x = 4;
 
@@ -101,80 +102,14 @@ void dots_as(
   }
 }
 
-// Each loaded vector of x serves rows_w multiplications, each element of w serves `vectors` of them.
-template <int vectors, int rows_w>
-void panel_block(
-    const float* x, const float* w, int64_t ldw, int64_t k, float* y, int64_t ldy, bool accumulate) {
-  Float acc[rows_w][vectors];
-#pragma GCC unroll 8
-  for (int j = 0; j < rows_w; ++j) {
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      acc[j][v] = accumulate ? Float32::load(y + j * ldy + v * lanes) : Float{};
-    }
+struct Multiply {
+  static float broadcast(const float* w) {
+    return *w;
   }
-  for (int64_t p = 0; p < k; ++p) {
-    Float xs[vectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      xs[v] = Float32::load(x + (p * vectors + v) * lanes);
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < rows_w; ++j) {
-      float ws = w[j * ldw + p];
-#pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) {
-        acc[j][v] += xs[v] * ws;
-      }
-    }
+  static Float add(Float sum, Float x, float w) {
+    return sum + x * w;
   }
-#pragma GCC unroll 8
-  for (int j = 0; j < rows_w; ++j) {
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      Float32::store(y + j * ldy + v * lanes, acc[j][v]);
-    }
-  }
-}
-
-template <int vectors>
-void panel_of(
-    const float* x,
-    const float* w,
-    int64_t ldw,
-    int64_t n,
-    int64_t k,
-    float* y,
-    int64_t ldy,
-    bool accumulate) {
-  int64_t j = 0;
-  for (; j + panel_rows_w <= n; j += panel_rows_w) {
-    panel_block<vectors, panel_rows_w>(x, w + j * ldw, ldw, k, y + j * ldy, ldy, accumulate);
-  }
-  for (; j < n; ++j) {
-    panel_block<vectors, 1>(x, w + j * ldw, ldw, k, y + j * ldy, ldy, accumulate);
-  }
-}
-
-void panel(
-    const float* x,
-    int64_t cols,
-    const float* w,
-    int64_t ldw,
-    int64_t n,
-    int64_t k,
-    float* y,
-    int64_t ldy,
-    bool accumulate) {
-  switch (cols / lanes) {
-    case 3:
-      return panel_of<3>(x, w, ldw, n, k, y, ldy, accumulate);
-    case 2:
-      return panel_of<2>(x, w, ldw, n, k, y, ldy, accumulate);
-    case 1:
-      return panel_of<1>(x, w, ldw, n, k, y, ldy, accumulate);
-  }
-}
+};
 
 template <typename T>
 void widen_as(const void* source, float* to, int64_t n) {
@@ -243,7 +178,7 @@ void narrow(Type type, const float* from, void* to, int64_t n) {
 extern const Kernels table;
 const Kernels table = {
     .dots = dots,
-    .panel = panel,
+    .panel = PanelLoops<Multiply>::panel,
     .lanes = lanes,
     .widen = widen,
     .add = add,
