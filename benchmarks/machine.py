@@ -15,7 +15,16 @@ import mlx.core as mx
 import numpy as np
 import psutil
 
-PACKAGES = ("mlx", "mlx-fused", "scipy-openblas32", "numpy", "torch")
+PACKAGES = (
+    "mlx",
+    "mlx-lm",
+    "mlx-fused",
+    "scipy-openblas32",
+    "numpy",
+    "torch",
+    "transformers",
+    "llama-cpp-python",
+)
 
 
 def cores() -> int:

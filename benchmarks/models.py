@@ -26,14 +26,18 @@ SMALL |= {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers
 WHO = ("stock", "patched")
 
 
-def time_works(config: Config, kind: str, tokens: int, effort: Effort, peaks: dict, rivals: dict) -> list[dict]:
+def time_works(
+    config: Config, kind: str, tokens: int, effort: Effort, peaks: dict, rivals: dict
+) -> list[dict]:
     """A record for each work: who took how many seconds and how much memory, and how that was found out."""
     family = Family(config, kind)
     records = [time_work(family, work, effort, rivals) for work in works(tokens)]
     for record, work in zip(records, works(tokens), strict=True):
         decodes = work.name == "decode"
         amount, peak, unit = (
-            (family.bytes(), peaks["read"], "GB/s") if decodes else (family.flops(work), peaks[kind], "GFLOP/s")
+            (family.bytes(), peaks["read"], "GB/s")
+            if decodes
+            else (family.flops(work), peaks[kind], "GFLOP/s")
         )
         seconds = record["seconds"]
         record |= {
@@ -73,7 +77,7 @@ def time_work(family: Family, work: Work, effort: Effort, rivals: dict) -> dict:
 
 
 def difference(family: Family, work: Work) -> float:
-    """The norm of the difference of logits or loss, stock and patched, as a part of the norm, at one layer."""
+    """How far logits or losses of stock and patched are apart, as a part of their norm, at one layer."""
     stock, patched = (
         work.prepare(family.model(1, patched, work.trains), min(16, work.tokens))().astype(mx.float32)
         for patched in (False, True)
@@ -91,8 +95,7 @@ def check_scaling(tokens: int, effort: Effort) -> list[dict]:
             _, allocated = with_memory(whole)
             seconds = min(first_call(whole)[1] for _ in range(2))
             memory = allocated + size(family.model(lora=work.trains))
-            # So short a limit that parts of the work have fewer tokens, as those of large models have.
-            for name, limit in (("layers", effort.never), ("tokens", seconds / 16)):
+            for name, limit in (("layers", effort.never), ("tokens", 0)):
                 scaled = scale(family, work, False, replace(effort, never=limit))
                 found.append(
                     {
@@ -132,7 +135,7 @@ def main(models: tuple, weights: tuple, quick: bool, out: Path, docs: Path | Non
     """Time whole models with random weights, stock and patched, and outside contenders."""
     console, neighbours = Console(), machine.Neighbours()
     configs = {"tiny": TINY} if quick else {name: MODELS[name] for name in models or MODELS}
-    effort, tokens = (QUICK, 32) if quick else (replace(FULL, never=20), 512)
+    effort, tokens = (QUICK, 32) if quick else (FULL, 512)
     on_cpu = mx.default_device() == mx.cpu
     kinds = weights or KINDS
     peaks = rates(kinds, effort)

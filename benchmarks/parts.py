@@ -18,8 +18,8 @@ PARTS = ("attention's projections", "attention", "q/k norm and rope", "MLP", "he
 def parts(family: Family, work: Work, total: float, effort: Effort) -> dict[str, float]:
     """The shares of a patched model's time.
 
-    A part is what the model becomes faster by without it. Attention itself, q/k norm and rope are timed alone, and attention's
-    projections are what remains of the attention block.
+    A part is what the model becomes faster by without it. Attention itself, q/k norm and rope are timed
+    alone, and attention's projections are what remains of the attention block.
     """
     headless = family.without(NO_HEAD)
     count = min(LAYERS, family.layers)
@@ -94,7 +94,7 @@ def _call(function: Callable, operands: Sequence[mx.array], trains: bool) -> Cal
 
 
 def graph_building(config: Config, effort: Effort, layers: int = 16) -> dict[str, float]:
-    """Microseconds that it takes to make, and to drop, the graph of one layer in decode, stock and patched."""
+    """Microseconds to make, and to drop, the graph of one layer in decode, stock and patched."""
     small = {"hidden_size": 2 * GROUP_SIZE, "num_attention_heads": 2, "num_key_value_heads": 1}
     family = Family(config | small | NO_HEAD | NO_MLP, "bfloat16")  # sizes do not matter
     calls = {

@@ -40,8 +40,8 @@ def markdown(result: dict) -> dict[str, str]:
     return {**texts, "models": about + texts["models"]}
 
 
-def _markdown(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * _LEFT}{'--:|' * (len(columns) - _LEFT)}"]
+def _markdown(columns: list[str], rows: list[list[str]], words: int = _LEFT) -> str:
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * words}{'--:|' * (len(columns) - words)}"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
@@ -61,7 +61,7 @@ def _tables(result: dict) -> dict[str, Table]:
         ),
         "limits": (
             [*first, "limit", "patched", *rivals],
-            [[*_what(r), f"{r['peak']['rate']:.0f} {r['peak']['unit']}", *_shares(r, rivals)] for r in records],
+            [[*_what(r), *_shares(r, rivals)] for r in records],
         ),
         "parts": (
             [*first, *PARTS],
@@ -103,6 +103,7 @@ def _memory(memory: dict, scaled: dict) -> Iterator[str]:
 
 
 def _shares(record: dict, rivals: list[str]) -> Iterator[str]:
+    yield f"{record['peak']['rate']:.0f} {record['peak']['unit']}"
     for who in ("patched", *rivals):
         share = record["share_of_peak"].get(who)
         yield f"{share:.0%}" if share is not None else ""
@@ -126,3 +127,32 @@ def _rates(result: dict) -> str:
     read = rates.pop("read")
     flops = ", ".join(f"{kind} {rate / 1e9:.0f} GFLOP/s" for kind, rate in rates.items())
     return f"Reading memory reached {read / 1e9:.0f} GB/s, and a matrix product {flops}."
+
+
+# The memory of training
+
+
+def show_memory(console: Console, result: dict) -> None:
+    columns, rows = _memory_table(result)
+    table = make_table(f"Memory of a LoRA step, {result['model']}, {result['weights']}")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def markdown_of_memory(result: dict) -> str:
+    columns, rows = _memory_table(result)
+    return f"{result['model']}, {result['weights']}.\n\n" + _markdown(columns, rows, words=1)
+
+
+def _memory_table(result: dict) -> Table:
+    def row(name: str, values: dict, unit: float, suffix: str) -> list[str]:
+        stock, patched = values["stock"], values["patched"]
+        return [name, *(f"{v / unit:.3g} {suffix}" for v in (stock, patched)), f"{patched / stock:.2f}"]
+
+    rows = [row("kept by an MLP, per token and layer", result["kept_bytes"], 1e3, "kB")]
+    for tokens, peaks in result["peak_bytes"].items():
+        rows.append(row(f"peak of one layer, {tokens} tokens", peaks, 1e6, "MB"))
+    return ["", "stock", "patched", "ratio"], rows

@@ -1,6 +1,7 @@
-"""Scales whole models from one and two layers, and the head, where they would take long.
+"""Scales whole models from a few layers, and the head, where they would take long.
 
-In layers that is exact. In tokens it is exact but for attention itself, which grows faster and so is left too small.
+In layers that is exact. In tokens it is exact but for attention itself, which grows faster, so it is left too
+small.
 """
 
 from collections.abc import Callable
@@ -30,11 +31,11 @@ class Scaled:
 
 
 def scale(family: Family, work: Work, patched: bool, effort: Effort) -> Scaled:
-    """Scales from models of one and two layers without a head, and one layer with it.
+    """Scales from models of few layers without a head, and one layer with it.
 
-    A part takes as many tokens as make its call about as long as that of a whole which is still timed.
+    The head has few tokens, and the layers too if one of them would take longer than a whole may.
     """
-    headless = family.without(NO_HEAD)
+    headless, few = family.without(NO_HEAD), min(PROBE, work.tokens)
 
     def costs(family: Family, layers: int, tokens: int) -> np.ndarray:
         """Of one call: seconds, bytes that it allocates, and bytes of the model."""
@@ -45,28 +46,20 @@ def scale(family: Family, work: Work, patched: bool, effort: Effort) -> Scaled:
             seconds = min(seconds, first_call(call)[1])
         return np.array([seconds, allocated, size(model)])
 
-    def affordable(family: Family) -> int:
-        probe = min(PROBE, work.tokens)
-        pace = costs(family, 1, probe)[0] / probe
-        return next((n for n in _halves(work.tokens) if n * pace <= effort.never), probe)
-
-    tokens = affordable(headless)
-    one, two = (costs(headless, layers, tokens) for layers in (1, 2))
+    with_head, without = (costs(f, 1, few) for f in (family, headless))
     # Generation needs the logits of one token, whatever the length of the prompt.
-    head_tokens = affordable(family) if work.trains else min(PROBE, work.tokens)
-    with_head, without = (costs(f, 1, head_tokens) for f in (family, headless))
-    head_factor = work.tokens / head_tokens if work.trains else 1
+    factor = work.tokens / few if work.trains else 1
+    head = np.maximum(0, with_head - without) * (factor, factor, 1)
+
+    tokens = work.tokens if without[0] * work.tokens / few <= effort.never else few
+    # Of a prompt's tokens only the last one goes through the whole of the last layer.
+    least = 1 if work.trains else 2
+    fewer, more = (costs(headless, layers, tokens) for layers in (least, least + 1))
     factor = work.tokens / tokens
-    layers = (one + (family.layers - 1) * (two - one)) * (factor, factor, 1)
-    head = np.maximum(0, with_head - without) * (head_factor, head_factor, 1)
+    layers = (fewer + (family.layers - least) * (more - fewer)) * (factor, factor, 1)
     seconds, allocated, weights = layers + head
     memory = int(allocated + weights) if tokens == work.tokens else None
-    return Scaled(float(seconds), memory, {"layers": tokens, "head": head_tokens})
-
-
-def _halves(tokens: int) -> list[int]:
-    """The tokens, and half as often as leaves no less than the probe has."""
-    return [tokens >> i for i in range(tokens.bit_length()) if tokens >> i >= PROBE] or [tokens]
+    return Scaled(float(seconds), memory, {"layers": tokens, "head": few})
 
 
 def with_memory(call: Callable) -> tuple[float, int]:

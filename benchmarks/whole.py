@@ -147,7 +147,7 @@ def works(tokens: int) -> list[Work]:
     return [
         Work("decode", 1, _decode),
         Work("prefill", tokens, _prefill),
-        Work("LoRA step", tokens, _step, trains=True),
+        Work("LoRA step", tokens, training_step, trains=True),
     ]
 
 
@@ -171,7 +171,7 @@ def _decode(model: nn.Module, tokens: int) -> Callable[[], mx.array]:
 
 def _prefill(model: nn.Module, tokens: int) -> Callable[[], mx.array]:
     """As mlx-lm's generation does it: the head, and the last layer but its keys and values, for one token."""
-    prompt = _tokens(model, tokens)
+    prompt = random_tokens(model, tokens)
 
     def call() -> mx.array:
         cache = make_prompt_cache(model)
@@ -184,12 +184,12 @@ def _prefill(model: nn.Module, tokens: int) -> Callable[[], mx.array]:
     return call
 
 
-def _step(model: nn.Module, tokens: int) -> Callable[[], mx.array]:
-    """One step of mlx-lm's trainer, compiled as it does."""
+def training_step(model: nn.Module, tokens: int, sequences: int = 1) -> Callable[[], mx.array]:
+    """One step of mlx-lm's trainer, compiled as it does, on so many sequences of so many tokens."""
     optimizer = optim.Adam(learning_rate=1e-5)
     state = [model.state, optimizer.state, mx.random.state]
     value_and_grad = nn.value_and_grad(model, default_loss)
-    batch, lengths = _tokens(model, tokens + 1), mx.array([[0, tokens + 1]])
+    batch, lengths = random_tokens(model, tokens + 1, sequences), mx.array([[0, tokens + 1]] * sequences)
 
     @partial(mx.compile, inputs=state, outputs=state)
     def step(batch: mx.array, lengths: mx.array) -> mx.array:
@@ -205,9 +205,9 @@ def _step(model: nn.Module, tokens: int) -> Callable[[], mx.array]:
     return call
 
 
-def _tokens(model: nn.Module, count: int) -> mx.array:
+def random_tokens(model: nn.Module, count: int, sequences: int = 1) -> mx.array:
     mx.random.seed(1)
-    tokens = mx.random.randint(0, model.args.vocab_size, (1, count))
+    tokens = mx.random.randint(0, model.args.vocab_size, (sequences, count))
     mx.eval(tokens)
     return tokens
 
