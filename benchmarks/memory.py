@@ -22,7 +22,7 @@ MOST = 8192
 
 
 def kept_by_mlp(family: Family, patched: bool, tokens: int) -> float:
-    """Bytes per token and layer: by how much an MLP in one layer more adds to what the forward pass leaves."""
+    """Bytes per token and layer: what an MLP in one layer more adds to what the forward pass leaves."""
 
     def kept(family: Family, layers: int) -> int:
         model = family.model(layers, patched, lora=True)
@@ -30,10 +30,12 @@ def kept_by_mlp(family: Family, patched: bool, tokens: int) -> float:
         mx.eval(lengths)
         mx.clear_cache()  # whose buffers may be larger than what is asked for
         before = mx.get_active_memory()
-        (loss, _), gradients = nn.value_and_grad(model, default_loss)(model, batch, lengths)
+        (loss, _), held = nn.value_and_grad(model, default_loss)(model, batch, lengths)
         mx.eval(loss)  # the gradients are not evaluated, and hold what they need
         mx.synchronize()
-        return mx.get_active_memory() - before
+        left = mx.get_active_memory() - before
+        del held
+        return left
 
     def by_layer(family: Family) -> int:
         return kept(family, 3) - kept(family, 2)
@@ -49,9 +51,11 @@ def peak_of_layer(family: Family, patched: bool, tokens: int, sequence: int) -> 
 
 
 @click.command()
-@click.option("--model", "name", type=click.Choice(list(MODELS)), default="Llama-3.2-1B", show_default=True)
-@click.option("--weights", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
-@click.option("--most", type=click.IntRange(SEQUENCE), default=MOST, show_default=True, help="Tokens at most.")
+@click.option("--model", "name", type=click.Choice(list(MODELS)), default="Llama-3.2-1B")
+@click.option("--weights", type=click.Choice(["bfloat16", "float32"]), default="bfloat16")
+@click.option(
+    "--most", type=click.IntRange(SEQUENCE), default=MOST, show_default=True, help="Tokens at most."
+)
 @click.option("--quick", is_flag=True, help="A tiny model: a check that everything runs.")
 @click.option("--out", type=click.Path(path_type=Path), default="benchmarks/results", show_default=True)
 @click.option(
@@ -60,7 +64,7 @@ def peak_of_layer(family: Family, patched: bool, tokens: int, sequence: int) -> 
     help="Also put the tables into this folder's benchmarks.md.",
 )
 def main(name: str, weights: str, most: int, quick: bool, out: Path, docs: Path | None) -> None:
-    """Measure the memory of training, stock and patched; a stock step of 8192 tokens takes minutes on a CPU."""
+    """Measure the memory of training, stock and patched: on a CPU, stock takes a quarter of an hour."""
     console = Console()
     sequence, most = (16, 32) if quick else (SEQUENCE, most)
     family = Family(TINY if quick else MODELS[name], weights)

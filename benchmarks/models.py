@@ -2,6 +2,7 @@
 
 import gc
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import report_models
 from parts import graph_building, parts
 from scaling import scale, size, with_memory
 from timing import FULL, QUICK, Effort, first_call, medians
-from whole import KINDS, MODELS, Config, Family, Work, works
+from whole import KINDS, MODELS, Family, Work, works
 
 TINY = MODELS["Llama-3.2-1B"] | {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 512}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 3}
@@ -26,30 +27,8 @@ SMALL |= {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers
 WHO = ("stock", "patched")
 
 
-def time_works(
-    config: Config, kind: str, tokens: int, effort: Effort, peaks: dict, rivals: dict
-) -> list[dict]:
-    """A record for each work: who took how many seconds and how much memory, and how that was found out."""
-    family = Family(config, kind)
-    records = [time_work(family, work, effort, rivals) for work in works(tokens)]
-    for record, work in zip(records, works(tokens), strict=True):
-        decodes = work.name == "decode"
-        amount, peak, unit = (
-            (family.bytes(), peaks["read"], "GB/s")
-            if decodes
-            else (family.flops(work), peaks[kind], "GFLOP/s")
-        )
-        seconds = record["seconds"]
-        record |= {
-            "tokens_per_s": {who: work.tokens / s for who, s in seconds.items()},
-            "ratio": seconds["stock"] / seconds["patched"],
-            "peak": {"unit": unit, "rate": peak / 1e9},
-            "share_of_peak": {who: amount / s / peak for who, s in seconds.items()},
-        }
-    return records
-
-
 def time_work(family: Family, work: Work, effort: Effort, rivals: dict) -> dict:
+    """A record: who took how many seconds and how much memory, and from how many tokens that was scaled."""
     seconds, memory, scaled, calls = {}, {}, {}, {}
     for who in WHO:
         estimate = scale(family, work, who == "patched", effort)
@@ -69,10 +48,14 @@ def time_work(family: Family, work: Work, effort: Effort, rivals: dict) -> dict:
         "work": work.name,
         "tokens": work.tokens,
         "seconds": seconds,
+        "tokens_per_s": {who: work.tokens / s for who, s in seconds.items()},
+        "ratio": seconds["stock"] / seconds["patched"],
         "memory": memory,
         "scaled": scaled,
         "difference": difference(family, work),
         "parts": parts(family, work, seconds["patched"], effort) if "patched" in calls else None,
+        # Decode reads all weights once, and the rest multiplies with them.
+        "amount": family.bytes() if work.name == "decode" else family.flops(work),
     }
 
 
@@ -110,7 +93,7 @@ def check_scaling(tokens: int, effort: Effort) -> list[dict]:
     return found
 
 
-def rates(kinds: tuple[str, ...], effort: Effort) -> dict[str, float]:
+def rates(kinds: Iterable[str], effort: Effort) -> dict[str, float]:
     """This machine's, measured now: bytes/s of reading, and flop/s of the products of each kind."""
     ceilings = machine.measure(effort.ceiling_size)
     found = {"read": ceilings.read}
@@ -118,6 +101,16 @@ def rates(kinds: tuple[str, ...], effort: Effort) -> dict[str, float]:
         rate = outside.matrix_rate(kind, effort.ceiling_size) if mx.default_device() == mx.cpu else None
         found[kind] = max(rate or 0, ceilings.flops)
     return found
+
+
+def add_shares(records: list[dict], peaks: dict[str, float]) -> None:
+    """Compares each with the machine's rate that limits it."""
+    for record in records:
+        decodes = record["work"] == "decode"
+        peak = peaks["read" if decodes else record["weights"]]
+        amount = record["amount"]
+        record["peak"] = {"unit": "GB/s" if decodes else "GFLOP/s", "rate": peak / 1e9}
+        record["share_of_peak"] = {who: amount / s / peak for who, s in record["seconds"].items()}
 
 
 @click.command()
@@ -138,24 +131,29 @@ def main(models: tuple, weights: tuple, quick: bool, out: Path, docs: Path | Non
     effort, tokens = (QUICK, 32) if quick else (FULL, 512)
     on_cpu = mx.default_device() == mx.cpu
     kinds = weights or KINDS
-    peaks = rates(kinds, effort)
+    peaks = [rates(kinds, effort)]
     records = []
     for name, config in configs.items():
         for kind in kinds:
             console.print(f"{name}, {kind} ...")
             found = outside.contenders(config, kind) if on_cpu and not no_rivals else {}
             rivals = {rival: make(config, kind) for rival, make in found.items()}
-            timed = time_works(config, kind, tokens, effort, peaks, rivals)
-            records += [{"model": name, "weights": kind} | record for record in timed]
-            del rivals
+            family = Family(config, kind)
+            for work in works(tokens):
+                record = time_work(family, work, effort, rivals)
+                records.append({"model": name, "weights": kind} | record)
+            del family, rivals
             gc.collect()  # torch's models are cycles
+            peaks.append(rates(kinds, effort))
+    best = {name: max(p[name] for p in peaks) for name in peaks[0]}
+    add_shares(records, best)
     console.print("Graphs, and what scaling says of a small model ...")
     result = {
         "records": records,
         "graph_us": {name: graph_building(config, effort) for name, config in configs.items()},
         "scaling": [] if quick else check_scaling(128, effort),
         "machine": machine.describe("cpu" if on_cpu else "gpu") | {"CPU used by others": neighbours.share()},
-        "rates": peaks,
+        "rates": best,
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "models.json").write_text(json.dumps(result, indent=1))
