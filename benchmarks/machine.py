@@ -15,7 +15,16 @@ import mlx.core as mx
 import numpy as np
 import psutil
 
-PACKAGES = ("mlx", "mlx-fused", "scipy-openblas32", "numpy", "torch")
+PACKAGES = (
+    "mlx",
+    "mlx-lm",
+    "mlx-fused",
+    "scipy-openblas32",
+    "numpy",
+    "torch",
+    "transformers",
+    "llama-cpp-python",
+)
 
 
 def cores() -> int:
@@ -70,7 +79,7 @@ def measure(size: int) -> Ceilings:
     """Times a GEMM of side ``size``, and a copy and a reading of 16 such matrices, on the default device."""
     on_cpu = mx.default_device() == mx.cpu
     gemm, copy, read, size_in_bytes = (_numpy_work if on_cpu else _mlx_work)(size)
-    return Ceilings(2 * size**3 / _best(gemm), 2 * size_in_bytes / _best(copy), size_in_bytes / _best(read))
+    return Ceilings(2 * size**3 / best(gemm), 2 * size_in_bytes / best(copy), size_in_bytes / best(read))
 
 
 def _numpy_work(size: int) -> tuple[Callable, Callable, Callable, int]:
@@ -96,7 +105,7 @@ def _mlx_work(size: int) -> tuple[Callable, Callable, Callable, int]:
     return lambda: mx.eval(a @ a), lambda: mx.eval(-source), reading, source.nbytes
 
 
-def _best(work: Callable, repeats: int = 10) -> float:
+def best(work: Callable, repeats: int = 10) -> float:
     def once() -> float:
         start = time.perf_counter()
         work()

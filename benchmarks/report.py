@@ -238,7 +238,7 @@ def markdown(result: dict) -> str:
     columns = ("operation", "dtype", "M", "fused ms", "composed ms", "torch ms")
     columns += ("vs composed (goal)", "vs torch", "of peak")
     lines = [
-        f"{_place(result['machine'])} A float32 matrix product reached {gemm} GFLOP/s, copying {stream} GB/s "
+        f"{place(result['machine'])} A float32 matrix product reached {gemm} GFLOP/s, copying {stream} GB/s "
         f"and reading {read} GB/s. "
         f"Goals over composed reached: {reached} of {len(judged)}. {_over_torch(cells)}",
         "",
@@ -260,45 +260,8 @@ def markdown(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-# Whole models
-
-_MODEL_COLUMNS = ("model", "weights", "", "stock", "patched", "speedup", "head", "results differ by")
-
-
-def show_models(console: Console, result: dict) -> None:
-    table = make_table("Whole models, added up of a layer and the head")
-    for i, column in enumerate(_MODEL_COLUMNS):
-        table.add_column(column, justify="left" if i < 3 else "right")
-    for record in result["records"]:
-        table.add_row(*_model_cells(record))
-    console.print(table)
-    console.print(_place(result["machine"]), highlight=False)
-
-
-def markdown_of_models(result: dict) -> str:
-    lines = [_place(result["machine"]), ""]
-    lines += [f"| {' | '.join(_MODEL_COLUMNS)} |", f"|{'---|' * 3}{'--:|' * 5}"]
-    lines += [f"| {' | '.join(_model_cells(record))} |" for record in result["records"]]
-    return "\n".join(lines) + "\n"
-
-
-def _model_cells(record: dict) -> tuple[str, ...]:
-    total = record["total_s"]
-    stock, patched = (f"{total[who]:.3g} s" for who in ("stock", "patched"))
-    head = f"{record['head_s'] / total['patched']:.0%}"
-    return (
-        record["model"],
-        record["weights"],
-        record["work"],
-        stock,
-        patched,
-        f"{record['ratio']:.2f}",
-        head,
-        f"{record['difference']:.0e}",
-    )
-
-
-def _place(about: dict) -> str:
+def place(about: dict) -> str:
+    """Where and when something was measured."""
     versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
     return (
         f"{about['date'][:10]}, {about['cpu']}, {about['cores']} cores, {about['system']}, "

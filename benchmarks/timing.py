@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from mlx_fused.tuning.measure import ROTATED
 
 
@@ -51,6 +53,15 @@ def _turn(call: Callable, seconds: float) -> list[float]:
         times.append(time.perf_counter() - start)
     # The first of several calls wakes the thread pool and refills the caches.
     return times[1:] or times
+
+
+def medians(calls: dict[str, Callable], effort: Effort) -> dict[str, float]:
+    """The median seconds of warm calls; a slow one is called once, and the others take turns."""
+    first = {name: first_call(call)[1] for name, call in calls.items()}
+    slow = {name: seconds for name, seconds in first.items() if seconds > effort.once}
+    fast = {name: call for name, call in calls.items() if name not in slow}
+    samples = measure(fast, effort) if fast else {}
+    return slow | {name: float(np.median(seconds)) for name, seconds in samples.items()}
 
 
 def first_call(call: Callable) -> tuple[object, float]:

@@ -51,9 +51,9 @@ INSTEAD = (
         "takes minutes, tests/test_demo.py runs it: are there such options?",
     ),
     Instead(
-        r"(?:\S*/)?python benchmarks/bench.py(.*)",
-        r'python "$ROOT"/benchmarks/bench.py\1 --help',
-        "takes minutes, tests/test_bench.py runs it: are there such options?",
+        r"(?:\S*/)?python benchmarks/(bench|models|memory).py(.*)",
+        r'python "$ROOT"/benchmarks/\1.py\2 --help',
+        "takes minutes, tests/test_bench*.py run it: are there such options?",
     ),
     Instead(
         r"mlx-fused tune(?! --remove).*",
@@ -71,7 +71,7 @@ INSTEAD = (
         "takes a minute with the longer prompt that is the default",
     ),
     Instead(
-        r"""(?:\S*/)?pip install ['"](?:\.|mlx-fused|\$\(ls dist/\*cp311\*\.whl\))\[(\w+)\]['"]\s*""",
+        r"""(?:\S*=\S* )*(?:\S*/)?pip install ['"](?:\.|mlx-fused|\$\(ls dist/\*cp311\*\.whl\))\[([\w-]+)\]['"]\s*""",
         r'grep "^\1 = " "$ROOT"/pyproject.toml',
         "the tests' environment is made already: is there such an extra?",
     ),

@@ -9,7 +9,6 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
-from mlx.utils import tree_flatten
 
 import mlx_fused
 
@@ -128,37 +127,3 @@ def test_slow_calls_are_made_once_and_slower_ones_estimated(main, tmp_path, monk
         assert ("composed" in c["contenders"]) == first
         assert first or c["composed_estimate_s"] > 0
     assert "≈" in done.output
-
-
-def test_whole_models(main, tmp_path, monkeypatch):
-    import models
-
-    (tmp_path / "benchmarks.md").write_text("before\n<!-- models -->\nold\n<!-- end -->\nafter\n")
-    options = ["--quick", "--weights", "float32", "--weights", "4-bit bfloat16"]
-    done = CliRunner().invoke(models.main, [*options, "--out", str(tmp_path), "--docs", str(tmp_path)])
-    assert done.exit_code == 0, done.output
-    records = json.loads((tmp_path / "models.json").read_text())["records"]
-    assert len(records) == 6
-    for record in records:
-        stock, patched = (2 * record["layer_s"][who] + record["head_s"] for who in ("stock", "patched"))
-        assert record["ratio"] == pytest.approx(stock / patched)
-        # Another order of float32 sums; in 16 bits MLX's sums err by up to some per cent.
-        assert 0 < record["difference"] < (1e-5 if record["weights"] == "float32" else 0.1)
-    text = (tmp_path / "benchmarks.md").read_text()
-    assert text.startswith("before\n<!-- models -->\n") and text.endswith("<!-- end -->\nafter\n")
-    assert "old" not in text and text.count("\n| ") == 1 + len(records)
-
-
-def test_whole_models_have_the_sizes_of_their_names(main):
-    import models
-
-    # In layers and a tied embedding; as their authors count them.
-    counted = {"Llama-3.2-1B": 1.236e9, "Qwen3-0.6B": 0.596e9}
-    for name, config in models.MODELS.items():
-        sizes = {
-            k: v.size
-            for k, v in tree_flatten(models.make(config | {"vocab_size": 8}, "bfloat16").parameters())
-        }
-        layer = sum(n for k, n in sizes.items() if ".layers." in k)
-        total = config["num_hidden_layers"] * layer + config["vocab_size"] * config["hidden_size"]
-        assert total == pytest.approx(counted[name], rel=2e-3)

@@ -1,0 +1,151 @@
+"""What ``make bench`` says about whole models: it runs, adds up, and scales as it should."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+from mlx.utils import tree_flatten
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+PLACES = ("models", "memory", "limits", "parts", "graphs", "scaling")
+
+
+@pytest.fixture
+def models(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import models
+
+    return models
+
+
+@pytest.fixture
+def run(models, tmp_path):
+    """Runs the benchmark on a tiny model; gives its JSON, its document and what it printed."""
+
+    def run(*options):
+        document = tmp_path / "benchmarks.md"
+        document.write_text("".join(f"before\n<!-- {name} -->\nold\n<!-- end -->\n" for name in PLACES))
+        arguments = ["--quick", "--out", str(tmp_path), "--docs", str(tmp_path), *options]
+        done = CliRunner().invoke(models.main, arguments)
+        assert done.exit_code == 0, done.output
+        result = json.loads((tmp_path / "models.json").read_text())
+        return result, document.read_text(), done.output
+
+    return run
+
+
+def test_quick_run_prints_and_writes_everything(run):
+    result, document, output = run("--no-rivals")
+    kinds = {(r["weights"], r["work"]): r for r in result["records"]}
+    works = ("decode", "prefill", "LoRA step")
+    assert list(kinds) == [(k, w) for k in ("4-bit bfloat16", "bfloat16", "float32") for w in works]
+    for (weights, work), record in kinds.items():
+        stock, patched = (record["seconds"][who] for who in ("stock", "patched"))
+        assert record["ratio"] == pytest.approx(stock / patched)
+        assert record["tokens_per_s"]["patched"] == pytest.approx((1 if work == "decode" else 32) / patched)
+        assert record["scaled"] == {} and record["memory"]["stock"] > 0
+        # Another order of float32 sums; in 16 bits MLX's sums err by up to some per cent.
+        assert record["difference"] < (1e-5 if weights == "float32" else 0.1)
+        assert all(share >= 0 for share in record["parts"].values())
+    for us in result["graph_us"].values():
+        assert us["stock"] > 0 and us["patched"] > 0
+    assert "old" not in document and document.count("before") == len(PLACES)
+    # Four tables with a row for each, one for the graphs; a small model is too slow for --quick.
+    assert document.count("\n| tiny | ") == 4 * len(kinds) + 1
+    assert "Share of the machine's rates reached" in output
+
+
+def test_options_choose_the_models(run):
+    result, _, _ = run("--no-rivals", "--weights", "float32")
+    assert [r["weights"] for r in result["records"]] == ["float32"] * 3
+
+
+def test_what_takes_long_is_scaled_and_marked(models, run, monkeypatch):
+    monkeypatch.setattr(models, "QUICK", replace(models.QUICK, never=0))
+    result, document, _ = run("--no-rivals", "--weights", "float32")
+    for record in result["records"]:
+        layers = record["scaled"]["stock"]["layers"]
+        assert layers == (1 if record["work"] == "decode" else 16)
+        assert (record["memory"]["stock"] is None) == (layers != record["tokens"])
+        assert record["parts"] is None
+    decode = next(line for line in document.splitlines() if "| decode |" in line)
+    assert decode.count("~") == 2
+
+
+@pytest.mark.parametrize("limit, layers", [(13, 64), (11, 16)])
+def test_scaling_is_exact_for_what_is_linear(models, monkeypatch, limit, layers):
+    """Of training whose cost is known, in place of a measured one."""
+    import scaling
+    from whole import Work
+
+    def cost(call):
+        model, tokens = call
+        seconds = tokens * (len(model.layers) + model.args.vocab_size / 128) / 16
+        return seconds, 1000 * seconds
+
+    monkeypatch.setattr(scaling, "with_memory", cost)
+    monkeypatch.setattr(scaling, "first_call", lambda call: (None, cost(call)[0]))
+    family = models.Family(models.TINY, "float32")
+    work = Work("known", 64, lambda model, tokens: (model, tokens), trains=True)
+    found = scaling.scale(family, work, False, SimpleNamespace(never=limit))
+    model = family.model(lora=True)
+    seconds, allocated = cost((model, 64))
+    assert found.tokens == {"layers": layers, "head": 16}
+    assert found.seconds == pytest.approx(seconds)
+    memory = allocated + scaling.size(model)
+    assert found.memory == (pytest.approx(memory) if layers == 64 else None)
+
+
+def test_models_have_the_sizes_of_their_names(models):
+    # In layers and a tied embedding; as their authors count them.
+    counted = {"Llama-3.2-1B": 1.236e9, "Qwen3-0.6B": 0.596e9}
+    for name, config in models.MODELS.items():
+        model = models.Family(config | {"vocab_size": 64}, "bfloat16").model(1)
+        sizes = {k: v.size for k, v in tree_flatten(model.parameters())}
+        layer = sum(n for k, n in sizes.items() if ".layers." in k)
+        total = config["num_hidden_layers"] * layer + config["vocab_size"] * config["hidden_size"]
+        assert total == pytest.approx(counted[name], rel=2e-3)
+
+
+def test_torch_runs_every_work(models):
+    pytest.importorskip("torch")
+    from outside import Torch
+    from whole import works
+
+    rival = Torch(models.TINY, "float32")
+    calls = [rival.prepare(work) for work in works(16)]
+    decoded, prefilled, loss = (call() for call in calls)
+    assert decoded.shape[-1] == prefilled.shape[-1] == models.TINY["vocab_size"]
+    assert calls[2]().item() < loss.item()
+
+
+def test_llama_cpp_runs_what_it_can(models):
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    from outside import LlamaCpp
+    from whole import works
+
+    for model_type in ("llama", "qwen3"):
+        rival = LlamaCpp(models.TINY | {"model_type": model_type}, "4-bit bfloat16")
+        decode, prefill, step = (rival.prepare(work) for work in works(16))
+        decode(), prefill()
+        assert step is None
+
+
+def test_memory_of_training(models, tmp_path):
+    import memory
+
+    (tmp_path / "benchmarks.md").write_text("<!-- training memory -->\nold\n<!-- end -->\n")
+    arguments = ["--quick", "--out", str(tmp_path), "--docs", str(tmp_path)]
+    done = CliRunner().invoke(memory.main, arguments)
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "memory.json").read_text())
+    # At least gate and up, of 2 bytes.
+    kept, width = result["kept_bytes"], models.TINY["intermediate_size"]
+    assert 2 * 2 * width <= kept["patched"] <= kept["stock"] <= 8 * 2 * width
+    assert list(result["peak_bytes"]) == ["16", "32"]
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "old" not in text and "kept by an MLP, per token and layer" in text
