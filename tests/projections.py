@@ -14,7 +14,7 @@ from operands import normal
 
 HEADS = ("num_heads", "num_kv_heads", "head_dim", "v_head_dim")
 # What is an array, in the order of the primitives' inputs.
-INPUTS = ("input", "attn_out")
+INPUTS = ("input", "x")
 NAMES = (*INPUTS, "weight", "scales", "biases", "bias", "lora_a", "lora_b", "residual")
 
 
@@ -350,7 +350,7 @@ def output(
     scale=2.0, adapter_dtype=mx.float32, alpha=1.0, draw=normal,
 ):  # fmt: skip
     """A call for the output projection and residual."""
-    arguments = {"attn_out": draw(rng, (batch, seq, hidden), dtype)}
+    arguments = {"x": draw(rng, (batch, seq, hidden), dtype)}
     arguments |= weights(rng, hidden_out, hidden, form, dtype, draw)
     arguments["bias"] = draw(rng, (hidden_out,), dtype) if bias else None
     arguments |= {"residual": draw(rng, (batch, seq, hidden_out), dtype), "alpha": alpha}
@@ -361,12 +361,12 @@ def output(
 
 
 def every_byte(mode, of_scales, rows, dtype, as_columns=False):
-    """A call whose outputs, or with ``as_columns`` gradients by attn_out, are half of each byte's value."""
+    """A call whose outputs, or with ``as_columns`` gradients by x, are half of each byte's value."""
     weight, scales, group_size, bits = quantized.every_byte(mode, of_scales)
     if as_columns:
         weight, scales = weight.reshape(1, -1), scales.reshape(1, -1)
     features, hidden = weight.shape[0], scales.shape[1] * group_size
-    arguments = {"attn_out": mx.full((1, rows, hidden), 0.25 / group_size, dtype), "weight": weight}
+    arguments = {"x": mx.full((1, rows, hidden), 0.25 / group_size, dtype), "weight": weight}
     arguments |= {"scales": scales, "biases": None, "bias": None}
     arguments |= {"residual": mx.zeros((1, rows, features), dtype), "alpha": 1.0}
     return _call("output_projection_residual", arguments, (mode, group_size, bits))
