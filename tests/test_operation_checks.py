@@ -109,7 +109,7 @@ def test_the_roundings_of_the_composed_form_are_no_excuse_for_a_kernel(rng, monk
 @dtypes
 def test_numbers_that_are_not_finite(rng, dtype):
     for call in calls(rng, None, dtype):
-        name = "input" if call.segments else "x"
+        name = call.input_name
         x = mx.array(call.x)
         x[0, 3, 5] = float("nan")
         x[0, 4, 5] = float("inf")
@@ -122,7 +122,7 @@ def test_numbers_that_are_not_finite(rng, dtype):
 
 def test_float16_overflows_where_the_exact_result_does(rng):
     for call in calls(rng, None, mx.float16, 40):
-        name = "input" if call.segments else "x"
+        name = call.input_name
         large = call.replace(**{name: 3000 * call.x})
         outputs = getattr(mlx_fused, call.operation)(**large.keywords)
         outputs = list(outputs) if call.segments else [outputs]
@@ -205,7 +205,7 @@ def test_equal_rows_count_once(rng, monkeypatch):
     """Their errors are equal and do not cancel out, though each number is within its bound."""
     monkeypatch.setattr(operations, "_arithmetic", lambda *_: formulas.Arithmetic())
     for call in calls(rng, None, mx.bfloat16, 200):
-        name = "input" if call.segments else "x"
+        name = call.input_name
         names = {name, "residual"} & call.arguments.keys()
         same = call.replace(**{n: mx.repeat(call.arguments[n][:, :1], 200, 1) for n in names})
         outputs = []

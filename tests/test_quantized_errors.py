@@ -185,7 +185,7 @@ def test_wrong_arguments(kind, changes, said):
 @calls
 def test_errors_are_raised_inside_transforms(kind):
     call = CALLS[kind]
-    name = "input" if call.segments else "x"
+    name = call.input_name
     for transform in (mx.compile, mx.checkpoint, mx.grad):
         with pytest.raises(ValueError, match=message(call.operation, [name, "3", "2"])):
             transform(lambda x: call(**{name: x[0]}))(call.x)
