@@ -7,7 +7,7 @@ import mlx_fused
 import oracle
 import quantized
 from call import HEADS, INPUTS, Call, segments
-from operands import normal
+from operands import few_integers, normal
 
 ACTIVATIONS = [*oracle.PARTS, "clipped_swiglu"]  # the last one is a gate's alone
 PACKINGS = ["gate_up", "up_gate", "interleaved"]
@@ -106,14 +106,19 @@ def weights(rng, features, hidden, form, dtype, draw):
     if draw is normal and features:  # mx.quantize refuses a matrix of no rows
         arrays = quantized.quantize(normal(rng, (features, hidden), dtype), group_size, bits, mode)
     else:
-        arrays = _integer_codes(rng, features, hidden, mode, group_size, bits, dtype)
+        small = draw is few_integers
+        arrays = _integer_codes(rng, features, hidden, mode, group_size, bits, dtype, small)
     return dict(zip(("weight", "scales", "biases"), arrays, strict=True))
 
 
-def _integer_codes(rng, features, hidden, mode, group_size, bits, dtype):
+def _integer_codes(rng, features, hidden, mode, group_size, bits, dtype, small):
     """Weights whose products with small integers are exact in float32, and so are their sums."""
     words = rng.integers(0, 2**32, (features, hidden * bits // 32), np.uint32)
     groups = (features, hidden // group_size)
+    if small and bits in (4, 8):
+        words &= np.uint32(0x11111111 if bits == 4 else 0x01010101)  # the smallest codes
+    if mode == "affine" and small:
+        return mx.array(words), mx.ones(groups, dtype), mx.array(-rng.integers(0, 2, groups)).astype(dtype)
     if mode == "affine":
         # Dyadic fractions for the wider codes: weights below 32 for all.
         scales = mx.array(rng.integers(1, 3, groups) * 2.0 ** min(0, 4 - bits)).astype(dtype)
