@@ -113,13 +113,11 @@ struct LayerCheck {
 Arrays split_rows(
     const mx::array& packed, const std::vector<int>& features, Packing packing, const Products& products) {
   if (packing == Packing::interleaved) {
-    Arrays parts;
     int count = features.size();
-    for (int i = 0; i < count; ++i) {
-      mx::Shape start(packed.ndim(), 0), strides(packed.ndim(), 1);
-      start[0] = i;
-      strides[0] = count;
-      parts.push_back(mx::slice(packed, start, packed.shape(), strides, products.stream));
+    auto turns = mx::unflatten(packed, 0, {features[0], count}, products.stream);
+    auto parts = products.split(mx::swapaxes(turns, 0, 1, products.stream), std::vector(count, 1));
+    for (auto& part : parts) {
+      part = mx::squeeze(part, 0, products.stream);
     }
     return parts;
   }

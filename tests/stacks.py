@@ -2,10 +2,12 @@
 
 Those operations have no matrix products, whose transforms are what is in question. All of a call is a
 polynomial with positive coefficients of its arrays (and alpha and scale), and so is what the transforms make
-of it: at the arrays' absolute values it is the sum of its terms' sizes, which bounds the error.
+of it: at the arrays' absolute values it is the sum of its terms' sizes, which bounds the error. An activation is
+bounded by a polynomial.
 """
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 import oracle
@@ -36,9 +38,12 @@ def reference(call, keys, magnitudes=False):
             if lora_a is not None:
                 y = y + size(mx.array(scale, mx.float64)) * times(times(now.x, lora_a), lora_b)
             outputs.append(y)
+        if call.activation:
+            return (activated(call.activation, outputs, magnitudes),)
         if call.segments is None:
-            alpha = size(mx.array(float(np.float32(a["alpha"])), mx.float64))
-            return (leaves["residual", None] + alpha * outputs[0],)
+            alpha = size(mx.array(float(np.float32(call.alpha)), mx.float64))
+            y = alpha * outputs[0]
+            return (leaves["residual", None] + y if ("residual", None) in leaves else y,)
         if not a.get("split_heads", True):
             return tuple(outputs)
         split = (y.reshape(*y.shape[:2], *heads) for y, heads in zip(outputs, call.segments, strict=True))
@@ -56,6 +61,23 @@ def wide(a):
 
 def positive(a):
     return a if a.dtype in CODES else mx.abs(wide(a))
+
+
+def activated(activation, pre, magnitudes):
+    """In MLX's own elementwise operations; or a polynomial whose every derivative is larger."""
+    y, *up = pre
+    if magnitudes:
+        y = y + y * y + y * y * y
+        return y * (up[0] + activation.clipped) if up else y
+    if activation.clipped:
+        y = mx.minimum(y, mx.array(activation.limit, mx.float64))
+        up = [mx.clip(up[0], -activation.limit, activation.limit) + 1]
+        y = y * mx.sigmoid(activation.alpha * y)
+    elif activation.name == "relu2":
+        y = mx.square(mx.maximum(y, 0))
+    else:
+        y = getattr(nn, activation.name)(y)
+    return y * up[0] if up else y
 
 
 def times(a, b):

@@ -13,7 +13,7 @@ import operands
 import oracle
 import projections
 from graph import output_counts, primitives
-from operands import integers
+from operands import few_integers, integers
 from projections import backward, check_gradients, cotangents, gradients
 from stacks import Stack
 from test_forward import dtypes
@@ -23,16 +23,31 @@ AFFINE = ("affine", 32, 4)
 # (form, whether there are adapters)
 KINDS = {"dense": (None, False), "affine": (AFFINE, False), "mxfp4": (("mxfp4", 32, 4), False)}
 KINDS |= {"lora": (None, True), "affine-lora": (AFFINE, True), "nvfp4-lora": (("nvfp4", 16, 4), True)}
-OPERATIONS = ["qkv", "packed", "output"]
+# Each one's node.
+OPERATIONS = {"qkv": "FusedQKVProjection", "packed": "FusedQKVProjection", "output": "FusedOutputProjection"}
+WITH_BACKWARD = list(OPERATIONS)
+OPERATIONS |= {"linear": "FusedLinear"}
+OPERATIONS |= dict.fromkeys(("gated", "gate_up", "interleaved"), "FusedGatedProjection")
 kinds = pytest.mark.parametrize("kind", KINDS)
 operations = pytest.mark.parametrize("operation", OPERATIONS)
+with_backward = pytest.mark.parametrize("operation", WITH_BACKWARD)
 
 
 def make(rng, operation, kind="dense", dtype=mx.float32, **options):
-    """A small call on integers."""
+    """A small call on integers, with activations that are exact."""
     form, adapted = KINDS[kind]
-    options = {"form": form, "dtype": dtype, "draw": integers} | options
+    draw = integers if operation in WITH_BACKWARD else few_integers
+    options = {"form": form, "dtype": dtype, "draw": draw} | options
     hidden = 32 if form else 5
+    if operation == "linear":
+        return projections.linear(
+            rng, 2, 3, hidden, 4, rank=2 if adapted else None, activation="relu2", **options
+        )
+    if operation not in WITH_BACKWARD:
+        ranks, packing = (2, 3) if adapted else None, None if operation == "gated" else operation
+        return projections.gated(
+            rng, 2, 3, hidden, 4, packing=packing, ranks=ranks, activation="relu", **options
+        )
     if operation == "output":
         alpha, rank = 1.0 if kind == "dense" else 0.5, 2 if adapted else None
         return projections.output(rng, 2, 3, hidden, 4, alpha=alpha, rank=rank, **options)
@@ -96,9 +111,15 @@ def read_by_backward(call):
 @operations
 @pytest.mark.parametrize("seq", [1, 9])
 def test_vjp(rng, seq, operation, dtype):
-    call = projections.output(rng, 2, seq, 40, 24, dtype=dtype)
-    if operation != "output":
+    if operation == "output":
+        call = projections.output(rng, 2, seq, 40, 24, dtype=dtype)
+    elif operation == "linear":
+        call = projections.linear(rng, 2, seq, 40, 24, dtype=dtype, activation="gelu")
+    elif operation in WITH_BACKWARD:
         call = projections.qkv(rng, 2, seq, 40, (4, 2, 16), dtype=dtype, packed=operation == "packed")
+    else:
+        packing = None if operation == "gated" else operation
+        call = projections.gated(rng, 2, seq, 40, 24, dtype=dtype, packing=packing)
     check_gradients(call, cotangents(rng, call))
 
 
@@ -114,19 +135,22 @@ def test_one_node_each_way_and_only_the_gradients_asked_for(rng, operation, kind
     call = make(rng, operation, kind)
     given = cotangents(rng, call, integers)
     mx.eval(list(call.leaves.values()), given)
-    forward = "FusedOutputProjection" if operation == "output" else "FusedQKVProjection"
+    forward, count = OPERATIONS[operation], len(call.features)
     nodes = primitives(*call())
     assert nodes.pop("Unpack", 0) == len(call.packed)  # into views
-    assert nodes.pop("Transpose", 0) == 4 * (("lora_b", None) in call.packed)
+    turns = len(call.packed) if operation == "interleaved" else 0
+    assert (nodes.pop("Unflatten", 0), nodes.pop("Squeeze", 0)) == (turns, count * turns)
+    assert nodes.pop("Transpose", 0) == turns + (1 + count) * (("lora_b", None) in call.packed)
     assert nodes == {forward: 1}
     for keys in chosen(call.trainable, kind):
         grads, expected = (gradients(call, keys, given, route=route) for route in (None, "composed"))
         # The residual's gradient is the cotangent itself: no output of any node of ours.
         of_segments = [*call.packed, ("lora_a", None)] if call.packed else []
-        wanted = sum(3 if key in of_segments else key[0] != "residual" for key in keys)
+        wanted = sum(count if key in of_segments else key[0] != "residual" for key in keys)
         assert output_counts(f"{forward}Grad", *grads) == [wanted] * bool(wanted)
         nodes = primitives(*grads)
         assert not {"Matmul", "AddMM", "QuantizedMatmul"} & set(nodes)
+        assert nodes[forward] == nodes["FusedActivationGrad"] == bool(call.activation)
         assert bool(nodes["Concatenate"]) == any(key in call.packed for key in keys)
         assert not output_counts(f"{forward}Grad", *expected)
         oracle.assert_equal(grads, expected)
@@ -219,7 +243,7 @@ def test_forward_over_reverse_and_reverse_over_forward(rng):
     check_as_composed(call, reverse_over_forward)
 
 
-@operations
+@with_backward
 def test_explicit_backwards_have_gradients_and_tangents_of_their_own(rng, operation):
     call = make(rng, operation)
     args = [*cotangents(rng, call, integers), *values(call, read_by_backward(call))]
@@ -273,15 +297,15 @@ def test_a_gradient_of_another_dtype_is_cast(rng, operation, gradient):
     call = make(rng, operation, dtype=mx.bfloat16, bias=False)
     keys = call.trainable
 
-    def grads(route):
+    def grads(function, route=None):
         def loss(*args):
             first, *others = call.function(keys, route=route)(*args)
-            return identity(first).sum() + sum(y.sum() for y in others)
+            return function(first).sum() + sum(y.sum() for y in others)
 
         return mx.grad(loss, every(keys))(*values(call))
 
-    assert {g.dtype for g in grads(None)} == {mx.bfloat16}
-    oracle.assert_equal(grads(None), grads("composed"))
+    assert {g.dtype for g in grads(identity)} == {mx.bfloat16}
+    oracle.assert_equal(grads(identity), grads(lambda y: y, "composed"))
 
 
 def calls_with_every_option(rng, dtype, forms):

@@ -73,6 +73,9 @@ def test_each_row_depends_on_its_own_input_alone(seed, batch, seq, hidden, shape
     oracle.assert_equal([y[b : b + 1, :, s : s + 1] for y in call()], alone)
 
 
+operations = ["qkv", "output", "linear", "gated"]
+
+
 @st.composite
 def calls(draw):
     """Any operation, with any options, of a few rows."""
@@ -87,7 +90,22 @@ def calls(draw):
     hidden = 32 if form else draw(st.integers(1, 6))
     bias, adapted, exact = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
     options = {"bias": bias, "adapter_dtype": dtype, "scale": draw(st.sampled_from([1.0, 0.5, -3.0]))}
-    if draw(st.booleans()):
+    operation, activation = draw(st.sampled_from(operations)), draw(st.sampled_from(projections.ACTIVATIONS))
+    if operation in ("linear", "gated"):
+        ranks = draw(st.tuples(*[st.none() | st.integers(1, 3)] * 2).filter(any)) if adapted else None
+        features = draw(st.integers(1, 5))
+        if operation == "gated":
+            packing = draw(st.none() | st.sampled_from(projections.PACKINGS))
+            options |= {"packing": packing, "ranks": ranks, "activation": activation}
+            call = projections.gated(rng, batch, seq, hidden, features, form, dtype, **options)
+        else:
+            options |= {
+                "rank": ranks and next(filter(None, ranks)),
+                "activation": None if activation == "clipped_swiglu" else activation,
+            }
+            call = projections.linear(rng, batch, seq, hidden, features, form, dtype, **options)
+        return call, rng
+    if operation == "output":
         rank, alpha = draw(st.integers(1, 3)) if adapted else None, draw(st.sampled_from([1.0, 0.25, -2.0]))
         call = projections.output(
             rng, batch, seq, hidden, draw(st.integers(1, 5)), form, dtype, rank=rank, alpha=alpha, **options

@@ -8,11 +8,12 @@ import pytest
 import oracle
 import projections
 from graph import primitives
-from operands import integers
+from operands import few_integers, integers
 from projections import cotangents
 from stacks import Stack
 from test_autodiff import (
     HEADS,
+    OPERATIONS,
     backward_function,
     check_as_composed,
     cube_sum,
@@ -25,16 +26,17 @@ from test_autodiff import (
     square_sum,
     subsets,
     values,
+    with_backward,
 )
 
 EXAMPLES = 3
 INPUT = [("input", None)]
 
 
-def mapped(rng, args, axes):
+def mapped(rng, args, axes, draw=integers):
     """Operands with EXAMPLES different values along the given axes, None for a shared one."""
     return [
-        a if axis is None else integers(rng, [*a.shape[:axis], EXAMPLES, *a.shape[axis:]])
+        a if axis is None else draw(rng, [*a.shape[:axis], EXAMPLES, *a.shape[axis:]])
         for a, axis in zip(args, axes, strict=True)
     ]
 
@@ -61,7 +63,8 @@ def check_vmap_as_composed(rng, call, axes, transform=lambda f: f):
     """vmap of a transform of the call, over its trainable arrays, against the composed form's."""
     keys = call.trainable
     functions = [transform(call.function(keys, route=route)) for route in (None, "composed")]
-    check_vmap(*functions, mapped(rng, values(call), axes), axes)
+    draw = few_integers if call.activation else integers
+    check_vmap(*functions, mapped(rng, values(call), axes, draw), axes)
 
 
 def every_axis(args):
@@ -108,7 +111,7 @@ def test_vmap_of_any_argument(rng, operation, kind):
         check_vmap(call.function(keys), call.function(keys), args, axes)
 
 
-@operations
+@with_backward
 def test_vmap_of_the_backwards(rng, operation):
     call = make(rng, operation)
     args = [*cotangents(rng, call, integers), *values(call, read_by_backward(call))]
@@ -169,11 +172,12 @@ def test_vmap_of_vmap_runs_our_kernels(rng, operation, kind):
 @operations
 def test_vmap_over_the_activations_alone_stays_fused(rng, operation):
     call = make(rng, operation)
-    for axis, other in product(range(4), range(4) if operation == "output" else [None]):
+    last = call.trainable[-1][0] == "residual"
+    for axis, other in product(range(4), range(4) if last else [None]):
         axes = (axis, *[None] * (len(call.trainable) - 2), other)
         outputs = mx.vmap(call.function(call.trainable), in_axes=axes)(*mapped(rng, values(call), axes))
         nodes = primitives(*outputs)
-        assert nodes["FusedOutputProjection" if operation == "output" else "FusedQKVProjection"] == 1
+        assert nodes[OPERATIONS[operation]] == 1
         assert not nodes["Matmul"] and not nodes["AddMM"]
 
 
@@ -218,7 +222,7 @@ def test_jvp_of_vmap_and_vmap_of_jvp(rng):
 
 def resized(rng, call, batch, seq):
     """Values of another number of rows for the trainable arrays."""
-    of_rows = ("input", "attn_out", "residual")
+    of_rows = ("input", "x", "residual")
     return [
         integers(rng, (batch, seq, a.shape[-1])) if name in of_rows else a
         for (name, _), a in ((key, call.leaves[key]) for key in call.trainable)
@@ -245,7 +249,7 @@ def test_compile_and_checkpoint(rng, operation, kind, shapeless):
             oracle.assert_equal(gradient(*args), expected(*args))
 
 
-@operations
+@with_backward
 @pytest.mark.parametrize("shapeless", [False, True], ids=["shaped", "shapeless"])
 def test_compile_of_the_backwards(rng, operation, shapeless):
     compiled = None
@@ -361,7 +365,7 @@ def test_a_chain_over_two_streams(rng):
 
     def chain(stream=None, route=None):
         q, _, _ = first(route=route)
-        return second(attn_out=q.swapaxes(1, 2).flatten(2), stream=stream, route=route)
+        return second(x=q.swapaxes(1, 2).flatten(2), stream=stream, route=route)
 
     oracle.assert_equal(chain(stream=mx.new_stream(mx.cpu)), chain(route="composed"))
 
