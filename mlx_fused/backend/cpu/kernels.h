@@ -10,6 +10,16 @@ struct Words {
   int64_t row_stride, word_stride;
 };
 
+// Dot products with quantized weights.
+struct PackedDots {
+  // The number of floats that a packed row of x takes, for weights of the format of w.
+  int64_t (*length)(const Quantized& w);
+  // Copies a row of x in the order in which dots reads it.
+  void (*pack)(const Quantized& w, const float* x, float* to);
+  // y[i * ldy + j] = the dot product of packed row i of x and row `row + j` of w, for i < m and j < n
+  void (*dots)(const float* x, int64_t m, const Quantized& w, int64_t row, int64_t n, float* y, int64_t ldy);
+};
+
 // The vector loops, a table of functions per instruction set. All rows have unit stride.
 struct Kernels {
   // y[i * ldy + j] = the dot product of row i of x and row j of w, both of length k, for i < m and j < n
@@ -44,13 +54,7 @@ struct Kernels {
       const Activation& a, const float* x, float* y, float* dy, int64_t n);  // y = f(x), dy = f'(x)
   // to = n elements of a row of w from col on. col and n are multiples of 32, except n at the end of a row.
   void (*dequantize)(const Quantized& w, int64_t row, int64_t col, int64_t n, float* to);
-  // pack copies a row of x in the order in which packed_dots reads it for weights of the format of w, whose
-  // bits must divide 32; packed_length is the number of floats that takes.
-  int64_t (*packed_length)(const Quantized& w);
-  void (*pack)(const Quantized& w, const float* x, float* to);
-  // y[i * ldy + j] = the dot product of packed row i of x and row `row + j` of w, for i < m and j < n
-  void (*packed_dots)(
-      const float* x, int64_t m, const Quantized& w, int64_t row, int64_t n, float* y, int64_t ldy);
+  PackedDots packed;  // for formats whose bits divide 32
 };
 
 // The table of the best instruction set that this CPU has and MLX_FUSED_MAX_ISA allows.
@@ -67,6 +71,17 @@ struct Groups {
 // Loops whose words are two bfloat16, the first in the lower half. Both products of a pair are added to its
 // sum.
 struct BFloat16Kernels {
+  // As that of Kernels, both operands of bfloat16.
+  void (*dots)(
+      const uint16_t* x,
+      int64_t ldx,
+      int64_t m,
+      const uint16_t* w,
+      int64_t ldw,
+      int64_t n,
+      int64_t k,
+      float* y,
+      int64_t ldy);
   decltype(Kernels::panel) panel;
   // The same where w(j, p) are codes, which the scales of their groups multiply.
   void (*group_panel)(
@@ -82,6 +97,7 @@ struct BFloat16Kernels {
   void (*codes)(const Quantized& w, int64_t row, int64_t col, int64_t n, uint16_t* to);
   // The scales, and the biases if there are any, of n groups from `group` on. Fills whole vectors of 16.
   void (*scales)(const Quantized& w, int64_t row, int64_t group, int64_t n, float* scales, float* biases);
+  PackedDots packed;  // as that of Kernels but for mxfp8; x must hold what bfloat16 can
 };
 
 // Null if the CPU has no such instructions, or MLX_FUSED_MAX_ISA does not allow them.

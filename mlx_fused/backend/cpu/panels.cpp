@@ -48,22 +48,6 @@ std::vector<Block> split_depth(const std::vector<View>& pieces, int64_t per_word
   return blocks;
 }
 
-// to[i * ld + j] = element (t.row + i, t.col + j) of a matrix of bfloat16
-void copy(const View& v, const Tile& t, uint16_t* to, int64_t ld) {
-  for (int64_t i = 0; i < t.rows; ++i) {
-    for_each_run(v, t.row + i, t.col, t.cols, [&](const char* run, int64_t j, int64_t n) {
-      auto from = reinterpret_cast<const uint16_t*>(run);
-      if (v.dim_stride == 1) {
-        std::copy_n(from, n, to + i * ld + j);
-      } else {
-        for (int64_t k = 0; k < n; ++k) {
-          to[i * ld + j + k] = from[k * v.dim_stride];
-        }
-      }
-    });
-  }
-}
-
 // The tile as words of one float each, in the memory at `to`.
 Words load_floats(const Operand& o, const Tile& t, float* to) {
   bool columns = load_either(o, t, to);

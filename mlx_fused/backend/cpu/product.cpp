@@ -21,9 +21,11 @@ constexpr int64_t tasks_per_thread = 4;
 constexpr int64_t min_stream_cols = 48, max_stream_cols = 96;  // a task of dots_product or packed_product
 constexpr int64_t max_inline_work = 1 << 18;  // multiplications that the calling thread does alone
 
-// The most rows that packed_product and dots_product take; panels_product, or AMX, takes more.
-constexpr int64_t max_packed_rows = 6;
-constexpr int64_t max_dots_rows = 24, max_dots_rows_amx = 4, max_dots_rows_amx_quantized = 12;
+// The most rows that packed_product and dots_product take; panels_product, or AMX, takes more. Pairs are
+// those of bfloat16 operands (see BFloat16Kernels).
+constexpr int64_t max_packed_rows = 6, max_packed_rows_pairs = 48;
+constexpr int64_t max_dots_rows = 24, max_dots_rows_pairs = 64;
+constexpr int64_t max_dots_rows_amx = 4, max_dots_rows_amx_quantized = 12;
 
 // Whether the epilogue does nothing.
 bool is_plain(const Output& o) {
@@ -141,23 +143,51 @@ void dots_product(const View& left, const std::vector<Output>& outputs) {
       });
 }
 
+// The same where the CPU multiplies pairs of bfloat16 and all operands are.
+void bfloat16_dots_product(const View& left, const std::vector<Output>& outputs) {
+  int64_t rows = left.rows(), depth = left.cols(), ldx = left.seq_stride;
+  auto x = reinterpret_cast<const uint16_t*>(element(left, 0, 0));
+  if (!has_unit_rows(left)) {
+    auto to = reinterpret_cast<uint16_t*>(scratch(Holder::product, (rows * depth + 1) / 2));
+    copy(left, {.row = 0, .rows = rows, .col = 0, .cols = depth}, to, depth);
+    x = to;
+    ldx = depth;
+  }
+  run(split(outputs, rows, min_stream_cols, max_stream_cols),
+      depth,
+      [&](const Output& output, const Tile& t) {
+        float* acc = scratch(Holder::task, rows * t.cols);
+        const View& w = std::get<View>(output.right[0]);
+        auto from = reinterpret_cast<const uint16_t*>(element(w, t.col, 0));
+        bfloat16_kernels()->dots(x, ldx, rows, from, w.seq_stride, t.cols, depth, acc, t.cols);
+        apply_epilogue(output, t, t, acc, t.cols);
+      });
+}
+
+// Whether packed_product multiplies pairs of bfloat16.
+bool packs_pairs(const View& left, const std::vector<Output>& outputs) {
+  return bfloat16_kernels() && left.type == Type::bfloat16 &&
+         std::get<Quantized>(outputs[0].right[0]).mode != Mode::mxfp8;
+}
+
 // For still fewer rows, with quantized weights of one format: the left operand is reordered once so that the
 // codes need not be (see pack in kernels.h).
 void packed_product(const View& left, const std::vector<Output>& outputs) {
   const auto& format = std::get<Quantized>(outputs[0].right[0]);
-  int64_t rows = left.rows(), depth = left.cols(), length = kernels().packed_length(format);
+  const PackedDots& loops = packs_pairs(left, outputs) ? bfloat16_kernels()->packed : kernels().packed;
+  int64_t rows = left.rows(), depth = left.cols(), length = loops.length(format);
   float* packed = scratch(Holder::product, rows * length + depth);
   float* row = packed + rows * length;
   for (int64_t i = 0; i < rows; ++i) {
     load(left, {.row = i, .rows = 1, .col = 0, .cols = depth}, row, depth);
-    kernels().pack(format, row, packed + i * length);
+    loops.pack(format, row, packed + i * length);
   }
   run(split(outputs, rows, min_stream_cols, max_stream_cols),
       depth,
       [&](const Output& output, const Tile& t) {
         float* acc = scratch(Holder::task, rows * t.cols);
         const auto& w = std::get<Quantized>(output.right[0]);
-        kernels().packed_dots(packed, rows, w, t.col, t.cols, acc, t.cols);
+        loops.dots(packed, rows, w, t.col, t.cols, acc, t.cols);
         apply_epilogue(output, t, t, acc, t.cols);
       });
 }
@@ -241,12 +271,18 @@ void product(std::vector<View> left, std::vector<Output> outputs) {
   }
   bool amx = !left.empty() && left_bfloat16 && (dense_bfloat16 || quantized) && has_amx();
   bool streams = left.size() == 1 && unit_rows;  // whether dots and packed products can compute it
+  bool packs = streams && can_pack(outputs), pairs = left_bfloat16 && dense_bfloat16 && bfloat16_kernels();
   int64_t rows = outputs[0].out.rows();
-  int64_t dots_rows = !amx ? max_dots_rows : quantized ? max_dots_rows_amx_quantized : max_dots_rows_amx;
-  if (streams && rows <= max_packed_rows && can_pack(outputs)) {
+  int64_t packed_rows = !packs || !packs_pairs(left[0], outputs) ? max_packed_rows
+                        : amx                                    ? max_dots_rows_amx_quantized
+                                                                 : max_packed_rows_pairs;
+  int64_t dots_rows = amx     ? (quantized ? max_dots_rows_amx_quantized : max_dots_rows_amx)
+                      : pairs ? max_dots_rows_pairs
+                              : max_dots_rows;
+  if (packs && rows <= packed_rows) {
     packed_product(left[0], outputs);
   } else if (streams && rows <= dots_rows) {
-    dots_product(left[0], outputs);
+    (pairs ? bfloat16_dots_product : dots_product)(left[0], outputs);
   } else if (amx) {
     amx_product(left, outputs);
   } else if (rows < sgemm_min_rows) {

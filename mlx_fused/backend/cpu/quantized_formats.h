@@ -64,14 +64,15 @@ template <int bits>
 using Centered = Integer<bits, 1 << (bits - 1)>;
 
 struct E2m1 {
+  static constexpr float values[] = {0, .5, 1, 1.5, 2, 3, 4, 6, -0.0f, -.5, -1, -1.5, -2, -3, -4, -6};
   static constexpr int bits = 4;
   static constexpr bool has_biases = false;
   static Float value(Word words, int i) {
 #ifdef __AVX512F__
-    return spread(Float{0, .5, 1, 1.5, 2, 3, 4, 6, -0.0f, -.5, -1, -1.5, -2, -3, -4, -6}, words >> (4 * i));
+    return spread(Float32::load(values), words >> (4 * i));
 #elif defined(__AVX2__)
     Word code = words >> (4 * i);
-    Word size = MLX_FUSED_ISA::bits<Word>(spread(Float{0, .5, 1, 1.5, 2, 3, 4, 6}, code));
+    Word size = MLX_FUSED_ISA::bits<Word>(spread(Float32::load(values), code));
     return MLX_FUSED_ISA::bits<Float>(size | ((code << 28) & 0x80000000));
 #else
     return minifloat<2, 1>(words >> (4 * i));
@@ -222,6 +223,42 @@ void unpack(const uint32_t* p, int64_t n, Word (&codes)[32 / lanes]) {
   __builtin_memcpy(codes, one_each, sizeof(codes));
 #endif
 }
+
+int64_t round_up(int64_t n, int64_t step) {
+  return (n + step - 1) / step * step;
+}
+
+// The sums of a row of x over each group of w, which the biases multiply; with zeros, whole vectors.
+void sum_groups(const Quantized& w, const float* x, float* to) {
+  int64_t groups = w.cols / w.group_size;
+  for (int64_t g = 0; g < round_up(groups, lanes); ++g) {
+    Float total = {};
+    for (int64_t i = 0; g < groups && i < w.group_size; i += lanes) {
+      total += Float32::load(x + g * w.group_size + i);
+    }
+    to[g] = sum(total);
+  }
+}
+
+// Returns f<Codes>(...) for the format of w; Affine is Integer or Centered.
+#define FOR_CODES(f, Affine, ...)                                     \
+  if (w.mode != Mode::affine) {                                       \
+    return w.bits == 4 ? f<E2m1>(__VA_ARGS__) : f<E4m3>(__VA_ARGS__); \
+  }                                                                   \
+  switch (w.bits) {                                                   \
+    case 2:                                                           \
+      return f<Affine<2>>(__VA_ARGS__);                               \
+    case 3:                                                           \
+      return f<Affine<3>>(__VA_ARGS__);                               \
+    case 4:                                                           \
+      return f<Affine<4>>(__VA_ARGS__);                               \
+    case 5:                                                           \
+      return f<Affine<5>>(__VA_ARGS__);                               \
+    case 6:                                                           \
+      return f<Affine<6>>(__VA_ARGS__);                               \
+    case 8:                                                           \
+      return f<Affine<8>>(__VA_ARGS__);                               \
+  }
 
 }  // namespace
 

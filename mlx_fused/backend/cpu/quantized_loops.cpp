@@ -41,12 +41,18 @@ void dequantize_as(const Quantized& w, int64_t index, int64_t col, int64_t n, fl
 // packed_dots decodes code s of `lanes` consecutive words at a time, which belong to columns that are 32 /
 // bits apart. So pack reorders each block of x (the columns of `lanes` words) such that its vector s holds
 // the elements of just those columns. The sums of x over each group, which the biases multiply, follow.
-int64_t block_length(const Quantized& w) {
-  return 32 / w.bits * lanes;
-}
-
-int64_t round_up(int64_t n, int64_t step) {
-  return (n + step - 1) / step * step;
+template <typename Codes>
+void pack_as(const Quantized& w, const float* x, float* to) {
+  constexpr int per_word = 32 / Codes::bits;
+  for (int64_t first = 0; first < w.cols; first += per_word * lanes) {
+    for (int s = 0; s < per_word; ++s, to += lanes) {
+      for (int i = 0; i < lanes; ++i) {
+        int64_t col = first + i * per_word + s;
+        to[i] = col < w.cols ? x[col] : 0;
+      }
+    }
+  }
+  sum_groups(w, x, to);
 }
 
 // The dot products of some rows of x and one row of w. A word's products are summed before the scale of their
@@ -126,62 +132,34 @@ void packed_dots_as(
 
 }  // namespace
 
-void dequantize(const Quantized& w, int64_t row, int64_t col, int64_t n, float* to) {
-  if (w.mode != Mode::affine) {
-    return w.bits == 4 ? dequantize_as<E2m1>(w, row, col, n, to) : dequantize_as<E4m3>(w, row, col, n, to);
+// Returns f<Codes>(...) for a format whose bits divide 32.
+#define FOR_PACKED_CODES(f, ...)                                      \
+  if (w.mode != Mode::affine) {                                       \
+    return w.bits == 4 ? f<E2m1>(__VA_ARGS__) : f<E4m3>(__VA_ARGS__); \
+  }                                                                   \
+  switch (w.bits) {                                                   \
+    case 2:                                                           \
+      return f<Centered<2>>(__VA_ARGS__);                             \
+    case 4:                                                           \
+      return f<Centered<4>>(__VA_ARGS__);                             \
+    case 8:                                                           \
+      return f<Centered<8>>(__VA_ARGS__);                             \
   }
-  switch (w.bits) {
-    case 2:
-      return dequantize_as<Integer<2>>(w, row, col, n, to);
-    case 3:
-      return dequantize_as<Integer<3>>(w, row, col, n, to);
-    case 4:
-      return dequantize_as<Integer<4>>(w, row, col, n, to);
-    case 5:
-      return dequantize_as<Integer<5>>(w, row, col, n, to);
-    case 6:
-      return dequantize_as<Integer<6>>(w, row, col, n, to);
-    case 8:
-      return dequantize_as<Integer<8>>(w, row, col, n, to);
-  }
-}
+
+void dequantize(const Quantized& w, int64_t row, int64_t col, int64_t n, float* to){
+    FOR_CODES(dequantize_as, Integer, w, row, col, n, to)}
 
 int64_t packed_length(const Quantized& w) {
-  return round_up(w.cols, block_length(w)) + round_up(w.cols / w.group_size, lanes);
+  return round_up(w.cols, 32 / w.bits * lanes) + round_up(w.cols / w.group_size, lanes);
 }
 
 void pack(const Quantized& w, const float* x, float* to) {
-  int64_t per_word = 32 / w.bits, block = block_length(w);
-  for (int64_t first = 0; first < w.cols; first += block, to += block) {
-    for (int64_t i = 0; i < block; ++i) {
-      int64_t col = first + i % lanes * per_word + i / lanes;
-      to[i] = col < w.cols ? x[col] : 0;
-    }
-  }
-  int64_t groups = w.cols / w.group_size;
-  for (int64_t g = 0; g < round_up(groups, lanes); ++g) {
-    Float total = {};
-    for (int64_t i = 0; g < groups && i < w.group_size; i += lanes) {
-      total += Float32::load(x + g * w.group_size + i);
-    }
-    to[g] = sum(total);
-  }
+  FOR_PACKED_CODES(pack_as, w, x, to)
 }
 
 void packed_dots(
     const float* x, int64_t m, const Quantized& w, int64_t row, int64_t n, float* y, int64_t ldy) {
-  if (w.mode != Mode::affine) {
-    return w.bits == 4 ? packed_dots_as<E2m1>(x, m, w, row, n, y, ldy)
-                       : packed_dots_as<E4m3>(x, m, w, row, n, y, ldy);
-  }
-  switch (w.bits) {
-    case 2:
-      return packed_dots_as<Centered<2>>(x, m, w, row, n, y, ldy);
-    case 4:
-      return packed_dots_as<Centered<4>>(x, m, w, row, n, y, ldy);
-    case 8:
-      return packed_dots_as<Centered<8>>(x, m, w, row, n, y, ldy);
-  }
+  FOR_PACKED_CODES(packed_dots_as, x, m, w, row, n, y, ldy)
 }
 
 }  // namespace mlx_fused::cpu::MLX_FUSED_ISA

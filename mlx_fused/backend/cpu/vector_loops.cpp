@@ -186,8 +186,6 @@ const Kernels table = {
     .activate = activate,
     .derive = derive,
     .dequantize = dequantize,
-    .packed_length = packed_length,
-    .pack = pack,
-    .packed_dots = packed_dots};
+    .packed = {packed_length, pack, packed_dots}};
 
 }  // namespace mlx_fused::cpu::MLX_FUSED_ISA

@@ -125,6 +125,9 @@ struct BFloat16 {
 };
 
 float sum(Float v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float parts[lanes];
   __builtin_memcpy(parts, &v, sizeof(parts));
   for (int width = lanes / 2; width > 0; width /= 2) {
@@ -133,6 +136,7 @@ float sum(Float v) {
     }
   }
   return parts[0];
+#endif
 }
 
 // Returns f<T>(...) for the T that belongs to `type`.

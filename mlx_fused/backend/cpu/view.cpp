@@ -65,6 +65,14 @@ void load(const View& v, const Tile& t, float* to, int64_t ld) {
   }
 }
 
+void copy(const View& v, const Tile& t, uint16_t* to, int64_t ld) {
+  for (int64_t i = 0; i < t.rows; ++i) {
+    for_each_run(v, t.row + i, t.col, t.cols, [&](const char* from, int64_t j, int64_t n) {
+      copy<uint16_t>(from, v.dim_stride, to + i * ld + j, 1, n);
+    });
+  }
+}
+
 void add_rows(const View& v, const Tile& t, float* to) {
   for (int64_t i = 0; i < t.rows; ++i) {
     read_row(kernels().add, v, t.row + i, t.col, t.cols, to);

@@ -84,6 +84,9 @@ void for_each_run(const View& v, int64_t row, int64_t col, int64_t cols, F&& f) 
 // to[i * ld + j] = element (t.row + i, t.col + j), in float32.
 void load(const View& v, const Tile& t, float* to, int64_t ld);
 
+// The same without a conversion, of 16-bit elements.
+void copy(const View& v, const Tile& t, uint16_t* to, int64_t ld);
+
 // to[j] += the sum over the tile's rows, in float32.
 void add_rows(const View& v, const Tile& t, float* to);
 
