@@ -26,12 +26,17 @@ def run(models, tmp_path):
     """Runs the benchmark on a tiny model; gives its JSON, its document and what it printed."""
 
     def run(*options):
-        document = tmp_path / "benchmarks.md"
+        docs = tmp_path / "docs"
+        docs.mkdir()
+        document, readme = docs / "benchmarks.md", tmp_path / "README.md"
         document.write_text("".join(f"before\n<!-- {name} -->\nold\n<!-- end -->\n" for name in PLACES))
-        arguments = ["--quick", "--out", str(tmp_path), "--docs", str(tmp_path), *options]
+        readme.write_text("before\n<!-- models -->\nold\n<!-- end -->\nafter\n")
+        arguments = ["--quick", "--out", str(tmp_path), "--docs", str(docs), *options]
         done = CliRunner().invoke(models.main, arguments)
         assert done.exit_code == 0, done.output
         result = json.loads((tmp_path / "models.json").read_text())
+        first = document.read_text().split("<!-- end -->\n")[0]
+        assert readme.read_text() == f"{first}<!-- end -->\nafter\n"
         return result, document.read_text(), done.output
 
     return run
