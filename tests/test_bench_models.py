@@ -73,14 +73,14 @@ def test_what_takes_long_is_scaled_and_marked(models, run, monkeypatch):
     result, document, _ = run("--no-rivals", "--weights", "float32")
     for record in result["records"]:
         layers = record["scaled"]["stock"]["layers"]
-        assert layers == (1 if record["work"] == "decode" else 16)
+        assert layers == (1 if record["work"] == "decode" else 8)
         assert (record["memory"]["stock"] is None) == (layers != record["tokens"])
         assert record["parts"] is None
     decode = next(line for line in document.splitlines() if "| decode |" in line)
     assert decode.count("~") == 2
 
 
-@pytest.mark.parametrize("limit, layers", [(13, 64), (11, 16)])
+@pytest.mark.parametrize("limit, layers", [(13, 64), (11, 8)])
 def test_scaling_is_exact_for_what_is_linear(models, monkeypatch, limit, layers):
     """Of training whose cost is known, in place of a measured one."""
     import scaling
@@ -98,7 +98,7 @@ def test_scaling_is_exact_for_what_is_linear(models, monkeypatch, limit, layers)
     found = scaling.scale(family, work, False, SimpleNamespace(never=limit))
     model = family.model(lora=True)
     seconds, allocated = cost((model, 64))
-    assert found.tokens == {"layers": layers, "head": 16}
+    assert found.tokens == {"layers": layers, "head": 8}
     assert found.seconds == pytest.approx(seconds)
     memory = allocated + scaling.size(model)
     assert found.memory == (pytest.approx(memory) if layers == 64 else None)
