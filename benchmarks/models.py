@@ -16,7 +16,7 @@ import report
 import report_models
 from parts import graph_building, parts
 from scaling import scale, size, with_memory
-from timing import FULL, QUICK, Effort, first_call, medians
+from timing import FULL, QUICK, Effort, first_call, quickest
 from whole import KINDS, MODELS, NO_HEAD, Family, Work, works
 
 TINY = MODELS["Llama-3.2-1B"] | {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 512}
@@ -43,7 +43,7 @@ def time_work(family: Family, work: Work, effort: Effort, rivals: dict) -> dict:
         if call := rival.prepare(work):
             calls[name] = call
             call()
-    seconds |= medians(calls, effort)
+    seconds |= quickest(calls, effort)
     return {
         "work": work.name,
         "tokens": work.tokens,
