@@ -215,7 +215,7 @@ def main(
     report.show(console, result)
     report.save(result, out)
     if docs:
-        report.document(docs, "measured", report.markdown(result))
+        report.document(docs / "benchmarks.md", "measured", report.markdown(result))
         shutil.copy(out / "bench.png", docs / "benchmarks.png")
     console.print(f"\nWritten: {out / 'bench.json'} and {out / 'bench.png'}")
 

@@ -87,7 +87,7 @@ def main(name: str, weights: str, most: int, quick: bool, out: Path, docs: Path 
     (out / "memory.json").write_text(json.dumps(result, indent=1))
     report_models.show_memory(console, result)
     if docs:
-        document(docs, "training memory", report_models.markdown_of_memory(result))
+        document(docs / "benchmarks.md", "training memory", report_models.markdown_of_memory(result))
 
 
 if __name__ == "__main__":

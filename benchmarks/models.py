@@ -16,8 +16,8 @@ import report
 import report_models
 from parts import graph_building, parts
 from scaling import scale, size, with_memory
-from timing import FULL, QUICK, Effort, first_call, medians
-from whole import KINDS, MODELS, Family, Work, works
+from timing import FULL, QUICK, Effort, first_call, quickest
+from whole import KINDS, MODELS, NO_HEAD, Family, Work, works
 
 TINY = MODELS["Llama-3.2-1B"] | {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 512}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 3}
@@ -43,7 +43,7 @@ def time_work(family: Family, work: Work, effort: Effort, rivals: dict) -> dict:
         if call := rival.prepare(work):
             calls[name] = call
             call()
-    seconds |= medians(calls, effort)
+    seconds |= quickest(calls, effort)
     return {
         "work": work.name,
         "tokens": work.tokens,
@@ -61,8 +61,9 @@ def time_work(family: Family, work: Work, effort: Effort, rivals: dict) -> dict:
 
 def difference(family: Family, work: Work) -> float:
     """How far logits or losses of stock and patched are apart, as a part of their norm, at one layer."""
+    headless = family.without(NO_HEAD)
     stock, patched = (
-        work.prepare(family.model(1, patched, work.trains), min(16, work.tokens))().astype(mx.float32)
+        work.prepare(headless.model(1, patched, work.trains), min(16, work.tokens))().astype(mx.float32)
         for patched in (False, True)
     )
     return (mx.linalg.norm((patched - stock).flatten()) / mx.linalg.norm(stock.flatten())).item()
@@ -121,7 +122,7 @@ def add_shares(records: list[dict], peaks: dict[str, float]) -> None:
 @click.option(
     "--docs",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Also put the tables into this folder's benchmarks.md.",
+    help="Also put the tables into this folder's benchmarks.md, and the first into the README.md above it.",
 )
 @click.option("--no-rivals", is_flag=True, help="Leave llama.cpp and torch out even if they are installed.")
 def main(models: tuple, weights: tuple, quick: bool, out: Path, docs: Path | None, no_rivals: bool) -> None:
@@ -159,8 +160,10 @@ def main(models: tuple, weights: tuple, quick: bool, out: Path, docs: Path | Non
     (out / "models.json").write_text(json.dumps(result, indent=1))
     report_models.show(console, result)
     if docs:
-        for name, text in report_models.markdown(result).items():
-            report.document(docs, name, text)
+        tables = report_models.markdown(result)
+        for name, text in tables.items():
+            report.document(docs / "benchmarks.md", name, text)
+        report.document(docs.parent / "README.md", "models", tables["models"])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import make_prompt_cache
 
 from cases import GROUP_SIZE
-from timing import Effort, medians
+from timing import Effort, quickest
 from whole import CONTEXT, NO_ATTENTION, NO_HEAD, NO_MLP, Config, Family, Work
 
 LAYERS = 4  # timed of each model
@@ -34,7 +34,7 @@ def parts(family: Family, work: Work, total: float, effort: Effort) -> dict[str,
     calls |= {name: _call(*of, work.trains) for name, of in _alone(headless, work).items()}
     for call in calls.values():
         call()
-    seconds = medians(calls, effort)
+    seconds = quickest(calls, effort)
 
     def of_layers(without: str) -> float:
         return max(0.0, seconds["all"] - seconds[without]) * family.layers / count
@@ -104,7 +104,7 @@ def graph_building(config: Config, effort: Effort, layers: int = 16) -> dict[str
     }
     for call in calls.values():
         call()
-    seconds = medians(calls, effort)
+    seconds = quickest(calls, effort)
     return {who: (seconds[who, layers + 1] - seconds[who, 1]) / layers * 1e6 for who in ("stock", "patched")}
 
 

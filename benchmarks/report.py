@@ -221,12 +221,11 @@ def _verdict(cell: dict) -> str:
 # The document
 
 
-def document(docs: Path, name: str, table: str) -> None:
-    """Puts ``table`` between the comments called ``name`` in ``benchmarks.md`` of ``docs``."""
-    path = docs / "benchmarks.md"
-    head, begin, tail = path.read_text().partition(f"<!-- {name} -->\n")
+def document(page: Path, name: str, table: str) -> None:
+    """Puts ``table`` on ``page`` between the comment called ``name`` and the next end."""
+    head, begin, tail = page.read_text().partition(f"<!-- {name} -->\n")
     _, end, tail = tail.partition("<!-- end -->\n")
-    path.write_text(head + begin + table + end + tail)
+    page.write_text(head + begin + table + end + tail)
 
 
 def markdown(result: dict) -> str:

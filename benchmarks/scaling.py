@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from timing import Effort, first_call
 from whole import NO_HEAD, Family, Work
 
-PROBE = 16  # tokens
+PROBE = 8  # tokens
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,13 @@ class Scaled:
 
 
 def scale(family: Family, work: Work, patched: bool, effort: Effort) -> Scaled:
-    """Scales from models of few layers without a head, and one layer with it.
+    """Scales from models of few layers, with and without a head.
 
-    The head has few tokens, and the layers too if one of them would take longer than a whole may.
+    The head has few tokens, and the layers too if one or two of them would take longer than a whole may.
     """
     headless, few = family.without(NO_HEAD), min(PROBE, work.tokens)
+    # Of a prompt's tokens only the last one goes through the whole of the last layer.
+    least = 1 if work.trains else 2
 
     def costs(family: Family, layers: int, tokens: int) -> np.ndarray:
         """Of one call: seconds, bytes that it allocates, and bytes of the model."""
@@ -46,14 +48,12 @@ def scale(family: Family, work: Work, patched: bool, effort: Effort) -> Scaled:
             seconds = min(seconds, first_call(call)[1])
         return np.array([seconds, allocated, size(model)])
 
-    with_head, without = (costs(f, 1, few) for f in (family, headless))
+    with_head, without = (costs(f, least, few) for f in (family, headless))
     # Generation needs the logits of one token, whatever the length of the prompt.
     factor = work.tokens / few if work.trains else 1
     head = np.maximum(0, with_head - without) * (factor, factor, 1)
 
     tokens = work.tokens if without[0] * work.tokens / few <= effort.never else few
-    # Of a prompt's tokens only the last one goes through the whole of the last layer.
-    least = 1 if work.trains else 2
     fewer, more = (costs(headless, layers, tokens) for layers in (least, least + 1))
     factor = work.tokens / tokens
     layers = (fewer + (family.layers - least) * (more - fewer)) * (factor, factor, 1)

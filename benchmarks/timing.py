@@ -4,8 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from mlx_fused.tuning.measure import ROTATED
 
 
@@ -55,13 +53,13 @@ def _turn(call: Callable, seconds: float) -> list[float]:
     return times[1:] or times
 
 
-def medians(calls: dict[str, Callable], effort: Effort) -> dict[str, float]:
-    """The median seconds of warm calls; a slow one is called once, and the others take turns."""
+def quickest(calls: dict[str, Callable], effort: Effort) -> dict[str, float]:
+    """The fewest seconds of warm calls, which other processes disturbed least; slow ones are called twice."""
     first = {name: first_call(call)[1] for name, call in calls.items()}
-    slow = {name: seconds for name, seconds in first.items() if seconds > effort.once}
-    fast = {name: call for name, call in calls.items() if name not in slow}
-    samples = measure(fast, effort) if fast else {}
-    return slow | {name: float(np.median(seconds)) for name, seconds in samples.items()}
+    fast = {name: call for name, call in calls.items() if first[name] <= effort.once}
+    samples = {name: [first_call(call)[1]] for name, call in calls.items() if name not in fast}
+    samples |= measure(fast, effort) if fast else {}
+    return {name: min(first[name], *samples[name]) for name in calls}
 
 
 def first_call(call: Callable) -> tuple[object, float]:

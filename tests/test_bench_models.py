@@ -26,12 +26,17 @@ def run(models, tmp_path):
     """Runs the benchmark on a tiny model; gives its JSON, its document and what it printed."""
 
     def run(*options):
-        document = tmp_path / "benchmarks.md"
+        docs = tmp_path / "docs"
+        docs.mkdir()
+        document, readme = docs / "benchmarks.md", tmp_path / "README.md"
         document.write_text("".join(f"before\n<!-- {name} -->\nold\n<!-- end -->\n" for name in PLACES))
-        arguments = ["--quick", "--out", str(tmp_path), "--docs", str(tmp_path), *options]
+        readme.write_text("before\n<!-- models -->\nold\n<!-- end -->\nafter\n")
+        arguments = ["--quick", "--out", str(tmp_path), "--docs", str(docs), *options]
         done = CliRunner().invoke(models.main, arguments)
         assert done.exit_code == 0, done.output
         result = json.loads((tmp_path / "models.json").read_text())
+        first = document.read_text().split("<!-- end -->\n")[0]
+        assert readme.read_text() == f"{first}<!-- end -->\nafter\n"
         return result, document.read_text(), done.output
 
     return run
@@ -68,14 +73,14 @@ def test_what_takes_long_is_scaled_and_marked(models, run, monkeypatch):
     result, document, _ = run("--no-rivals", "--weights", "float32")
     for record in result["records"]:
         layers = record["scaled"]["stock"]["layers"]
-        assert layers == (1 if record["work"] == "decode" else 16)
+        assert layers == (1 if record["work"] == "decode" else 8)
         assert (record["memory"]["stock"] is None) == (layers != record["tokens"])
         assert record["parts"] is None
     decode = next(line for line in document.splitlines() if "| decode |" in line)
     assert decode.count("~") == 2
 
 
-@pytest.mark.parametrize("limit, layers", [(13, 64), (11, 16)])
+@pytest.mark.parametrize("limit, layers", [(13, 64), (11, 8)])
 def test_scaling_is_exact_for_what_is_linear(models, monkeypatch, limit, layers):
     """Of training whose cost is known, in place of a measured one."""
     import scaling
@@ -93,7 +98,7 @@ def test_scaling_is_exact_for_what_is_linear(models, monkeypatch, limit, layers)
     found = scaling.scale(family, work, False, SimpleNamespace(never=limit))
     model = family.model(lora=True)
     seconds, allocated = cost((model, 64))
-    assert found.tokens == {"layers": layers, "head": 16}
+    assert found.tokens == {"layers": layers, "head": 8}
     assert found.seconds == pytest.approx(seconds)
     memory = allocated + scaling.size(model)
     assert found.memory == (pytest.approx(memory) if layers == 64 else None)
