@@ -198,7 +198,8 @@ Arrays check_arguments(
   std::vector<int> features;
   for (size_t i = 0; i < segments.size(); ++i) {
     if (segments[i].features == 0) {
-      auto& weight = layers.at(i).weight;
+      // A gate has as many rows as what it is multiplied with.
+      auto& weight = layers.at(call.epilogue.activation.gated ? 0 : i).weight;
       check.ndim({"weight", index(i)}, weight, 2);
       segments[i].features = weight.shape(0);
     }

@@ -70,9 +70,9 @@ def activated(activation, pre, magnitudes):
         y = y + y * y + y * y * y
         return y * (up[0] + activation.clipped) if up else y
     if activation.clipped:
-        y = mx.minimum(y, mx.array(activation.limit, mx.float64))
-        up = [mx.clip(up[0], -activation.limit, activation.limit) + 1]
-        y = y * mx.sigmoid(activation.alpha * y)
+        alpha, limit = float(activation.alpha), float(activation.limit)
+        y, up = mx.minimum(y, limit), [mx.clip(up[0], -limit, limit) + 1]
+        y = y * mx.sigmoid(alpha * y)
     elif activation.name == "relu2":
         y = mx.square(mx.maximum(y, 0))
     else:

@@ -14,7 +14,7 @@ import oracle
 import projections
 from graph import output_counts, primitives
 from operands import few_integers, integers
-from projections import backward, check_gradients, cotangents, gradients
+from projections import ACTIVATIONS, PACKINGS, backward, check_gradients, cotangents, gradients
 from stacks import Stack
 from test_forward import dtypes
 
@@ -328,6 +328,17 @@ def calls_with_every_option(rng, dtype, forms):
             yield call.replace(split_heads=split_heads, **scales)
 
 
+def calls_with_activations(rng):
+    for form, bias, adapted, activation in product([None, AFFINE], *[(False, True)] * 2, ACTIVATIONS):
+        sizes, options = (2, 3, 32 if form else 5, 4, form), {"bias": bias, "activation": activation}
+        for packing in (None, *PACKINGS):
+            yield projections.gated(
+                rng, *sizes, packing=packing, ranks=(2, 3) if adapted else None, **options
+            )
+        if activation != "clipped_swiglu":
+            yield projections.linear(rng, *sizes, rank=2 if adapted else None, **options)
+
+
 def stack_of(names, call, rng):
     """Of derivatives by every array that may have one, tangents too."""
     keys = [key for key, a in call.leaves.items() if mx.issubdtype(a.dtype, mx.floating)]
@@ -349,6 +360,7 @@ def test_derivatives_with_every_option(rng, names, route, monkeypatch):
     for call in (
         *calls_with_every_option(rng, mx.float32, forms),
         *calls_with_every_option(rng, mx.float64, [None]),
+        *calls_with_activations(rng),
     ):
         stack, keys = stack_of(names, call, rng)
         stack.check(call, keys)

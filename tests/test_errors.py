@@ -51,11 +51,19 @@ OUTPUT_BWD = {
     "weight": zeros(12, 32),
     "has_bias": True,
 }
+LINEAR = {"x": zeros(2, 3, 32), "weight": zeros(12, 32), "bias": zeros(12), "activation": "silu"}
+GATED = {
+    "x": zeros(2, 3, 32),
+    "weight": tensors((12, 32), (12, 32)),
+    "bias": tensors((12,), (12,)),
+}
 OPERATIONS = {
     "fused_qkv_projection": QKV,
     "fused_qkv_projection_bwd": QKV_BWD,
     "fused_output_projection_residual": OUTPUT,
     "fused_output_projection_residual_bwd": OUTPUT_BWD,
+    "fused_linear": LINEAR,
+    "fused_gated_projection": GATED,
 }
 SEPARATE = {"weight": tensors((32, 12), (16, 12), (16, 12)), "bias": tensors((32,), (16,), (16,))}
 
@@ -130,11 +138,43 @@ OUTPUT_BACKWARD_SHAPES = [
     ({"d_output": zeros(1, 3, 12)}, ["d_output", "(2, 3, 12)", "(1, 3, 12)"]),
     ({"d_output": zeros(3, 12)}, ["d_output", "(3, 12)"]),
 ]
+LINEAR_SHAPES = [
+    ({"x": zeros()}, ["x", "[..., K]", "()"]),
+    ({"x": zeros(2, 3, 31)}, ["weight", "(12, 31)", "(12, 32)"]),
+    ({"x": zeros(31)}, ["weight", "(12, 31)", "(12, 32)"]),
+    ({"weight": zeros(12)}, ["weight", "(12,)"]),
+    ({"bias": zeros(1)}, ["bias", "(12,)", "(1,)"]),
+    ({"activation": "tanh"}, ["activation", "'silu'", "'relu2'", "'tanh'"]),
+    ({"activation": ""}, ["activation", "''"]),
+    ({"activation": "clipped_swiglu"}, ["activation", "'clipped_swiglu'"]),
+]
+PACKED = {"weight": zeros(24, 32), "bias": zeros(24)}
+GATED_SHAPES = [
+    ({"x": zeros()}, ["x", "[..., K]", "()"]),
+    ({"weight": tensors((12, 32), (11, 32))}, ["weight[1]", "(12, 32)", "(11, 32)"]),
+    ({"weight": tensors((11, 32), (12, 32)), "bias": None}, ["weight[1]", "(11, 32)", "(12, 32)"]),
+    ({"weight": tensors((12, 32), (12, 31))}, ["weight[1]", "(12, 32)", "(12, 31)"]),
+    ({"weight": tensors((0, 32), (0, 32))}, ["rows", "weight[0]", "1", "0"]),
+    ({"weight": tensors((12, 32))}, ["weight", "2", "1"]),
+    ({"bias": zeros(12)}, ["bias", "two", "gate, up"]),
+    ({"bias": tensors((12,), (11,))}, ["bias[1]", "(12,)", "(11,)"]),
+    (PACKED | {"weight": zeros(23, 32)}, ["weight", "even", "23"]),
+    (PACKED | {"weight": zeros(0, 32)}, ["rows", "1", "0"]),
+    (PACKED | {"weight": zeros(24)}, ["weight", "(24, 32)", "(24,)"]),
+    (PACKED | {"bias": zeros(12)}, ["bias", "(24,)", "(12,)"]),
+    (PACKED | {"packing": "up"}, ["packing", "'gate_up'", "'up_gate'", "'interleaved'", "'up'"]),
+    (PACKED | {"packing": ["gate_up"]}, ["packing", "['gate_up']"]),
+    ({"activation": None}, ["activation", "'clipped_swiglu'", "None"]),
+    ({"activation": "clipped_swiglu", "limit": -1.0}, ["limit", "0", "-1.0"]),
+    ({"activation": "clipped_swiglu", "limit": float("nan")}, ["limit", "0", "nan"]),
+]
 CASES = [
     ("fused_qkv_projection", HEAD_COUNTS + WEIGHTS + WITHOUT_BIAS + BIASES),
     ("fused_qkv_projection_bwd", HEAD_COUNTS + WEIGHTS + SEPARATE_WEIGHTS + COTANGENTS),
     ("fused_output_projection_residual", OUTPUT_SHAPES + OUTPUT_FORWARD_SHAPES),
     ("fused_output_projection_residual_bwd", OUTPUT_SHAPES + OUTPUT_BACKWARD_SHAPES),
+    ("fused_linear", LINEAR_SHAPES),
+    ("fused_gated_projection", GATED_SHAPES),
 ]
 
 
@@ -211,13 +251,14 @@ def test_the_exact_messages():
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_errors_are_raised_by_the_call_and_inside_transforms(operation):
     argument = "input" if "qkv" in operation else "x"
-    a = OPERATIONS[operation][argument]
+    a, any_rank = OPERATIONS[operation][argument], operation in ("fused_linear", "fused_gated_projection")
 
     def wrong(a):
-        return call(operation, **{argument: a[0]})
+        return call(operation, **{argument: a[..., :-1] if any_rank else a[0]})
 
+    words = ["weight", "(12, 31)"] if any_rank else [argument, "3", "2"]
     for transform in (lambda f: f, mx.compile, mx.checkpoint):
-        with pytest.raises(ValueError, match=message(operation, [argument, "3", "2"])):
+        with pytest.raises(ValueError, match=message(operation, words)):
             transform(wrong)(a)
 
 
@@ -270,6 +311,23 @@ def test_heads_of_numpys_small_integers_do_not_overflow(operation):
     huge = {name: np.int32(65536) for name in small}
     with pytest.raises(ValueError, match=message(operation, ["features", "2^31", "65536"])):
         call(operation, **huge)
+
+
+def test_wrong_factors_of_a_clipped_gate():
+    for name in ("alpha", "limit"):
+        for wrong in (None, "7"):
+            with pytest.raises(TypeError, match=rf"{name} must be float or int but got"):
+                call("fused_gated_projection", activation="clipped_swiglu", **{name: wrong})
+    with pytest.raises(TypeError, match=r"weight must be an array or LinearOperands but got tuple\."):
+        call("fused_linear", weight=(zeros(12, 32),), bias=None)
+
+
+def test_layers_of_a_gate_that_differ():
+    gate, up = (mlx_fused.LinearOperands(w) for w in GATED["weight"])
+    codes, scales, biases = mx.quantize(up.weight, 32)
+    for other in (up._replace(bias=zeros(12)), mlx_fused.LinearOperands(codes, None, scales, biases, 32)):
+        with pytest.raises(ValueError, match=r"\[fused_gated_projection\] the layers .* must be alike"):
+            call("fused_gated_projection", weight=(gate, other), bias=None)
 
 
 def test_empty_batches_are_checked_as_well():

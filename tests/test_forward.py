@@ -7,7 +7,20 @@ import pytest
 import mlx_fused
 import operands
 import oracle
-from projections import check_forward, check_outputs, output, qkv
+from call import Call
+from projections import (
+    ACTIVATIONS,
+    PACKINGS,
+    check_forward,
+    check_gradients,
+    check_outputs,
+    cotangents,
+    gated,
+    gradients,
+    linear,
+    output,
+    qkv,
+)
 
 # (num_heads, num_kv_heads, head_dim): of multi-head, grouped-query and multi-query attention.
 HEADS = [(1, 1, 1), (2, 2, 16), (3, 3, 5), (4, 2, 8), (6, 2, 7), (8, 2, 4), (8, 1, 16), (7, 1, 3)]
@@ -81,9 +94,87 @@ def test_block_boundaries(rng, dtype, extra):
 
 
 @dtypes
+@pytest.mark.parametrize("batch,seq", ROWS)
+def test_activations_at_row_boundaries(rng, dtype, batch, seq):
+    for packing in (None, *PACKINGS):
+        check(gated(rng, batch, seq, 61, 67, dtype=dtype, packing=packing))
+    check(linear(rng, batch, seq, 61, 67, dtype=dtype, activation="gelu_approx"))
+
+
+@dtypes
+@biases
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("width", [0, 1, 2, 15, 16, 17, 31, 33, 64, 65, 129, 600])
+def test_activations_of_every_width(rng, dtype, bias, activation, width):
+    for seq in (1, 4, 33):
+        for hidden in (0, 1, 48):
+            options = {"dtype": dtype, "bias": bias, "activation": activation}
+            if width:
+                check(gated(rng, 2, seq, hidden, width, packing="interleaved", **options))
+            if activation != "clipped_swiglu":
+                check(linear(rng, 2, seq, hidden, width, **options))
+
+
+@dtypes
+def test_decode_of_a_wide_mlp(rng, dtype):
+    check(gated(rng, 1, 1, 2048, 1500, dtype=dtype))
+    check(linear(rng, 1, 1, 2048, 1500, dtype=dtype))
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (5,), (2, 3), (2, 0, 3), (2, 1, 3, 2)], ids=str)
+def test_any_axes_before_the_features(rng, leading):
+    x = operands.normal(rng, (*leading, 24))
+    for call in (gated(rng, 1, 1, 24, 7), linear(rng, 1, 1, 24, 7, activation="gelu")):
+        call = call.replace(x=x)
+        (y,) = check_forward(call)
+        assert y.shape == (*leading, 7)
+        check_gradients(call, cotangents(rng, call))
+
+
+@pytest.mark.parametrize("alpha,limit", [(1.0, 0.5), (1.702, 1e30), (0.0, 2.0), (3.0, 0.0)])
+def test_alpha_and_limit(rng, alpha, limit):
+    call = gated(rng, 2, 9, 24, 33, activation="clipped_swiglu").replace(alpha=alpha, limit=limit)
+    check(call)
+    check_gradients(call, cotangents(rng, call))
+
+
+@pytest.mark.parametrize("route", ["fused", "composed"])
+def test_at_the_limit_clips_have_no_slope_as_those_of_mlx(route):
+    x, weight = mx.array([[6.0], [7.0], [8.0], [-7.0], [-8.0]]), mx.ones((1, 1))
+
+    def gradient(layers, bias):
+        def f(x):
+            return mlx_fused.fused_gated_projection(x, layers, bias, activation="clipped_swiglu", route=route)
+
+        return (mx.vjp(f, [x], [mx.ones((5, 1))])[1][0] != 0).flatten().tolist()
+
+    of_gate, of_up = (weight, 0 * weight), (0 * weight, weight)
+    assert gradient(of_gate, (mx.zeros(1), mx.ones(1))) == [True, False, False, True, True]
+    assert gradient(of_up, (mx.ones(1), mx.zeros(1))) == [True, False, False, False, False]
+
+
+@dtypes
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_nan_infinity_and_what_lies_far_out(dtype, activation):
+    """x is what the activation is of, and up is 1."""
+    largest = mx.finfo(dtype).max
+    values = [np.nan, np.inf, largest, 1e4, 100.0, 20.0, 0.0, -0.0, -20.0, -100.0, -1e4, -largest]
+    x = mx.array(values).astype(dtype)[None, :, None]
+    one, zero = mx.ones((1, 1), dtype), mx.zeros(1, dtype)
+    call = Call("fused_gated_projection", {"x": x, "weight": (one, 0 * one), "bias": (zero, 1 + zero)})
+    call = call.replace(activation=activation)
+    check(call)
+    (d_x,) = gradients(call, [("x", None)], [mx.ones_like(x)])
+    of_nan, _, *others = oracle.exact(d_x).flatten()
+    assert np.isnan(of_nan) or "relu" in activation
+    assert activation == "relu2" or np.all(np.abs(others) < 2.5)
+
+
+@dtypes
 def test_larger_than_a_tile(rng, dtype):
     check(qkv(rng, 2, 150, 700, (4, 2, 67), dtype=dtype))
     check(output(rng, 3, 100, 700, 600, dtype=dtype))
+    check(gated(rng, 3, 100, 700, 600, dtype=dtype))
 
 
 @dtypes
@@ -124,9 +215,13 @@ def test_nan_and_infinity_propagate(rng, dtype, seq, value):
     call = qkv(rng, 1, seq, 33, (2, 1, 9), dtype=dtype)
     for key in (("input", None), ("weight", 1), ("bias", 2)):
         check(call.with_leaves({key: poison(call.leaves[key])}))
-    call = output(rng, 1, seq, 33, 21, dtype=dtype)
-    for key, a in call.leaves.items():
-        check(call.with_leaves({key: poison(a)}))
+    for call in (
+        output(rng, 1, seq, 33, 21, dtype=dtype),
+        gated(rng, 1, seq, 33, 21, dtype=dtype, activation="gelu_approx"),
+        linear(rng, 1, seq, 33, 21, dtype=dtype, activation="gelu"),
+    ):
+        for key, a in call.leaves.items():
+            check(call.with_leaves({key: poison(a)}))
 
 
 @dtypes
@@ -168,6 +263,23 @@ def test_mixed_dtypes_promote_as_in_mlx(rng, x_dtype, w_dtype, b_dtype):
     call = call.with_leaves({key: a.astype(types[key[0]]) for key, a in call.leaves.items()})
     outputs = check_forward(call)
     assert [y.dtype for y in outputs] == [y.dtype for y in call(route="composed")]
+
+
+@pytest.mark.parametrize("x_dtype", operands.DTYPES, ids=str)
+@pytest.mark.parametrize("dtypes", [(a, b) for a in operands.DTYPES for b in operands.DTYPES], ids=str)
+def test_gate_and_up_promote_together(rng, x_dtype, dtypes):
+    call = gated(rng, 2, 3, 16, 7, bias=False)
+    call = call.replace(
+        weight=tuple(w.astype(t) for w, t in zip(call.arguments["weight"], dtypes, strict=True))
+    )
+    call = call.replace(x=call.x.astype(x_dtype))
+    (y,) = call()
+    assert y.dtype == mx.result_type(call.x, *call.arguments["weight"])
+    grads = gradients(call, call.trainable, [mx.ones_like(y)])
+    assert [g.dtype for g in grads] == [call.leaves[key].dtype for key in call.trainable]
+    expected = call.formula(*call.exact_operands)[0]
+    unit = max(oracle.UNIT_ROUNDOFF[t] for t in (x_dtype, *dtypes))
+    np.testing.assert_allclose(oracle.exact(y), expected, rtol=0, atol=32 * unit * np.abs(expected).max())
 
 
 def test_each_segment_promotes_on_its_own(rng):

@@ -6,7 +6,19 @@ import pytest
 
 import operands
 import oracle
-from projections import backward, check_backward, check_forward, check_gradients, cotangents, output, qkv
+from projections import (
+    PACKINGS,
+    backward,
+    check_backward,
+    check_forward,
+    check_gradients,
+    cotangents,
+    gated,
+    gradients,
+    linear,
+    output,
+    qkv,
+)
 from test_forward import dtypes
 
 HEADS = (4, 2, 6)
@@ -92,11 +104,15 @@ def check_backward_of_views(rng, call, view):
 @pytest.mark.parametrize("batch,seq", [(1, 1), (3, 1), (1, 7), (2, 5), (3, 40)])
 def test_views(rng, view, dtype, batch, seq):
     calls = [qkv(rng, batch, seq, 21, HEADS, dtype=dtype), output(rng, batch, seq, 21, 19, dtype=dtype)]
+    others = [gated(rng, batch, seq, 21, 19, dtype=dtype)]
     if (batch, seq) == (2, 5):
         calls.append(qkv(rng, batch, seq, 21, HEADS, dtype=dtype, packed=True))
+        others += [gated(rng, batch, seq, 21, 19, dtype=dtype, packing=packing) for packing in PACKINGS]
+        others.append(linear(rng, batch, seq, 21, 19, dtype=dtype, activation="gelu"))
     for call in calls:
-        check_views(rng, call, view)
         check_backward_of_views(rng, call, view)
+    for call in (*calls, *others):
+        check_views(rng, call, view)
 
 
 @dtypes
@@ -130,6 +146,10 @@ def test_operands_are_left_as_they_were(rng, dtype):
     before = oracle.exact(tuple(call.leaves.values()))
     mx.eval(call())
     mx.eval(backward(call, given))
+    oracle.assert_equal(tuple(call.leaves.values()), before)
+    call = gated(rng, 2, 5, 21, 19, dtype=dtype)
+    before = oracle.exact(tuple(call.leaves.values()))
+    mx.eval(call(), gradients(call, call.trainable, cotangents(rng, call)))
     oracle.assert_equal(tuple(call.leaves.values()), before)
 
 

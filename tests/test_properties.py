@@ -90,7 +90,9 @@ def calls(draw):
     hidden = 32 if form else draw(st.integers(1, 6))
     bias, adapted, exact = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
     options = {"bias": bias, "adapter_dtype": dtype, "scale": draw(st.sampled_from([1.0, 0.5, -3.0]))}
-    operation, activation = draw(st.sampled_from(operations)), draw(st.sampled_from(projections.ACTIVATIONS))
+    # MLX's exponential and error function are no better in float64.
+    activations = projections.ACTIVATIONS if dtype == mx.float32 else ["relu", "relu2"]
+    operation, activation = draw(st.sampled_from(operations)), draw(st.sampled_from(activations))
     if operation in ("linear", "gated"):
         ranks = draw(st.tuples(*[st.none() | st.integers(1, 3)] * 2).filter(any)) if adapted else None
         features = draw(st.integers(1, 5))

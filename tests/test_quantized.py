@@ -32,6 +32,10 @@ def test_every_format(rng, form, dtype, bias):
         for seq in (1, 9):
             check(rng, projections.qkv(rng, 2, seq, 256, HEADS, form, dtype, bias, packed))
     check(rng, projections.output(rng, 2, 5, 256, 40, form, dtype, bias))
+    check(rng, projections.linear(rng, 2, 5, 256, 40, form, dtype, bias, activation="relu2"))
+    for packing in (None, *projections.PACKINGS):
+        for seq in (1, 9):
+            check(rng, projections.gated(rng, 2, seq, 256, 40, form, dtype, bias, packing))
 
 
 @pytest.mark.parametrize("mode,of_scales", quantized.TABLES)
@@ -78,6 +82,12 @@ def test_formats_that_only_mlx_knows(rng, form, adapted):
             roundings=6,
         )
         check(rng, projections.output(rng, 2, 5, 256, 40, form, bias=bias, rank=rank, alpha=0.5), roundings=6)
+        packing, pair = "interleaved" if packed else None, (8, None) if adapted else None
+        check(
+            rng,
+            projections.gated(rng, 2, 5, 256, 40, form, bias=bias, packing=packing, ranks=pair),
+            roundings=6,
+        )
     with pytest.raises(ValueError, match=r"route must be 'composed' or None .* but got 'fused'\."):
         projections.qkv(rng, 2, 5, 256, HEADS, form)(route="fused")
 
@@ -124,6 +134,9 @@ def test_empty_calls_of_the_composed_form(rng, form):
         projections.qkv(rng, 1, 0, 128, (3, 1, 5), form),
         projections.output(rng, 0, 3, 128, 33, form),
         projections.output(rng, 2, 3, 128, 0, form),
+        projections.linear(rng, 0, 3, 128, 33, form, activation="gelu"),
+        projections.gated(rng, 1, 0, 128, 5, form),
+        projections.gated(rng, 0, 3, 128, 5, form, packing="interleaved"),
     ):
         check(rng, call, route="composed")
 

@@ -55,6 +55,8 @@ def test_quantized_weights_and_adapters_in_threads(dtype):
                 rng, projections.qkv(rng, 1, seq, 64, (4, 2, 16), ("affine", 32, 4), dtype, ranks=(8, 8, 8))
             )
             check(rng, projections.output(rng, 1, seq, 64, 90, ("affine", 64, 4), dtype))
+            check(rng, projections.linear(rng, 1, seq, 64, 90, dtype=dtype, activation="gelu"))
+            check(rng, projections.gated(rng, 1, seq, 64, 700, ("affine", 64, 4), dtype, ranks=(8, 8)))
 
     in_threads(work)
 

@@ -101,6 +101,8 @@ def layer_of(operation: str, weight: mx.array | LinearOperands, bias: mx.array |
     if isinstance(weight, mx.array):
         return LinearOperands(weight, bias)
     got = type(weight).__name__
+    if got in ("list", "tuple"):
+        raise TypeError(f"[{operation}] weight must be an array or LinearOperands but got {got}.")
     hint = " LinearOperands.of makes one of a layer." if isinstance(weight, nn.Module) else ""
     raise TypeError(f"[{operation}] weight must be an array, LinearOperands or a tuple but got {got}.{hint}")
 

@@ -53,7 +53,7 @@ def fused_linear(
             asked for.
     """
     operation = "fused_linear"
-    of = activation and _activation(operation, activation, _ACTIVATIONS)
+    of = None if activation is None else _activation(operation, activation, _ACTIVATIONS)
     layers = [layer_of(operation, weight, bias)]
     x, leading = _batched(operation, x)
     (y,) = project(operation, "FusedLinear", "x", x, layers, [OF_LAYER], exact, route, stream, activation=of)
@@ -92,7 +92,7 @@ def fused_gated_projection(
             ``g * sigmoid(alpha * g) * (u + 1)`` with ``g = min(gate, limit)`` and ``u = clip(up, -limit,
             limit)``. Default: ``"silu"``.
         alpha (float): Of ``"clipped_swiglu"``. Default: ``1.702``.
-        limit (float): Of ``"clipped_swiglu"``. Default: ``7.0``.
+        limit (float): Of ``"clipped_swiglu"``, at least 0. Default: ``7.0``.
         packing (str): The rows of a packed weight: ``"gate_up"`` the gate's before up's, ``"up_gate"`` after
             them, ``"interleaved"`` in turns, a row of the gate first. Default: ``"gate_up"``.
         exact (bool): Round gate, up, the activation and the result, as separate modules do; the activation's
@@ -112,9 +112,11 @@ def fused_gated_projection(
     """
     operation = "fused_gated_projection"
     kind, *_ = _activation(operation, activation, (*_ACTIVATIONS, "clipped_swiglu"))
-    if packing not in _PACKINGS:
+    if packing not in tuple(_PACKINGS):
         expected = ", ".join(map(repr, _PACKINGS))
         raise ValueError(f"[{operation}] packing must be one of {expected} but got {packing!r}.")
+    if isinstance(limit, (int, float)) and not limit >= 0:
+        raise ValueError(f"[{operation}] limit must be at least 0 but got {limit}.")
     layers = layers_of(operation, weight, bias, ("gate", "up"))
     segments = [OF_LAYER] * 2
     if len(layers) == 1:
