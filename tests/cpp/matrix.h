@@ -10,18 +10,8 @@
 #include <utility>
 
 #include "mlx_fused/backend/cpu/projection.h"
-#include "mlx_fused/backend/cpu/sgemm.h"
 
 using namespace mlx_fused::cpu;
-
-// Once as this system chooses and once with the library's sgemm, as macOS does.
-inline void with_and_without_blas(void (*checks)()) {
-  int64_t usual = sgemm_min_rows;
-  checks();
-  sgemm_min_rows = 0;
-  checks();
-  sgemm_min_rows = usual;
-}
 
 constexpr Type types[] = {Type::float32, Type::float16, Type::bfloat16};
 enum class Layout { plain, head_major, transposed, sliced, stepped, reversed, broadcast };
