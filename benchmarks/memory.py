@@ -64,7 +64,7 @@ def peak_of_layer(family: Family, patched: bool, tokens: int, sequence: int) -> 
     help="Also put the tables into this folder's benchmarks.md.",
 )
 def main(name: str, weights: str, most: int, quick: bool, out: Path, docs: Path | None) -> None:
-    """Measure the memory of training, stock and patched: on a CPU, stock takes a quarter of an hour."""
+    """Measure the memory of training, stock and patched, which on a CPU takes stock many minutes."""
     console = Console()
     sequence, most = (16, 32) if quick else (SEQUENCE, most)
     family = Family(TINY if quick else MODELS[name], weights)
