@@ -4,6 +4,7 @@ python examples/operations.py
 """
 
 import mlx.core as mx
+import mlx.nn as nn
 
 import mlx_fused
 from mlx_fused import LinearOperands
@@ -79,3 +80,20 @@ def stock_loss(wo):
 
 ours, theirs = (mx.compile(mx.value_and_grad(f))(wo) for f in (fused_loss, stock_loss))
 show("output + residual, compiled gradient", ours, theirs)
+
+# The gated half of an MLP, and its gradients: gate and up, the activation and the product are one operation.
+gate_up = [mx.random.normal((2 * H, H)) / H**0.5 for _ in range(2)]
+
+
+def stock_gated(x, gate, up):
+    return [nn.silu(x @ gate.T) * (x @ up.T)]
+
+
+def fused_gated(x, gate, up):
+    return [mlx_fused.fused_gated_projection(x, (gate, up), activation="silu")]
+
+
+primals, cotangents = [x, *gate_up], [mx.random.normal((B, S, 2 * H))]
+show("gate and up", fused_gated(*primals), stock_gated(*primals))
+ours, theirs = (mx.vjp(f, primals, cotangents)[1] for f in (fused_gated, stock_gated))
+show("gate and up, gradients", ours, theirs)

@@ -69,7 +69,7 @@ class ActivateGrad : public FusedPrimitive {
     return std::vector(inputs.size() - 1, inputs[1].shape());
   }
   bool is_equivalent(const mx::Primitive& other) const override {
-    return activation_ == static_cast<const ActivateGrad&>(other).activation_;
+    return !activation_.gated && activation_ == static_cast<const ActivateGrad&>(other).activation_;
   }
   DEFINE_NAME(FusedActivationGrad)
 

@@ -50,9 +50,10 @@ class Projection : public FusedPrimitive {
       const Arrays& outputs) override;
   std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes) override;
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
+  // With an activation it is like no other: mx.compile may lose nodes that it merges if some of their outputs
+  // are not used.
   bool is_equivalent(const mx::Primitive& other) const override {
-    auto& as = static_cast<const Projection&>(other);
-    return call_ == as.call_ && keeps_ == as.keeps_;
+    return !call_.epilogue.activation && call_ == static_cast<const Projection&>(other).call_;
   }
   std::optional<mx::array> made_again(const mx::array& output) override;
   const char* name() const override {

@@ -4,9 +4,12 @@ import subprocess
 import sys
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
-from projections import backward, cotangents, gradients, output, qkv
+import mlx_fused
+from operands import normal
+from projections import backward, cotangents, gated, gradients, linear, output, qkv
 from test_forward import dtypes
 
 # 512 x 512 and twice 128 x 512: a copy of the smallest is 15% of the sum of the weights.
@@ -142,3 +145,85 @@ def test_kernels_keep_no_copy_of_a_weight_outside_mlx(dtype, seq, direction):
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     # The smallest weight is 32 MB.
     assert float(run.stdout) < 24
+
+
+def mlp(x, layers):
+    """Gate, up and down with the residual."""
+    gate, up, down = layers
+    hidden = mlx_fused.fused_gated_projection(x, (gate, up))
+    return mlx_fused.fused_output_projection_residual(hidden, down, residual=x)
+
+
+class Mlps:
+    """MLPs with LoRA on layers of an eighth of Llama-3.2-1B's sizes, one after the other."""
+
+    hidden, between, rank, dtype = 256, 1024, 8, mx.bfloat16
+    kept_per_token = 2 * (hidden + 2 * between)  # x, gate and up
+
+    def __init__(self, count, tokens):
+        rng = np.random.default_rng(0)
+        shapes = [(self.between, self.hidden)] * 2 + [(self.hidden, self.between)]
+        self.weights = [[normal(rng, s, self.dtype) / s[1] for s in shapes] for _ in range(count)]
+        ranks = [[(k, self.rank), (self.rank, n)] for n, k in shapes]
+        self.adapters = [normal(rng, s) / 16 for _ in range(count) for pair in ranks for s in pair]
+        self.x = normal(rng, (1, tokens, self.hidden), self.dtype)
+        mx.eval(self.weights, self.adapters, self.x)
+
+    def loss(self, *adapters):
+        x, adapters = self.x, iter(adapters)
+        for weights in self.weights:
+            pairs = [(next(adapters), next(adapters)) for _ in weights]
+            layers = zip(weights, pairs, strict=True)
+            x = mlp(x, [mlx_fused.LinearOperands(w, lora_a=a, lora_b=b) for w, (a, b) in layers])
+        return x.astype(mx.float32).mean()
+
+    def kept(self):
+        """What the backward pass needs of the forward's, besides its operands."""
+        mx.synchronize()
+        before = mx.get_active_memory()
+        loss, gradients = mx.vjp(lambda *a: [self.loss(*a)], self.adapters, [mx.array(1.0)])
+        mx.eval(loss)
+        mx.synchronize()
+        held = mx.get_active_memory() - before
+        mx.eval(gradients)
+        return held
+
+    def peak(self):
+        """Of a compiled step."""
+        step = mx.compile(mx.value_and_grad(self.loss, tuple(range(len(self.adapters)))))
+        mx.eval(step(*self.adapters))
+        return peak(lambda: step(*self.adapters), [])
+
+
+@pytest.mark.parametrize("route", ["fused", "composed"])
+def test_the_gradient_of_an_mlp_keeps_its_input_gate_and_up(route, monkeypatch):
+    monkeypatch.setenv("MLX_FUSED_ROUTE", route)
+    short, long, more = Mlps(2, 64).kept(), Mlps(2, 128).kept(), Mlps(3, 128).kept() - Mlps(3, 64).kept()
+    assert (more - (long - short)) / 64 == Mlps.kept_per_token
+
+
+@pytest.mark.parametrize("route", ["fused", "composed"])
+def test_a_compiled_step_keeps_no_activation(route, monkeypatch):
+    """The peak's other parts do not grow with the layers, but for some that evaluation is ahead by."""
+    monkeypatch.setenv("MLX_FUSED_ROUTE", route)
+    few, many = ((Mlps(n, 256).peak() - Mlps(n, 128).peak()) / 128 for n in (8, 16))
+    # mx.compile merges what the composed form does both ways: the adapters' input in float32.
+    wide = 4 * Mlps.hidden if route == "composed" else 0
+    assert (many - few) / 8 < Mlps.kept_per_token + wide + 2 * Mlps.between  # which the activation takes
+
+
+@dtypes
+@pytest.mark.parametrize("transform", [lambda f: f, mx.compile], ids=["eager", "compiled"])
+def test_inference_keeps_neither_gate_nor_up(rng, transform, dtype):
+    for seq in (1, 64):
+        for call in (
+            gated(rng, 1, seq, HIDDEN, 2048, dtype=dtype),
+            linear(rng, 1, seq, HIDDEN, 2048, dtype=dtype, activation="gelu"),
+        ):
+            keys, given = list(call.leaves), cotangents(rng, call)
+            mx.eval(gradients(call, keys, given))
+            function = transform(call.function(keys))
+            needed = nbytes(arrays(call)) + nbytes(call())
+            assert peak(lambda f=function, c=call: f(*arrays(c)), arrays(call)) <= needed + 4096
+            held = peak(lambda c=call, k=keys, g=given: gradients(c, k[:1], g), arrays(call))
+            assert held > needed + 4096  # of a gradient, gate and up

@@ -17,7 +17,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters, remove_lora
 import mlx_fused
 import projections
 from graph import output_counts, primitives
-from mlx_fused.nn import OutputProjection, QKVProjection
+from mlx_fused.nn import GatedMLP, OutputProjection, QKVProjection
 from operands import normal
 from test_autodiff import HEADS, kinds, make
 from test_forward import dtypes
@@ -37,7 +37,7 @@ def linears(bias=False):
 def fused(*outputs):
     """How many operations of ours these are."""
     found = primitives(*outputs)
-    return found["FusedQKVProjection"], found["FusedOutputProjection"]
+    return found["FusedQKVProjection"], found["FusedOutputProjection"] - found["FusedGatedProjection"]
 
 
 @kinds
@@ -59,6 +59,16 @@ def test_the_layers_are_the_operations_on_their_children(rng, kind, dtype, bias)
     assert fused(y) == (0, 1)
     projections.check_outputs(output, (y,))
 
+    gated = make(rng, "gated", kind, **options)
+    gate, up = map(module, layers(gated))
+    layer = GatedMLP.from_linear(gate, up, nn.Linear(4, gated.x.shape[-1], bias=False), "relu")
+    assert (layer.gate, layer.up) == (gate, up)
+    layer.down.weight = mx.eye(gated.x.shape[-1], 4, dtype=dtype)
+    y = layer(gated.x)
+    found = primitives(y)
+    assert (found["FusedGatedProjection"], found["FusedLinear"]) == (1, 1)
+    projections.check_outputs(gated, (y[..., :4],))
+
 
 def test_default_sizes():
     layer = QKVProjection(24, 4)
@@ -75,6 +85,81 @@ def test_values_of_another_size():
     assert [y.shape for y in layer(x)] == shapes
     layer.v = DoRALinear.from_base(layer.v)
     assert [y.shape for y in layer(x)] == shapes
+
+
+ACTIVATIONS = ["silu", "gelu", "gelu_approx", "relu", "relu2"]
+
+
+def plain(layer, x, residual=None):
+    """What the children of a GatedMLP compute."""
+    y = layer.down(getattr(nn, layer.activation)(layer.gate(x)) * layer.up(x))
+    return y if residual is None else residual + y
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer,
+        lambda layer: nn.QuantizedLinear.from_linear(layer, 32),
+        LoRALinear.from_base,
+        DoRALinear.from_base,
+    ],
+    ids=["dense", "affine", "LoRA", "DoRA"],
+)
+def test_gated_mlp(rng, change, activation):
+    layer = GatedMLP(64, 96, bias=True, activation=activation)
+    for name in ("gate", "up", "down"):
+        layer[name] = change(layer[name])
+        if "lora_b" in layer[name]:
+            layer[name].lora_b = 0.1 * normal(rng, layer[name].lora_b.shape)
+    x, residual = normal(rng, (2, 3, 64)), normal(rng, (2, 3, 64))
+    nodes = primitives(layer(x, residual))
+    count = int(change != DoRALinear.from_base)
+    assert (nodes["FusedGatedProjection"], nodes["FusedOutputProjection"]) == (count, count)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    np.testing.assert_allclose(layer(x, residual), plain(layer, x, residual), **close)
+    for shape in ((64,), (5, 64), (2, 1, 3, 64)):
+        x = normal(rng, shape)
+        np.testing.assert_allclose(layer(x), plain(layer, x), **close)
+    layer.freeze()
+    for name in ("gate", "up", "down"):
+        layer[name].unfreeze(keys=["lora_a", "lora_b", "bias"], strict=False)
+    grads = [
+        nn.value_and_grad(layer, lambda f=f: f(x).square().sum())()[1]
+        for f in (layer, lambda x: plain(layer, x))
+    ]
+    for ours, theirs in zip(*(dict(tree_flatten(g)).values() for g in grads), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * mx.abs(theirs).max().item() + 1e-6)
+
+
+def test_gated_mlp_whose_gate_and_up_differ(rng):
+    layer, x = GatedMLP(64, 96), normal(rng, (2, 3, 64))
+    layer.up = nn.QuantizedLinear.from_linear(layer.up, 32)
+    nodes = primitives(layer(x, x))
+    assert (nodes["FusedGatedProjection"], nodes["FusedOutputProjection"]) == (0, 1)
+    np.testing.assert_allclose(layer(x, x), plain(layer, x, x), rtol=1e-4, atol=1e-4)
+
+
+def test_errors_of_a_gated_mlp():
+    with pytest.raises(
+        ValueError, match=r"\[GatedMLP\] activation must be one of 'silu', .* but got 'tanh'\."
+    ):
+        GatedMLP(64, 96, activation="tanh")
+    gate, up, down = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(96, 64)
+    with pytest.raises(ValueError, match=r"up must have a weight of shape \(96, 64\) but"):
+        GatedMLP.from_linear(gate, nn.Linear(64, 95), down)
+    with pytest.raises(ValueError, match=r"down must have a weight of shape \(64, 96\) but"):
+        GatedMLP.from_linear(gate, up, up)
+    with pytest.raises(
+        TypeError, match=r"\[GatedMLP\] down must be an mlx\.nn\.Linear .* but got DoRALinear\."
+    ):
+        GatedMLP.from_linear(gate, up, DoRALinear.from_base(down))
+    layer = GatedMLP.from_linear(gate, up, down, "gelu")
+    assert repr(layer).startswith("GatedMLP(activation='gelu'\n  (gate): Linear(input_dims=64")
+    layer.down = DoRALinear.from_base(layer.down)
+    with pytest.raises(ValueError, match=r"\[GatedMLP\] residual must have shape \(2, 3, 64\) but got"):
+        layer(mx.zeros((2, 3, 64)), mx.zeros((64,)))
 
 
 def test_training(rng):
@@ -141,11 +226,13 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(64)
         self.qkv, self.out = QKVProjection(64, 4, 2, bias=True), OutputProjection(64, 64)
+        self.mlp = GatedMLP(64, 96)
 
     def __call__(self, x):
         q, k, v = self.qkv(self.norm(x))
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask="causal")
-        return self.out(y.swapaxes(1, 2).flatten(2), x)
+        x = self.out(y.swapaxes(1, 2).flatten(2), x)
+        return self.mlp(x, x)
 
 
 class Model(nn.Module):
@@ -189,6 +276,7 @@ def stock(model, tokens):
         )
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask="causal")
         x = x + block.out.o(y.swapaxes(1, 2).flatten(2))
+        x = plain(block.mlp, x, x)
     return model.head(x)
 
 
@@ -198,13 +286,16 @@ quantizations = pytest.mark.parametrize(
 
 
 @quantizations
-@pytest.mark.parametrize("keys", [None, ["qkv.q", "qkv.v"], ["out.o"]], ids=["all", "q and v", "o"])
+@pytest.mark.parametrize(
+    "keys", [None, ["qkv.q", "qkv.v"], ["out.o"], ["mlp.up"]], ids=["all", "q and v", "o", "up"]
+)
 def test_lora_conversion_of_mlx_lm(tokens, quantization, keys):
     model = make_model(quantization)
     linear_to_lora_layers(model, 1, LORA | {"keys": keys})  # of the last layer only
     adapted = {name for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    assert {f"layers.1.{key}" for key in keys or ("qkv.q", "qkv.k", "qkv.v", "out.o")} == adapted
-    model.apply_to_modules(lambda _, m: isinstance(m, LoRALinear) and m.update({"lora_b": m.lora_b + 0.05}))
+    every = ("qkv.q", "qkv.k", "qkv.v", "out.o", "mlp.gate", "mlp.up", "mlp.down")
+    assert {f"layers.1.{key}" for key in keys or every} == adapted
+    model.apply_to_modules(lambda _, m: isinstance(m, LoRALinear) and m.update({"lora_b": m.lora_b + 0.2}))
     logits = model(tokens)
     assert fused(logits) == (2, 2)
     np.testing.assert_allclose(logits, stock(model, tokens), rtol=1e-4, atol=1e-4)

@@ -6,14 +6,23 @@ mlx-lm's LoRA conversion, adapter files and ``fuse``.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.nn import Linear, Module, QuantizedLinear
 
 from mlx_fused._ext import difference
 from mlx_fused.linear import LinearOperands, is_lora, type_name
-from mlx_fused.operations import fused_output_projection_residual, fused_qkv_projection
+from mlx_fused.operations import (
+    fused_gated_projection,
+    fused_linear,
+    fused_output_projection_residual,
+    fused_qkv_projection,
+)
+from mlx_fused.operations.linear import Activation
 
-__all__ = ["OutputProjection", "QKVProjection"]
+__all__ = ["GatedMLP", "OutputProjection", "QKVProjection"]
 
 
 class QKVProjection(Module):
@@ -95,11 +104,7 @@ class QKVProjection(Module):
         v_head_dim = sizes["v"][0] // max(num_kv_heads, 1)
         layer = cls(input_dims, num_heads, num_kv_heads, head_dim, v_head_dim=v_head_dim)
         for name, size in sizes.items():
-            if size != layer[name].weight.shape:
-                raise ValueError(
-                    f"[QKVProjection] {name} must have a weight of shape {layer[name].weight.shape} "
-                    f"but got {size}."
-                )
+            _check_size("QKVProjection", name, layer[name], size)
             layer[name] = linears[name]
         return layer
 
@@ -171,14 +176,98 @@ class OutputProjection(Module):
         Returns:
             array: Of the shape of ``residual``, ``[B, S, output_dims]``.
         """
-        if (layers := _operands(self.o)) is not None:
-            return fused_output_projection_residual(x, layers[0], residual=residual)
-        y = self.o(x)
-        if y.shape != residual.shape:
-            raise ValueError(
-                f"[OutputProjection] residual must have shape {y.shape} but got {residual.shape}."
-            )
-        return residual + y
+        return _add_projection("OutputProjection", self.o, x, residual)
+
+
+class GatedMLP(Module):
+    """The feed-forward part of a transformer, ``down(activation(gate(x)) * up(x))``, in two operations.
+
+    Its children ``gate``, ``up`` and ``down`` are linear layers. Each may become a ``QuantizedLinear``, or an
+    mlx-lm ``LoRALinear`` around either. What one operation cannot compute (DoRA, active dropout, or formats
+    of gate and up that differ) is computed layer by layer.
+
+    Args:
+        input_dims (int): The size of the input and of the output.
+        hidden_dims (int): The size of what is between them.
+        bias (bool, optional): Whether to add a bias in each layer. Default: ``False``.
+        activation (str, optional): ``"silu"``, ``"gelu"``, ``"gelu_approx"``, ``"relu"`` or ``"relu2"``, as
+            in ``mlx.nn``. Default: ``"silu"``.
+
+    Raises:
+        ValueError: If ``activation`` is another.
+    """
+
+    def __init__(
+        self, input_dims: int, hidden_dims: int, bias: bool = False, activation: Activation = "silu"
+    ):
+        super().__init__()
+        if activation not in get_args(Activation):
+            expected = ", ".join(map(repr, get_args(Activation)))
+            raise ValueError(f"[GatedMLP] activation must be one of {expected} but got {activation!r}.")
+        self.activation = activation
+        self.gate = Linear(input_dims, hidden_dims, bias)
+        self.up = Linear(input_dims, hidden_dims, bias)
+        self.down = Linear(hidden_dims, input_dims, bias)
+
+    @classmethod
+    def from_linear(cls, gate: Module, up: Module, down: Module, activation: Activation = "silu") -> GatedMLP:
+        """Make a layer of three linear layers, which become its children; nothing is copied.
+
+        Args:
+            gate (mlx.nn.Module): What the activation is of: an ``mlx.nn.Linear``, an
+                ``mlx.nn.QuantizedLinear``, or an mlx-lm ``LoRALinear`` around one of them.
+            up (mlx.nn.Module): What the activation is multiplied with.
+            down (mlx.nn.Module): The layer after that.
+            activation (str, optional): As of the constructor.
+
+        Raises:
+            TypeError: If a layer is of another type.
+            ValueError: If the layers' sizes do not fit each other, or ``activation`` is unknown.
+        """
+        linears = {"gate": gate, "up": up, "down": down}
+        sizes = {name: _sizes("GatedMLP", name, linear) for name, linear in linears.items()}
+        hidden_dims, input_dims = sizes["gate"]
+        layer = cls(input_dims, hidden_dims, activation=activation)
+        for name, size in sizes.items():
+            _check_size("GatedMLP", name, layer[name], size)
+            layer[name] = linears[name]
+        return layer
+
+    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
+        """Compute the layer of ``x`` of shape ``[..., input_dims]``, and add ``residual`` if it is given.
+
+        Returns:
+            array: Of the shape of ``x``, which with ``residual`` must be ``[B, S, input_dims]``.
+        """
+        if (layers := _operands(self.gate, self.up)) is not None:
+            y = fused_gated_projection(x, tuple(layers), activation=self.activation)
+        else:
+            y = getattr(nn, self.activation)(self.gate(x)) * self.up(x)
+        if residual is not None:
+            return _add_projection("GatedMLP", self.down, y, residual)
+        if (layers := _operands(self.down)) is not None:
+            return fused_linear(y, layers[0])
+        return self.down(y)
+
+    def _extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
+
+
+def _add_projection(owner: str, linear: Module, x: mx.array, residual: mx.array) -> mx.array:
+    """``residual + linear(x)``."""
+    if (layers := _operands(linear)) is not None:
+        return fused_output_projection_residual(x, layers[0], residual=residual)
+    y = linear(x)
+    if y.shape != residual.shape:
+        raise ValueError(f"[{owner}] residual must have shape {y.shape} but got {residual.shape}.")
+    return residual + y
+
+
+def _check_size(owner: str, name: str, linear: Module, size: tuple[int, int]) -> None:
+    if size != linear.weight.shape:
+        raise ValueError(
+            f"[{owner}] {name} must have a weight of shape {linear.weight.shape} but got {size}."
+        )
 
 
 def _operands(*linears: Module) -> list[LinearOperands] | None:

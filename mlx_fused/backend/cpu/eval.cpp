@@ -116,6 +116,18 @@ std::optional<cpu::Adapter> adapter_of(const Operands& operands, int segment, co
       view_of(*a), view_of(operands.get(Role::lora_b, segment)), *call.segments[segment].adapter_scale};
 }
 
+// What an activation is of, which must have been kept.
+std::vector<View> views_of_kept(const Arrays& arrays) {
+  std::vector<View> views;
+  for (auto& a : arrays) {
+    if (a.size() > 0 && a.buffer_size() == 0) {
+      throw std::logic_error("[mlx_fused] what an activation is of was not kept; please report this.");
+    }
+    views.push_back(view_of(a));
+  }
+  return views;
+}
+
 template <typename F>
 void dispatch(mx::Stream stream, const Arrays& inputs, Arrays& outputs, F work) {
   auto& encoder = mx::cpu::get_command_encoder(stream);
@@ -178,14 +190,14 @@ void Activate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
       stream(),
       inputs,
       outputs,
-      [pre = views_of(inputs), out = view_of(outputs[0]), activation = activation_] {
+      [pre = views_of_kept(inputs), out = view_of(outputs[0]), activation = activation_] {
         cpu::activate(pre, out, activation);
       });
 }
 
 void ActivateGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs);
-  auto pre = views_of(inputs);
+  auto pre = views_of_kept(inputs);
   auto cotangent = pre[0];
   pre.erase(pre.begin());
   dispatch(stream(), inputs, outputs, [=, d_pre = views_of(outputs), activation = activation_] {
