@@ -16,7 +16,7 @@ import mlx_fused
 from commands import TOKENS, counts, train
 from mlx_fused.cli import main, passthrough
 from mlx_fused.patching import _patch
-from mlx_fused.patching.attention import FusedAttention
+from mlx_fused.patching.modules import FusedModule
 
 
 def theirs(arguments):
@@ -248,7 +248,7 @@ def test_models_are_patched_where_stderr_is_broken(loads_a_model, monkeypatch):
         with pytest.raises(SystemExit) as end:
             main.main(["chat"])
     assert end.value.code is None
-    assert isinstance(loads_a_model[0].layers[0].self_attn, FusedAttention)
+    assert isinstance(loads_a_model[0].layers[0].self_attn, FusedModule)
 
 
 def test_copies_of_a_model_count(run, checkpoint, monkeypatch):

@@ -12,7 +12,7 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 
 import mlx_fused
 from graph import output_counts
-from mlx_fused.patching import attention
+from mlx_fused.patching import registry
 from tiny_models import LAYERS, Attention, assert_same, calls, fused, loss, make, sample, tokens
 
 # The report
@@ -427,9 +427,9 @@ def test_copies_keep_the_options_and_count_for_themselves(copy_of):
     other = copy_of(model)
     other(tokens(1, 3))
     assert report.layers[0].residual.calls.total == 0
-    own = attention.patch_of(other.layers[0].self_attn)
-    assert own.options == attention.patch_of(model.layers[0].self_attn).options
-    assert own.residual_calls.fused == own.qkv_calls.fallen_back == 1
+    own = registry.patch_of(other.layers[0].self_attn)
+    assert own.options == registry.patch_of(model.layers[0].self_attn).options
+    assert own.calls["residual"].fused == own.calls["qkv"].fallen_back == 1
 
 
 def test_a_projection_can_be_replaced_and_removed():

@@ -14,7 +14,7 @@ from mlx_fused.patching.projections import watching
 from mlx_fused.tuning import Kind
 from mlx_fused.tuning.measure import with_gradients
 from mlx_fused.validate.checkpoint import CannotValidate, add_adapters, unpatched
-from mlx_fused.validate.operations import layers_of
+from mlx_fused.validate.operations import input_of, layers_of
 
 
 def kinds_of(model: nn.Module) -> list[Kind]:
@@ -29,6 +29,8 @@ def kinds_of(model: nn.Module) -> list[Kind]:
     found: dict[Kind, None] = {}
 
     def record(module: nn.Module, operation: Callable, arguments: dict, outputs) -> None:
+        if "activation" in arguments:  # the table has products alone
+            return
         found.update(dict.fromkeys(with_gradients(_kind(arguments, outputs))))
 
     def run() -> PatchReport:
@@ -40,7 +42,7 @@ def kinds_of(model: nn.Module) -> list[Kind]:
 
     report = run()
     with unpatched():
-        add_adapters(model, tokens, report.layers)
+        add_adapters(model, tokens, report.modules)
     run()
     if not found:
         raise CannotValidate(f"Nothing of it runs fused, so there is nothing to measure.\n{report}")
@@ -49,7 +51,7 @@ def kinds_of(model: nn.Module) -> list[Kind]:
 
 def _kind(arguments: dict, outputs: mx.array | tuple[mx.array, ...]) -> Kind:
     layers: list[LinearOperands] = layers_of(arguments)
-    x = arguments.get("input", arguments.get("attn_out"))
+    x = input_of(arguments)
     one = layers[0]
     return Kind(
         gradient=False,
