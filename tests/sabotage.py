@@ -15,7 +15,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 import mlx_fused
 import oracle
 from mlx_fused import LinearOperands
-from mlx_fused.patching import projections
+from mlx_fused.patching import calls
 from mlx_fused.validate.checkpoint import attach_adapters
 from mlx_fused.validate.operations import (
     check_operations,
@@ -115,21 +115,21 @@ def prompt():
 
 def adapt(model):
     with mlx_fused.patched(model) as report:
-        layers = report.layers
+        layers = report.modules
     attach_adapters(model, prompt(), layers)
 
 
 @contextmanager
 def wrapped(wrap):
     """Let patched models run ``wrap`` of each operation."""
-    correct = {name: getattr(projections, name) for name in _OPERATIONS}
+    correct = {name: getattr(calls, name) for name in _OPERATIONS}
     for name, operation in correct.items():
-        setattr(projections, name, wrap(operation))
+        setattr(calls, name, wrap(operation))
     try:
         yield
     finally:
         for name, operation in correct.items():
-            setattr(projections, name, operation)
+            setattr(calls, name, operation)
 
 
 def targets(model):

@@ -172,7 +172,7 @@ void append(std::string& kind, T value) {
 
 void append_value(std::string& kind, nb::handle value, bool with_ids) {
   append(kind, value.type().ptr());
-  if (const mx::array * array; nb::try_cast(value, array, false) && array != nullptr) {
+  if (const mx::array* array; nb::try_cast(value, array, false) && array != nullptr) {
     append(kind, array->dtype().val());
     append(kind, array->ndim());
     append(kind, with_ids ? array->id() : 0);
@@ -180,7 +180,8 @@ void append_value(std::string& kind, nb::handle value, bool with_ids) {
       append(kind, size);
     }
   } else if (
-      nb::isinstance<nb::int_>(value) || nb::isinstance<nb::float_>(value) || nb::isinstance<nb::str>(value)) {
+      nb::isinstance<nb::int_>(value) || nb::isinstance<nb::float_>(value) ||
+      nb::isinstance<nb::str>(value)) {
     append(kind, nb::hash(value));
   } else {
     append(kind, value.ptr());
@@ -207,6 +208,29 @@ nb::bytes kind_of(const nb::args& modules, bool with_ids) {
     PyDict_Check(module.ptr()) ? append_module(kind, module, with_ids) : append_value(kind, module, with_ids);
   }
   return nb::bytes(kind.data(), kind.size());
+}
+
+// What mlx_fused.LinearOperands has. Casting an array makes an alias of it.
+nb::tuple operands(nb::dict layer, std::optional<nb::dict> adapter) {
+  auto item = [](nb::dict module, const char* name) {
+    nb::handle value = PyDict_GetItemString(module.ptr(), name);
+    return value.is_valid() && !value.is_none() ? nb::cast(nb::cast<mx::array>(value)) : nb::none();
+  };
+  bool quantized = !item(layer, "scales").is_none();
+  auto setting = [&](const char* name) {
+    return quantized ? nb::object(nb::getattr(layer, name)) : nb::none();
+  };
+  return nb::make_tuple(
+      item(layer, "weight"),
+      item(layer, "bias"),
+      item(layer, "scales"),
+      item(layer, "biases"),
+      setting("group_size"),
+      setting("bits"),
+      quantized ? setting("mode") : nb::object(nb::str("affine")),
+      adapter ? item(*adapter, "lora_a") : nb::none(),
+      adapter ? item(*adapter, "lora_b") : nb::none(),
+      adapter ? nb::object(nb::getattr(*adapter, "scale")) : nb::object(nb::float_(1.0)));
 }
 
 }  // namespace
@@ -281,6 +305,13 @@ NB_MODULE(_ext, m) {
       "identity",
       [](nb::args modules) { return kind_of(modules, true); },
       "The kind of modules, and which MLX arrays they hold.");
+  m.def(
+      "operands",
+      &operands,
+      "layer"_a,
+      "adapter"_a.none(),
+      "The present operands of a linear layer and its adapter, as LinearOperands has them; arrays are "
+      "aliases.");
   m.def(
       "environment",
       [](const char* name) -> std::optional<std::string> {

@@ -92,7 +92,9 @@ def _patching_loader(command: str) -> Iterator[None]:
     finally:
         if loaded and switched_off():
             _say_once(f"mlx-fused: nothing ran fused, since MLX_FUSED={os.environ['MLX_FUSED']}")
-        elif called := [f"{TITLES[part]} in {_share(calls)}" for part, calls in tallies.items() if calls.total]:
+        elif called := [
+            f"{TITLES[part]} in {_share(calls)}" for part, calls in tallies.items() if calls.total
+        ]:
             # mlx-lm compiles nothing else that calls the model.
             compiled = "; a compiled training step counts when it is traced" * (command == "lora")
             _say_once(f"mlx-fused: ran fused: {', '.join(called)}{compiled}")

@@ -95,7 +95,9 @@ def _show(out: Console, results: dict) -> None:
     out.print(_operations(results["operations"]))
     out.print(_end_to_end(results["end_to_end"]))
     out.print(_costs(results))
-    shares = [f"{TITLES[part]} in {Calls(**of).share}" for part, of in results["calls"].items() if of["total"]]
+    shares = [
+        f"{TITLES[part]} in {Calls(**of).share}" for part, of in results["calls"].items() if of["total"]
+    ]
     out.print(f"ran fused: {', '.join(shares)}; on {results['machine']['default device']}", soft_wrap=True)
     if results["obstacles"]:
         out.print(escape(f"not fused: {'; '.join(results['obstacles'])}"), soft_wrap=True)

@@ -124,8 +124,8 @@ def _patch(model: nn.Module, options: Options) -> PatchReport:
     reports = []
     for name, module, roles, obstacles in find(model):
         try:
-            modules.fuse(module, roles, options, obstacles)
-            reports.append(modules.report(name, module))
+            active = modules.fuse(module, roles, options, obstacles)
+            reports.append(modules.report(name, module, roles, active))
         except NotFused as reason:
             reports.append(LayerReport(name, **dict.fromkeys(roles.parts, Part(str(reason)))))
     return PatchReport(tuple(report for report in reports if report.parts))

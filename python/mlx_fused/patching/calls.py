@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx.nn.layers.distributed import sum_gradients
 
 from mlx_fused._ext import alias, identity, is_same
-from mlx_fused.linear import LinearOperands, is_lora, type_name
+from mlx_fused.linear import is_lora, type_name
 from mlx_fused.operations import fused_linear, fused_output_projection_residual, fused_qkv_projection
 from mlx_fused.patching import projections
 from mlx_fused.patching.projections import DTYPES, EMBEDDINGS, NotFused, Together
@@ -128,7 +128,9 @@ class Call:
         self.counted.add("residual")
         return project_output(self.module, self.active, name, layer, x)
 
-    def run_linear(self, module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array) -> mx.array:
+    def run_linear(
+        self, module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array
+    ) -> mx.array:
         """The call of a layer by itself."""
         calls = active.patch.calls["linear"]
         try:
@@ -171,9 +173,7 @@ def read_qkv(module: nn.Module, roles: Roles, active: Active) -> Together:
         raise NotFused("it takes keys and values from another layer")
     layers = [module.get(name) for name in roles.inputs]
     lora, exact = patch.options.lora, patch.options.exact
-    return active.reading(
-        "qkv", layers, lambda: projections.read_together(roles.inputs, layers, lora, exact)
-    )
+    return active.reading("qkv", layers, lambda: projections.read_together(roles.inputs, layers, lora, exact))
 
 
 def qkv_note(module: nn.Module, roles: Roles, active: Active) -> str | None:
@@ -209,8 +209,7 @@ def project_output(module: nn.Module, active: Active, name: str, layer: nn.Modul
         return _alone(module, active, name, layer, x)
     calls.add(1)
     # The operation runs later, when the residual is added. Changes in place until then must not affect it.
-    kept = LinearOperands(*(alias(a) if isinstance(a, mx.array) else a for a in projections.operands(layer)))
-    x = alias(x)
+    kept, x = projections.operands(layer), alias(x)
 
     def add(residual: mx.array, alpha: float) -> mx.array:
         y = projections.run(

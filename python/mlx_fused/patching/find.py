@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import mlx.nn as nn
+from mlx.nn.layers import distributed
 
 from mlx_fused.linear import is_lora
 from mlx_fused.patching import mlp, residual
@@ -32,13 +33,23 @@ _INSTEAD = {
 _DOWNS = ("down_proj", "w2", "c_proj", "fc2")  # of MLPs whose code is not known
 
 
+_LINEAR = (
+    nn.Linear,
+    nn.QuantizedLinear,
+    distributed.AllToShardedLinear,
+    distributed.ShardedToAllLinear,
+    distributed.QuantizedAllToShardedLinear,
+    distributed.QuantizedShardedToAllLinear,
+)
+
+
 def find(model: nn.Module) -> list[tuple[str, nn.Module, Roles, Obstacles]]:
     """The modules of ``model`` to patch, by their names."""
     modules = dict(model.named_modules())
     heads = _heads(modules)
     found = []
     for name, module in modules.items():
-        if "lora_a" in module:  # an adapter around a layer, which its owner calls
+        if _is_layer(module):
             continue
         roles = roles_of(module) or _roles(module, heads.get(id(module), ()))
         if roles.names or id(module) in heads:
@@ -88,8 +99,13 @@ def _mlp(module: nn.Module) -> tuple[str | None, str | None]:
         return "mlp", next((name for name in _DOWNS if name in module), None)
 
 
+def _is_layer(module: nn.Module) -> bool:
+    """Whether ``module`` is a layer itself: an adapter around one, or one of mlx-fused."""
+    return "lora_a" in module or original_of(module).__module__ == "mlx_fused.nn"
+
+
 def _is_linear(layer: object) -> bool:
-    return isinstance(layer, (nn.Linear, nn.QuantizedLinear)) or is_lora(type(layer))
+    return isinstance(layer, _LINEAR) or is_lora(type(layer))
 
 
 def _instead(module: nn.Module) -> str | None:

@@ -136,7 +136,7 @@ class _Reader:
                 sides = self.value(left, env, scope), self.value(right, env, scope)
                 if not any(isinstance(side, (tuple, mx.array)) for side in sides):
                     return _TESTS[type(op)](*sides)
-            case ast.List(elts=items):
+            case ast.List(elts=items) | ast.Set(elts=items):
                 return [self.value(item, env, scope) for item in items]
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
                 return (

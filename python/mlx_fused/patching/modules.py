@@ -36,7 +36,7 @@ class FusedModule:
         """Hides the own class's ``__init_subclass__``, which may need keywords or register subclasses."""
 
 
-def fuse(module: nn.Module, roles: Roles, options: Options, obstacles: Obstacles) -> Patch:
+def fuse(module: nn.Module, roles: Roles, options: Options, obstacles: Obstacles) -> Active:
     """Patch ``module``, or change the options of its patch.
 
     Raises:
@@ -51,20 +51,20 @@ def fuse(module: nn.Module, roles: Roles, options: Options, obstacles: Obstacles
         residual = before.obstacles.residual and obstacles.residual
         patch = Patch(options, obstacles._replace(residual=residual), before.calls)
     try:
-        set_patch(module, roles, patch)
+        return set_patch(module, roles, patch)
     except Exception as error:  # the class or its metaclass may refuse subclasses with any error
         raise NotFused(f"{type(module).__name__} cannot be subclassed: {error}") from error
-    return patch
 
 
-def set_patch(module: nn.Module, roles: Roles, patch: Patch) -> None:
+def set_patch(module: nn.Module, roles: Roles, patch: Patch) -> Active:
     """Patch ``module`` with ``patch``, or replace its patch."""
     with lock:
         if roles_of(module) != roles:
             _set_class(module, _fused_class(original_of(module), roles))
         state = states.get(id(module)) or State(module)
-        state.active = Active(patch)
+        state.active = active = Active(patch)
         states[id(module)] = state
+    return active
 
 
 def restore(module: nn.Module) -> None:
@@ -83,9 +83,9 @@ def _end_patching(module: nn.Module) -> None:
             _set_class(module, original)
 
 
-def report(name: str, module: nn.Module) -> LayerReport:
+def report(name: str, module: nn.Module, roles: Roles, active: Active) -> LayerReport:
     """Which parts of a patched module are fused in its present state."""
-    roles, active, parts = roles_of(module), active_of(module), {}
+    parts = {}
 
     def add(part: str, read: Callable) -> None:
         obstacle = note = None

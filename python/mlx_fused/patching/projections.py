@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import AllToShardedLinear, QuantizedAllToShardedLinear
 
+from mlx_fused import _ext
 from mlx_fused._ext import difference, has_quantized_kernels
 from mlx_fused.linear import LinearOperands, is_lora, lora_obstacle, type_name
 
@@ -37,11 +38,13 @@ def is_known(module: nn.Module) -> bool:
 
 
 def operands(module: nn.Module, adapted: bool = True) -> LinearOperands:
-    """The present operands of a layer that was read, without its adapter unless ``adapted``."""
+    """The present operands of a layer that was read, without its adapter unless ``adapted``.
+
+    A later change of an array in place does not reach them.
+    """
     if not is_lora(type(module)):
-        return LinearOperands.of_base(module)
-    layer = LinearOperands.of_base(module["linear"])
-    return layer.with_lora(module) if adapted else layer
+        return LinearOperands._make(_ext.operands(module, None))
+    return LinearOperands._make(_ext.operands(module["linear"], module if adapted else None))
 
 
 def read_together(names: Sequence[str], modules: Sequence, lora: bool, exact: bool) -> Together:

@@ -143,4 +143,7 @@ def original_of(module: nn.Module) -> type:
 
 def own_method(original: type, name: str):
     """The method of an unpatched class as it is now: others may have replaced it (grad_checkpoint does)."""
-    return next(vars(cls)[name] for cls in original.__mro__ if name in vars(cls))
+    for cls in original.__mro__:
+        if (method := cls.__dict__.get(name)) is not None:
+            return method
+    raise AttributeError(name)

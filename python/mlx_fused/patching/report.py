@@ -26,7 +26,9 @@ _OFF = dict.fromkeys(("0", "false", "off", "no"), True) | dict.fromkeys(("1", "t
 
 def switched_off() -> bool:
     """Whether ``MLX_FUSED`` makes patched models run their own code."""
-    value = environment("MLX_FUSED") or ""
+    value = environment("MLX_FUSED")
+    if value is None:
+        return False
     try:
         return _OFF[value.lower()]
     except KeyError:
@@ -180,7 +182,9 @@ class PatchReport:
         rows = [("layer", *(text for name in present for text in (_COLUMNS[name], "calls*")))]
         for module in self.modules:
             parts = [module.parts.get(name) for name in present]
-            rows.append((module.name, *(text for p in parts for text in ((str(p), str(p.calls)) if p else ("", "")))))
+            rows.append(
+                (module.name, *(text for p in parts for text in ((str(p), str(p.calls)) if p else ("", ""))))
+            )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
         return "\n".join([self.summary, *(line.rstrip() for line in lines), "* fused/fallen back"])

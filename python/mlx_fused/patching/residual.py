@@ -124,7 +124,7 @@ class _Flow:
                 return None
             case ast.BinOp(left=left, op=ast.Mult(), right=right):
                 factor = left if right is value else right
-                if not isinstance(factor, (ast.Constant, ast.Attribute)):
+                if any(isinstance(n, ast.Call) or _is_variable(n) for n in ast.walk(factor)):
                     return f"multiplies its output by {ast.unparse(factor)}"
                 return self.other_use(parent)
             case ast.IfExp():
@@ -161,6 +161,10 @@ class _Flow:
             if isinstance(parent, ast.If) and node is not parent.test:
                 yield parent, node in parent.body
             node = parent
+
+
+def _is_variable(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id != "self"
 
 
 def _end(node: ast.AST) -> tuple[int, int]:

@@ -16,6 +16,8 @@ from mlx_fused.tuning.measure import with_gradients
 from mlx_fused.validate.checkpoint import CannotValidate, add_adapters, unpatched
 from mlx_fused.validate.operations import input_of, layers_of
 
+_MEASURED = (mlx_fused.fused_qkv_projection, mlx_fused.fused_output_projection_residual)
+
 
 def kinds_of(model: nn.Module) -> list[Kind]:
     """What ``model`` calls, as it is and in a LoRA step: with mlx-lm's default adapters if it has none.
@@ -29,7 +31,7 @@ def kinds_of(model: nn.Module) -> list[Kind]:
     found: dict[Kind, None] = {}
 
     def record(module: nn.Module, operation: Callable, arguments: dict, outputs) -> None:
-        if "activation" in arguments:  # the table has products alone
+        if operation not in _MEASURED:
             return
         found.update(dict.fromkeys(with_gradients(_kind(arguments, outputs))))
 
