@@ -31,8 +31,8 @@ def test_report_lists_every_layer():
     summary, *lines, last = str(report).splitlines()
     assert summary == (
         "mlx-fused: of 2 attention layers, the QKV projection is fused in 1, the output projection with its "
-        "residual is fused in 2; of 2 MLPs, the projection to its hidden layer is fused in 2, the output "
-        "projection with its residual is fused in 2; other linear layers in 1 of 1 module"
+        "residual in 2; of 2 MLPs, the first half of the MLP is fused in 2, the output projection with its "
+        "residual in 2; other linear layers in 1 of 1 module"
     )
     assert [re.split("  +", line) for line in lines] == [
         ["layer", "QKV", "calls*", "MLP", "calls*"]
@@ -62,7 +62,7 @@ def test_summary_of_one_layer():
     report = mlx_fused.patch(Attention())
     assert report.summary == (
         "mlx-fused: of 1 attention layer, the QKV projection is fused in 1, "
-        "the output projection with its residual is fused in 0"
+        "the output projection with its residual in 0"
     )
 
 

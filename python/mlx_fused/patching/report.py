@@ -12,7 +12,7 @@ from mlx_fused._ext import environment, last_decision
 # What of a module may be fused, and how it is called.
 TITLES = {
     "qkv": "the QKV projection",
-    "mlp": "the projection to its hidden layer",
+    "mlp": "the first half of the MLP",
     "residual": "the output projection with its residual",
     "linear": "other linear layers",
 }
@@ -162,12 +162,13 @@ class PatchReport:
         off = f"; MLX_FUSED={os.environ['MLX_FUSED']} keeps all of it off" if switched_off() else ""
         linears = [module.linear for module in self.modules if module.linear is not None]
         kinds = [
-            ("attention layer", self.layers, ("qkv", "residual")),
-            ("MLP", self.mlps, ("mlp", "residual")),
+            ("attention layer", self.layers, "qkv"),
+            ("MLP", self.mlps, "mlp"),
         ]
         texts = [
-            f"of {_count(of, kind)}, " + ", ".join(f"{TITLES[p]} is fused in {_fused(of, p)}" for p in parts)
-            for kind, of, parts in kinds
+            f"of {_count(of, kind)}, {TITLES[first]} is fused in {_fused(of, first)}, "
+            f"{TITLES['residual']} in {_fused(of, 'residual')}"
+            for kind, of, first in kinds
             if of
         ]
         if linears:

@@ -105,9 +105,14 @@ def _float32_class(cls: type) -> type:
     return type(cls.__name__, (cls,), {"__call__": lambda self, x: cls.__call__(self, x).astype(mx.float32)})
 
 
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules by the names that a report has for them."""
+    return {name or type(model).__name__: module for name, module in model.named_modules()}
+
+
 def linears(model: nn.Module, layers: Iterable[LayerReport]) -> list[nn.Module]:
     """The linear layers of the given modules, without their adapters."""
-    modules = dict(model.named_modules()) | {type(model).__name__: model}
+    modules = modules_of(model)
     children = (child for layer in layers for child in modules[layer.name].values())
     bases = (child["linear"] if is_lora(type(child)) else child for child in children)
     return [module for module in bases if isinstance(module, nn.Linear | nn.QuantizedLinear)]

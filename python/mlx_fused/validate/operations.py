@@ -25,7 +25,7 @@ from mlx_fused.linear import LinearOperands
 from mlx_fused.patching.projections import watching
 from mlx_fused.validate import formulas
 from mlx_fused.validate.bounds import Comparison, compare, unit_roundoff
-from mlx_fused.validate.checkpoint import two_rows
+from mlx_fused.validate.checkpoint import modules_of, two_rows
 from mlx_fused.validate.formulas import Arithmetic, Call, Expected, Segment
 
 _TF32_UNIT = 2.0**-11  # the matrix units of GPUs may round float32 operands to TF32
@@ -138,7 +138,7 @@ def check_operations(
 ) -> OperationChecks:
     """Patch ``model`` and check its operations while it reads two prompts and continues one by one token."""
     with mlx_fused.patched(model) as report:
-        modules = dict(model.named_modules())
+        modules = modules_of(model)
         checks = OperationChecks({id(modules[layer.name]): layer.name for layer in report.modules}, on_call)
         cache = make_prompt_cache(model)
         with watching(checks):
@@ -153,7 +153,7 @@ def read(arguments: dict, as_mlx_lm: bool) -> Call:
     """The operands of a call, from an operation's keyword arguments; scales rounded as by mlx-lm, or not."""
     x, layers = input_of(arguments), layers_of(arguments)
     segments = []
-    for name, layer in zip("qkv" if len(layers) > 1 else "o", layers, strict=True):
+    for name, layer in zip("qkv" if len(layers) > 1 else "y" if "x" in arguments else "o", layers, strict=True):
         if layer.scales is None:
             weight = exact(layer.weight)
             magnitude = np.abs(weight)
