@@ -5,19 +5,26 @@ import sys
 
 import mlx.core as mx
 
+from mlx_fused.patching.report import TITLES
+
 COMMAND = [sys.executable, "-c", "from mlx_fused.cli import main; main()"]
-CLOSING = re.compile(
-    r"mlx-fused: ran fused: the QKV projection in (\d+) of (\d+) calls(.*), "
-    r"the output projection with its residual in (\d+) of (\d+) calls(.*)"
-)
+_PART = r"({}) in (\d+) of (\d+) calls"
 TOKENS = mx.array([[1, 2, 3]])
 
 
 def counts(err):
-    """Of the closing line: calls that ran fused and all calls, of both parts, and what else it says."""
+    """Of the closing line: by part, calls that ran fused and all calls, and what else it says."""
     *_, line = err.splitlines()
-    fused_qkv, qkv, of_qkv, fused_residual, residual, rest = CLOSING.fullmatch(line).groups()
-    return (int(fused_qkv), int(qkv)), (int(fused_residual), int(residual)), of_qkv + rest
+    rest, found = line.removeprefix("mlx-fused: ran fused: "), {}
+    for part, title in TITLES.items():
+        if match := re.search(_PART.format(title), rest):
+            found[part] = int(match[2]), int(match[3])
+            rest = rest.replace(match[0], "", 1)
+    return found, re.sub("^(, )+", "", rest)
+
+
+def all_fused(found):
+    return len(found) == len(TITLES) and all(fused == total > 0 for fused, total in found.values())
 
 
 def train(checkpoint, folder, *more):

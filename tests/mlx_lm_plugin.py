@@ -12,9 +12,10 @@ import mlx.nn as nn
 import pytest
 
 import mlx_fused
+from mlx_fused.patching.report import TITLES
 
 _OUTCOMES = pytest.StashKey[dict[str, str]]()
-_calls = {"qkv": {}, "residual": {}}  # the counters of every patched layer, by identity
+_calls = {part: {} for part in TITLES}  # the counters of every patched layer, by identity
 
 
 def pytest_addoption(parser):
@@ -61,9 +62,8 @@ def _patch_instances(cls):
     @wraps(init)
     def init_and_patch(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        for layer in mlx_fused.patch(self).layers:
-            for part, counters in _calls.items():
-                calls = getattr(layer, part).calls
-                counters[id(calls)] = calls
+        for module in mlx_fused.patch(self).modules:
+            for part, of in module.parts.items():
+                _calls[part][id(of.calls)] = of.calls
 
     cls.__init__ = init_and_patch

@@ -14,7 +14,8 @@ import tiny_demo
 from mlx_fused.cli import main
 from mlx_fused.demo import Settings, comparison, corpus, run
 from mlx_fused.demo.checkpoint import _start_from_bigrams
-from mlx_fused.patching import attention, projections
+from mlx_fused.patching import calls
+from mlx_fused.patching.modules import FusedModule
 from mlx_fused.patching.projections import NotFused
 
 
@@ -126,7 +127,7 @@ def test_patched_adapters_load_into_an_unpatched_model(demo):
     out, results, _ = demo
     model, tokenizer = mlx_lm.load(results["model"], adapter_path=str(out / "adapters-patched"))
     module = model.layers[0].self_attn
-    assert not isinstance(module, attention.FusedAttention)
+    assert not isinstance(module, FusedModule)
     assert module.q_proj.lora_b.abs().max().item() > 0
     text = mlx_lm.generate(model, tokenizer, corpus.PROMPT, max_tokens=tiny_demo.SIZES["max_new_tokens"])
     assert results["texts"]["patched"] == corpus.PROMPT + text
@@ -145,14 +146,14 @@ def test_both_runs_write_the_same_adapters(demo):
 @pytest.mark.parametrize("options", [[], ["--dense"]])
 @pytest.mark.parametrize("factor", [1.01, math.nan])
 def test_wrong_numerics_fail(tiny, tmp_path, monkeypatch, factor, options):
-    correct = projections.fused_qkv_projection
+    correct = calls.fused_qkv_projection
 
     def wrong(weight, **kwargs):
         q, k, v = correct(weight=weight, **kwargs)
         return q, k, v if weight[2].lora_a is None else v * factor
 
     # Only the fine-tuning has adapters: the checkpoint that both runs start from is a good one.
-    monkeypatch.setattr(projections, "fused_qkv_projection", wrong)
+    monkeypatch.setattr(calls, "fused_qkv_projection", wrong)
     (tmp_path / ".mlx-fused-demo").touch()
     (tmp_path / "results.json").write_text("of an earlier demo")
     result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path), "--iters", "2", *options])
@@ -172,7 +173,7 @@ def test_a_layer_that_is_not_fused_fails(tiny, tmp_path, monkeypatch):
     def no_qkv(*_):
         raise NotFused("a reason")
 
-    monkeypatch.setattr(attention, "_qkv", no_qkv)
+    monkeypatch.setattr(calls, "read_qkv", no_qkv)
     result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "new"), "--iters", "1"])
     assert isinstance(result.exception, RuntimeError)
     assert "not fused: a reason" in str(result.exception)

@@ -27,7 +27,7 @@ def test_every_layer_is_alike_and_has_the_fused_products_less():
     stock, patched = graph_nodes.layer(False), graph_nodes.layer(True)
     assert stock == graph_nodes.step(4, False) - graph_nodes.step(3, False)
     assert patched == graph_nodes.step(4, True) - graph_nodes.step(3, True)
-    # Three projections, and the output projection, of 2 + 6 products each.
-    assert (stock["QuantizedMatmul"], stock["Matmul"]) == (14, 48)
-    assert (patched["QuantizedMatmul"], patched["Matmul"]) == (14 - 4 * 2, 48 - 4 * 6)
-    assert patched["mlx-fused's"] == 4
+    # Seven projections of 2 + 6 products each; what is left is attention.
+    assert (stock["QuantizedMatmul"], stock["Matmul"]) == (7 * 2, 6 + 7 * 6)
+    assert (patched["QuantizedMatmul"], patched["Matmul"]) == (0, 6)
+    assert patched["mlx-fused's"] == 10

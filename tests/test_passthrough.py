@@ -13,10 +13,10 @@ import mlx_lm.utils
 import pytest
 
 import mlx_fused
-from commands import TOKENS, counts, train
+from commands import TOKENS, all_fused, counts, train
 from mlx_fused.cli import main, passthrough
-from mlx_fused.patching import _patch
-from mlx_fused.patching.attention import FusedAttention
+from mlx_fused.patching import Options, _patch
+from mlx_fused.patching.modules import FusedModule
 
 
 def theirs(arguments):
@@ -98,8 +98,8 @@ def test_generate_prints_what_mlx_lm_prints_and_patches(run, checkpoint, adapter
     assert code == 0
     first, _ = (line for line in err.splitlines() if line.startswith("mlx-fused:"))
     assert "2 attention layers" in first
-    (fused, total), residual, more = counts(err)
-    assert fused == total >= 2 * 4 and residual == (fused, total) and more == ""
+    found, more = counts(err)
+    assert all_fused(found) and found["qkv"][1] >= 2 * 4 and more == ""
 
 
 def test_lora_trains_what_mlx_lm_trains(run, checkpoint, tmp_path):
@@ -110,8 +110,8 @@ def test_lora_trains_what_mlx_lm_trains(run, checkpoint, tmp_path):
         assert ("mlx-fused: " in err) == (name == "ours")
         adapters[name] = mx.load(str(tmp_path / name / "adapters.safetensors"))
         if name == "ours":
-            (fused, total), residual, more = counts(err)
-            assert fused == total > 0 and residual == (fused, total)
+            found, more = counts(err)
+            assert all_fused(found)
             assert more == "; a compiled training step counts when it is traced"
     assert adapters["ours"].keys() == adapters["theirs"].keys()
     for key, array in adapters["ours"].items():
@@ -124,10 +124,12 @@ def test_the_closing_line_tells_that_dora_is_not_fused(run, checkpoint, tmp_path
     used = run(main.main, [*generate, "--adapter-path", str(tmp_path)])
     for code, _, err in (trained, used):
         assert code == 0 and "the QKV projection is fused in 2" in err  # before the adapters are there
-        (fused, total), residual, more = counts(err)
-        assert fused == 0 < total and residual == (0, total)
+        found, more = counts(err)
+        assert found.pop("linear")[0] > 0  # the head has no adapter
+        assert all(fused == 0 < total for fused, total in found.values())
+        assert "(last obstacle: gate_proj is DoRALinear)" in more
         assert "(last obstacle: q_proj is DoRALinear)" in more
-        assert "(last obstacle: o_proj is DoRALinear)" in more
+        assert "(last obstacle: down_proj is DoRALinear)" in more
 
 
 def test_models_whose_switch_is_off_say_so_at_the_end(run, checkpoint, monkeypatch):
@@ -140,9 +142,10 @@ def test_models_whose_switch_is_off_say_so_at_the_end(run, checkpoint, monkeypat
 def test_the_closing_line_tells_what_was_routed_to_mlx(run, checkpoint, monkeypatch):
     monkeypatch.setenv("MLX_FUSED_ROUTE", "composed")
     code, _, err = run(main.main, ["generate", "--model", str(checkpoint / "model"), "--max-tokens", "2"])
-    (fused, total), residual, more = counts(err)
-    assert code == 0 and fused == total > 0 and residual == (fused, total)
-    assert more == f", {fused} of these by MLX's own operations" * 2
+    found, more = counts(err)
+    assert code == 0 and all_fused(found)
+    by_mlx = [f"{fused} of these by MLX's own operations" for fused, _ in found.values()]
+    assert more == ", , ".join(by_mlx)
 
 
 def test_a_draft_model_is_patched_and_counted(run, checkpoint):
@@ -151,7 +154,7 @@ def test_a_draft_model_is_patched_and_counted(run, checkpoint):
     _, _, alone = run(main.main, arguments)
     code, _, err = run(main.main, [*arguments, *drafted])
     assert code == 0 and err.count("2 attention layers") == 2 and err.count("ran fused") == 1
-    assert counts(err)[0][1] > counts(alone)[0][1]
+    assert counts(err)[0]["qkv"][1] > counts(alone)[0]["qkv"][1]
 
 
 # The other commands.
@@ -191,15 +194,16 @@ def test_other_commands_run_the_patched_model(run, checkpoint, packages, calibra
     name, model = command.split()[0], str(checkpoint / "model")
     code, _, err = run(main.main, [name, "--model", model, *OTHERS[command]])
     assert code == 0, err
-    (fused, total), residual, more = counts(err)
-    assert fused == total > 0 and residual == (fused, total) and more == ""
+    found, more = counts(err)
+    assert all_fused(found) and more == ""
 
 
 def test_awq_runs_fused_what_it_does_not_record(run, checkpoint, calibration):
     options = [*QUANTIZE, "--group-size=32", "--num-samples=2", "--sequence-length=32", "--n-grid=3"]
     code, _, err = run(main.main, ["awq", "--model", str(checkpoint / "model"), *options])
     assert code == 0, err
-    (fused, total), _, more = counts(err)
+    found, more = counts(err)
+    fused, total = found["qkv"]
     assert (fused, total) == (total - 2, total)  # each of the two layers runs once with hooks
     assert "q_proj is Catcher" in more
 
@@ -213,7 +217,9 @@ def loads_a_model(checkpoint, monkeypatch):
         loaded.append(mlx_lm.utils.load(str(checkpoint / "model"))[0])
         loaded[0](TOKENS)
 
-    monkeypatch.setattr(mlx_fused, "patch", lambda model: _patch(model, True, "auto", True, False))
+    monkeypatch.setattr(
+        mlx_fused, "patch", lambda model: _patch(model, Options(True, "auto", True, True, True, False))
+    )
     monkeypatch.setattr("mlx_lm.chat.main", chat)
     return loaded
 
@@ -248,7 +254,7 @@ def test_models_are_patched_where_stderr_is_broken(loads_a_model, monkeypatch):
         with pytest.raises(SystemExit) as end:
             main.main(["chat"])
     assert end.value.code is None
-    assert isinstance(loads_a_model[0].layers[0].self_attn, FusedAttention)
+    assert isinstance(loads_a_model[0].layers[0].self_attn, FusedModule)
 
 
 def test_copies_of_a_model_count(run, checkpoint, monkeypatch):
@@ -257,4 +263,4 @@ def test_copies_of_a_model_count(run, checkpoint, monkeypatch):
 
     monkeypatch.setattr("mlx_lm.chat.main", chat)
     _, _, err = run(main.main, ["chat"])
-    assert counts(err)[0] == (2, 2)
+    assert counts(err)[0]["qkv"] == (2, 2)

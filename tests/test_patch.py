@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import re
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,7 +13,7 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 
 import mlx_fused
 from graph import output_counts
-from mlx_fused.patching import attention
+from mlx_fused.patching import registry
 from tiny_models import LAYERS, Attention, assert_same, calls, fused, loss, make, sample, tokens
 
 # The report
@@ -27,14 +28,22 @@ def test_report_lists_every_layer():
     assert str(report) == repr(report)
     reason = "not fused: quantization differs: none, affine 4 bits by 32, none"
     model(tokens(1, 3))
-    assert str(report).splitlines() == [
-        "mlx-fused: of 2 attention layers, the QKV projection is fused in 1, "
-        "the output projection with its residual in 2",
-        f"layer                     QKV{' ' * 63}calls*  output projection + residual  calls*",
-        f"model.layers.0.self_attn  {'fused':{len(reason)}}  1/0     fused                         1/0",
-        f"model.layers.1.self_attn  {reason}  0/1     fused                         1/0",
-        "* fused/fallen back",
+    summary, *lines, last = str(report).splitlines()
+    assert summary == (
+        "mlx-fused: of 2 attention layers, the QKV projection is fused in 1, the output projection with its "
+        "residual in 2; of 2 MLPs, the first half of the MLP is fused in 2, the output projection with its "
+        "residual in 2; other linear layers in 1 of 1 module"
+    )
+    assert [re.split("  +", line) for line in lines] == [
+        ["layer", "QKV", "calls*", "MLP", "calls*"]
+        + ["output projection + residual", "calls*", "other layers", "calls*"],
+        ["model.layers.0.self_attn", "fused", "1/0", "fused", "1/0"],
+        ["model.layers.0.mlp", "fused, silu", "1/0", "fused", "1/0"],
+        ["model.layers.1.self_attn", reason, "0/1", "fused", "1/0"],
+        ["model.layers.1.mlp", "fused, silu", "1/0", "fused", "1/0"],
+        ["model", "fused", "1/0"],
     ]
+    assert last == "* fused/fallen back"
 
 
 def test_report_is_in_the_order_of_the_layers():
@@ -46,9 +55,7 @@ def test_report_is_in_the_order_of_the_layers():
 def test_nothing_to_patch():
     report = mlx_fused.patch(nn.Sequential(nn.Linear(4, 4)))
     assert not report.layers
-    assert str(report) == (
-        "mlx-fused: nothing to patch, no attention layer of a kind it knows (q_proj, k_proj, v_proj, ...)"
-    )
+    assert str(report) == ("mlx-fused: nothing to patch, no linear layer in a module that calls it")
 
 
 def test_summary_of_one_layer():
@@ -108,7 +115,8 @@ def test_only_the_class_changes():
     assert snapshot(model) == before
     assert isinstance(model.layers[0].self_attn, type(make("qwen3").layers[0].self_attn))
     changed = {type(m) for m, cls in zip(model.modules(), classes, strict=True) if type(m) is not cls}
-    assert changed == {type(model.layers[0].self_attn)}  # one for all layers
+    layer = model.layers[0]
+    assert changed == {type(m) for m in (model, layer.self_attn, layer.mlp)}  # one for all layers
     mlx_fused.unpatch(model)
     assert snapshot(model) == before
     assert [type(m) for m in model.modules()] == classes
@@ -148,7 +156,7 @@ def test_the_environment_turns_it_off(monkeypatch):
         monkeypatch.setenv("MLX_FUSED", off)
         assert mx.array_equal(model(tokens(1, 3)), stock)
         assert report.layers[0].qkv.calls.total == report.layers[0].residual.calls.total == 0
-        assert report.summary.endswith(f"in 2; MLX_FUSED={off} keeps all of it off")
+        assert report.summary.endswith(f"in 1 of 1 module; MLX_FUSED={off} keeps all of it off")
     for nonsense in ("2", "offf", " ", "none"):
         monkeypatch.setenv("MLX_FUSED", nonsense)
         for use in (lambda: model(tokens(1, 3)), lambda: mlx_fused.patch(model)):
@@ -157,7 +165,7 @@ def test_the_environment_turns_it_off(monkeypatch):
     for on in ("1", "", "true", "on", "yes", "Yes"):
         monkeypatch.setenv("MLX_FUSED", on)
         assert fused(model(tokens(1, 3))) == (LAYERS, 0)
-        assert report.summary.endswith("in 2")
+        assert report.summary.endswith("in 1 of 1 module")
     monkeypatch.delenv("MLX_FUSED")
     assert fused(model(tokens(1, 3))) == (LAYERS, 0)
 
@@ -427,9 +435,9 @@ def test_copies_keep_the_options_and_count_for_themselves(copy_of):
     other = copy_of(model)
     other(tokens(1, 3))
     assert report.layers[0].residual.calls.total == 0
-    own = attention.patch_of(other.layers[0].self_attn)
-    assert own.options == attention.patch_of(model.layers[0].self_attn).options
-    assert own.residual_calls.fused == own.qkv_calls.fallen_back == 1
+    own = registry.patch_of(other.layers[0].self_attn)
+    assert own.options == registry.patch_of(model.layers[0].self_attn).options
+    assert own.calls["residual"].fused == own.calls["qkv"].fallen_back == 1
 
 
 def test_a_projection_can_be_replaced_and_removed():

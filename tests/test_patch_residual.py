@@ -261,7 +261,6 @@ USES = {
     "r + x": lambda x, r: r + x,
     "x + r * 0.5": lambda x, r: x + r * 0.5,
     "2 * r + x": lambda x, r: 2 * r + x,
-    "r + r": lambda x, r: r + r,
 }
 OTHER_USES = {
     "x - r": lambda x, r: x - r,
@@ -325,8 +324,22 @@ def test_a_layer_of_tokens_without_a_batch():
     layer, x = Named(), sample(3, 64)
     expected = layer(x)
     part = residual(layer)
-    assert_same([layer(x)], [expected])
-    assert (part.calls.fused, part.calls.fallen_back) == (0, 1)
+    actual = layer(x)
+    assert nodes(actual) == 1 and (part.calls.fused, part.calls.fallen_back) == (1, 0)
+    assert_same([actual], [expected])
+
+
+def test_two_outputs_that_are_added_first():
+    layer, x = Probe(), sample(2, 3, 64)
+
+    def both(x, r):
+        return [r + r, x + (r + 2 * r), 0.5 * (r + r) + x]
+
+    expected = layer.use(x, both)
+    part = residual(layer)
+    actual = layer.use(x, both)
+    assert [nodes(y) for y in actual] == [0, 2, 2] and part.calls.fused == 4
+    assert_same(actual, expected)
 
 
 def test_under_transformations():

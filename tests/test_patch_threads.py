@@ -11,7 +11,7 @@ import mlx.nn as nn
 import pytest
 
 import mlx_fused
-from mlx_fused.patching.attention import FusedAttention
+from mlx_fused.patching.modules import FusedModule
 from tiny_models import Attention, calls, sample
 
 
@@ -186,7 +186,7 @@ def test_a_running_call_ends_as_it_began(is_patched, between, after):
         mlx_fused.patch(attention)
     attention.between = between
     assert calls(attention(x)) == (FUSED if is_patched else STOCK)
-    assert isinstance(attention, FusedAttention) == (between not in (mlx_fused.unpatch, unpatch_and_call))
+    assert isinstance(attention, FusedModule) == (between not in (mlx_fused.unpatch, unpatch_and_call))
     assert calls(attention(x)) == after
 
 
@@ -249,4 +249,4 @@ def test_patching_within_patching():
     done = threading.Thread(target=mlx_fused.patch, args=(attention,), daemon=True)
     done.start()
     done.join(60)
-    assert not done.is_alive() and type(other) is Attention and isinstance(attention, FusedAttention)
+    assert not done.is_alive() and type(other) is Attention and isinstance(attention, FusedModule)

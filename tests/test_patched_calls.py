@@ -283,7 +283,7 @@ class Packed(nn.Module):
 def test_modules_with_an_output_projection_alone(name, obstacle):
     attention, x = Packed(name), sample(1, 3, 64)
     expected = attention(x)
-    (layer,) = mlx_fused.patch(attention).layers
+    (layer,) = mlx_fused.patch(attention, linear=False).layers
     assert layer.qkv.obstacle == obstacle
     assert_same([attention(x)], [expected])
 

@@ -166,9 +166,11 @@ def test_the_calls_of_a_quantized_model_and_of_its_lora_step(checkpoint):
     model, _ = mlx_lm.load(str(checkpoint / "model-4bit"))
     qkv = Kind(False, False, mx.float32, ("affine", 4, 32), False, 32, (64, 32, 32), (0, 0, 0))
     output = qkv._replace(in_features=64, features=(32,), ranks=(0,))
-    adapted = qkv._replace(ranks=(8, 8, 8)), output._replace(ranks=(8,))
-    expected = [kind for one in (qkv, output, *adapted) for kind in with_gradients(one)]
-    assert len(expected) == 8 and not any(kind.of_weights for kind in expected)
+    down = output._replace(in_features=32)
+    plain = qkv, output, down
+    adapted = [kind._replace(ranks=(8,) * len(kind.ranks)) for kind in plain]
+    expected = [kind for one in (*plain, *adapted) for kind in with_gradients(one)]
+    assert len(expected) == 12 and not any(kind.of_weights for kind in expected)
     assert set(kinds_of(model)) == set(expected)
 
 
@@ -276,16 +278,16 @@ def test_a_model_is_routed_by_what_was_measured(checkpoint, monkeypatch):
             counts = primitives(model(tokens))
         return counts["FusedQKVProjection"], counts["FusedOutputProjection"]
 
-    assert fused(model) == fused(adapted) == (2, 2)
+    assert fused(model) == fused(adapted) == (2, 4)
     kinds = kinds_of(mlx_lm.load(folder)[0])
     write({kind: {1: FUSED, 2: COMPOSED} for kind in kinds if kind.operation == "qkv" and any(kind.ranks)})
     tuning.use_table()
-    assert fused(model) == (2, 2) and fused(adapted) == (0, 2)
+    assert fused(model) == (2, 4) and fused(adapted) == (0, 4)
     write({kind: {1: FUSED, 2: COMPOSED, 8: FUSED} for kind in kinds})
     tuning.use_table()
     assert fused(model) == fused(adapted) == (0, 0)
     monkeypatch.setenv("MLX_FUSED_ROUTE", "fused")
-    assert fused(model) == fused(adapted) == (2, 2)
+    assert fused(model) == fused(adapted) == (2, 4)
 
 
 def test_adapters_of_a_folder_are_measured_as_they_are(quick, checkpoint):

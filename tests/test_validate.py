@@ -23,7 +23,7 @@ import tiny_demo
 import tiny_models
 from mlx_fused import validate
 from mlx_fused.cli import main
-from mlx_fused.patching import projections
+from mlx_fused.patching import calls, projections
 from mlx_fused.validate import checkpoint, end_to_end
 from zoo import configs as zoo
 
@@ -43,13 +43,14 @@ def wrong_values(monkeypatch):
     """Makes all values of the patched model wrong in a way that the test gives."""
 
     def install(function):
-        correct = projections.project
+        correct = projections.run
 
-        def project(attention, qkv, *args):
-            outputs = correct(attention, qkv, *args)
-            return {**outputs, qkv.names[2]: function(outputs[qkv.names[2]])}
+        def run(module, operation, **arguments):
+            outputs = correct(module, operation, **arguments)
+            is_qkv = operation is calls.fused_qkv_projection
+            return (*outputs[:2], function(outputs[2])) if is_qkv else outputs
 
-        monkeypatch.setattr(projections, "project", project)
+        monkeypatch.setattr(projections, "run", run)
 
     return install
 
@@ -280,13 +281,14 @@ def test_adapters_as_training_starts_with_them_do_not_hide_mistakes(target):
 def test_parameters_without_gradients_fail(weights, monkeypatch):
     model = sabotage.make("llama", weights)
     assert check(deepcopy(model))["passed"]
-    correct = projections._read
+    correct = projections.operands
 
-    def read(name, module):
-        found = correct(name, module)
-        return found._replace(weight=mx.stop_gradient(found.weight), bias=mx.stop_gradient(found.bias))
+    def operands(module, adapted=True):
+        found = correct(module, adapted)
+        bias = None if found.bias is None else mx.stop_gradient(found.bias)
+        return found._replace(weight=mx.stop_gradient(found.weight), bias=bias)
 
-    monkeypatch.setattr(projections, "_read", read)
+    monkeypatch.setattr(projections, "operands", operands)
     results = check(model)
     gradients = results["end_to_end"]["float32"]["gradients"]
     failed = {name for name, line in gradients.items() if line["verdict"] == "failed"}
@@ -298,13 +300,13 @@ def test_parameters_without_gradients_fail(weights, monkeypatch):
 @pytest.mark.parametrize("weights", ["float32", "4-bit bfloat16"])
 def test_operands_that_are_remembered_fail(weights, monkeypatch):
     """They are right until a parameter changes, which nothing but a step of training does."""
-    correct, remembered = projections._read, {}
+    correct, remembered = projections.operands, {}
 
-    def read(name, module):
-        kept = remembered.setdefault((id(module), type(module)), (correct(name, module), module))
+    def operands(module, adapted=True):
+        kept = remembered.setdefault((id(module), type(module)), (correct(module, adapted), module))
         return kept[0]
 
-    monkeypatch.setattr(projections, "_read", read)
+    monkeypatch.setattr(projections, "operands", operands)
     results = check(sabotage.make("llama", weights))
     assert results["end_to_end"]["float32"]["logits_after_a_step"]["verdict"] == "failed"
 

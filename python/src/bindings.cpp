@@ -7,6 +7,8 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstdlib>
+
 #include "mlx_fused/arguments.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/routing.h"
@@ -163,6 +165,74 @@ Route tuned_route(const KindTuple& kind, int64_t rows) {
   return !route ? std::nullopt : Route(*route == mlx_fused::Route::fused ? "fused" : "composed");
 }
 
+template <typename T>
+void append(std::string& kind, T value) {
+  kind.append(reinterpret_cast<const char*>(&value), sizeof value);
+}
+
+void append_value(std::string& kind, nb::handle value, bool with_ids) {
+  append(kind, value.type().ptr());
+  if (const mx::array* array; nb::try_cast(value, array, false) && array != nullptr) {
+    append(kind, array->dtype().val());
+    append(kind, array->ndim());
+    append(kind, with_ids ? array->id() : 0);
+    for (auto size : array->shape()) {
+      append(kind, size);
+    }
+  } else if (
+      nb::isinstance<nb::int_>(value) || nb::isinstance<nb::float_>(value) ||
+      nb::isinstance<nb::str>(value)) {
+    append(kind, nb::hash(value));
+  } else {
+    append(kind, value.ptr());
+  }
+}
+
+// A module is a dictionary of arrays and modules, and its attributes are its settings.
+void append_module(std::string& kind, nb::handle module, bool with_ids) {
+  append(kind, module.type().ptr());
+  auto settings = nb::steal(PyObject_GenericGetDict(module.ptr(), nullptr));
+  for (auto items : {module, nb::handle(settings)}) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(items.ptr(), &at, &key, &value);) {
+      append(kind, nb::hash(key));
+      bool is_child = items.is(module) && PyDict_Check(value) && !PyDict_CheckExact(value);
+      is_child ? append_module(kind, value, with_ids) : append_value(kind, value, with_ids);
+    }
+  }
+}
+
+nb::bytes kind_of(const nb::args& modules, bool with_ids) {
+  std::string kind;
+  for (auto module : modules) {
+    PyDict_Check(module.ptr()) ? append_module(kind, module, with_ids) : append_value(kind, module, with_ids);
+  }
+  return nb::bytes(kind.data(), kind.size());
+}
+
+// What mlx_fused.LinearOperands has. Casting an array makes an alias of it.
+nb::tuple operands(nb::dict layer, std::optional<nb::dict> adapter) {
+  auto item = [](nb::dict module, const char* name) {
+    nb::handle value = PyDict_GetItemString(module.ptr(), name);
+    return value.is_valid() && !value.is_none() ? nb::cast(nb::cast<mx::array>(value)) : nb::none();
+  };
+  bool quantized = !item(layer, "scales").is_none();
+  auto setting = [&](const char* name) {
+    return quantized ? nb::object(nb::getattr(layer, name)) : nb::none();
+  };
+  return nb::make_tuple(
+      item(layer, "weight"),
+      item(layer, "bias"),
+      item(layer, "scales"),
+      item(layer, "biases"),
+      setting("group_size"),
+      setting("bits"),
+      quantized ? setting("mode") : nb::object(nb::str("affine")),
+      adapter ? item(*adapter, "lora_a") : nb::none(),
+      adapter ? item(*adapter, "lora_b") : nb::none(),
+      adapter ? nb::object(nb::getattr(*adapter, "scale")) : nb::object(nb::float_(1.0)));
+}
+
 }  // namespace
 
 NB_MODULE(_ext, m) {
@@ -227,6 +297,29 @@ NB_MODULE(_ext, m) {
       [](const mx::array& a) { return a; },
       "a"_a,
       "A second Python object for the same MLX array. It keeps its value when ``a`` is changed in place.");
+  m.def(
+      "kind",
+      [](nb::args modules) { return kind_of(modules, false); },
+      "What modules are, but for the values of their arrays: types, dtypes, shapes and settings, as bytes.");
+  m.def(
+      "identity",
+      [](nb::args modules) { return kind_of(modules, true); },
+      "The kind of modules, and which MLX arrays they hold.");
+  m.def(
+      "operands",
+      &operands,
+      "layer"_a,
+      "adapter"_a.none(),
+      "The present operands of a linear layer and its adapter, as LinearOperands has them; arrays are "
+      "aliases.");
+  m.def(
+      "environment",
+      [](const char* name) -> std::optional<std::string> {
+        auto value = std::getenv(name);
+        return value ? std::optional<std::string>(value) : std::nullopt;
+      },
+      "name"_a,
+      "The value of an environment variable; faster than os.environ.");
   m.def(
       "last_decision",
       [] {

@@ -10,7 +10,8 @@ from zoo import configs, parity
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 MLX_LM = "0.32.2"  # the version that the document is about
 
-_COLUMNS = ("model", "q, k, v", "output + residual", *parity.MEASURES, "what is not fused or compared")
+_PARTS = tuple(parity.LABELS)
+_COLUMNS = ("model", *parity.LABELS.values(), *parity.MEASURES, "what is not fused or compared")
 _NO_NUMBER = "-"
 
 _PAGE = """# Models
@@ -37,8 +38,11 @@ mlx-lm's own code. {unknown} could not be run here.
 
 {summary}
 
-- **q, k, v** and **output + residual**: in how many attention layers these projections were one operation, at
-  every call. Layers without attention, such as those of Mamba, do not count.
+- **q, k, v**: in how many attention layers these projections were one operation, at every call. **MLP**: in how many
+  MLPs, shared experts among them, the layers before the last one were one operation with the activation.
+  **output**: in how many of both the last projection and the residual were one operation. **others**: in how many
+  modules every other linear layer ran on our operation.
+- What is none of these, such as the experts' own products, runs as in mlx-lm.
 - The numbers are the largest difference between the patched and the stock model's results, as a part of the
   largest value. Up to {tolerance:.1e} they are rounding ([the bound](#the-bound)).
 
@@ -65,9 +69,9 @@ The tests (`tests/test_parity.py`) measure every model anew and hold the page to
 
 ## The bound
 
-Allowed is 2u (8L sqrt(K) + sqrt(24L)) = {tolerance:.1e}, with u = 2^-24, L = {layers} layers and K = {widest}
-terms in the longest sum: a sum of K products in float32 is off by 8u sqrt(K) at most, some 12 roundings in a
-layer, there and back, add up as squares, and either model may be off.
+Allowed is 2u (16L sqrt(K) + sqrt(24L)) = {tolerance:.1e}, with u = 2^-24, L = {layers} layers and K = {widest}
+terms in the longest sum: a sum of K products in float32 is off by 8u sqrt(K) at most, in attention and in the
+MLP of a layer, some 12 roundings in a layer, there and back, add up as squares, and either model may be off.
 """
 
 # Families that users know, by how the names of their models begin; any other model is among the last row's.
@@ -93,21 +97,19 @@ _FAMILIES = {
     "Qwen": ("qwen",),
     "others": ("",),
 }
-_COVERAGES = ("q, k, v and output", "q, k, v only", "output only", "some layers only", "nothing")
+_COVERAGES = ("every part", "all but some residuals", "some parts or layers", "nothing")
 
 
 def row(result):
     """The row of one model, as text."""
     notes = [result.reason, *result.obstacles]
-    if not result.reason and result.qkv[0] == "0 of 0":
-        notes.append("no attention layer found")
     numbers = []
     for measure in parity.MEASURES:
         value = result.differences.get(measure, "")
         if isinstance(value, str):
             notes.append(value and f"mlx-lm's own code fails: {value}")
         numbers.append(_NO_NUMBER if isinstance(value, str) else f"{value:.0e}" if value else "0")
-    counts = (_one(result.qkv), _one(result.output))
+    counts = [_one(result.counts[part]) for part in _PARTS]
     return (f"`{result.name}`", *counts, *numbers, "; ".join(filter(None, dict.fromkeys(notes))))
 
 
@@ -130,7 +132,7 @@ def read():
 
 def page(rows, versions):
     """The document of these rows."""
-    alignment = ("---", "--:", "--:", *["--:"] * len(parity.MEASURES), "---")
+    alignment = ("---", *["--:"] * (len(_COLUMNS) - 2), "---")
     lines = [_COLUMNS, alignment, *(rows[name] for name in sorted(rows, key=str.lower))]
     return _PAGE.format(
         mlx_lm=MLX_LM,
@@ -177,22 +179,24 @@ def _coverage_of(row):
     """How much of a model is fused; None if it does not run here."""
     if row[1] == _NO_NUMBER:
         return None
-    (qkv, layers), (output, _) = (map(int, re.findall(r"\d+", cell)[:2]) for cell in row[1:3])
-    if not qkv and not output:
+    counts = dict(zip(_PARTS, (_dense(cell) for cell in row[1:]), strict=False))
+    if not any(fused for fused, _ in counts.values()):
         return "nothing"
-    if 0 < qkv < layers or 0 < output < layers:
-        return "some layers only"
-    return "q, k, v and output" if qkv and output else "q, k, v only" if qkv else "output only"
+    missing = {part for part, (fused, all) in counts.items() if fused < all}
+    if "linear" not in missing:
+        missing.discard("qkv")  # they are other linear layers, or one for all three
+    return "every part" if not missing else _COVERAGES[1 if missing == {"residual"} else 2]
+
+
+def _dense(cell):
+    """Fused, and all, of dense weights."""
+    return tuple(map(int, re.findall(r"\d+", cell)[:2]))
 
 
 def _summary(rows):
-    compared = [row for row in rows if row[3] != _NO_NUMBER]
-    totals = []
-    for column in (1, 2):
-        dense = [map(int, re.findall(r"\d+", row[column])[:2]) for row in compared]
-        totals.append(tuple(map(sum, zip(*dense, strict=True))))
-    (qkv, layers), (output, _) = totals
-    return (
-        f"{len(compared)} of {len(rows)} models are compared. Of their {layers} attention layers, q, k and\n"
-        f"v are one operation in {qkv}, the output projection and the residual in {output}."
-    )
+    compared = [row for row in rows if row[1 + len(_PARTS)] != _NO_NUMBER]
+    texts = []
+    for column, label in enumerate(parity.LABELS.values(), 1):
+        fused, all = map(sum, zip(*(_dense(row[column]) for row in compared), strict=True))
+        texts.append(f"{label} {fused} of {all}")
+    return f"{len(compared)} of {len(rows)} models are compared. Fused in them: {'; '.join(texts)}."

@@ -12,8 +12,8 @@ from types import ModuleType
 
 import mlx_fused
 from mlx_fused.cli.output import say
-from mlx_fused.patching import Calls, attention
-from mlx_fused.patching.report import switched_off
+from mlx_fused.patching import Calls, modules, registry
+from mlx_fused.patching.report import TITLES, switched_off
 
 # The variables in which launchers (mlx.launch, Open MPI, MPICH) tell a process its rank.
 _RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -70,7 +70,7 @@ def _patching_loader(command: str) -> Iterator[None]:
 
     One line says what is fused in each, and another, at the end, how often it ran fused.
     """
-    qkv, residual, loaded = _Tally(), _Tally(), False
+    tallies, loaded = {part: _Tally() for part in TITLES}, False
 
     def patching(load_model: Callable) -> Callable:
         def load_and_patch(*args, **kwargs):
@@ -78,9 +78,8 @@ def _patching_loader(command: str) -> Iterator[None]:
             model, config = load_model(*args, **kwargs)
             report = mlx_fused.patch(model)
             for module in model.modules():
-                if patch := attention.patch_of(module):
-                    patch = replace(patch, qkv_calls=qkv, residual_calls=residual)
-                    attention.set_patch(module, attention.names_of(module), patch)
+                if patch := registry.patch_of(module):
+                    modules.set_patch(module, registry.roles_of(module), replace(patch, calls=tallies))
             loaded = True
             _say_once(report.summary)
             return model, config
@@ -93,13 +92,12 @@ def _patching_loader(command: str) -> Iterator[None]:
     finally:
         if loaded and switched_off():
             _say_once(f"mlx-fused: nothing ran fused, since MLX_FUSED={os.environ['MLX_FUSED']}")
-        elif qkv.total or residual.total:
+        elif called := [
+            f"{TITLES[part]} in {_share(calls)}" for part, calls in tallies.items() if calls.total
+        ]:
             # mlx-lm compiles nothing else that calls the model.
             compiled = "; a compiled training step counts when it is traced" * (command == "lora")
-            _say_once(
-                f"mlx-fused: ran fused: the QKV projection in {_share(qkv)}, "
-                f"the output projection with its residual in {_share(residual)}{compiled}"
-            )
+            _say_once(f"mlx-fused: ran fused: {', '.join(called)}{compiled}")
 
 
 def _share(calls: Calls) -> str:

@@ -13,6 +13,7 @@ from mlx_fused.cli.info import describe
 from mlx_fused.cli.output import console, json_option, print_json
 from mlx_fused.cli.settings import must_be_on
 from mlx_fused.patching import Calls
+from mlx_fused.patching.report import TITLES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -94,12 +95,10 @@ def _show(out: Console, results: dict) -> None:
     out.print(_operations(results["operations"]))
     out.print(_end_to_end(results["end_to_end"]))
     out.print(_costs(results))
-    qkv, residual = (Calls(**calls).share for calls in results["calls"].values())
-    out.print(
-        f"ran fused: QKV projections in {qkv}, output projections + residual in {residual}; "
-        f"on {results['machine']['default device']}",
-        soft_wrap=True,
-    )
+    shares = [
+        f"{TITLES[part]} in {Calls(**of).share}" for part, of in results["calls"].items() if of["total"]
+    ]
+    out.print(f"ran fused: {', '.join(shares)}; on {results['machine']['default device']}", soft_wrap=True)
     if results["obstacles"]:
         out.print(escape(f"not fused: {'; '.join(results['obstacles'])}"), soft_wrap=True)
     passed, failed, inconclusive = (results["verdicts"][v] for v in ("passed", "failed", "inconclusive"))

@@ -102,7 +102,7 @@ def finetune(
     run.peak_memory = mx.get_peak_memory()
     if report:
         run.terms = sum_terms(model, report)
-        calls = [part.calls for layer in report.layers for part in (layer.qkv, layer.residual)]
+        calls = [part.calls for part in report.parts]
         if not all(0 < part.fused == part.total for part in calls):
             raise RuntimeError(f"Not every call ran fused.\n{report}")
     return run

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 
-from mlx_fused._ext import last_decision
+from mlx_fused._ext import environment, last_decision
+
+# What of a module may be fused, and how it is called.
+TITLES = {
+    "qkv": "the QKV projection",
+    "mlp": "the first half of the MLP",
+    "residual": "the output projection with its residual",
+    "linear": "other linear layers",
+}
+PARTS = tuple(TITLES)
+_COLUMNS = {"qkv": "QKV", "mlp": "MLP", "residual": "output projection + residual", "linear": "other layers"}
 
 _lock = Lock()
 
@@ -15,7 +26,9 @@ _OFF = dict.fromkeys(("0", "false", "off", "no"), True) | dict.fromkeys(("1", "t
 
 def switched_off() -> bool:
     """Whether ``MLX_FUSED`` makes patched models run their own code."""
-    value = os.environ.get("MLX_FUSED", "")
+    value = environment("MLX_FUSED")
+    if value is None:
+        return False
     try:
         return _OFF[value.lower()]
     except KeyError:
@@ -42,16 +55,13 @@ class Calls:
     reason: str | None = None  # of the latest call that patching left to the model's own code
 
     def add(self, total: int = 0, fused: int = 0, reason: str | None = None) -> None:
+        """Count calls; and for fused ones, where routing sent this thread's latest operation."""
+        composed = fused and last_decision()[0] == "composed"
         with _lock:  # several threads may call the model
             self.total += total
             self.fused += fused
+            self.composed += composed
             self.reason = reason or self.reason
-
-    def add_route(self) -> None:
-        """Count where routing sent this thread's latest operation."""
-        if last_decision()[0] == "composed":
-            with _lock:
-                self.composed += 1
 
     @property
     def share(self) -> str:
@@ -70,7 +80,7 @@ class Calls:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of an attention layer: the QKV projection, or the output projection with its residual.
+    """One part of a module, such as the QKV projection of an attention layer.
 
     Attributes:
         obstacle (str or None): Why it is not fused; ``None`` if it is.
@@ -94,53 +104,96 @@ class Part:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One attention layer.
+    """One module with linear layers. A part that it does not have is ``None``.
 
     Attributes:
         name (str): Its name in the model, such as ``model.layers.0.self_attn``.
-        qkv (Part): The projection to queries, keys and values.
-        residual (Part): The output projection with its residual.
+        qkv (Part or None): Of attention: the projection to queries, keys and values.
+        mlp (Part or None): Of an MLP: the layers before the last one, with the activation.
+        residual (Part or None): Of both: the last projection with the residual.
+        linear (Part or None): Every other linear layer, each by itself.
     """
 
     name: str
-    qkv: Part
-    residual: Part
+    qkv: Part | None = None
+    mlp: Part | None = None
+    residual: Part | None = None
+    linear: Part | None = None
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The parts that it has, by name."""
+        return {name: part for name in PARTS if (part := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, repr=False)
 class PatchReport:
-    """What :func:`mlx_fused.patch` did, layer by layer; prints as a table.
+    """What :func:`mlx_fused.patch` did, module by module; prints as a table.
 
     What is fused, and why the rest is not, was determined when ``patch`` was called; calls are counted as
     they happen.
 
     Attributes:
-        layers (tuple): A :class:`LayerReport` for each attention layer.
+        modules (tuple): A :class:`LayerReport` for each module with linear layers.
     """
 
-    layers: tuple[LayerReport, ...]
+    modules: tuple[LayerReport, ...]
+
+    @property
+    def layers(self) -> tuple[LayerReport, ...]:
+        """The attention layers among the modules."""
+        return tuple(module for module in self.modules if module.qkv is not None)
+
+    @property
+    def mlps(self) -> tuple[LayerReport, ...]:
+        """The MLPs among the modules."""
+        return tuple(module for module in self.modules if module.mlp is not None)
+
+    @property
+    def parts(self) -> list[Part]:
+        """All parts of all modules."""
+        return [part for module in self.modules for part in module.parts.values()]
 
     @property
     def summary(self) -> str:
         """The report in one line."""
-        if not self.layers:
-            kind = "no attention layer of a kind it knows (q_proj, k_proj, v_proj, ...)"
-            return f"mlx-fused: nothing to patch, {kind}"
-        qkv, residual = (sum(getattr(x, part).fused for x in self.layers) for part in ("qkv", "residual"))
+        if not self.modules:
+            return "mlx-fused: nothing to patch, no linear layer in a module that calls it"
         off = f"; MLX_FUSED={os.environ['MLX_FUSED']} keeps all of it off" if switched_off() else ""
-        return (
-            f"mlx-fused: of {len(self.layers)} attention layer{'s' * (len(self.layers) > 1)}, "
-            f"the QKV projection is fused in {qkv}, the output projection with its residual in {residual}"
-            f"{off}"
-        )
+        linears = [module.linear for module in self.modules if module.linear is not None]
+        kinds = [
+            ("attention layer", self.layers, "qkv"),
+            ("MLP", self.mlps, "mlp"),
+        ]
+        texts = [
+            f"of {_count(of, kind)}, {TITLES[first]} is fused in {_fused(of, first)}, "
+            f"{TITLES['residual']} in {_fused(of, 'residual')}"
+            for kind, of, first in kinds
+            if of
+        ]
+        if linears:
+            fused = sum(part.fused for part in linears)
+            texts.append(f"other linear layers in {fused} of {_count(linears, 'module')}")
+        return f"mlx-fused: {'; '.join(texts)}{off}"
 
     def __repr__(self) -> str:
-        if not self.layers:
+        if not self.modules:
             return self.summary
-        rows = [("layer", "QKV", "calls*", "output projection + residual", "calls*")]
-        for layer in self.layers:
-            parts = (layer.qkv, layer.residual)
-            rows.append((layer.name, *(str(text) for part in parts for text in (part, part.calls))))
+        present = [name for name in PARTS if any(name in module.parts for module in self.modules)]
+        rows = [("layer", *(text for name in present for text in (_COLUMNS[name], "calls*")))]
+        for module in self.modules:
+            parts = [module.parts.get(name) for name in present]
+            rows.append(
+                (module.name, *(text for p in parts for text in ((str(p), str(p.calls)) if p else ("", ""))))
+            )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
         return "\n".join([self.summary, *(line.rstrip() for line in lines), "* fused/fallen back"])
+
+
+def _count(things: Sequence, kind: str) -> str:
+    return f"{len(things)} {kind}{'s' * (len(things) > 1)}"
+
+
+def _fused(modules: Sequence[LayerReport], name: str) -> int:
+    return sum(module.parts[name].fused for module in modules if name in module.parts)

@@ -12,12 +12,10 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 
 import mlx.core as mx
 import mlx.nn as nn
-
-from mlx_fused.patching.report import Calls
 
 
 class Projected(mx.array):
@@ -25,22 +23,20 @@ class Projected(mx.array):
 
     _add: Callable | None = None  # (residual, alpha) -> residual + alpha * self
     _alpha = 1.0
-    _calls: Calls
 
     @classmethod
-    def of(cls, y: mx.array, add: Callable, calls: Calls, alpha: float = 1.0) -> Projected:
+    def of(cls, y: mx.array, add: Callable, alpha: float = 1.0) -> Projected:
         self = cls(y)
-        self._add, self._calls, self._alpha = add, calls, alpha
+        self._add, self._alpha = add, alpha
         return self
 
     def __add__(self, other):
         alike = isinstance(other, mx.array) and other.shape == self.shape and other.dtype == self.dtype
         if not alike or self._add is None:
             return super().__add__(other)
-        self._calls.add(fused=1)
-        y = self._add(residual=other, alpha=self._alpha)
-        self._calls.add_route()
-        return y
+        if isinstance(other, Projected) and other._add is not None:
+            return Projected.of(super().__add__(other), partial(_add_both, self, other))
+        return self._add(other, self._alpha)
 
     __radd__ = __add__
 
@@ -49,9 +45,14 @@ class Projected(mx.array):
         if type(other) not in (int, float) or self._add is None or self._alpha != 1:
             return product
         # MLX rounds a Python number to the array's dtype.
-        return Projected.of(product, self._add, self._calls, mx.array(other, self.dtype).item())
+        return Projected.of(product, self._add, mx.array(other, self.dtype).item())
 
     __rmul__ = __mul__
+
+
+def _add_both(a: Projected, b: Projected, residual: mx.array, alpha: float) -> mx.array:
+    """Of layers with attention and MLP side by side: each adds itself."""
+    return a._add(b._add(residual, alpha * b._alpha), alpha * a._alpha)
 
 
 def _changing(name: str) -> Callable:
@@ -121,7 +122,12 @@ class _Flow:
         match parent:
             case ast.BinOp(op=ast.Add()):
                 return None
-            case ast.BinOp(op=ast.Mult()) | ast.IfExp():
+            case ast.BinOp(left=left, op=ast.Mult(), right=right):
+                factor = left if right is value else right
+                if any(isinstance(n, ast.Call) or _is_variable(n) for n in ast.walk(factor)):
+                    return f"multiplies its output by {ast.unparse(factor)}"
+                return self.other_use(parent)
+            case ast.IfExp():
                 return self.other_use(parent)
             case ast.Assign(targets=[ast.Name(id=name)]):
                 loads = list(self._loads(name, parent))
@@ -155,6 +161,10 @@ class _Flow:
             if isinstance(parent, ast.If) and node is not parent.test:
                 yield parent, node in parent.body
             node = parent
+
+
+def _is_variable(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id != "self"
 
 
 def _end(node: ast.AST) -> tuple[int, int]:

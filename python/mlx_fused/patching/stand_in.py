@@ -1,4 +1,4 @@
-"""The object that stands in for a projection while its attention module runs."""
+"""The object that stands in for a linear layer while its owner runs."""
 
 from __future__ import annotations
 
@@ -9,26 +9,32 @@ import mlx.nn as nn
 
 
 class StandIn:
-    """Replaces a projection of a running attention module: calls go to ``call``, all else to the module.
+    """Replaces a layer of a running module: calls go to ``call``, those of ``as_linear`` to what is given for
+    it, and all else to the layer.
 
     Almost nothing but ``type`` can tell the two apart (docs/design/patching.md); ``isinstance`` sees the
     module's class.
     """
 
-    __slots__ = ("__weakref__", "_call", "_module")
+    __slots__ = ("__weakref__", "_as_linear", "_call", "_module")
 
-    def __init__(self, module: nn.Module, call: Callable):
-        object.__setattr__(self, "_module", module)
-        object.__setattr__(self, "_call", call)
+    def __init__(self, module: nn.Module, call: Callable, as_linear: Callable | None = None):
+        set_own = object.__setattr__
+        set_own(self, "_module", module)
+        set_own(self, "_call", call)
+        set_own(self, "_as_linear", as_linear)
 
     def __call__(self, x: mx.array) -> mx.array:
         return _call_of(self)(x)
 
     def __getattribute__(self, name: str):  # also __class__, which isinstance reads
+        if name == "as_linear" and (own := _as_linear_of(self)) is not None:
+            return own
         return getattr(module_of(self), name)
 
 
 _call_of, module_of = StandIn._call.__get__, StandIn._module.__get__
+_as_linear_of = StandIn._as_linear.__get__
 
 
 def _forward(name: str) -> Callable:

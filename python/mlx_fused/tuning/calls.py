@@ -14,7 +14,9 @@ from mlx_fused.patching.projections import watching
 from mlx_fused.tuning import Kind
 from mlx_fused.tuning.measure import with_gradients
 from mlx_fused.validate.checkpoint import CannotValidate, add_adapters, unpatched
-from mlx_fused.validate.operations import layers_of
+from mlx_fused.validate.operations import input_of, layers_of
+
+_MEASURED = (mlx_fused.fused_qkv_projection, mlx_fused.fused_output_projection_residual)
 
 
 def kinds_of(model: nn.Module) -> list[Kind]:
@@ -29,6 +31,8 @@ def kinds_of(model: nn.Module) -> list[Kind]:
     found: dict[Kind, None] = {}
 
     def record(module: nn.Module, operation: Callable, arguments: dict, outputs) -> None:
+        if operation not in _MEASURED:
+            return
         found.update(dict.fromkeys(with_gradients(_kind(arguments, outputs))))
 
     def run() -> PatchReport:
@@ -40,7 +44,7 @@ def kinds_of(model: nn.Module) -> list[Kind]:
 
     report = run()
     with unpatched():
-        add_adapters(model, tokens, report.layers)
+        add_adapters(model, tokens, report.modules)
     run()
     if not found:
         raise CannotValidate(f"Nothing of it runs fused, so there is nothing to measure.\n{report}")
@@ -49,7 +53,7 @@ def kinds_of(model: nn.Module) -> list[Kind]:
 
 def _kind(arguments: dict, outputs: mx.array | tuple[mx.array, ...]) -> Kind:
     layers: list[LinearOperands] = layers_of(arguments)
-    x = arguments.get("input", arguments.get("x"))
+    x = input_of(arguments)
     one = layers[0]
     return Kind(
         gradient=False,

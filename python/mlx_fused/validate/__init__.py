@@ -63,7 +63,7 @@ def validate(
         dtype = model(tokens[None]).dtype
     if dtype != mx.float32:
         raise CannotValidate("The model does not compute in float32 when its embeddings are float32.")
-    parts = [part for layer in report.layers for part in (layer.qkv, layer.residual)]
+    parts = report.parts
     done = 0
 
     def on_step() -> None:
@@ -81,7 +81,7 @@ def validate(
     memory = {"generation": dict(runs.memory)}
 
     with unpatched():
-        attach_adapters(model, tokens, report.layers)
+        attach_adapters(model, tokens, report.modules)
     operations["LoRA step"] = check_operations(model, tokens, on_step)
     runs.memory.clear()
     # The backward has two products for each product of the forward.
@@ -92,7 +92,7 @@ def validate(
         raise CannotValidate(f"Nothing of it ran fused, so there is nothing to compare.\n{report}")
     results = {
         "dtype": end_to_end.name_of(runs.dtype),
-        "layers": {x.name: {"qkv": str(x.qkv), "residual": str(x.residual)} for x in report.layers},
+        "layers": {x.name: {name: str(part) for name, part in x.parts.items()} for x in report.modules},
         "obstacles": sorted({part.obstacle for part in parts if part.obstacle}),
         "calls": runs.calls,
         "operations": {step: _described(checks) for step, checks in operations.items()},
@@ -115,8 +115,7 @@ def validate(
 
 def sum_terms(model: nn.Module, report: PatchReport) -> int:
     """The number of additions that patching reorders: the lengths of all dot products in the fused layers."""
-    fused = [layer for layer in report.layers if layer.qkv.fused or layer.residual.fused]
-    layers = linears(model, fused)
+    layers = linears(model, [x for x in report.modules if any(part.fused for part in x.parts.values())])
     return sum(m["weight"].shape[-1] * (32 // m.bits if "scales" in m else 1) for m in layers)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from itertools import chain
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,6 +21,7 @@ from mlx_lm.lora import CONFIG_DEFAULTS
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.utils import linear_to_lora_layers, remove_lora_layers
 
+from mlx_fused.linear import is_lora
 from mlx_fused.patching import LayerReport
 
 # The standard deviation of a new B. mlx-lm starts B at zero, where A has no gradient; with this value an
@@ -105,11 +105,17 @@ def _float32_class(cls: type) -> type:
     return type(cls.__name__, (cls,), {"__call__": lambda self, x: cls.__call__(self, x).astype(mx.float32)})
 
 
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules by the names that a report has for them."""
+    return {name or type(model).__name__: module for name, module in model.named_modules()}
+
+
 def linears(model: nn.Module, layers: Iterable[LayerReport]) -> list[nn.Module]:
-    """The linear layers inside the given attention layers."""
-    modules = dict(model.named_modules())
-    inside = (module for layer in layers for module in modules[layer.name].modules())
-    return [module for module in inside if isinstance(module, nn.Linear | nn.QuantizedLinear)]
+    """The linear layers of the given modules, without their adapters."""
+    modules = modules_of(model)
+    children = (child for layer in layers for child in modules[layer.name].values())
+    bases = (child["linear"] if is_lora(type(child)) else child for child in children)
+    return [module for module in bases if isinstance(module, nn.Linear | nn.QuantizedLinear)]
 
 
 def two_rows(tokens: mx.array) -> mx.array:
@@ -130,8 +136,8 @@ def attach_adapters(model: nn.Module, tokens: mx.array, layers: Iterable[LayerRe
         if "lora_b" in module:
             module.lora_b = tree_map(_spread, module.lora_b)
     model.unfreeze(keys=["lora_a", "lora_b"])
-    last = [[x for x in layers if getattr(x, part).fused][-1:] for part in ("qkv", "residual")]
-    for module in linears(model, chain(*last)):
+    last = {part: x for x in layers for part in x.parts if x.parts[part].fused}
+    for module in linears(model, last.values()):
         # Not module.unfreeze: quantized layers override it and freeze themselves again.
         keys = ["bias"] if "scales" in module else ["weight", "bias"]
         nn.Module.unfreeze(module, recurse=False, keys=keys)
@@ -142,7 +148,7 @@ def add_adapters(model: nn.Module, tokens: mx.array, layers: Iterable[LayerRepor
     """Give a model without any adapters those that mlx-lm makes by default."""
     if any("lora_a" in module for module in model.modules()):
         return
-    of_attention = {id(m) for m in linears(model, layers)}
+    of_modules = {id(m) for m in linears(model, layers)}
     num_layers = min(CONFIG_DEFAULTS["num_layers"], len(model.layers))
     config = CONFIG_DEFAULTS["lora_parameters"]
     linear_to_lora_layers(model, num_layers, config)
@@ -151,7 +157,7 @@ def add_adapters(model: nn.Module, tokens: mx.array, layers: Iterable[LayerRepor
     except AttributeError:  # some code reads a layer's weight, which an adapter around it hides
         remove_lora_layers(model)
         named = (pair for layer in model.layers for pair in layer.named_modules())
-        keys = {name for name, module in named if id(module) in of_attention}
+        keys = {name for name, module in named if id(module) in of_modules}
         linear_to_lora_layers(model, num_layers, {**config, "keys": keys})
 
 

@@ -22,6 +22,7 @@ from mlx_lm.generate import generate_step
 
 import mlx_fused
 from mlx_fused.patching import PatchReport
+from mlx_fused.patching.report import TITLES
 from mlx_fused.validate.bounds import NOTICEABLE, unit_roundoff
 from mlx_fused.validate.checkpoint import (
     CannotValidate,
@@ -49,7 +50,7 @@ class Runs:
         self.dtype = dtype_of(model)
         self.dtypes = list(dict.fromkeys([mx.float32, self.dtype]))
         self.memory: dict[str, int] = {}
-        self.calls = {part: {"total": 0, "fused": 0, "composed": 0} for part in ("qkv", "residual")}
+        self.calls = {part: {"total": 0, "fused": 0, "composed": 0} for part in TITLES}
 
     @property
     def count(self) -> int:
@@ -71,9 +72,10 @@ class Runs:
             mx.eval(result)
         if dtype == self.dtype:
             self.memory[name] = max(self.memory.get(name, 0), mx.get_peak_memory())
-        for layer in report.layers if report else ():
-            for part, calls in self.calls.items():
-                calls |= {name: n + getattr(getattr(layer, part).calls, name) for name, n in calls.items()}
+        for module in report.modules if report else ():
+            for part, of in module.parts.items():
+                calls = self.calls[part]
+                calls |= {name: n + getattr(of.calls, name) for name, n in calls.items()}
         self.on_step()
         return result
 

@@ -25,10 +25,11 @@ from mlx_fused.linear import LinearOperands
 from mlx_fused.patching.projections import watching
 from mlx_fused.validate import formulas
 from mlx_fused.validate.bounds import Comparison, compare, unit_roundoff
-from mlx_fused.validate.checkpoint import two_rows
+from mlx_fused.validate.checkpoint import modules_of, two_rows
 from mlx_fused.validate.formulas import Arithmetic, Call, Expected, Segment
 
 _TF32_UNIT = 2.0**-11  # the matrix units of GPUs may round float32 operands to TF32
+_INPUTS = ("input", "x")
 _LABELS = {"weight": "weight", "bias": "bias", "lora_a": "A", "lora_b": "B"}
 
 
@@ -63,7 +64,7 @@ class OperationChecks:
     """A watcher of fused operations (``patching.projections.watching``) that checks each of them.
 
     Attributes:
-        layers: The name of each attention module, by its ``id``.
+        layers: The name of each patched module, by its ``id``.
         on_call: Called after each operation.
         count: How many operations were checked.
         findings: The findings by kind, for results, for gradients, and for the components of both.
@@ -78,9 +79,11 @@ class OperationChecks:
         }
     )
 
-    def __call__(self, attention: nn.Module, operation: Callable, arguments: dict, outputs) -> None:
+    def __call__(self, module: nn.Module, operation: Callable, arguments: dict, outputs) -> None:
+        if "activation" in arguments:  # only compared end to end
+            return
         with np.errstate(invalid="ignore"):  # operands may hold NaN or infinities
-            self._check(self.layers[id(attention)], operation, arguments, outputs)
+            self._check(self.layers[id(module)], operation, arguments, outputs)
         self.count += 1
         self.on_call()
 
@@ -135,8 +138,8 @@ def check_operations(
 ) -> OperationChecks:
     """Patch ``model`` and check its operations while it reads two prompts and continues one by one token."""
     with mlx_fused.patched(model) as report:
-        modules = dict(model.named_modules())
-        checks = OperationChecks({id(modules[layer.name]): layer.name for layer in report.layers}, on_call)
+        modules = modules_of(model)
+        checks = OperationChecks({id(modules[layer.name]): layer.name for layer in report.modules}, on_call)
         cache = make_prompt_cache(model)
         with watching(checks):
             mx.eval(model(two_rows(tokens[:-1]), cache=make_prompt_cache(model)))
@@ -148,9 +151,9 @@ def check_operations(
 
 def read(arguments: dict, as_mlx_lm: bool) -> Call:
     """The operands of a call, from an operation's keyword arguments; scales rounded as by mlx-lm, or not."""
-    x, layers = _input(arguments), layers_of(arguments)
+    x, layers = input_of(arguments), layers_of(arguments)
     segments = []
-    for name, layer in zip("qkv" if len(layers) > 1 else "o", layers, strict=True):
+    for name, layer in zip("qkv" if len(layers) > 1 else "y" if "x" in arguments else "o", layers, strict=True):
         if layer.scales is None:
             weight = exact(layer.weight)
             magnitude = np.abs(weight)
@@ -167,8 +170,9 @@ def read(arguments: dict, as_mlx_lm: bool) -> Call:
     return Call(_rows(x), tuple(segments), None if residual is None else _rows(residual), alpha)
 
 
-def _input(arguments: dict) -> mx.array:
-    return arguments.get("input", arguments.get("x"))
+def input_of(arguments: dict) -> mx.array:
+    """The input among the arguments by name that an operation takes."""
+    return next(arguments[name] for name in _INPUTS if name in arguments)
 
 
 def layers_of(arguments: dict) -> tuple[LinearOperands, ...]:
@@ -216,7 +220,7 @@ def _arithmetic(results: Iterable[mx.array], arguments: dict, primitive: str) ->
     dot = io.StringIO()
     mx.export_to_dot(dot, *results)
     composed = re.search(rf'label ="Fused\w+{primitive}"', dot.getvalue()) is None
-    x, layers = _input(arguments), layers_of(arguments)
+    x, layers = input_of(arguments), layers_of(arguments)
     gpu, quantized = mx.default_device() == mx.gpu, layers[0].scales is not None
     unit = unit_roundoff(x.dtype)
     sum_unit = unit_roundoff(mx.float32)
@@ -236,7 +240,7 @@ def _arithmetic(results: Iterable[mx.array], arguments: dict, primitive: str) ->
 
 def differentiable(arguments: dict) -> dict[tuple[str, int | None], mx.array]:
     """The operands that may have a gradient, by name and, for a layer's operands, the layer's index."""
-    found = {(n, None): arguments[n] for n in ("input", "x", "residual") if n in arguments}
+    found = {(n, None): arguments[n] for n in (*_INPUTS, "residual") if n in arguments}
     for place, layer in enumerate(layers_of(arguments)):
         frozen = ("scales", "biases") if layer.scales is None else ("weight", "scales", "biases")
         for name, value in layer._asdict().items():

@@ -1,0 +1,286 @@
+"""A running call of a patched module, in which stand-ins replace the module's linear layers.
+
+The first of the stand-ins for queries, keys and values that is called with an input projects it for all
+three. That of the output projection returns an array that can add itself to the residual (see ``residual``).
+Any other runs its own layer.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from functools import partial
+from math import prod
+from threading import get_ident
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.nn.layers.distributed import sum_gradients
+
+from mlx_fused._ext import alias, identity, is_same
+from mlx_fused.linear import is_lora, type_name
+from mlx_fused.operations import fused_linear, fused_output_projection_residual, fused_qkv_projection
+from mlx_fused.patching import projections
+from mlx_fused.patching.projections import DTYPES, EMBEDDINGS, NotFused, Together
+from mlx_fused.patching.registry import Active, Roles, active_of
+from mlx_fused.patching.residual import Projected
+from mlx_fused.patching.stand_in import StandIn, module_of
+
+
+class Call:
+    """One running call of a module, with the projections of its latest input."""
+
+    def __init__(self, module: nn.Module, roles: Roles, active: Active):
+        self.module, self.roles, self.active = module, roles, active
+        self.thread, self.has_ended = get_ident(), False
+        self.stand_ins: dict[str, StandIn] = {}
+        self.counted: set[str] = set()  # "qkv", "residual"
+        self.unknown: dict[str, str] = {}  # parts with a layer of a type that the operations do not know
+        self.input = None
+        self.outputs: dict[str, mx.array] = {}
+        self.identities: dict[str, bytes] = {}  # of the layers that the outputs were computed with
+        self.adapters_apart = False
+
+    def stand_in(self, owner: nn.Module, name: str, layer: nn.Module) -> nn.Module | StandIn:
+        """What the attribute ``name`` of ``owner`` is in this call."""
+        if owner is not self.module:
+            # A model reads the embedding of its child, as its head.
+            is_head = type(layer) in EMBEDDINGS and any(child is owner for child in self.module.values())
+            if not is_head or (active := active_of(owner)) is None:
+                return layer
+            return StandIn(layer, layer, partial(self.run_linear, owner, active, name, layer))
+        stand_in = self.stand_ins.get(name)
+        if stand_in is not None and module_of(stand_in) is layer:
+            return stand_in
+        stand_in = self._make_stand_in(name, layer)
+        if stand_in is not layer:
+            self.stand_ins[name] = stand_in
+        return stand_in
+
+    def _make_stand_in(self, name: str, layer: nn.Module) -> nn.Module | StandIn:
+        roles = self.roles
+        if name in roles.inputs:
+            part, run = "qkv", self._project
+        elif name == roles.output:
+            part, run = "residual", self._add
+        elif type(layer) in EMBEDDINGS:
+            return StandIn(layer, layer, partial(self.run_linear, self.module, self.active, name, layer))
+        else:
+            run = partial(self.run_linear, self.module, self.active)
+            return StandIn(layer, partial(self._run, run, name, layer)) if saves(layer) else layer
+        if not projections.is_known(layer):
+            self.unknown.setdefault(part, f"{name} is {type_name(layer)}")
+            return layer
+        return StandIn(layer, partial(self._run, run, name, layer))
+
+    def _run(self, run, name: str, layer: nn.Module, x: mx.array) -> mx.array:
+        """The call of a stand-in."""
+        if find_running() is not self or not isinstance(x, mx.array):
+            return layer(x)
+        return run(name, layer, x)
+
+    def _project(self, name: str, layer: nn.Module, x: mx.array) -> mx.array:
+        """The call of the projection of queries, keys or values."""
+        if self.input is None or not is_same(x, self.input):
+            self._project_all(x, name)
+        y = self.outputs.pop(name, None)
+        # The model's code may change a layer before it calls it, which makes its output invalid.
+        if y is None or (name in self.identities and identity(layer) != self.identities[name]):
+            return layer(x)
+        if not (self.adapters_apart and "lora_a" in layer):
+            return y
+        # Runs the adapter's own code on a copy of the layer whose base layer returns the known product.
+        copy = SimpleNamespace(**vars(layer), **{**layer, "linear": lambda _: y})
+        return type(layer).__call__(copy, x)
+
+    def _project_all(self, x: mx.array, first: str) -> None:
+        self.input, self.outputs = alias(x), {}  # an alias, since `x += 1` changes x in place
+        module, names, calls = self.module, self.roles.inputs, self.active.patch.calls["qkv"]
+        self.counted.add("qkv")
+        try:
+            if x.dtype not in DTYPES:
+                raise NotFused(f"its input is {x.dtype}")
+            together = read_qkv(module, self.roles, self.active)
+        except NotFused as reason:
+            calls.add(1, reason=str(reason))
+            return
+        self.adapters_apart = together.adapters_apart is not None
+        layers = tuple(projections.operands(module[name], not self.adapters_apart) for name in names)
+        # Heads are not split here: the model's code expects the plain outputs and splits them itself.
+        tokens = _batched(x)
+        if together.group is not None:
+            tokens = sum_gradients(together.group)(tokens)
+        outputs = projections.run(
+            module,
+            fused_qkv_projection,
+            input=tokens,
+            weight=layers,
+            split_heads=False,
+            exact=self.active.patch.options.exact,
+        )
+        calls.add(1, 1)
+        if x.ndim != 3:
+            outputs = [y.reshape((*x.shape[:-1], y.shape[-1])) for y in outputs]
+        self.outputs = dict(zip(names, outputs, strict=True))
+        self.identities = {name: identity(module[name]) for name in names if name != first}
+
+    def _add(self, name: str, layer: nn.Module, x: mx.array) -> mx.array:
+        self.counted.add("residual")
+        return project_output(self.module, self.active, name, layer, x)
+
+    def run_linear(
+        self, module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array
+    ) -> mx.array:
+        """The call of a layer by itself."""
+        calls = active.patch.calls["linear"]
+        try:
+            y = linear(module, active, name, layer, x)
+        except NotFused as reason:
+            calls.add(1, reason=str(reason))
+            return layer.as_linear(x) if type(layer) in EMBEDDINGS else layer(x)
+        calls.add(1, 1)
+        return y
+
+    def end(self) -> None:
+        for part in self.unknown.keys() - self.counted:
+            self.active.patch.calls[part].add(1, reason=self.unknown[part])
+        self.has_ended = True
+        self.stand_ins.clear()  # they lead back to the call, whose arrays would wait for garbage collection
+
+
+# Per thread. A call inside another call restores the outer one when it ends.
+running: ContextVar[Call | None] = ContextVar("mlx_fused_running_call", default=None)
+
+
+def find_running() -> Call | None:
+    call = running.get()
+    # A copy of this context may be run by another thread, or after the call has ended.
+    return call if call and not call.has_ended and call.thread == get_ident() else None
+
+
+def read_qkv(module: nn.Module, roles: Roles, active: Active) -> Together:
+    """The projections of queries, keys and values as one operation.
+
+    Raises:
+        NotFused: If it cannot compute them.
+    """
+    patch = active.patch
+    if not patch.options.qkv:
+        raise NotFused("qkv=False")
+    if patch.obstacles.qkv:
+        raise NotFused(patch.obstacles.qkv)
+    if vars(module).get("is_kv_shared_layer"):
+        raise NotFused("it takes keys and values from another layer")
+    layers = [module.get(name) for name in roles.inputs]
+    lora, exact = patch.options.lora, patch.options.exact
+    return active.reading("qkv", layers, lambda: projections.read_together(roles.inputs, layers, lora, exact))
+
+
+def qkv_note(module: nn.Module, roles: Roles, active: Active) -> str | None:
+    """What there is to know of a fused QKV projection."""
+    apart = read_qkv(module, roles, active).adapters_apart
+    return apart and f"adapters apart: {apart}"
+
+
+def read_output(module: nn.Module, active: Active, name: str) -> None:
+    """Raises ``NotFused`` if the output projection and the residual cannot be one operation."""
+    patch = active.patch
+    if patch.options.o_residual is False:
+        raise NotFused("o_residual=False")
+    if patch.obstacles.residual:
+        raise NotFused(patch.obstacles.residual)
+    _read_one(module, active, name, module.get(name))
+
+
+def _read_one(module: nn.Module, active: Active, name: str, layer: nn.Module) -> None:
+    options = active.patch.options
+    active.reading(name, (layer,), lambda: projections.read(name, layer, options.lora, options.exact))
+
+
+def project_output(module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array) -> mx.array:
+    """The output projection of ``x``, to which the residual is added as a part of the operation."""
+    options, calls = active.patch.options, active.patch.calls["residual"]
+    try:
+        if x.dtype not in DTYPES or x.ndim == 0:
+            raise NotFused(f"its input is {x.dtype} {x.shape}")
+        read_output(module, active, name)
+    except NotFused as reason:
+        calls.add(1, reason=str(reason))
+        return _alone(module, active, name, layer, x)
+    calls.add(1)
+    # The operation runs later, when the residual is added. Changes in place until then must not affect it.
+    kept, x = projections.operands(layer), alias(x)
+
+    def add(residual: mx.array, alpha: float) -> mx.array:
+        y = projections.run(
+            module,
+            fused_output_projection_residual,
+            x=_batched(x),
+            weight=kept,
+            residual=_batched(residual),
+            alpha=alpha,
+            exact=options.exact,
+            route="fused" if options.o_residual is True else None,
+        )
+        calls.add(fused=1)
+        return y if residual.ndim == 3 else y.reshape(residual.shape)
+
+    return Projected.of(layer(x), add)
+
+
+def _batched(x: mx.array) -> mx.array:
+    return x if x.ndim == 3 else x.reshape(1, prod(x.shape[:-1]), x.shape[-1])
+
+
+def _alone(module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array) -> mx.array:
+    try:
+        return linear(module, active, name, layer, x)
+    except NotFused:
+        return layer(x)
+
+
+def linear(module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array) -> mx.array:
+    """The layer by itself.
+
+    Raises:
+        NotFused: If our operation cannot compute it.
+    """
+    read_linear(module, active, name, layer)
+    if x.dtype not in DTYPES or x.ndim == 0:
+        raise NotFused(f"its input is {x.dtype} {x.shape}")
+    return projections.run(
+        module,
+        fused_linear,
+        x=x,
+        weight=projections.operands(layer),
+        exact=active.patch.options.exact,
+    )
+
+
+def read_linear(module: nn.Module, active: Active, name: str, layer: nn.Module) -> None:
+    """Raises ``NotFused`` if our operation cannot compute the layer, or has no reason to."""
+    if not active.patch.options.linear:
+        raise NotFused("linear=False")
+    if not saves(layer):
+        raise NotFused(f"{name} is one launch on a GPU in MLX too")
+    _read_one(module, active, name, layer)
+
+
+def read_linears(module: nn.Module, active: Active, names: tuple[str, ...]) -> None:
+    """Raises ``NotFused`` if not all of these layers can be computed by our operation."""
+    obstacles = []
+    for name in names:
+        try:
+            read_linear(module, active, name, module.get(name))
+        except NotFused as reason:
+            obstacles.append(str(reason))
+    if obstacles:
+        raise NotFused(f"{obstacles[0]}{f', and {len(obstacles) - 1} more' * (len(obstacles) > 1)}")
+
+
+def saves(layer: nn.Module) -> bool:
+    """Whether our operation may be faster than the layer's own code."""
+    if mx.default_device() != mx.gpu:
+        return True
+    # On a GPU it saves the launches of an adapter or of the bias of quantized weights, and nothing else.
+    return is_lora(type(layer)) or (isinstance(layer, nn.QuantizedLinear) and "bias" in layer)

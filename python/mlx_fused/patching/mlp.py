@@ -1,0 +1,144 @@
+"""Runs an MLP as two operations: its layers up to the product with the gate, and the one after it.
+
+What the MLP computes is read from its own code (see ``formula``), so this runs instead of that code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_fused.operations import fused_gated_projection, fused_linear
+from mlx_fused.patching import calls, formula, projections
+from mlx_fused.patching.formula import Unknown
+from mlx_fused.patching.projections import DTYPES, NotFused
+from mlx_fused.patching.registry import Active
+
+_ACTIVATIONS = ("silu", "gelu", "gelu_approx", "relu", "relu2")
+
+
+class Recipe(NamedTuple):
+    """What an MLP computes: ``down(activation(gate(x)) * up(x))``, or ``down(activation(up(x)))``."""
+
+    down: str
+    hidden: tuple[str, ...]  # gate and up, or the layer that packs both, or the only one before down
+    operation: Callable
+    settings: dict[str, object]  # arguments of the operation
+    first: str | None  # the layer that makes their input of the MLP's, such as a norm
+
+
+def recipe_of(mlp: nn.Module, method: Callable) -> Recipe:
+    """What ``method`` computes for ``mlp``.
+
+    Raises:
+        Unknown: If it is something else than an MLP.
+    """
+    of = formula.formula_of(mlp, method, _is_leaf)
+    match of:
+        case ("layer", down, inner):
+            hidden, operation, settings, first = _hidden(inner)
+        case _:
+            raise Unknown("does not return the output of a layer")
+    return Recipe(down, hidden, operation, settings, first)
+
+
+def run(mlp: nn.Module, active: Active, method: Callable, x: mx.array) -> mx.array | None:
+    """The output of ``mlp``, to which the residual is added as a part of the operation; None if its own code
+    must run."""
+    patch = active.patch
+    counter = patch.calls["mlp"]
+    try:
+        recipe = read(mlp, active, method)
+        if not isinstance(x, mx.array) or x.dtype not in DTYPES or x.ndim == 0:
+            raise NotFused("its input is no array of a type with kernels")
+    except NotFused as reason:
+        counter.add(1, reason=str(reason))
+        return None
+    if recipe.first is not None:
+        x = mlp[recipe.first](x)
+    layers = [projections.operands(mlp[name]) for name in recipe.hidden]
+    hidden = projections.run(
+        mlp,
+        recipe.operation,
+        x=x,
+        weight=layers[0] if len(layers) == 1 else tuple(layers),
+        exact=patch.options.exact,
+        **recipe.settings,
+    )
+    counter.add(1, 1)
+    return calls.project_output(mlp, active, recipe.down, mlp[recipe.down], hidden)
+
+
+def read(mlp: nn.Module, active: Active, method: Callable) -> Recipe:
+    """What the MLP computes, if our operation can compute its first half.
+
+    Raises:
+        NotFused: If it cannot.
+    """
+    options = active.patch.options
+    if not options.mlp:
+        raise NotFused("mlp=False")
+
+    def read() -> Recipe:
+        try:
+            recipe = recipe_of(mlp, method)
+        except Unknown as reason:
+            raise NotFused(f"{type(mlp).__name__} {reason}") from None
+        layers = [mlp.get(name) for name in recipe.hidden]
+        together = projections.read_together(recipe.hidden, layers, options.lora, options.exact)
+        if together.adapters_apart:
+            raise NotFused(together.adapters_apart)
+        if together.group is not None:
+            raise NotFused(f"{recipe.hidden[0]} is {type(layers[0]).__name__}")
+        return recipe
+
+    return active.reading("mlp", (mlp, method), read)
+
+
+def read_note(mlp: nn.Module, active: Active, method: Callable) -> str:
+    """What is fused, for the report."""
+    return read(mlp, active, method).settings["activation"]
+
+
+def _is_leaf(layer: nn.Module) -> bool:
+    return hasattr(layer, "weight") or "lora_a" in layer
+
+
+def _hidden(of) -> tuple[tuple[str, ...], Callable, dict[str, object], str | None]:
+    match of:
+        case ("*", (kind, gate), up) | ("*", up, (kind, gate)) if kind in _ACTIVATIONS:
+            return _gated(gate, up, {"activation": kind})
+        case ("square", ("relu", ("layer", name, x))):
+            return (name,), fused_linear, {"activation": "relu2"}, _first(x)
+        case (kind, ("layer", name, x)) if kind in _ACTIVATIONS:
+            return (name,), fused_linear, {"activation": kind}, _first(x)
+        case (
+            "*",
+            ("+", ("clip", up, low, high), 1.0),
+            ("*", ("minimum", gate, limit) as cut, ("sigmoid", ("*", alpha, again))),
+        ) if isinstance(limit, (int, float)) and (low, high, again) == (-limit, limit, cut):
+            settings = {"activation": "clipped_swiglu", "alpha": alpha, "limit": limit}
+            return _gated(gate, up, settings)
+    raise Unknown("computes something else than the MLPs that are known")
+
+
+def _gated(gate, up, settings: dict[str, object]):
+    match gate, up:
+        case ("half", i, ("layer", name, x)), ("half", j, other) if i != j and other == ("layer", name, x):
+            settings["packing"] = "gate_up" if i == 0 else "up_gate"
+            return (name,), fused_gated_projection, settings, _first(x)
+        case ("layer", first, x), ("layer", second, other) if x == other:
+            return (first, second), fused_gated_projection, settings, _first(x)
+    raise Unknown("computes gate and up from different inputs")
+
+
+def _first(x) -> str | None:
+    match x:
+        case ("x",):
+            return None
+        case ("layer", name, ("x",)):
+            return name
+    raise Unknown("computes something with its input before the first layer")

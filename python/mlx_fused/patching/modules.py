@@ -1,0 +1,221 @@
+"""Makes the class of a module a subclass whose linear layers are stand-ins while the module runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, wraps
+
+import mlx.nn as nn
+
+from mlx_fused.patching import calls, mlp
+from mlx_fused.patching.calls import Call, find_running, running
+from mlx_fused.patching.projections import NotFused
+from mlx_fused.patching.registry import (
+    Active,
+    Obstacles,
+    Options,
+    Patch,
+    Roles,
+    State,
+    active_of,
+    lock,
+    original_of,
+    own_method,
+    patch_of,
+    roles_of,
+    states,
+)
+from mlx_fused.patching.report import LayerReport, Part, switched_off
+from mlx_fused.patching.stand_in import unwrapped
+
+
+class FusedModule:
+    """The first base of every patched class; the second is the module's own class."""
+
+    def __init_subclass__(cls) -> None:
+        """Hides the own class's ``__init_subclass__``, which may need keywords or register subclasses."""
+
+
+def fuse(module: nn.Module, roles: Roles, options: Options, obstacles: Obstacles) -> Active:
+    """Patch ``module``, or change the options of its patch.
+
+    Raises:
+        NotFused: If it cannot be patched.
+    """
+    if roles.entry is None:
+        raise NotFused(f"{type(module).__name__} has no __call__")
+    patch = Patch(options, obstacles)
+    if (before := patch_of(module)) is not None:
+        # An earlier call may have seen the layer that adds the residual, where this one patches only a part
+        # of the model.
+        residual = before.obstacles.residual and obstacles.residual
+        patch = Patch(options, obstacles._replace(residual=residual), before.calls)
+    try:
+        return set_patch(module, roles, patch)
+    except Exception as error:  # the class or its metaclass may refuse subclasses with any error
+        raise NotFused(f"{type(module).__name__} cannot be subclassed: {error}") from error
+
+
+def set_patch(module: nn.Module, roles: Roles, patch: Patch) -> Active:
+    """Patch ``module`` with ``patch``, or replace its patch."""
+    with lock:
+        if roles_of(module) != roles:
+            _set_class(module, _fused_class(original_of(module), roles))
+        state = states.get(id(module)) or State(module)
+        state.active = active = Active(patch)
+        states[id(module)] = state
+    return active
+
+
+def restore(module: nn.Module) -> None:
+    """Restore the class of ``module`` as soon as no call of it is running."""
+    with lock:
+        if (state := states.get(id(module))) is not None:
+            state.active = None
+        _end_patching(module)
+
+
+def _end_patching(module: nn.Module) -> None:
+    state = states.get(id(module))
+    if state is None or (state.active is None and state.running == 0):
+        states.pop(id(module), None)
+        if original := vars(type(module)).get("_mlx_fused_original"):
+            _set_class(module, original)
+
+
+def report(name: str, module: nn.Module, roles: Roles, active: Active) -> LayerReport:
+    """Which parts of a patched module are fused in its present state."""
+    parts = {}
+
+    def add(part: str, read: Callable) -> None:
+        obstacle = note = None
+        try:
+            note = read()
+        except NotFused as reason:
+            obstacle = str(reason)
+        parts[part] = Part(obstacle, note, active.patch.calls[part])
+
+    if roles.kind == "attention":
+        add("qkv", lambda: calls.qkv_note(module, roles, active))
+    if roles.kind == "mlp":
+        add("mlp", lambda: mlp.read_note(module, active, own_method(original_of(module), roles.entry)))
+    if roles.kind:
+        add("residual", lambda: calls.read_output(module, active, roles.output))
+    if roles.alone:
+        add("linear", lambda: calls.read_linears(module, active, roles.alone))
+    return LayerReport(name, **parts)
+
+
+def _set_class(module: nn.Module, cls: type) -> None:
+    object.__setattr__(module, "__class__", cls)  # bypasses the class's own __setattr__
+
+
+class _Slot:
+    """The attribute of a layer in a patched class: a stand-in during calls, else the layer."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __get__(self, module, cls=None):
+        name = self._name
+        if (layer := module.get(name)) is None:
+            if name in vars(module):
+                return vars(module)[name]
+            raise AttributeError(f"{type(module).__name__} has no {name}")
+        call = find_running()
+        # Asked by code outside of the call, or by another module that is called inside it, it is itself.
+        return layer if call is None else call.stand_in(module, name, layer)
+
+    # MLX stores modules as dictionary items; anything else goes to the instance's __dict__ as usual.
+    def __set__(self, module, value):
+        vars(module)[self._name] = value
+
+    def __delete__(self, module):
+        try:
+            del vars(module)[self._name]
+        except KeyError:
+            raise AttributeError(self._name) from None
+
+
+def _entry(original: type, roles: Roles) -> Callable:
+    name, is_mlp = roles.entry, roles.kind == "mlp"
+
+    @wraps(getattr(original, name))
+    def call(self, *args, **kwargs):
+        method = own_method(original, name)
+        active = active_of(self)
+        if active is None or switched_off():
+            return _run(self, None, method.__get__(self, original), args, kwargs)
+        if is_mlp and len(args) == 1 and not kwargs:
+            y = mlp.run(self, active, method, args[0])
+            if y is not None:
+                return y
+        with lock:
+            # The call keeps the present patch until it ends.
+            if (active := active_of(self)) is not None:
+                states[id(self)].running += 1
+        if active is None:
+            return _run(self, None, method.__get__(self, original), args, kwargs)
+        call = Call(self, roles, active)
+        try:
+            return _run(self, call, method.__get__(self, original), args, kwargs)
+        finally:
+            call.end()
+            with lock:
+                states[id(self)].running -= 1
+                _end_patching(self)
+
+    return call
+
+
+def _run(module: nn.Module, call: Call | None, method: Callable, args: tuple, kwargs: dict):
+    token = running.set(call)
+    try:
+        return method(*args, **kwargs)
+    finally:
+        running.reset(token)
+
+
+def _storing(original: type) -> Callable:
+    def __setitem__(self, key, value):
+        # The model's code may store a stand-in in a module. Stand-ins are only for this call.
+        original.__setitem__(self, key, value if find_running() is None else unwrapped(value))
+
+    return __setitem__
+
+
+def _reducing(original: type, roles: Roles) -> Callable:
+    def __reduce_ex__(self, protocol):
+        # Pickle finds classes by module and name, where it would find the original class instead of this one.
+        cls, patch = type(self), patch_of(self)
+        value = original.__reduce_ex__(self, max(protocol, 2))
+        if isinstance(value, str):
+            return value
+        make, args, *rest = (original if part is cls else part for part in value)
+        args = tuple(original if arg is cls else arg for arg in args)
+        return _copy, (roles, patch, make, args), *rest
+
+    return __reduce_ex__
+
+
+def _copy(roles: Roles, patch: Patch | None, make: Callable, args: tuple) -> nn.Module:
+    module = make(*args)
+    if patch is not None:
+        set_patch(module, roles, patch)
+    return module
+
+
+@cache
+def _fused_class(original: type, roles: Roles) -> type:
+    # Cached, so that all layers share one class: mlx-lm's grad_checkpoint edits only the first layer's class.
+    members = {name: _Slot(name) for name in roles.names}
+    members |= {
+        roles.entry: _entry(original, roles),
+        "__setitem__": _storing(original),
+        "__reduce_ex__": _reducing(original, roles),
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "_mlx_fused_original": original,
+        "_mlx_fused_roles": roles,
+    }
+    return type(original.__name__, (FusedModule, original), members)
