@@ -11,11 +11,11 @@ class Settings:
     seed: int
     dense: bool = False  # LoRA on the float32 weights instead of QLoRA on 4-bit ones
     group_size: int = 64  # of the 4-bit weights
-    vocab_size: int = 2048
-    hidden_size: int = 192
-    intermediate_size: int = 768
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    intermediate_size: int = 512
     num_layers: int = 4
-    num_heads: int = 3
+    num_heads: int = 2
     num_kv_heads: int = 1
     head_dim: int = 64
     seq_length: int = 128
