@@ -32,7 +32,8 @@ std::pair<double, double> value_of(const Activation& a, double x) {
     case activation_silu:
       return sigmoid(x, 1);
     case activation_gelu:
-      return gate(x, std::erfc(-x / std::sqrt(2)) / 2, std::exp(-x * x / 2) / std::sqrt(2 * std::numbers::pi));
+      return gate(
+          x, std::erfc(-x / std::sqrt(2)) / 2, std::exp(-x * x / 2) / std::sqrt(2 * std::numbers::pi));
     case activation_gelu_approx: {
       double c = std::sqrt(8 / std::numbers::pi);
       return sigmoid(c * (x + 0.044715 * x * x * x), c * (1 + 3 * 0.044715 * x * x));
@@ -209,9 +210,11 @@ void check_product(
         if (a.gated) {
           auto [u, lost_up] = up.sum(x, i, j);
           double times = clipped(a, u);
-          error = error * (std::abs(times) + lost_up) + std::abs(expected) * (lost_up + 0x1p-23 * std::abs(times));
+          error = error * (std::abs(times) + lost_up) +
+                  std::abs(expected) * (lost_up + 0x1p-23 * std::abs(times));
           expected *= times;
-          check_near(pre_up.get(i, j), u, lost_up + unit_of(type) * (std::abs(u) + lost_up), "up that is kept");
+          check_near(
+              pre_up.get(i, j), u, lost_up + unit_of(type) * (std::abs(u) + lost_up), "up that is kept");
         }
         double smallest = type == Type::float16 ? 0x1p-25 : 0;
         double rounding = unit_of(type) * (std::abs(expected) + error) + smallest;
