@@ -23,8 +23,8 @@ mx::array function(const mx::array& x, const Activation& activation, mx::Stream 
     }
     case activation_gelu_approx: {
       auto cube = times(number(0.044715), mx::power(x, number(3), s));
-      auto tanh = mx::tanh(times(number(std::sqrt(2 / M_PI)), mx::add(x, cube, s)), s);
-      return times(times(number(0.5), x), mx::add(number(1), tanh, s));
+      // x (1 + tanh u) / 2 in another form: the second derivative of MLX's tanh is NaN far from 0.
+      return times(x, mx::sigmoid(times(number(2 * std::sqrt(2 / M_PI)), mx::add(x, cube, s)), s));
     }
     case activation_relu:
       return mx::maximum(x, number(0), s);

@@ -21,7 +21,8 @@ void allocate(Arrays& outputs);
 Arrays map_one_by_one(const Function& fun, const Arrays& inputs, const std::vector<int>& axes, mx::Stream s);
 
 // A primitive that can also be written in MLX's own operations (its composed form). Transforms go through
-// that form unless a subclass overrides them.
+// that form unless a subclass overrides them. Those with several outputs are equivalent to no other: where
+// not all outputs are used, mx.compile loses some of what it merges.
 class FusedPrimitive : public mx::Primitive {
  public:
   using mx::Primitive::Primitive;

@@ -50,10 +50,9 @@ class Projection : public FusedPrimitive {
       const Arrays& outputs) override;
   std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes) override;
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
-  // With an activation it is like no other: mx.compile may lose nodes that it merges if some of their outputs
-  // are not used.
   bool is_equivalent(const mx::Primitive& other) const override {
-    return !call_.epilogue.activation && call_ == static_cast<const Projection&>(other).call_;
+    bool has_one_output = call_.segments.size() == 1 && !call_.epilogue.activation;
+    return has_one_output && call_ == static_cast<const Projection&>(other).call_;
   }
   std::optional<mx::array> made_again(const mx::array& output) override;
   const char* name() const override {
@@ -88,7 +87,7 @@ class ProjectionGrad : public FusedPrimitive {
   void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
   bool is_equivalent(const mx::Primitive& other) const override {
-    return call_ == static_cast<const ProjectionGrad&>(other).call_;
+    return call_.wanted.size() == 1 && call_ == static_cast<const ProjectionGrad&>(other).call_;
   }
   const char* name() const override {
     return name_.c_str();

@@ -25,9 +25,6 @@ class Unpack : public FusedPrimitive {
     }
     return shapes;
   }
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return rows_ == static_cast<const Unpack&>(other).rows_;
-  }
   DEFINE_NAME(Unpack)
 
  protected:

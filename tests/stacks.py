@@ -73,6 +73,8 @@ def activated(activation, pre, magnitudes):
         alpha, limit = float(activation.alpha), float(activation.limit)
         y, up = mx.minimum(y, limit), [mx.clip(up[0], -limit, limit) + 1]
         y = y * mx.sigmoid(alpha * y)
+    elif activation.name == "gelu_approx":  # with MLX's tanh, second derivatives are NaN far from 0
+        y = y * mx.sigmoid(float((8 / np.pi) ** 0.5) * (y + 0.044715 * y * y * y))
     elif activation.name == "relu2":
         y = mx.square(mx.maximum(y, 0))
     else:

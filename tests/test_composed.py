@@ -198,9 +198,9 @@ def test_compile_and_checkpoint(rng, operation, kind):
 
 
 def test_equal_calls_merge_and_different_ones_do_not(rng):
-    call = make(rng, "qkv", "lora")
+    call = make(rng, "output", "lora")
     for other, left in ((call, 1), (call.replace(lora_scale=3.0), 2)):
-        compiled = mx.compile(lambda x, other=other: sum(y.sum() for c in (call, other) for y in c(input=x)))
+        compiled = mx.compile(lambda x, other=other: sum(y.sum() for c in (call, other) for y in c(x=x)))
         assert primitives(compiled(call.x))["Projection"] == left
 
 
