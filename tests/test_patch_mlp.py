@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+from collections import Counter
 from functools import partial
 
 import mlx.core as mx
@@ -17,7 +19,8 @@ import mlx_fused
 from graph import primitives
 from mlx_fused.operations import call
 from oracle import UNIT_ROUNDOFF
-from tiny_models import assert_same, integers, sample
+from tiny_models import HIDDEN, assert_same, integers, sample
+from tiny_models import make as make_model
 
 K, N = 32, 48
 
@@ -313,7 +316,9 @@ def lora(layer, **kwargs):
 
 @pytest.mark.parametrize("first", ["patch", "convert"])
 @pytest.mark.parametrize(
-    "convert", [lambda layer: layer, partial(nn.Linear.to_quantized, group_size=32, bits=4)], ids=["f32", "q4"]
+    "convert",
+    [lambda layer: layer, partial(nn.Linear.to_quantized, group_size=32, bits=4)],
+    ids=["f32", "q4"],
 )
 @pytest.mark.parametrize("adapted", [(), ("gate_proj",), ("gate_proj", "up_proj", "down_proj")], ids=str)
 def test_any_order(first, convert, adapted):
@@ -343,7 +348,8 @@ OBSTACLES = {
     "up_proj has dropout": lambda mlp: {"up_proj": lora(mlp.up_proj, dropout=0.5)},
     "only some have a bias": lambda mlp: {"up_proj": nn.Linear(K, N)},
     "gate_proj is AllToShardedLinear": lambda mlp: {
-        name: nn.layers.distributed.AllToShardedLinear(K, N, False, GROUP) for name in ("gate_proj", "up_proj")
+        name: nn.layers.distributed.AllToShardedLinear(K, N, False, GROUP)
+        for name in ("gate_proj", "up_proj")
     },
 }
 
@@ -448,3 +454,23 @@ def test_one_call_of_the_extension_for_each_operation(monkeypatch):
     monkeypatch.setattr(call._ext, "project", lambda *given: made.append(given[0]) or project(*given))
     layer(x)
     assert made == ["fused_gated_projection", "fused_output_projection_residual"]
+
+
+def test_python_of_a_layer_is_bounded():
+    """Calls of functions, of Python and of C, which take the time in which a graph is built."""
+    layer, x = make_model("llama").model.layers[0], mx.zeros((1, 1, HIDDEN))
+
+    def calls():
+        counts = Counter()
+        layer(x)
+        sys.setprofile(lambda frame, event, arg: counts.update([event]))
+        try:
+            layer(x)
+        finally:
+            sys.setprofile(None)
+        return counts
+
+    stock = calls()
+    mlx_fused.patch(layer)
+    patched = calls()
+    assert patched["call"] - stock["call"] <= 115 and patched["c_call"] - stock["c_call"] <= 105

@@ -21,8 +21,8 @@ from mlx_fused.validate.checkpoint import (
     attach_adapters,
     in_float32,
     linears,
-    modules_of,
     load,
+    modules_of,
     unpatched,
 )
 from mlx_fused.validate.end_to_end import Runs, sum_error
