@@ -65,15 +65,14 @@ FAMILIES = {
 }
 QUANTIZATION = {"group_size": 32, "bits": 4}
 WEIGHTS = ("float32", "bfloat16", "4-bit bfloat16")
-_ACTIVATIONS = ("input", "x")
-_OPERATIONS = [name for name in vars(calls) if name.startswith("fused_")]
+_OPERATIONS = ["fused_qkv_projection", "fused_output_projection_residual"]
 
 
 class Target(NamedTuple):
     """What is sabotaged: the operand in the forward or, in the gradient of another, in the backward."""
 
     operand: str
-    segment: str  # q, k, v, o or, of any other layer, y
+    segment: str  # q, k, v or o
     gradient: str | None = None  # of which operand; its own is multiplied itself
 
 
@@ -151,7 +150,7 @@ def targets(model):
 
     with wrapped(note), mlx_fused.patched(model):
         mx.eval(model(prompt()[None]))
-    forward_of_activations = [t for t in found if t.operand in _ACTIVATIONS and not t.gradient]
+    forward_of_activations = [t for t in found if t.operand in ("input", "x") and not t.gradient]
     return [t for t in dict.fromkeys(found) if t not in forward_of_activations]
 
 
@@ -234,22 +233,22 @@ def _multiplied(arguments, target, factor):
 
 
 def _activations(arguments):
-    return next(name for name in _ACTIVATIONS if name in arguments)
+    return "input" if "input" in arguments else "x"
 
 
 def _key(target, arguments):
     """Of the operand, as ``differentiable`` has it."""
-    is_of_call = target.operand in (*_ACTIVATIONS, "residual")
+    is_of_call = target.operand in ("input", "x", "residual")
     return target.operand, None if is_of_call else _segments(arguments).index(target.segment)
 
 
 def _segments(arguments):
-    return "qkv" if "input" in arguments else "o" if "residual" in arguments else "y"
+    return "qkv" if "input" in arguments else "o"
 
 
 def _named(arguments):
     """The operands of a call, and whose they are."""
-    names = [n for n in (*_ACTIVATIONS, "residual") if n in arguments]
+    names = [n for n in ("input", "x", "residual") if n in arguments]
     found = [(name, _segments(arguments)) for name in names]
     for segment, layer in zip(_segments(arguments), layers_of(arguments), strict=True):
         for name in ("weight", "bias", "lora_a", "lora_b"):
@@ -297,7 +296,7 @@ def document(outcomes):
         "# Sabotage of the fused operations",
         "",
         "Written by `python tests/sabotage.py`. In tiny random models of six families, patched, one thing",
-        "at a time is made 1 % wrong: the weight of q, k, v, o or another layer, a bias, the A or the B of an adapter, or",
+        "at a time is made 1 % wrong: the weight of q, k, v or o, a bias, the A or the B of an adapter, or",
         "the residual, as the forward reads it; the gradient of any of these, or of the activations; and",
         "the part of the activations' gradient that comes through one projection or one adapter. The",
         "checks of operations in `mlx-fused validate` must fail then, and pass where nothing is wrong: on",

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+from collections import Counter
 from functools import partial
 
 import mlx.core as mx
@@ -17,7 +19,8 @@ import mlx_fused
 from graph import primitives
 from mlx_fused.operations import call
 from oracle import UNIT_ROUNDOFF
-from tiny_models import assert_same, integers, sample
+from tiny_models import HIDDEN, assert_same, integers, sample
+from tiny_models import make as make_model
 
 K, N = 32, 48
 
@@ -230,6 +233,14 @@ class ByValueMLP(Gated):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
+class ByResultMLP(Gated):
+    def __call__(self, x):
+        up = self.up_proj(x)
+        if up:
+            return self.down_proj(nn.silu(self.gate_proj(x)) * up)
+        return x
+
+
 UNKNOWN = {
     DoubledMLP: "computes gate and up from different inputs",
     DroppedMLP: "does more: self._p_1 == 1",
@@ -238,14 +249,19 @@ UNKNOWN = {
     SameNameMLP: "computes something else than the MLPs that are known",
     ReadsMLP: "does more: self.gate_proj.weight.dtype",
     ByValueMLP: "takes parts of something",
+    ByResultMLP: "decides by up",
 }
 
 
 @pytest.mark.parametrize("cls", UNKNOWN)
 def test_other_code_runs_as_it_is(cls):
     layer, x = make(cls).eval(), mx.random.normal((1, 3, K))
-    expected = layer(x)
     (report,) = mlx_fused.patch(layer, linear=False).mlps
+    if cls is ByResultMLP:  # it fails
+        assert report.mlp.obstacle == f"{cls.__name__} {UNKNOWN[cls]}"
+        return
+    with mlx_fused.patched(layer, mlp=False, linear=False, o_residual=False):
+        expected = layer(x)
     assert report.mlp.obstacle.startswith(f"{cls.__name__} {UNKNOWN[cls]}")
     assert close(layer(x), expected) and report.mlp.calls.fused == 0
     mlx_fused.patch(layer)
@@ -313,7 +329,9 @@ def lora(layer, **kwargs):
 
 @pytest.mark.parametrize("first", ["patch", "convert"])
 @pytest.mark.parametrize(
-    "convert", [lambda layer: layer, partial(nn.Linear.to_quantized, group_size=32, bits=4)], ids=["f32", "q4"]
+    "convert",
+    [lambda layer: layer, partial(nn.Linear.to_quantized, group_size=32, bits=4)],
+    ids=["f32", "q4"],
 )
 @pytest.mark.parametrize("adapted", [(), ("gate_proj",), ("gate_proj", "up_proj", "down_proj")], ids=str)
 def test_any_order(first, convert, adapted):
@@ -343,7 +361,8 @@ OBSTACLES = {
     "up_proj has dropout": lambda mlp: {"up_proj": lora(mlp.up_proj, dropout=0.5)},
     "only some have a bias": lambda mlp: {"up_proj": nn.Linear(K, N)},
     "gate_proj is AllToShardedLinear": lambda mlp: {
-        name: nn.layers.distributed.AllToShardedLinear(K, N, False, GROUP) for name in ("gate_proj", "up_proj")
+        name: nn.layers.distributed.AllToShardedLinear(K, N, False, GROUP)
+        for name in ("gate_proj", "up_proj")
     },
 }
 
@@ -448,3 +467,23 @@ def test_one_call_of_the_extension_for_each_operation(monkeypatch):
     monkeypatch.setattr(call._ext, "project", lambda *given: made.append(given[0]) or project(*given))
     layer(x)
     assert made == ["fused_gated_projection", "fused_output_projection_residual"]
+
+
+def test_python_of_a_layer_is_bounded():
+    """Calls of functions, of Python and of C, which take the time in which a graph is built."""
+    layer, x = make_model("llama").model.layers[0], mx.zeros((1, 1, HIDDEN))
+
+    def calls():
+        counts = Counter()
+        layer(x)
+        sys.setprofile(lambda frame, event, arg: counts.update([event]))
+        try:
+            layer(x)
+        finally:
+            sys.setprofile(None)
+        return counts
+
+    stock = calls()
+    mlx_fused.patch(layer)
+    patched = calls()
+    assert patched["call"] - stock["call"] <= 115 and patched["c_call"] - stock["c_call"] <= 105

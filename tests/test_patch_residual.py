@@ -65,6 +65,26 @@ class Scaled(Layer):
         return x + self.alpha * self.attn(x)
 
 
+class ScaledByARoot(Layer):
+    """As minicpm's."""
+
+    def __call__(self, x):
+        return x + self.attn(x) * (2 * self.alpha / 4**0.5)
+
+
+class GatedByAName(Layer):
+    def __call__(self, x):
+        gate = mx.sigmoid(x)
+        return x + self.attn(x) * gate
+
+
+class GatedByACall(Layer):
+    """As the shared experts of qwen2_moe."""
+
+    def __call__(self, x):
+        return x + mx.sigmoid(self.alpha) * self.attn(x)
+
+
 class Branches(Layer):
     def __call__(self, x):
         if self.parallel:
@@ -172,7 +192,7 @@ class Borrowed(PostNorm):
 
 Unreadable = type("Unreadable", (Layer,), {"__call__": lambda self, x: x + self.attn(x)})
 
-FUSED = [Named, Direct, Reused, Scaled, Branches, Either, Sum, Wrapped]
+FUSED = [Named, Direct, Reused, Scaled, ScaledByARoot, Branches, Either, Sum, Wrapped]
 SKIPPED = {
     PostNorm: "PostNorm gives its output to self.norm",
     PostNormNamed: "PostNormNamed gives its output to self.norm",
@@ -181,6 +201,8 @@ SKIPPED = {
     Unused: "Unused does not use it",
     Returned: "Returned does not add its output",
     Elsewhere: "Elsewhere does not call it",
+    GatedByAName: "GatedByAName multiplies its output by gate",
+    GatedByACall: "GatedByACall multiplies its output by mx.sigmoid(self.alpha)",
     Borrowed: "the code of Borrowed cannot be read",
     Unreadable: "the code of Unreadable cannot be read",
 }

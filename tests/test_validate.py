@@ -123,13 +123,14 @@ def test_checkpoints_of_the_demo_pass(checkpoints, arguments):
     assert results["calls"]["residual"]["fused"] == results["calls"]["residual"]["total"] > 0
     layers = len(results["layers"])
     for operations in results["operations"].values():
-        assert operations["count"] == 2 * 2 * layers  # both operations, for the prompt and for one token
-        assert set(operations["results"]) == set("qkvo")
+        # QKV, output and down of both layers, and the head, for the prompt and for one token
+        assert layers == 5 and operations["count"] == 2 * (2 * 3 + 1)
+        assert set(operations["results"]) == set("qkvoy")
         findings = [f for part, of in operations.items() if part != "count" for f in of.values()]
         assert all(f["verdict"] == "passed" and f["share"] < 0.5 and f["noticeable"] == 1 for f in findings)
     float32 = results["end_to_end"]["float32"]
-    # Every projection has an A and a B; the dense ones of a layer's attention have weights.
-    assert len(float32["gradients"]) == 7 * 2 + (0 if "model-4bit" in arguments else 4)
+    # Every projection has an A and a B; the dense ones of a layer, and the head, have weights.
+    assert len(float32["gradients"]) == 7 * 2 + (0 if "model-4bit" in arguments else 8)
     assert all(line["patched_error"] < line["tolerance"] for line in float32["gradients"].values())
     assert all(line["patched_error"] > 0 for name, line in float32["gradients"].items() if "lora" in name)
     assert float32["logits"]["stock_error"] == 0  # float32 is its own reference
@@ -142,7 +143,7 @@ def test_checkpoints_of_the_demo_pass(checkpoints, arguments):
     assert "Validating" not in result.stdout
     assert result.stderr.count("each line shows the worst of its checks; --json has them all") == 2
     assert "PASSED" in result.stderr and "…" not in result.stderr  # nothing is cut at 80 columns
-    assert max(map(len, result.stderr.split("ran fused: QKV")[0].splitlines()[2:])) <= 80
+    assert max(map(len, result.stderr.split("ran fused: ")[0].splitlines()[2:])) <= 80
 
 
 def test_progress_ends_where_it_says(checkpoints):
@@ -390,10 +391,11 @@ def test_terms_are_those_of_the_fused_layers():
     model = tiny_models.make("llama")
     hidden, layers = tiny_models.HIDDEN, tiny_models.LAYERS
     with mlx_fused.patched(model) as report:
-        assert validate.sum_terms(model, report) == layers * 4 * hidden
+        terms = layers * (6 * hidden + 96) + hidden
+        assert validate.sum_terms(model, report) == terms
         nn.quantize(model, 32, 4)
-        assert validate.sum_terms(model, report) == layers * 4 * hidden
-    with mlx_fused.patched(model, qkv=False, o_residual=False) as report:
+        assert validate.sum_terms(model, report) == terms
+    with mlx_fused.patched(model, qkv=False, o_residual=False, mlp=False, linear=False) as report:
         assert validate.sum_terms(model, report) == 0
 
 

@@ -28,6 +28,7 @@ class Recipe(NamedTuple):
     operation: Callable
     settings: dict[str, object]  # arguments of the operation
     first: str | None  # the layer that makes their input of the MLP's, such as a norm
+    method: Callable  # whose code it is; kept, so that no other function can get its address
 
 
 def recipe_of(mlp: nn.Module, method: Callable) -> Recipe:
@@ -42,7 +43,7 @@ def recipe_of(mlp: nn.Module, method: Callable) -> Recipe:
             hidden, operation, settings, first = _hidden(inner)
         case _:
             raise Unknown("does not return the output of a layer")
-    return Recipe(down, hidden, operation, settings, first)
+    return Recipe(down, hidden, operation, settings, first, method)
 
 
 def run(mlp: nn.Module, active: Active, method: Callable, x: mx.array) -> mx.array | None:

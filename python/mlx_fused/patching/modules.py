@@ -142,38 +142,40 @@ def _entry(original: type, roles: Roles) -> Callable:
 
     @wraps(getattr(original, name))
     def call(self, *args, **kwargs):
-        method = own_method(original, name)
-        active = active_of(self)
-        if active is None or switched_off():
-            return _run(self, None, method.__get__(self, original), args, kwargs)
-        if is_mlp and len(args) == 1 and not kwargs:
+        method, is_on = own_method(original, name), not switched_off()
+        if is_mlp and is_on and len(args) == 1 and not kwargs and (active := active_of(self)) is not None:
             y = mlp.run(self, active, method, args[0])
             if y is not None:
                 return y
-        with lock:
-            # The call keeps the present patch until it ends.
-            if (active := active_of(self)) is not None:
-                states[id(self)].running += 1
-        if active is None:
-            return _run(self, None, method.__get__(self, original), args, kwargs)
-        call = Call(self, roles, active)
+        call = Call(self, roles, active) if is_on and (active := _begin(self)) is not None else None
+        token = running.set(call)
         try:
-            return _run(self, call, method.__get__(self, original), args, kwargs)
+            return method.__get__(self, original)(*args, **kwargs)
         finally:
-            call.end()
-            with lock:
-                states[id(self)].running -= 1
-                _end_patching(self)
+            running.reset(token)
+            if call is not None:
+                call.end()
+                _end(self)
 
     return call
 
 
-def _run(module: nn.Module, call: Call | None, method: Callable, args: tuple, kwargs: dict):
-    token = running.set(call)
-    try:
-        return method(*args, **kwargs)
-    finally:
-        running.reset(token)
+def _begin(module: nn.Module) -> Active | None:
+    """Registers a call, which keeps the present patch until it ends; None to run the model's own code."""
+    with lock:
+        state = states.get(id(module))
+        if state is None or state.active is None:
+            return None
+        state.running += 1
+        return state.active
+
+
+def _end(module: nn.Module) -> None:
+    with lock:
+        state = states[id(module)]
+        state.running -= 1
+        if state.active is None:
+            _end_patching(module)
 
 
 def _storing(original: type) -> Callable:

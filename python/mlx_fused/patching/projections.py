@@ -18,6 +18,7 @@ from mlx_fused.linear import LinearOperands, is_lora, lora_obstacle, type_name
 DTYPES = frozenset({mx.float32, mx.float16, mx.bfloat16})
 _PLAIN = (nn.Linear, nn.QuantizedLinear)
 _SHARDED = (AllToShardedLinear, QuantizedAllToShardedLinear)
+_KNOWN = frozenset((*_PLAIN, *_SHARDED))
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
 
@@ -34,7 +35,7 @@ class Together(NamedTuple):
 
 def is_known(module: nn.Module) -> bool:
     """Whether the operations compute exactly what the class of ``module`` does. Subclasses may differ."""
-    return type(module) in (*_PLAIN, *_SHARDED) or is_lora(type(module))
+    return type(module) in _KNOWN or is_lora(type(module))
 
 
 def operands(module: nn.Module, adapted: bool = True) -> LinearOperands:

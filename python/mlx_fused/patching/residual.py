@@ -124,7 +124,7 @@ class _Flow:
                 return None
             case ast.BinOp(left=left, op=ast.Mult(), right=right):
                 factor = left if right is value else right
-                if any(isinstance(n, ast.Call) or _is_variable(n) for n in ast.walk(factor)):
+                if any(map(_is_variable, ast.walk(factor))):
                     return f"multiplies its output by {ast.unparse(factor)}"
                 return self.other_use(parent)
             case ast.IfExp():

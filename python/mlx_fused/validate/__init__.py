@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 import mlx_fused
 from mlx_fused.patching import PatchReport
+from mlx_fused.patching.projections import EMBEDDINGS
 from mlx_fused.validate import end_to_end
 from mlx_fused.validate.checkpoint import (
     CannotValidate,
@@ -21,6 +22,7 @@ from mlx_fused.validate.checkpoint import (
     in_float32,
     linears,
     load,
+    modules_of,
     unpatched,
 )
 from mlx_fused.validate.end_to_end import Runs, sum_error
@@ -57,10 +59,12 @@ def validate(
             in float32 when its embeddings are float32.
     """
     tokens = mx.array(prompt)
-    with mlx_fused.patched(model) as report:
-        terms = sum_terms(model, report)
     with unpatched(), in_float32(model):
         dtype = model(tokens[None]).dtype
+    with mlx_fused.patched(model) as report:
+        terms = sum_terms(model, report)
+        model(tokens[None])  # only traced, to count the operations
+    checked = sum(part.calls.fused for x in report.modules for name, part in x.parts.items() if name != "mlp")
     if dtype != mx.float32:
         raise CannotValidate("The model does not compute in float32 when its embeddings are float32.")
     parts = report.parts
@@ -72,7 +76,7 @@ def validate(
         on_progress(done, total)
 
     runs = Runs(model, on_step)
-    total = runs.count + 4 * sum(part.fused for part in parts)  # prompt and token, with and without adapters
+    total = runs.count + 4 * checked  # prompt and token, with and without adapters
     logits = runs.compare(lambda: {"logits": end_to_end.logits(model, tokens)}, sum_error(terms))
     operations = {"as loaded": check_operations(model, tokens, on_step)}
     logits = {dtype: lines["logits"] for dtype, lines in logits.items()}
@@ -115,7 +119,9 @@ def validate(
 
 def sum_terms(model: nn.Module, report: PatchReport) -> int:
     """The number of additions that patching reorders: the lengths of all dot products in the fused layers."""
-    layers = linears(model, [x for x in report.modules if any(part.fused for part in x.parts.values())])
+    fused, modules = [x for x in report.modules if any(p.fused for p in x.parts.values())], modules_of(model)
+    heads = [child for x in fused for child in modules[x.name].values() if type(child) in EMBEDDINGS]
+    layers = [*linears(model, fused), *heads]
     return sum(m["weight"].shape[-1] * (32 // m.bits if "scales" in m else 1) for m in layers)
 
 

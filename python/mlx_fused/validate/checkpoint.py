@@ -148,7 +148,7 @@ def add_adapters(model: nn.Module, tokens: mx.array, layers: Iterable[LayerRepor
     """Give a model without any adapters those that mlx-lm makes by default."""
     if any("lora_a" in module for module in model.modules()):
         return
-    of_modules = {id(m) for m in linears(model, layers)}
+    of_attention = {id(m) for m in linears(model, [x for x in layers if x.qkv])}
     num_layers = min(CONFIG_DEFAULTS["num_layers"], len(model.layers))
     config = CONFIG_DEFAULTS["lora_parameters"]
     linear_to_lora_layers(model, num_layers, config)
@@ -157,7 +157,7 @@ def add_adapters(model: nn.Module, tokens: mx.array, layers: Iterable[LayerRepor
     except AttributeError:  # some code reads a layer's weight, which an adapter around it hides
         remove_lora_layers(model)
         named = (pair for layer in model.layers for pair in layer.named_modules())
-        keys = {name for name, module in named if id(module) in of_modules}
+        keys = {name for name, module in named if id(module) in of_attention}
         linear_to_lora_layers(model, num_layers, {**config, "keys": keys})
 
 
