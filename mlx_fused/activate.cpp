@@ -116,7 +116,10 @@ Arrays Activate::vjp(
 
 std::optional<mx::array> Activate::made_again(const mx::array& output) {
   return mx::array(
-      output.shape(), output.dtype(), std::make_shared<Activate>(stream(), activation_, true), output.inputs());
+      output.shape(),
+      output.dtype(),
+      std::make_shared<Activate>(stream(), activation_, true),
+      output.inputs());
 }
 
 Function ActivateGrad::composed() {

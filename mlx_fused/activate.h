@@ -16,7 +16,8 @@ Arrays activate_grad(
 
 namespace composed {
 
-// The same in MLX's own operations: in at least float32 or, if exact, rounded after every step, as in modules.
+// The same in MLX's own operations: in at least float32 or, if exact, rounded after every step, as in
+// modules.
 mx::array activate(const Arrays& pre, const Activation& activation, bool exact, mx::Stream s);
 
 }  // namespace composed

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "mlx/allocator.h"
+#include "mlx/fast.h"
 #include "mlx/ops.h"
 #include "mlx_fused/activate.h"
 #include "mlx_fused/check.h"
@@ -215,6 +216,18 @@ class ComposedProjection : public Projection {
 
 namespace {
 
+// The call of an input that MLX norms before.
+std::pair<Arrays, Call> normed_before(const Arrays& inputs, const Call& call, mx::Stream s) {
+  auto slots = input_slots(call);
+  auto* weight = Operands(inputs, slots).find(Role::norm_weight);
+  auto x = mx::fast::rms_norm(inputs[0], weight ? std::optional(*weight) : std::nullopt, call.norm->eps, s);
+  Arrays others(inputs.begin() + 1 + (weight != nullptr), inputs.end());
+  others.insert(others.begin(), x);
+  auto rest = call;
+  rest.norm = std::nullopt;
+  return {others, rest};
+}
+
 // The outputs of a call, as Projection has them.
 Arrays all_outputs(
     Arrays inputs,
@@ -222,6 +235,9 @@ Arrays all_outputs(
     const std::optional<std::string>& route,
     mx::Stream stream,
     bool keeps = false) {
+  if (call.norm) {
+    std::tie(inputs, call) = normed_before(inputs, call, stream);
+  }
   auto work = workload(inputs, call);
   auto dtype = work.promoted[0];
   if (call.epilogue.exact) {

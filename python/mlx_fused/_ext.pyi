@@ -7,6 +7,7 @@ import enum
 
 import mlx.core
 
+
 class Packing(enum.Enum):
     """How a packed layer has its segments' rows."""
 
@@ -16,76 +17,11 @@ class Packing(enum.Enum):
 
     interleaved = 2
 
-def project(
-    operation: str,
-    node: str,
-    input_name: str,
-    input: mlx.core.array,
-    layers: Sequence[
-        tuple[
-            mlx.core.array,
-            mlx.core.array | None,
-            mlx.core.array | None,
-            mlx.core.array | None,
-            int | None,
-            int | None,
-            str,
-            mlx.core.array | None,
-            mlx.core.array | None,
-            float,
-        ]
-    ],
-    segments: Sequence[tuple[int, int]],
-    residual: mlx.core.array | None,
-    alpha: float,
-    activation: tuple[str, bool, float, float] | None,
-    packing: Packing,
-    exact: bool,
-    route: str | None,
-    stream: mlx.core.Stream | mlx.core.ThreadLocalStream | mlx.core.Device | mlx.core.DeviceType | None,
-) -> list[mlx.core.array]: ...
-def all_gradients(
-    operation: str,
-    node: str,
-    names: Sequence[str],
-    cotangents: Sequence[mlx.core.array],
-    input_name: str,
-    input: mlx.core.array,
-    layers: Sequence[
-        tuple[
-            mlx.core.array,
-            mlx.core.array | None,
-            mlx.core.array | None,
-            mlx.core.array | None,
-            int | None,
-            int | None,
-            str,
-            mlx.core.array | None,
-            mlx.core.array | None,
-            float,
-        ]
-    ],
-    segments: Sequence[tuple[int, int]],
-    has_bias: bool,
-    route: str | None,
-    stream: mlx.core.Stream | mlx.core.ThreadLocalStream | mlx.core.Device | mlx.core.DeviceType | None,
-) -> list[mlx.core.array]: ...
-def difference(
-    layers: Sequence[
-        tuple[
-            mlx.core.array,
-            mlx.core.array | None,
-            mlx.core.array | None,
-            mlx.core.array | None,
-            int | None,
-            int | None,
-            str,
-            mlx.core.array | None,
-            mlx.core.array | None,
-            float,
-        ]
-    ],
-) -> str | None:
+def project(operation: str, node: str, input_name: str, input: mlx.core.array, norm: tuple[mlx.core.array | None, float] | None, layers: Sequence[tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, mlx.core.array | None, int | None, int | None, str, mlx.core.array | None, mlx.core.array | None, float]], segments: Sequence[tuple[int, int]], residual: mlx.core.array | None, alpha: float, activation: tuple[str, bool, float, float] | None, packing: Packing, exact: bool, route: str | None, stream: mlx.core.Stream | mlx.core.ThreadLocalStream | mlx.core.Device | mlx.core.DeviceType | None) -> list[mlx.core.array]: ...
+
+def all_gradients(operation: str, node: str, names: Sequence[str], cotangents: Sequence[mlx.core.array], input_name: str, input: mlx.core.array, layers: Sequence[tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, mlx.core.array | None, int | None, int | None, str, mlx.core.array | None, mlx.core.array | None, float]], segments: Sequence[tuple[int, int]], has_bias: bool, route: str | None, stream: mlx.core.Stream | mlx.core.ThreadLocalStream | mlx.core.Device | mlx.core.DeviceType | None) -> list[mlx.core.array]: ...
+
+def difference(layers: Sequence[tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, mlx.core.array | None, int | None, int | None, str, mlx.core.array | None, mlx.core.array | None, float]]) -> str | None:
     """
     Why one operation cannot compute these layers of the same input; None if it can.
     """
@@ -106,32 +42,10 @@ def alias(a: mlx.core.array) -> mlx.core.array:
 def last_decision() -> tuple[str, str, str]:
     """Of this thread's latest call: its route, what decided that, and why."""
 
-def set_tuned_routes(
-    device: mlx.core.DeviceType,
-    routes: Sequence[
-        tuple[
-            tuple[
-                bool,
-                bool,
-                mlx.core.Dtype,
-                tuple[str, int, int] | None,
-                bool,
-                int,
-                Sequence[int],
-                Sequence[int],
-            ],
-            Mapping[int, str | None],
-        ]
-    ],
-) -> None:
+def set_tuned_routes(device: mlx.core.DeviceType, routes: Sequence[tuple[tuple[bool, bool, mlx.core.Dtype, tuple[str, int, int] | None, bool, int, Sequence[int], Sequence[int]], Mapping[int, str | None]]]) -> None:
     """
     Replaces the measured routes, by kind of call and rows; None where neither is clearly the faster.
     """
 
-def tuned_route(
-    kind: tuple[
-        bool, bool, mlx.core.Dtype, tuple[str, int, int] | None, bool, int, Sequence[int], Sequence[int]
-    ],
-    rows: int,
-) -> str | None:
+def tuned_route(kind: tuple[bool, bool, mlx.core.Dtype, tuple[str, int, int] | None, bool, int, Sequence[int], Sequence[int]], rows: int) -> str | None:
     """The measured route of such calls; None if the built-in table decides."""

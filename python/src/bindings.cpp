@@ -79,6 +79,7 @@ Arrays project(
     const std::string& node,
     const std::string& input_name,
     const mx::array& input,
+    const std::optional<mlx_fused::NormOperands>& norm,
     std::vector<LinearTuple> layers,
     const std::vector<std::pair<int, int>>& segments,
     const OptionalArray& residual,
@@ -95,6 +96,7 @@ Arrays project(
       mlx_fused::Check(operation),
       input_name,
       input,
+      norm,
       linears(layers),
       residual,
       call,
@@ -119,8 +121,8 @@ Arrays all_gradients(
   auto call = make_call(operation, node, segments);
   mlx_fused::Check check(operation);
   mlx_fused::Products products(stream, route);
-  auto primals =
-      mlx_fused::check_arguments(check, input_name, input, linears(layers), std::nullopt, call, products);
+  auto primals = mlx_fused::check_arguments(
+      check, input_name, input, std::nullopt, linears(layers), std::nullopt, call, products);
   return mlx_fused::all_gradients(check, names, cotangents, primals, call, has_bias, route, stream);
 }
 
@@ -179,6 +181,7 @@ NB_MODULE(_ext, m) {
       "node"_a,
       "input_name"_a,
       "input"_a,
+      "norm"_a,
       "layers"_a,
       "segments"_a,
       "residual"_a,

@@ -35,8 +35,17 @@ std::optional<mlx_fused::Quantization> quantization(const std::optional<Quantiza
 using Tensor = std::tuple<int, std::vector<int64_t>, std::vector<int64_t>>;
 using Tensors = std::map<std::pair<std::string, int>, Tensor>;
 
-constexpr std::array<std::string_view, 9> roles = {
-    "cotangent", "input", "weight", "group_scales", "group_biases", "bias", "lora_a", "lora_b", "residual"};
+constexpr std::array<std::string_view, 10> roles = {
+    "cotangent",
+    "input",
+    "norm_weight",
+    "weight",
+    "group_scales",
+    "group_biases",
+    "bias",
+    "lora_a",
+    "lora_b",
+    "residual"};
 
 mlx_fused::Slot slot(const std::pair<std::string, int>& name) {
   auto role = std::find(roles.begin(), roles.end(), name.first) - roles.begin();

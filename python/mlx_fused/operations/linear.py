@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_fused._ext import Packing
 from mlx_fused.linear import LinearOperands
-from mlx_fused.operations.call import OF_LAYER, Route, Stream, layer_of, layers_of, project
+from mlx_fused.operations.call import OF_LAYER, Norm, Route, Stream, layer_of, layers_of, project
 
 Activation: TypeAlias = Literal["silu", "gelu", "gelu_approx", "relu", "relu2"]
 
@@ -19,6 +19,7 @@ def fused_linear(
     weight: mx.array | LinearOperands,
     bias: mx.array | None = None,
     *,
+    norm: Norm = None,
     activation: Activation | None = None,
     exact: bool = False,
     route: Route = None,
@@ -35,6 +36,7 @@ def fused_linear(
         x (array): ``[..., K]``, float32, float16 or bfloat16. Any strides.
         weight (array or LinearOperands): ``[N, K]``, such as a head, or the weight of a tied embedding.
         bias (array, optional): ``[N]``. Left out with :class:`LinearOperands`. Default: ``None``.
+        norm (tuple, optional): Of ``x``, as in :func:`fused_qkv_projection`. Default: ``None``.
         activation (str, optional): ``"silu"``, ``"gelu"`` (with the error function), ``"gelu_approx"`` (with
             tanh), ``"relu"`` or ``"relu2"`` (its square), as in ``mlx.nn``. Default: ``None``.
         exact (bool): Round after a quantized product, after the bias, after the scaled low-rank product,
@@ -56,7 +58,10 @@ def fused_linear(
     of = activation and _activation(operation, activation, _ACTIVATIONS)
     layers = [layer_of(operation, weight, bias)]
     x, leading = _batched(operation, x)
-    (y,) = project(operation, "FusedLinear", "x", x, layers, [OF_LAYER], exact, route, stream, activation=of)
+    (y,) = project(
+        operation, "FusedLinear", "x", x, layers, [OF_LAYER], exact, route, stream,
+        norm=norm, activation=of,
+    )  # fmt: skip
     return _unbatched(y, leading)
 
 
@@ -65,6 +70,7 @@ def fused_gated_projection(
     weight: mx.array | LinearOperands | tuple[mx.array | LinearOperands, mx.array | LinearOperands],
     bias: mx.array | tuple[mx.array, mx.array] | None = None,
     *,
+    norm: Norm = None,
     activation: Literal["silu", "gelu", "gelu_approx", "relu", "relu2", "clipped_swiglu"] = "silu",
     alpha: float = 1.702,
     limit: float = 7.0,
@@ -76,9 +82,10 @@ def fused_gated_projection(
     """The gated half of an MLP in one operation: ``activation(gate) * up``.
 
     ``gate = x @ weight[0].T + bias[0]`` and ``up = x @ weight[1].T + bias[1]`` (Shazeer, "GLU Variants
-    Improve Transformer", 2020, arXiv:2002.05202). Accumulates in float32 and rounds once. Quantized weights, LoRA and
-    gradients work as in :func:`fused_qkv_projection`. The backward pass keeps ``x``, ``gate`` and ``up``; the
-    result is made again where the projection after it needs it. Nothing is kept if no gradient is asked for.
+    Improve Transformer", 2020, arXiv:2002.05202). Accumulates in float32 and rounds once. Quantized weights,
+    LoRA and gradients work as in :func:`fused_qkv_projection`. The backward pass keeps ``x``, ``gate`` and
+    ``up``; the result is made again where the projection after it needs it. Nothing is kept if no gradient is
+    asked for.
 
     Args:
         x (array): ``[..., K]``, float32, float16 or bfloat16. Any strides.
@@ -86,6 +93,7 @@ def fused_gated_projection(
             :class:`LinearOperands`; or one of these that packs the rows of both, ``[2 * N, K]``.
         bias (tuple or array, optional): ``(gate, up)``, each ``[N]``; or one ``[2 * N]`` if ``weight`` is
             packed. Left out with :class:`LinearOperands`. Default: ``None``.
+        norm (tuple, optional): Of ``x``, as in :func:`fused_qkv_projection`. Default: ``None``.
         activation (str): ``"silu"``, ``"gelu"`` (with the error function), ``"gelu_approx"`` (with tanh),
             ``"relu"`` or ``"relu2"`` (its square), as in ``mlx.nn``; or gpt-oss's ``"clipped_swiglu"``,
             ``g * sigmoid(alpha * g) * (u + 1)`` with ``g = min(gate, limit)`` and ``u = clip(up, -limit,
@@ -128,7 +136,7 @@ def fused_gated_projection(
     x, leading = _batched(operation, x)
     (y,) = project(
         operation, "FusedGatedProjection", "x", x, layers, segments, exact, route, stream,
-        activation=of, packing=_PACKINGS[packing],
+        norm=norm, activation=of, packing=_PACKINGS[packing],
     )  # fmt: skip
     return _unbatched(y, leading)
 
