@@ -6,6 +6,7 @@
 #include "mlx/fast.h"
 #include "mlx/ops.h"
 #include "mlx_fused/activate.h"
+#include "mlx_fused/backend/metal/grid.h"
 #include "mlx_fused/check.h"
 #include "mlx_fused/composed.h"
 #include "mlx_fused/routing.h"
@@ -14,10 +15,16 @@ namespace mlx_fused {
 
 namespace {
 
+// That of the input as the layers get it.
+mx::Dtype norm_type(const Arrays& inputs, const Call& call) {
+  bool weighted = call.norm && call.norm->has_weight;
+  return weighted ? mx::promote_types(inputs[0].dtype(), inputs[1].dtype()) : inputs[0].dtype();
+}
+
 // The dtype MLX would promote each segment's output to and, last, that of the sum with the residual.
 std::vector<mx::Dtype> promoted_types(const Arrays& inputs, const Call& call) {
   auto slots = input_slots(call);
-  std::vector<mx::Dtype> types(call.segments.size(), inputs[0].dtype());
+  std::vector<mx::Dtype> types(call.segments.size(), norm_type(inputs, call));
   for (size_t i = 0; i < slots.size(); ++i) {
     auto [role, segment] = slots[i];
     bool is_weight = role == Role::weight || role == Role::group_scales || role == Role::group_biases;
@@ -216,16 +223,12 @@ class ComposedProjection : public Projection {
 
 namespace {
 
-// The call of an input that MLX norms before.
-std::pair<Arrays, Call> normed_before(const Arrays& inputs, const Call& call, mx::Stream s) {
-  auto slots = input_slots(call);
-  auto* weight = Operands(inputs, slots).find(Role::norm_weight);
-  auto x = mx::fast::rms_norm(inputs[0], weight ? std::optional(*weight) : std::nullopt, call.norm->eps, s);
-  Arrays others(inputs.begin() + 1 + (weight != nullptr), inputs.end());
-  others.insert(others.begin(), x);
-  auto rest = call;
-  rest.norm = std::nullopt;
-  return {others, rest};
+// Whether the kernel that computes the projection norms its input as well: few rows, on Metal.
+bool norms_itself(
+    const Workload& work, mx::Dtype normed, const std::optional<std::string>& route, mx::Stream stream) {
+  return describe(stream.device).kind == DeviceInfo::metal && normed == work.promoted[0] &&
+         metal::can_norm(work.rows, work.in_features * normed.size()) &&
+         choose_route(Check(work.call.operation), work, stream, route) == Route::fused;
 }
 
 // The outputs of a call, as Projection has them.
@@ -235,7 +238,7 @@ Arrays all_outputs(
     const std::optional<std::string>& route,
     mx::Stream stream,
     bool keeps = false) {
-  if (call.norm) {
+  if (call.norm && !norms_itself(workload(inputs, call), norm_type(inputs, call), route, stream)) {
     std::tie(inputs, call) = normed_before(inputs, call, stream);
   }
   auto work = workload(inputs, call);
@@ -270,6 +273,19 @@ Arrays all_outputs(
 }
 
 }  // namespace
+
+std::pair<Arrays, Call> normed_before(const Arrays& inputs, const Call& call, mx::Stream s) {
+  std::optional<mx::array> weight;
+  Arrays others = inputs;
+  if (call.norm->has_weight) {
+    weight = inputs[1];
+    others.erase(others.begin() + 1);
+  }
+  others[0] = mx::fast::rms_norm(inputs[0], weight, call.norm->eps, s);
+  auto rest = call;
+  rest.norm = std::nullopt;
+  return {std::move(others), std::move(rest)};
+}
 
 Arrays project(Arrays inputs, Call call, const std::optional<std::string>& route, mx::Stream stream) {
   bool activates = bool(call.epilogue.activation);
@@ -330,6 +346,12 @@ Arrays all_gradients(
 }
 
 Function Projection::composed() {
+  if (call_.norm) {  // the gradient and all transforms are those of the norm and of the call without it
+    return [call = call_, s = stream()](const auto& inputs) {
+      auto [others, rest] = normed_before(inputs, call, s);
+      return all_outputs(std::move(others), std::move(rest), std::nullopt, s, true);
+    };
+  }
   return [call = call_, s = stream()](const auto& inputs) {
     auto outputs = composed::project(inputs, call.linear(), Products(s));
     if (auto& activation = call.epilogue.activation) {
@@ -397,7 +419,7 @@ Arrays Projection::vjp(
       grad.wanted.push_back(slots[argnum]);
     }
   }
-  if (of_groups) {
+  if (of_groups || call_.norm) {
     return FusedPrimitive::vjp(primals, cotangents, argnums, outputs);
   }
 

@@ -55,25 +55,6 @@ mlx_fused::Call make_call(
   return call;
 }
 
-// Its name, whether it is gated, alpha and limit.
-using ActivationTuple = std::tuple<std::string, bool, float, float>;
-
-mlx_fused::Activation activation_of(const std::optional<ActivationTuple>& given) {
-  using namespace mlx_fused;
-  static const std::map<std::string, ActivationKind> kinds = {
-      {"silu", activation_silu},
-      {"gelu", activation_gelu},
-      {"gelu_approx", activation_gelu_approx},
-      {"relu", activation_relu},
-      {"relu2", activation_relu2},
-      {"clipped_swiglu", activation_clipped_swiglu}};
-  if (!given) {
-    return {};
-  }
-  auto& [name, gated, alpha, limit] = *given;
-  return {kinds.at(name), gated, alpha, limit};
-}
-
 Arrays project(
     const std::string& operation,
     const std::string& node,
@@ -166,6 +147,22 @@ Route tuned_route(const KindTuple& kind, int64_t rows) {
 }
 
 }  // namespace
+
+mlx_fused::Activation activation_of(const std::optional<ActivationTuple>& given) {
+  using namespace mlx_fused;
+  static const std::map<std::string, ActivationKind> kinds = {
+      {"silu", activation_silu},
+      {"gelu", activation_gelu},
+      {"gelu_approx", activation_gelu_approx},
+      {"relu", activation_relu},
+      {"relu2", activation_relu2},
+      {"clipped_swiglu", activation_clipped_swiglu}};
+  if (!given) {
+    return {};
+  }
+  auto& [name, gated, alpha, limit] = *given;
+  return {kinds.at(name), gated, alpha, limit};
+}
 
 NB_MODULE(_ext, m) {
   m.doc() = "The C++ functions that mlx_fused.operations and mlx_fused.patching call.";

@@ -243,12 +243,17 @@ void bind_internals(nb::module_& m) {
          const std::optional<QuantizationTuple>& q,
          float alpha,
          bool exact,
+         const std::optional<ActivationTuple>& activation,
+         std::optional<float> norm_eps,
          int cores) {
         auto type = metal::dtype_named(dtype);
         mlx_fused::Call call{
             .has_bias = inputs.contains({"bias", 0}),
             .quantization = quantization(q),
-            .epilogue = {inputs.contains({"residual", 0}), alpha, exact}};
+            .epilogue = {inputs.contains({"residual", 0}), alpha, exact, activation_of(activation)}};
+        if (norm_eps) {
+          call.norm = {.eps = *norm_eps, .has_weight = inputs.contains({"norm_weight", 0})};
+        }
         for (auto scale : adapter_scales) {
           call.segments.push_back({.features = 0, .adapter_scale = scale});
         }
@@ -279,7 +284,35 @@ void bind_internals(nb::module_& m) {
       "quantization"_a = nb::none(),
       "alpha"_a = 1.0f,
       "exact"_a = false,
+      "activation"_a = nb::none(),
+      "norm_eps"_a = nb::none(),
       "cores"_a = 0);
+  // Of an activation by itself, or of its gradients if there is a cotangent.
+  internals.def(
+      "plan_activation",
+      [](const std::string& dtype,
+         const ActivationTuple& activation,
+         const std::vector<Tensor>& pre,
+         const std::vector<Tensor>& outputs,
+         const std::optional<Tensor>& cotangent) {
+        auto type = metal::dtype_named(dtype);
+        auto of = activation_of(activation);
+        auto tensors = [](const std::vector<Tensor>& given) {
+          std::vector<metal::Tensor> all;
+          std::transform(given.begin(), given.end(), std::back_inserter(all), tensor);
+          return all;
+        };
+        if (!cotangent) {
+          return launches(metal::plan_activation(of, type, tensors(pre), tensor(outputs[0])));
+        }
+        return launches(
+            metal::plan_activation_grad(of, type, tensor(*cotangent), tensors(pre), tensors(outputs)));
+      },
+      "dtype"_a,
+      "activation"_a,
+      "pre"_a,
+      "outputs"_a,
+      "cotangent"_a = nb::none());
   // A call's outputs in MLX's own primitives, or the wanted gradients if there are any.
   internals.def(
       "composed",

@@ -185,6 +185,14 @@ FLOATING(float, abs, __builtin_fabsf)
 FLOATING(float, exp2, __builtin_exp2f)
 FLOATING(float, log2, __builtin_log2f)
 FLOATING(float, round, __builtin_roundf)
+namespace precise {
+METAL_FUNC float exp(float v) {
+  return exp2(1.44269504f * v);
+}
+METAL_FUNC float rsqrt(float v) {
+  return 1.0f / __builtin_sqrtf(v);
+}
+}  // namespace precise
 METAL_FUNC bool signbit(float v) {
   return __builtin_bit_cast(int, v) < 0;
 }
