@@ -103,7 +103,8 @@ float round_to(mx::Dtype dtype, float value) {
                                  : value;
 }
 
-// An activation as a gradient's input, made again so that the forward pass need not keep it.
+// An activation as a gradient's input, made again so that the forward pass need not keep it. Only if it has a
+// gradient too: what it is of would not be kept else.
 mx::array made_again(const mx::array& x) {
   auto* primitive =
       x.has_primitive() && !x.is_available() ? dynamic_cast<FusedPrimitive*>(&x.primitive()) : nullptr;
@@ -118,7 +119,8 @@ Arrays grad_inputs(
   Arrays inputs;
   for (auto [role, segment] : input_slots(call)) {
     auto& array = role == Role::cotangent ? cotangents[segment] : operands.get(role, segment);
-    inputs.push_back(role == Role::input ? made_again(array) : array);
+    bool made = role == Role::input && call.wants(Role::input);
+    inputs.push_back(made ? made_again(array) : array);
   }
   return inputs;
 }
@@ -253,6 +255,8 @@ Arrays all_outputs(
                            : ComposedProjection::of(inputs, call.linear(), stream);
     auto& [has_residual, alpha, exact, activation] = call.epilogue;
     if (activation) {
+      auto type = mx::result_type(outputs);
+      std::ranges::transform(outputs, outputs.begin(), [&](auto& y) { return mx::astype(y, type, stream); });
       auto y = exports || exact ? composed::activate(outputs, activation, exact, stream)
                                 : activate(outputs, activation, stream);
       outputs.insert(outputs.begin(), y);

@@ -85,7 +85,7 @@ def run_plan(case, **options):
 def wanted_of(case, op):
     """What it is the gradient of, if it is one."""
     wanted = {"dx": ("input",), "dw": ("weight", "bias")}
-    trained = ("input", "attn_out", "lora_a", "lora_b") if case.operation.endswith("grad") else ()
+    trained = ("input", "x", "lora_a", "lora_b") if case.operation.endswith("grad") else ()
     return [key for key in op.leaves if key[0] in wanted.get(case.operation, trained)]
 
 

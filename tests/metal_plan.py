@@ -185,7 +185,7 @@ def adapters_of(call, op):
 
 
 # What plans call an argument of the operations that has another name there.
-ROLES = {"attn_out": "input", "scales": "group_scales", "biases": "group_biases"}
+ROLES = {"x": "input", "scales": "group_scales", "biases": "group_biases"}
 
 
 def operands_of(call, op):

@@ -87,7 +87,7 @@ def output(batch, seq, hidden, out, **options):
     return projections.output(np.random.default_rng(1), batch, seq, hidden, out, **options)
 
 
-INPUT, WEIGHT, LORA = ("input", "attn_out"), ("weight", "bias"), ("lora_a", "lora_b")
+INPUT, WEIGHT, LORA = ("input", "x"), ("weight", "bias"), ("lora_a", "lora_b")
 RANKS = (33, None, 9)  # more than a simdgroup's lanes, and more than a tile's columns
 
 

@@ -17,3 +17,9 @@ def integers(rng, shape, dtype=mx.float32):
 def large_integers(rng, shape, dtype):
     """Sums of their products are exact in float32, but not in 16 bits."""
     return mx.array(rng.integers(-9, 10, shape), dtype=dtype)
+
+
+def few_integers(rng, shape, dtype=mx.float32):
+    """Most of them 0: products of the sums of their products are exact as well."""
+    few = rng.integers(0, max(shape[-1] // 2, 3), shape) == 0
+    return mx.array(rng.integers(-2, 3, shape) * few, dtype=dtype)

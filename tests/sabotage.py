@@ -150,7 +150,7 @@ def targets(model):
 
     with wrapped(note), mlx_fused.patched(model):
         mx.eval(model(prompt()[None]))
-    forward_of_activations = [t for t in found if t.operand in ("input", "attn_out") and not t.gradient]
+    forward_of_activations = [t for t in found if t.operand in ("input", "x") and not t.gradient]
     return [t for t in dict.fromkeys(found) if t not in forward_of_activations]
 
 
@@ -233,12 +233,12 @@ def _multiplied(arguments, target, factor):
 
 
 def _activations(arguments):
-    return "input" if "input" in arguments else "attn_out"
+    return "input" if "input" in arguments else "x"
 
 
 def _key(target, arguments):
     """Of the operand, as ``differentiable`` has it."""
-    is_of_call = target.operand in ("input", "attn_out", "residual")
+    is_of_call = target.operand in ("input", "x", "residual")
     return target.operand, None if is_of_call else _segments(arguments).index(target.segment)
 
 
@@ -248,7 +248,7 @@ def _segments(arguments):
 
 def _named(arguments):
     """The operands of a call, and whose they are."""
-    names = [n for n in ("input", "attn_out", "residual") if n in arguments]
+    names = [n for n in ("input", "x", "residual") if n in arguments]
     found = [(name, _segments(arguments)) for name in names]
     for segment, layer in zip(_segments(arguments), layers_of(arguments), strict=True):
         for name in ("weight", "bias", "lora_a", "lora_b"):

@@ -40,14 +40,14 @@ QKV_BWD = {
     "head_dim": 8,
 }
 OUTPUT = {
-    "attn_out": zeros(2, 3, 32),
+    "x": zeros(2, 3, 32),
     "weight": zeros(12, 32),
     "bias": zeros(12),
     "residual": zeros(2, 3, 12),
 }
 OUTPUT_BWD = {
     "d_output": zeros(2, 3, 12),
-    "attn_out": zeros(2, 3, 32),
+    "x": zeros(2, 3, 32),
     "weight": zeros(12, 32),
     "has_bias": True,
 }
@@ -112,8 +112,8 @@ COTANGENTS = [
     ({"dv": zeros(2, 2, 3, 1)}, ["dv", "(2, 2, 3, 8)", "(2, 2, 3, 1)"]),
 ]
 OUTPUT_SHAPES = [
-    ({"attn_out": zeros(3, 32)}, ["attn_out", "3", "2", "(3, 32)"]),
-    ({"attn_out": zeros(1, 2, 3, 32)}, ["attn_out", "3", "4", "(1, 2, 3, 32)"]),
+    ({"x": zeros(3, 32)}, ["x", "3", "2", "(3, 32)"]),
+    ({"x": zeros(1, 2, 3, 32)}, ["x", "3", "4", "(1, 2, 3, 32)"]),
     ({"weight": zeros(12)}, ["weight", "(12,)"]),
     ({"weight": zeros(12, 31)}, ["weight", "32", "(12, 31)"]),
 ]
@@ -210,7 +210,7 @@ def test_the_exact_messages():
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_errors_are_raised_by_the_call_and_inside_transforms(operation):
-    argument = "input" if "qkv" in operation else "attn_out"
+    argument = "input" if "qkv" in operation else "x"
     a = OPERATIONS[operation][argument]
 
     def wrong(a):
@@ -276,7 +276,7 @@ def test_empty_batches_are_checked_as_well():
     with pytest.raises(ValueError, match=message("fused_qkv_projection", ["weight"])):
         call("fused_qkv_projection", input=zeros(0, 3, 12), weight=zeros(64, 13))
     with pytest.raises(ValueError, match=message("fused_output_projection_residual", ["residual"])):
-        call("fused_output_projection_residual", attn_out=zeros(0, 3, 32))
+        call("fused_output_projection_residual", x=zeros(0, 3, 32))
 
 
 @pytest.mark.parametrize("form", [None, ("mxfp4", 32, 4)], ids=str)

@@ -216,7 +216,7 @@ def test_arguments_by_name_and_a_stream(rng):
         call = output(rng, 1, 3, 8, 5)
         a = call.arguments
         out = mlx_fused.fused_output_projection_residual(
-            attn_out=a["attn_out"], weight=a["weight"], bias=a["bias"], residual=a["residual"], stream=stream
+            x=a["x"], weight=a["weight"], bias=a["bias"], residual=a["residual"], stream=stream
         )
         check_outputs(call, out)
 
@@ -240,5 +240,5 @@ def test_broadcast_operands_with_more_elements_than_32_bits_count(rng, dtype):
     few = output(rng, 1, 1, hidden, 2, dtype=dtype, bias=False, draw=operands.integers)
     few = few.replace(residual=mx.zeros((1, 1, 2), dtype))
     x, residual = (mx.broadcast_to(a, (batch, 1, a.shape[-1])) for a in (few.x, few.arguments["residual"]))
-    (out,) = few.replace(attn_out=x, residual=residual)()
+    (out,) = few.replace(x=x, residual=residual)()
     check_outputs(few, out[-1:])

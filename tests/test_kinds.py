@@ -35,13 +35,29 @@ routes = pytest.mark.parametrize("route", ["fused", "composed"])
 
 def calls(
     rng, form, adapted, batch=2, seq=5, hidden=128, heads=HEADS, hidden_out=40, ranks=(8, None, 3), rank=8,
-    packed=False, **options,
+    packed=False, activation="silu", **options,
 ):  # fmt: skip
-    """The two operations, with adapters of these ranks or without."""
+    """The operations, with adapters of these ranks or without."""
     ranks, rank = (ranks, rank) if adapted else (None, None)
+    pair, packing = ranks and ranks[:2], "gate_up" if packed else None
     return [
         projections.qkv(rng, batch, seq, hidden, heads, form, packed=packed, ranks=ranks, **options),
         projections.output(rng, batch, seq, hidden, hidden_out, form, rank=rank, **options),
+        projections.linear(
+            rng, batch, seq, hidden, hidden_out, form, rank=rank, activation=activation, **options
+        ),
+        projections.gated(
+            rng,
+            batch,
+            seq,
+            hidden,
+            hidden_out,
+            form,
+            packing=packing,
+            ranks=pair,
+            activation=activation,
+            **options,
+        ),  # fmt: skip
     ]
 
 
@@ -99,8 +115,12 @@ def test_composed_means_the_same(rng, packed, form, adapted):
 @adapted
 @routes
 def test_integers_give_the_same_bits_however_they_are_computed(rng, form, adapted, route):
-    of_one_row = calls(rng, form, adapted, seq=1, packed=True, draw=operands.integers)
-    for call in (*of_one_row, *calls(rng, form, adapted, seq=9, draw=operands.integers)):
+    several = []
+    for options in ({"seq": 1, "packed": True}, {"seq": 9}):
+        several += calls(rng, form, adapted, draw=operands.integers, **options)[:2]
+        few = calls(rng, form, adapted, draw=operands.few_integers, activation="relu", **options)[2:]
+        several += few[:1] if form and form[0] == "mxfp8" else few  # products of these have too many bits
+    for call in several:
         oracle.assert_equal(call(route=route), call.formula(*call.exact_operands))
         given, keys = cotangents(rng, call, operands.integers), call.trainable
         expected = call.gradient_formula(keys)(oracle.exact(given), *call.exact_operands)
@@ -111,9 +131,13 @@ def test_integers_give_the_same_bits_however_they_are_computed(rng, form, adapte
 @views
 def test_views(rng, view, dtype):
     for form, adapted in [(("affine", 32, 4), False), (("mxfp8", 32, 8), False), *SOME[1:]]:
-        packed, _ = calls(rng, form, adapted, seq=1, hidden=64, packed=True, dtype=dtype)
-        for call in (packed, *calls(rng, form, adapted, hidden=64, dtype=dtype)):
+        packed = calls(rng, form, adapted, seq=1, hidden=64, packed=True, dtype=dtype)
+        for call in (packed[0], packed[-1], *calls(rng, form, adapted, hidden=64, dtype=dtype)):
             check_views(rng, call, view)
+
+
+activations = st.sampled_from(projections.ACTIVATIONS)
+packings = st.sampled_from(projections.PACKINGS)
 
 
 @settings(max_examples=300)
@@ -136,9 +160,15 @@ def test_any_call(seed, form, dtype, rows, groups, shape, ranks, bias, packed, d
     hidden = groups * (max(form[1], 32) if form else 16)  # mx.quantize refuses one row of 16
     layouts = st.sampled_from([lambda a: a, *VIEWS])
     rank = next(filter(None, ranks)) if ranks else None
+    activation, packing = data.draw(activations), data.draw(packings) if packed else None
+    pair, single = ranks and ranks[:2], None if activation == "clipped_swiglu" else activation
     for call in (
         projections.qkv(rng, *rows, hidden, heads, form, dtype, bias, packed, ranks),
         projections.output(rng, *rows, hidden, head_dim, form, dtype, bias, rank, alpha=0.5),
+        projections.linear(rng, *rows, hidden, head_dim, form, dtype, bias, rank, activation=single),
+        projections.gated(
+            rng, *rows, hidden, head_dim, form, dtype, bias, packing, pair, activation=activation
+        ),
     ):
         laid_out = {key: data.draw(layouts)(a) if a.size else a for key, a in call.leaves.items()}
         check(rng, call.with_leaves(laid_out))

@@ -106,7 +106,7 @@ def test_attention_layouts(rng, dtype, batch, seq):
     num_heads, _, head_dim = HEADS
     heads = operands.normal(rng, (batch, num_heads, seq, head_dim), dtype)
     merged = heads.swapaxes(1, 2).flatten(2)
-    check_forward(output(rng, batch, seq, num_heads * head_dim, 19, dtype=dtype).replace(attn_out=merged))
+    check_forward(output(rng, batch, seq, num_heads * head_dim, 19, dtype=dtype).replace(x=merged))
     call = qkv(rng, batch, seq, 21, HEADS, dtype=dtype)
     check_backward(call, [mx.contiguous(g.swapaxes(1, 2)).swapaxes(1, 2) for g in cotangents(rng, call)])
 

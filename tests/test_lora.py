@@ -100,7 +100,7 @@ EXACT += [(form, dtype, "composed") for form, dtype, _ in EXACT if form is None 
 def test_exact_mode_rounds_where_the_modules_of_mlx_lm_do(rng, form, dtype, route):
     for bias, alpha, seq in product((False, True), (1.0, 0.75), (1, 20)):
         options = {"bias": bias, "draw": wide_integers}
-        qkv, output = adapted(rng, form, dtype, 1, seq, scale=1 / 64, **options)
+        qkv, output, *_ = adapted(rng, form, dtype, 1, seq, scale=1 / 64, **options)
         plain = projections.output(rng, 1, seq, 64, 40, form, dtype, alpha=alpha, **options)
         without = (
             projections.qkv(rng, 1, seq, 64, HEADS, form, dtype, packed=p, **options) for p in (False, True)
@@ -109,10 +109,33 @@ def test_exact_mode_rounds_where_the_modules_of_mlx_lm_do(rng, form, dtype, rout
             oracle.assert_equal(call(exact=True, route=route), call.rounded_formula(dtype))
 
 
+def with_activations(rng, *args, **options):
+    """Of sums that are not large, and still exact."""
+    for activation in projections.ACTIVATIONS:
+        for call in adapted(rng, *args, activation=activation, **options)[2:]:
+            if call.gated or activation != "clipped_swiglu":
+                yield call.replace(x=call.x / 1024)
+
+
+@dtypes
+@bases
+def test_exact_mode_rounds_activations_and_what_they_gate(rng, form, dtype):
+    for bias, seq in product((False, True), (1, 20)):
+        for call in with_activations(rng, form, dtype, 1, seq, scale=1 / 64, bias=bias, draw=wide_integers):
+            (y,) = oracle.exact(call(exact=True))
+            least, largest = call.rounded_activation(dtype)
+            assert ((least <= y) & (y <= largest)).all()
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 def test_exact_mode_is_another_result(rng, dtype):
-    """The operands of the test above do tell the modes apart."""
-    for call in adapted(rng, None, dtype, 1, 20, draw=wide_integers, scale=1 / 64):
+    """The operands of the tests above do tell the modes apart."""
+    options = {"draw": wide_integers, "scale": 1 / 64}
+    for call in with_activations(rng, None, dtype, 1, 20, **options):
+        assert (call()[0] != call(exact=True)[0]).any()
+        least, largest = call.rounded_activation(dtype)
+        assert (least == largest).mean() > 0.95
+    for call in adapted(rng, None, dtype, 1, 20, **options)[:2]:
         differ = [(a != b).any().item() for a, b in zip(call(), call(exact=True), strict=True)]
         assert all(differ) if call.segments is None else differ == [True, False, True]
 
@@ -120,7 +143,7 @@ def test_exact_mode_is_another_result(rng, dtype):
 @dtypes
 @bases
 def test_exact_mode_leaves_the_gradients_as_they_are(rng, form, dtype):
-    for call in adapted(rng, form, dtype):
+    for call in adapted(rng, form, dtype, activation=None)[:3]:
         given = cotangents(rng, call)
         grads = [projections.gradients(call, call.trainable, given, exact=e) for e in (False, True)]
         oracle.assert_equal(*grads)
@@ -130,7 +153,7 @@ def test_exact_mode_leaves_the_gradients_as_they_are(rng, form, dtype):
 def test_the_gradients_are_the_slopes_of_the_formula(rng, form):
     """The oracle's own backward against central differences, exact for what is linear in each operand."""
     for call in adapted(rng, form):
-        call = call.replace(alpha=-0.5) if call.segments is None else call
+        call = call.replace(alpha=-0.5) if "residual" in call.arguments else call
         given = cotangents(rng, call)
         grads = call.gradient_formula(call.trainable)(oracle.exact(given), *call.exact_operands)
         check_slopes(rng, call, given, grads, [[key] for key in call.trainable])
@@ -163,8 +186,7 @@ def test_nan_and_infinity_in_the_input_stay_in_their_row(rng, form, dtype):
     for value, call in product((np.nan, np.inf), adapted(rng, form, dtype, 1, 5)):
         x = mx.array(call.x)
         x[0, 2, 33] = value
-        name = "input" if call.segments else "attn_out"
-        for y, clean in zip(call(**{name: x}), call(), strict=True):
+        for y, clean in zip(call(**{call.input_name: x}), call(), strict=True):
             rows = -2
             y, clean = (np.moveaxis(oracle.exact(a), rows, 0) for a in (y, clean))
             assert not np.isfinite(y[2]).any()

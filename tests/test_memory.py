@@ -76,7 +76,7 @@ def test_output_projection_copies_nothing(rng, dtype, seq):
     call = output(rng, 1, seq, HIDDEN, 384, dtype=dtype)
     check_nothing_is_copied(call)
     given = arrays(call, "residual")
-    read = [*given, *arrays(call, "attn_out", "weight")]
+    read = [*given, *arrays(call, "x", "weight")]
     # The residual's gradient is the cotangent itself.
     needed = nbytes(read) + nbytes(backward(call, given)[:3])
     assert peak(lambda: backward(call, given), read) <= 1.02 * needed

@@ -97,7 +97,7 @@ def check(gpu, rng, call, keys=None, view=lambda a: a):
     made = [g for g, (name, _) in zip(grads, keys, strict=True) if name != "residual"]
     launches = gpu(made[0])
     # The input's gradient may be split.
-    assert launches <= (5 if adapted else 1) + ("weight" in names) + bool(names & {"input", "attn_out"})
+    assert launches <= (5 if adapted else 1) + ("weight" in names) + bool(names & {"input", "x"})
     oracle.assert_close(grads, call.gradient_formula(keys), given, *as_held(call), terms=call.gradient_terms)
 
 

@@ -28,7 +28,7 @@ SUBSETS = [(4, None, None), (None, 9, None), (None, None, 16), (8, 8, 8), (33, 1
 def trainable(op):
     if op.packed:  # its adapter's gradients are made of those of the segments, by MLX
         return [("input", None)]
-    return [key for key in op.leaves if key[0] in ("input", "attn_out", "lora_a", "lora_b")]
+    return [key for key in op.leaves if key[0] in ("input", "x", "lora_a", "lora_b")]
 
 
 def check_forward(op, **options):

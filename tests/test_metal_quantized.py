@@ -50,7 +50,7 @@ def check_forward(op, **options):
 
 def check_backward(rng, op, **options):
     given = projections.cotangents(rng, op)
-    keys = [(name, None) for name in ("input", "attn_out") if name in op.arguments]
+    keys = [(name, None) for name in ("input", "x") if name in op.arguments]
     call, grads = backward(op, given, keys, **options)
     assert len(call.plan) == 1
     formula, exact = op.gradient_formula(keys), as_decoded(op, call)
@@ -86,7 +86,7 @@ def test_every_byte_of_every_format(mode, of_scales, dtype):
         (expected,) = op.formula(*op.exact_operands)
         oracle.assert_equal(forward(op)[1], (mx.array(expected, mx.float64).astype(dtype),))
     op = projections.every_byte(mode, of_scales, 9, dtype, as_columns=True)
-    key, given = ("attn_out", None), (mx.full((1, 9, 1), 0.5, dtype),)
+    key, given = ("x", None), (mx.full((1, 9, 1), 0.5, dtype),)
     (expected,) = op.gradient_formula([key])(oracle.exact(given), *op.exact_operands)
     oracle.assert_equal(backward(op, given, [key])[1], (mx.array(expected, mx.float64).astype(dtype),))
 
@@ -171,7 +171,7 @@ def test_with_adapters(rng, rows, dtype):
         call, outputs = forward(op)
         oracle.assert_close(outputs, op.formula, *as_decoded(op, call), terms=op.forward_terms)
         given = projections.cotangents(rng, op)
-        keys = [key for key in op.leaves if key[0] in ("input", "attn_out", "lora_a", "lora_b")]
+        keys = [key for key in op.leaves if key[0] in ("input", "x", "lora_a", "lora_b")]
         call, grads = backward(op, given, keys)
         formula, exact = op.gradient_formula(keys), as_decoded(op, call)
         oracle.assert_close(grads, formula, given, *exact, terms=op.gradient_terms)

@@ -43,7 +43,7 @@ def check_forward(op, splits, kind=Call, cores=CORES):
 
 
 def check_backward(rng, op, splits, kind=Call, cores=CORES):
-    keys = [key for key in op.leaves if key[0] in ("input", "attn_out")]
+    keys = [key for key in op.leaves if key[0] in ("input", "x")]
     given = projections.cotangents(rng, op)
     call, grads = backward(op, given, keys, kind, cores=cores)
     oracle.assert_close(grads, op.gradient_formula(keys), given, *as_in_tiles(op), terms=op.gradient_terms)

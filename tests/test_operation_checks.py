@@ -80,7 +80,7 @@ def test_formulas_are_those_of_the_tests(rng, form, dtype):
         }
         for (name, place), e in zip(keys, expected, strict=True):
             if name != "residual":
-                shared = name in ("input", "attn_out")
+                shared = name in ("input", "x")
                 key = ("input", "") if shared else (name, read_call.segments[place or 0].name)
                 np.testing.assert_allclose(
                     by_name[key], e.reshape(by_name[key].shape), rtol=1e-12, atol=1e-12
@@ -109,7 +109,7 @@ def test_the_roundings_of_the_composed_form_are_no_excuse_for_a_kernel(rng, monk
 @dtypes
 def test_numbers_that_are_not_finite(rng, dtype):
     for call in calls(rng, None, dtype):
-        name = "input" if call.segments else "attn_out"
+        name = call.input_name
         x = mx.array(call.x)
         x[0, 3, 5] = float("nan")
         x[0, 4, 5] = float("inf")
@@ -122,7 +122,7 @@ def test_numbers_that_are_not_finite(rng, dtype):
 
 def test_float16_overflows_where_the_exact_result_does(rng):
     for call in calls(rng, None, mx.float16, 40):
-        name = "input" if call.segments else "attn_out"
+        name = call.input_name
         large = call.replace(**{name: 3000 * call.x})
         outputs = getattr(mlx_fused, call.operation)(**large.keywords)
         outputs = list(outputs) if call.segments else [outputs]
@@ -181,7 +181,7 @@ def test_what_is_swallowed_by_rounding_is_inconclusive_and_no_error(rng, dtype):
     """A projection below half a step of the residual and in its direction: no error of it cancels out."""
     residual = (1 + mx.random.uniform(0, 0.9, (1, 40, 64), key=mx.random.key(0))).astype(dtype)
     weight = (1e-5 * mx.eye(64)).astype(dtype)
-    arguments = {"attn_out": residual, "weight": weight, "bias": None, "residual": residual}
+    arguments = {"x": residual, "weight": weight, "bias": None, "residual": residual}
     call = projections.Call("fused_output_projection_residual", arguments)
     findings = check(call)
     assert findings["their components"]["projection in o"].verdict == "inconclusive"
@@ -193,9 +193,9 @@ def test_what_is_swallowed_by_rounding_is_inconclusive_and_no_error(rng, dtype):
 def test_how_ties_are_rounded_is_no_error_of_what_sums_swallow(rng, scale):
     """Bias and residual often add up to a tie; the projection decides it, or is lost in the sum."""
     values = (rng.normal(0, 1, shape) for shape in ((1, 40, 256), (256, 256), (256,), (1, 40, 256)))
-    attn_out, weight, bias, residual = (mx.array(v).astype(mx.bfloat16) for v in values)
+    x, weight, bias, residual = (mx.array(v).astype(mx.bfloat16) for v in values)
     weight = (scale * weight).astype(mx.bfloat16)
-    arguments = {"attn_out": attn_out, "weight": weight, "bias": bias, "residual": residual}
+    arguments = {"x": x, "weight": weight, "bias": bias, "residual": residual}
     for options in ({}, {"route": "composed"}):
         findings = check(projections.Call("fused_output_projection_residual", arguments), **options)
         assert "failed" not in verdicts(findings)
@@ -205,7 +205,7 @@ def test_equal_rows_count_once(rng, monkeypatch):
     """Their errors are equal and do not cancel out, though each number is within its bound."""
     monkeypatch.setattr(operations, "_arithmetic", lambda *_: formulas.Arithmetic())
     for call in calls(rng, None, mx.bfloat16, 200):
-        name = "input" if call.segments else "attn_out"
+        name = call.input_name
         names = {name, "residual"} & call.arguments.keys()
         same = call.replace(**{n: mx.repeat(call.arguments[n][:, :1], 200, 1) for n in names})
         outputs = []

@@ -53,7 +53,7 @@ for table in quantized.TABLES:
             (expected,) = call.formula(*call.exact_operands)
             oracle.assert_equal(call(), (mx.array(expected, mx.float64).astype(dtype),))
             call = projections.every_byte(*table, rows, dtype, as_columns=True)
-            key, given = ("attn_out", None), (mx.full((1, rows, 1), 0.5, dtype),)
+            key, given = ("x", None), (mx.full((1, rows, 1), 0.5, dtype),)
             (expected,) = call.gradient_formula([key])(oracle.exact(given), *call.exact_operands)
             grads = projections.gradients(call, [key], given)
             oracle.assert_equal(grads, (mx.array(expected, mx.float64).astype(dtype),))

@@ -33,7 +33,7 @@ ADAPTERS = {
 }
 ADAPTER = {"lora_a": zeros(128, 4), "lora_b": zeros(4, 64), "lora_scale": 2.0}
 QKV = {"input": zeros(2, 3, 128), **HEADS}
-OUTPUT = {"attn_out": zeros(2, 3, 128), "residual": zeros(2, 3, 64)}
+OUTPUT = {"x": zeros(2, 3, 128), "residual": zeros(2, 3, 64)}
 # What the cases change: an operation, and how its layers are made.
 CALLS = {
     "packed": Call("fused_qkv_projection", QKV | QUANTIZED),
@@ -154,7 +154,7 @@ CASES = {
     "output with LoRA": [*WEIGHTS, *FORMATS, *RESIDUALS, *PAIR],
 }
 CASES["packed"] += [({"input": x}, said) for x, said in INPUT]
-CASES["output"] += [({"attn_out": x}, said) for x, said in INPUT]
+CASES["output"] += [({"x": x}, said) for x, said in INPUT]
 
 
 @calls
@@ -185,7 +185,7 @@ def test_wrong_arguments(kind, changes, said):
 @calls
 def test_errors_are_raised_inside_transforms(kind):
     call = CALLS[kind]
-    name = "input" if call.segments else "attn_out"
+    name = call.input_name
     for transform in (mx.compile, mx.checkpoint, mx.grad):
         with pytest.raises(ValueError, match=message(call.operation, [name, "3", "2"])):
             transform(lambda x: call(**{name: x[0]}))(call.x)

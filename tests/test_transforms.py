@@ -218,7 +218,7 @@ def test_jvp_of_vmap_and_vmap_of_jvp(rng):
 
 def resized(rng, call, batch, seq):
     """Values of another number of rows for the trainable arrays."""
-    of_rows = ("input", "attn_out", "residual")
+    of_rows = ("input", "x", "residual")
     return [
         integers(rng, (batch, seq, a.shape[-1])) if name in of_rows else a
         for (name, _), a in ((key, call.leaves[key]) for key in call.trainable)
@@ -361,7 +361,7 @@ def test_a_chain_over_two_streams(rng):
 
     def chain(stream=None, route=None):
         q, _, _ = first(route=route)
-        return second(attn_out=q.swapaxes(1, 2).flatten(2), stream=stream, route=route)
+        return second(x=q.swapaxes(1, 2).flatten(2), stream=stream, route=route)
 
     oracle.assert_equal(chain(stream=mx.new_stream(mx.cpu)), chain(route="composed"))
 

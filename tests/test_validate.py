@@ -353,7 +353,7 @@ def test_batches_are_checked_and_single_rows_too(larger):
     def wrap(operation):
         def run(**arguments):
             outputs = operation(**arguments)
-            batch = arguments.get("input", arguments.get("attn_out")).shape[0]
+            batch = arguments.get("input", arguments.get("x")).shape[0]
             return tree_map(lambda y: 1.01 * y, outputs) if (batch > 1) == larger else outputs
 
         return run

@@ -134,13 +134,13 @@ class QKVProjection(Module):
 
 
 class OutputProjection(Module):
-    """Projects the output of attention and adds the residual in one operation.
+    """A projection and the residual that is added to it in one operation.
 
     Its child ``o`` is a linear layer. It may become a ``QuantizedLinear``, or an mlx-lm ``LoRALinear`` around
     either. If one operation cannot compute it with the addition (DoRA, active dropout), they are two.
 
     Args:
-        input_dims (int): The size of the attention output, all heads together.
+        input_dims (int): The size of the input, such as all heads of attention together.
         output_dims (int): The size of the residual.
         bias (bool, optional): Whether to add a bias. Default: ``False``.
     """

@@ -2,11 +2,11 @@
 
 import mlx.core as mx
 import pytest
-from launches import DTYPES, launched, quantized_instantiations
 
 import oracle
 import projections
 import quantized
+from launches import DTYPES, launched, quantized_instantiations
 
 HEADS, HIDDEN = (4, 2, 20), 384  # of groups of 128, and more than a tile's columns
 CASES = [

@@ -31,6 +31,15 @@ std::vector<View> flattened(std::vector<View> views) {
   return views;
 }
 
+// Where up is clipped, or just not, its gradient is 0, as that of MLX's clip.
+void clear_clipped(const Activation& activation, const float* up, float* d_up, int64_t n) {
+  if (activation.kind == activation_clipped_swiglu) {
+    for (int64_t i = 0; i < n; ++i) {
+      d_up[i] = up[i] >= activation.limit || up[i] <= -activation.limit ? 0 : d_up[i];
+    }
+  }
+}
+
 void multiply(const float* from, float* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     to[i] *= from[i];
@@ -79,9 +88,8 @@ void activate_grad(
         if (activation.gated) {
           float up[block];
           load(pre[1], t, up, block);
-          for (int64_t i = 0; i < t.cols; ++i) {
-            y[i] = up[i] > activation.limit || up[i] < -activation.limit ? 0 : y[i] * dy[i];
-          }
+          multiply(dy, y, t.cols);
+          clear_clipped(activation, up, y, t.cols);
           store(d_pre[1], t, y, block);
           clip_up(activation, up, t.cols);
           multiply(up, slope, t.cols);

@@ -53,7 +53,7 @@ Value silu(const Activation&, Float x) {
 Value clipped_swiglu(const Activation& a, Float x) {
   Float g = x > a.limit ? Float{} + a.limit : x;
   Value v = gate(g, sigmoid(a.alpha * g), Float{} + a.alpha);
-  return {v.y, x > a.limit ? Float{} : v.dy};
+  return {v.y, x >= a.limit ? Float{} : v.dy};
 }
 
 // x (1 + tanh u) / 2 is x sigmoid(2 u), where nothing cancels.

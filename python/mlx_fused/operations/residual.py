@@ -20,7 +20,7 @@ from mlx_fused.operations.call import (
 
 @overload
 def fused_output_projection_residual(
-    attn_out: mx.array,
+    x: mx.array,
     weight: mx.array | LinearOperands,
     bias: mx.array | None = None,
     *,
@@ -32,7 +32,7 @@ def fused_output_projection_residual(
 ) -> mx.array: ...
 @overload
 def fused_output_projection_residual(
-    attn_out: mx.array,
+    x: mx.array,
     weight: mx.array | LinearOperands,
     bias: mx.array | None,
     residual: mx.array,
@@ -43,20 +43,20 @@ def fused_output_projection_residual(
     stream: Stream = None,
 ) -> mx.array: ...
 def fused_output_projection_residual(
-    attn_out, weight, bias=None, residual=None, *, alpha=1.0, exact=False, route=None, stream=None
+    x, weight, bias=None, residual=None, *, alpha=1.0, exact=False, route=None, stream=None
 ):
-    """Project attention's output and add the residual in one operation.
+    """A projection and the residual that is added to it in one operation.
 
-    Equivalent to ``residual + alpha * (attn_out @ weight.T + bias)``, accumulated in float32 and rounded
-    once. With LoRA the low-rank part is added before multiplying by ``alpha``. Quantized weights, LoRA and
-    gradients work as in :func:`fused_qkv_projection`.
+    The last projection of a block: of what attention gives, or down in an MLP. Equivalent to ``residual +
+    alpha * (x @ weight.T + bias)``, accumulated in float32 and rounded once. With LoRA the low-rank part is
+    added before multiplying by ``alpha``. Quantized weights, LoRA and gradients work as in
+    :func:`fused_qkv_projection`.
 
     Args:
-        attn_out (array): Attention output of shape ``[B, S, Hq]``, heads side by side, float32, float16 or
-            bfloat16. Any strides.
-        weight (array or LinearOperands): Output projection of shape ``[H, Hq]``.
+        x (array): ``[B, S, K]``, of heads side by side, float32, float16 or bfloat16. Any strides.
+        weight (array or LinearOperands): ``[H, K]``.
         bias (array, optional): ``[H]``. Left out with :class:`LinearOperands`. Default: ``None``.
-        residual (array): The array to add, usually the attention block's input, ``[B, S, H]``.
+        residual (array): The array to add, usually the block's input, ``[B, S, H]``.
         alpha (float): The factor of the projection. Default: ``1.0``.
         exact (bool): Round where separate operations do: after a quantized product, after the bias, after the
             scaled low-rank product, after their sum, after ``alpha`` and after the residual's sum.
@@ -77,15 +77,13 @@ def fused_output_projection_residual(
     if residual is None:
         raise TypeError(f"[{operation}] residual must be an array but got None.")
     layers, node = [layer_of(operation, weight, bias)], "FusedOutputProjection"
-    (out,) = project(
-        operation, node, "attn_out", attn_out, layers, [OF_LAYER], exact, route, stream, residual, alpha
-    )
+    (out,) = project(operation, node, "x", x, layers, [OF_LAYER], exact, route, stream, residual, alpha)
     return out
 
 
 def fused_output_projection_residual_bwd(
     d_output: mx.array,
-    attn_out: mx.array,
+    x: mx.array,
     weight: mx.array,
     has_bias: bool,
     *,
@@ -99,14 +97,14 @@ def fused_output_projection_residual_bwd(
 
     Args:
         d_output (array): Gradient of the output, ``[B, S, H]``.
-        attn_out (array): The forward's ``attn_out``, ``[B, S, Hq]``.
-        weight (array): The forward's weight, ``[H, Hq]``.
+        x (array): The forward's ``x``, ``[B, S, K]``.
+        weight (array): The forward's weight, ``[H, K]``.
         has_bias (bool): Whether the forward had a bias.
         route (str, optional): As in the forward.
         stream (Stream or Device, optional): As in the forward.
 
     Returns:
-        tuple: ``d_attn_out`` of shape ``[B, S, Hq]``, ``d_weight`` of shape ``[H, Hq]``, ``d_bias`` of shape
+        tuple: ``d_x`` of shape ``[B, S, K]``, ``d_weight`` of shape ``[H, K]``, ``d_bias`` of shape
         ``[H]`` (in the weight's dtype) or ``None``, and ``d_residual``, which is ``d_output`` itself.
 
     Raises:
@@ -114,17 +112,17 @@ def fused_output_projection_residual_bwd(
         ValueError: If a rank, shape, dtype or ``route`` is wrong.
     """
     operation = "fused_output_projection_residual_bwd"
-    d_attn_out, d_weight, *d_bias = all_gradients(
+    d_x, d_weight, *d_bias = all_gradients(
         operation,
         "FusedOutputProjection",
         ["d_output"],
         [d_output],
-        "attn_out",
-        attn_out,
+        "x",
+        x,
         dense_layers(operation, [weight]),
         [OF_LAYER],
         has_bias,
         route,
         stream,
     )
-    return d_attn_out, d_weight, *(d_bias or (None,)), d_output
+    return d_x, d_weight, *(d_bias or (None,)), d_output

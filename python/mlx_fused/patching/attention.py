@@ -255,7 +255,7 @@ class _Call:
         except NotFused as reason:
             self.patch.residual_calls.add(reason=str(reason))
             return y
-        return Projected.of(y, partial(add, attn_out=alias(x)), self.patch.residual_calls)
+        return Projected.of(y, partial(add, x=alias(x)), self.patch.residual_calls)
 
     def _count(self, part: str, fused: int = 0, reason: str | None = None) -> None:
         self.counted.add(part)

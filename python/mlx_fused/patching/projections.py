@@ -143,7 +143,7 @@ def project(attention: nn.Module, qkv: QKV, x: mx.array, exact: bool) -> dict[st
 
 
 def read_output(attention: nn.Module, name: str, lora: bool, exact: bool) -> Callable:
-    """The output projection as a function of ``attn_out``, ``residual`` and ``alpha``.
+    """The output projection as a function of ``x``, ``residual`` and ``alpha``.
 
     Raises:
         NotFused: If our operation cannot compute it.

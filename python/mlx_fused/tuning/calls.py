@@ -49,7 +49,7 @@ def kinds_of(model: nn.Module) -> list[Kind]:
 
 def _kind(arguments: dict, outputs: mx.array | tuple[mx.array, ...]) -> Kind:
     layers: list[LinearOperands] = layers_of(arguments)
-    x = arguments.get("input", arguments.get("attn_out"))
+    x = arguments.get("input", arguments.get("x"))
     one = layers[0]
     return Kind(
         gradient=False,

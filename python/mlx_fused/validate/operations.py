@@ -168,7 +168,7 @@ def read(arguments: dict, as_mlx_lm: bool) -> Call:
 
 
 def _input(arguments: dict) -> mx.array:
-    return arguments.get("input", arguments.get("attn_out"))
+    return arguments.get("input", arguments.get("x"))
 
 
 def layers_of(arguments: dict) -> tuple[LinearOperands, ...]:
@@ -236,7 +236,7 @@ def _arithmetic(results: Iterable[mx.array], arguments: dict, primitive: str) ->
 
 def differentiable(arguments: dict) -> dict[tuple[str, int | None], mx.array]:
     """The operands that may have a gradient, by name and, for a layer's operands, the layer's index."""
-    found = {(n, None): arguments[n] for n in ("input", "attn_out", "residual") if n in arguments}
+    found = {(n, None): arguments[n] for n in ("input", "x", "residual") if n in arguments}
     for place, layer in enumerate(layers_of(arguments)):
         frozen = ("scales", "biases") if layer.scales is None else ("weight", "scales", "biases")
         for name, value in layer._asdict().items():
