@@ -17,13 +17,11 @@ struct Derived {
   float y, dy;
 };
 
-METAL_FUNC float sigmoid(float x) {
-  return 1.0f / (1.0f + metal::precise::exp(-x));
-}
-
 // x s and its derivative, where s is sigmoid(z) and dz the derivative of z. Far from 0 dz may be infinite.
-METAL_FUNC Derived gated_by(float x, float s, float dz) {
-  const float slope = s * (1.0f - s);
+METAL_FUNC Derived gated_by(float x, float z, float dz) {
+  const float power = metal::precise::exp(-z);
+  const float s = 1.0f / (1.0f + power);
+  const float slope = s == 0.0f ? 0.0f : s * (power * s);
   return {x * s, s + (slope == 0.0f ? 0.0f : x * slope * dz)};
 }
 
@@ -53,7 +51,7 @@ METAL_FUNC float erfc(float x) {
 METAL_FUNC Derived derived(float x, float alpha, float limit) {
   switch (activation_kind()) {
     case activation_silu:
-      return gated_by(x, sigmoid(x), 1.0f);
+      return gated_by(x, x, 1.0f);
     case activation_gelu: {
       const float cdf = 0.5f * erfc(-0.707106781f * x);
       const float pdf = 0.398942280f * metal::precise::exp(-0.5f * x * x);
@@ -62,8 +60,7 @@ METAL_FUNC Derived derived(float x, float alpha, float limit) {
     case activation_gelu_approx: {  // x (1 + tanh u) / 2 is x sigmoid(2 u)
       const float slope = 1.5957691216f, cubic = 0.044715f;  // 2 sqrt(2 / pi)
       const float square = x * x;
-      return gated_by(
-          x, sigmoid(slope * x * (1.0f + cubic * square)), slope * (1.0f + 3.0f * cubic * square));
+      return gated_by(x, slope * x * (1.0f + cubic * square), slope * (1.0f + 3.0f * cubic * square));
     }
     case activation_relu:
     case activation_relu2: {
@@ -73,8 +70,8 @@ METAL_FUNC Derived derived(float x, float alpha, float limit) {
     }
     case activation_clipped_swiglu: {
       const float g = x > limit ? limit : x;
-      const Derived of_g = gated_by(g, sigmoid(alpha * g), alpha);
-      return {of_g.y, x > limit ? 0.0f : of_g.dy};
+      const Derived of_g = gated_by(g, alpha * g, alpha);
+      return {of_g.y, x >= limit ? 0.0f : of_g.dy};
     }
     default:
       return {x, 1.0f};
@@ -87,6 +84,11 @@ METAL_FUNC float up_factor(float up, float limit) {
     return up;
   }
   return (up > limit ? limit : up < -limit ? -limit : up) + 1.0f;
+}
+
+// Where up is clipped, or just not, its gradient is 0, as that of MLX's clip.
+METAL_FUNC bool is_clipped(float up, float limit) {
+  return activation_kind() == activation_clipped_swiglu && (up >= limit || up <= -limit);
 }
 
 }  // namespace mlx_fused

@@ -51,7 +51,7 @@ template <typename T, int count>
       if (mlx_fused_is_gated) {
         const float u = static_cast<float>(up[column]);
         dx *= up_factor(u, limit);
-        output_1[out + column] = static_cast<T>(u > limit || u < -limit ? 0.0f : g * f.y);
+        output_1[out + column] = static_cast<T>(is_clipped(u, limit) ? 0.0f : g * f.y);
       }
       output_0[out + column] = static_cast<T>(dx);
     }
