@@ -62,7 +62,7 @@ def load(name, file):
 def gpu(built, monkeypatch):
     """Lets the operations make nodes of that build, and returns what evaluates one."""
     host, extension = built
-    monkeypatch.setattr(operations, "_ext", extension)
+    monkeypatch.setattr(operations.call, "_ext", extension)
     return lambda array: host.eval_gpu(array, simulate)
 
 

@@ -55,6 +55,11 @@ mlx_fused::Call make_call(
   return call;
 }
 
+const std::map<std::string, mlx_fused::Packing> packings = {
+    {"in_order", mlx_fused::Packing::in_order},
+    {"reversed", mlx_fused::Packing::reversed},
+    {"interleaved", mlx_fused::Packing::interleaved}};
+
 Arrays project(
     const std::string& operation,
     const std::string& node,
@@ -66,7 +71,7 @@ Arrays project(
     const OptionalArray& residual,
     float alpha,
     const std::optional<ActivationTuple>& activation,
-    mlx_fused::Packing packing,
+    const std::string& packing,
     bool exact,
     const Route& route,
     mx::StreamOrDevice s) {
@@ -82,7 +87,7 @@ Arrays project(
       residual,
       call,
       mlx_fused::Products(stream, route),
-      packing);
+      packings.at(packing));
   return mlx_fused::project(std::move(inputs), std::move(call), route, stream);
 }
 
@@ -167,10 +172,6 @@ mlx_fused::Activation activation_of(const std::optional<ActivationTuple>& given)
 NB_MODULE(_ext, m) {
   m.doc() = "The C++ functions that mlx_fused.operations and mlx_fused.patching call.";
 
-  nb::enum_<mlx_fused::Packing>(m, "Packing", "How a packed layer has its segments' rows.")
-      .value("in_order", mlx_fused::Packing::in_order)
-      .value("reversed", mlx_fused::Packing::reversed)
-      .value("interleaved", mlx_fused::Packing::interleaved);
   m.def(
       "project",
       &project,

@@ -9,6 +9,7 @@
 #include "mlx/allocator.h"
 #include "mlx/backend/metal/device.h"
 #include "mlx/transforms.h"
+#include "mlx_fused/activate.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/routing.h"
 
@@ -38,6 +39,14 @@ void Projection::eval_cpu(const Arrays&, Arrays&) {
 
 void ProjectionGrad::eval_cpu(const Arrays&, Arrays&) {
   throw std::runtime_error("[ProjectionGrad] was evaluated on the CPU.");
+}
+
+void Activate::eval_cpu(const Arrays&, Arrays&) {
+  throw std::runtime_error("[Activate] was evaluated on the CPU.");
+}
+
+void ActivateGrad::eval_cpu(const Arrays&, Arrays&) {
+  throw std::runtime_error("[ActivateGrad] was evaluated on the CPU.");
 }
 
 void check_cpu_settings() {}

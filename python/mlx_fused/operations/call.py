@@ -17,7 +17,7 @@ Norm: TypeAlias = tuple[mx.array | None, float] | None
 
 def project(
     operation, node, name, x, layers, segments, exact, route, stream,
-    norm=None, residual=None, alpha=1.0, activation=None, packing=_ext.Packing.in_order,
+    residual=None, alpha=1.0, activation=None, packing="in_order", norm=None,
 ) -> list[mx.array]:  # fmt: skip
     try:
         return _ext.project(

@@ -7,7 +7,6 @@ from typing import Literal, TypeAlias, get_args
 
 import mlx.core as mx
 
-from mlx_fused._ext import Packing
 from mlx_fused.linear import LinearOperands
 from mlx_fused.operations.call import OF_LAYER, Norm, Route, Stream, layer_of, layers_of, project
 
@@ -143,9 +142,9 @@ def fused_gated_projection(
 
 _ACTIVATIONS = get_args(Activation)
 _PACKINGS = {
-    "gate_up": Packing.in_order,
-    "up_gate": Packing.reversed,
-    "interleaved": Packing.interleaved,
+    "gate_up": "in_order",
+    "up_gate": "reversed",
+    "interleaved": "interleaved",
 }
 
 
