@@ -7,6 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+import call as calls
+import quantized
 from mlx_fused._ext import _internals
 from msl_sim import Library
 
@@ -150,6 +152,14 @@ class Transposed(Call):
         base = mx.full((columns, rows + 3), 9, array.dtype)
         base[:, 2 : 2 + rows] = array.T
         return super().input(array, [1, rows + 3], 2, base)
+
+
+class InTiles(calls.Call):
+    """A call as tiles have it, which round quantized weights to their dtype."""
+
+    @property
+    def exact_operands(self):
+        return quantized.in_tiles(super().exact_operands, self.x.dtype)
 
 
 def row_major(shape):

@@ -4,13 +4,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import call
 import mlx_fused
 import operands
 import oracle
 import projections
-import quantized
-from metal_plan import NAMES, Call, Embedded, Transposed, backward, forward, libraries
+from metal_plan import NAMES, Call, Embedded, InTiles, Transposed, backward, forward, libraries
 from mlx_fused._ext import _internals
 from oracle import Activation
 
@@ -25,14 +23,6 @@ forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 KINDS = projections.ACTIVATIONS
 # 1 to 8 rows have kernels of their own; tiles of 32 and of 64.
 ROWS = [1, 2, 3, 4, 5, 8, 9, 31, 33, 65]
-
-
-class InTiles(call.Call):
-    """As tiles have it, which round quantized weights to their dtype."""
-
-    @property
-    def exact_operands(self):
-        return quantized.in_tiles(super().exact_operands, self.x.dtype)
 
 
 def as_decoded(op, plan):
