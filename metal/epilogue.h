@@ -76,6 +76,19 @@ struct Epilogue {
     return sum;
   }
 
+  // What a segment's outputs are but for residual and activation.
+  METAL_FUNC float linear(int feature, float sum, float low_rank_sum) const thread {
+    float y = mlx_fused_is_quantized ? rounded(sum) : sum;
+    if (mlx_fused_has_bias) {
+      y += static_cast<float>(bias[feature]);
+    }
+    y = rounded(y);
+    if (mlx_fused_has_adapter) {
+      y = rounded(y + rounded(low_rank_sum));
+    }
+    return rounded(params->alpha * y);
+  }
+
   METAL_FUNC void store(int64_t batch, int row, int feature, float sum, float low_rank_sum) const thread {
     float y = linear(feature, sum, low_rank_sum);
     if (mlx_fused_has_residual) {
@@ -88,19 +101,11 @@ struct Epilogue {
     output[place] = static_cast<T>(y);
   }
 
-  // Of this segment's gate and of up, another segment.
+  // Of this segment's, the gate's, `linear`, and that of up.
   METAL_FUNC void store_gated(
-      const thread Epilogue& up,
-      int64_t batch,
-      int row,
-      int feature,
-      float gate_sum,
-      float gate_low_rank_sum,
-      float up_sum,
-      float up_low_rank_sum) const thread {
+      const thread Epilogue& up, int64_t batch, int row, int feature, float gate, float u) const thread {
     const int64_t place = place_of(batch, row, feature);
-    const float y = rounded(activated(linear(feature, gate_sum, gate_low_rank_sum), place));
-    const float u = up.linear(feature, up_sum, up_low_rank_sum);
+    const float y = rounded(activated(gate, place));
     if (mlx_fused_keeps) {
       up.kept[place] = static_cast<T>(u);
     }
@@ -110,18 +115,6 @@ struct Epilogue {
  private:
   METAL_FUNC int64_t place_of(int64_t batch, int row, int feature) const thread {
     return offset_of(batch, row, segment->rows) + feature_offset(feature, *segment);
-  }
-
-  METAL_FUNC float linear(int feature, float sum, float low_rank_sum) const thread {
-    float y = mlx_fused_is_quantized ? rounded(sum) : sum;
-    if (mlx_fused_has_bias) {
-      y += static_cast<float>(bias[feature]);
-    }
-    y = rounded(y);
-    if (mlx_fused_has_adapter) {
-      y = rounded(y + rounded(low_rank_sum));
-    }
-    return rounded(params->alpha * y);
   }
 
   METAL_FUNC float activated(float y, int64_t place) const thread {

@@ -33,15 +33,10 @@ struct GatedStore {
 
   METAL_FUNC void operator()(short row, short col, short element) const thread {
     const short low = element / columns * (columns / 2) + element % columns;
-    gate.store_gated(
-        up,
-        batch,
-        first_row + row,
-        first_feature + col,
-        sums[element],
-        gate_low_ranks[low],
-        sums[element + columns / 2],
-        up_low_ranks[low]);
+    const int feature = first_feature + col;
+    const float g = gate.linear(feature, sums[element], gate_low_ranks[low]);
+    const float u = up.linear(feature, sums[element + columns / 2], up_low_ranks[low]);
+    gate.store_gated(up, batch, first_row + row, feature, g, u);
   }
 };
 
@@ -178,7 +173,8 @@ template <typename T, int BN>
       const float up_low_rank_sum =
           mlx_fused_has_adapter ? up.low_rank_share(batch, row, feature, 0, 1) : 0.0f;
       const float up_sum = sum_of_splits(partial, batch, row, column + width, params);
-      epilogue.store_gated(up, batch, row, feature, sum, low_rank_sum, up_sum, up_low_rank_sum);
+      const float gate = epilogue.linear(feature, sum, low_rank_sum);
+      epilogue.store_gated(up, batch, row, feature, gate, up.linear(feature, up_sum, up_low_rank_sum));
     } else {
       epilogue.store(batch, row, feature, sum, low_rank_sum);
     }

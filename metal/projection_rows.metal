@@ -10,30 +10,11 @@ struct Row {
   Pointer values;
 };
 
-// A weight of a simdgroup's features; gated, the first half are the gate's and the others up's.
-template <typename T, typename Format>
-struct Weights {
-  Weight<T, Format> first, second;
-
-  METAL_FUNC Weight<T, Format> of_feature(int f) const thread {
-    constexpr int half_of_them = features_per_simdgroup / 2;
-    return mlx_fused_is_gated && f >= half_of_them ? second.from_near_row(f - half_of_them)
-                                                   : first.from_near_row(f);
-  }
-
-  METAL_FUNC void advance(ushort columns) thread {
-    first = first.from_column(columns);
-    if (mlx_fused_is_gated) {
-      second = second.from_column(columns);
-    }
-  }
-};
-
 // sums[f][m] += the product of row m of x and feature f's weight over one chunk, or over `depth` values if
 // fewer are left.
 template <typename T, typename Format, int M, typename Pointer>
 METAL_FUNC void accumulate(
-    const Weights<T, Format> weights,
+    const Weight<T, Format> weight,
     const thread Row<Pointer> (&row)[M],
     int depth,
     thread float (&sums)[features_per_simdgroup][M]) {
@@ -43,7 +24,7 @@ METAL_FUNC void accumulate(
   Group groups[features_per_simdgroup];
   STEEL_PRAGMA_UNROLL
   for (int f = 0; f < features_per_simdgroup; ++f) {
-    const Weight<T, Format> its_weight = weights.of_feature(f);
+    const Weight<T, Format> its_weight = weight.from_near_row(f);
     chunks[f] = its_weight.chunk(0, depth);
     groups[f] = its_weight.group(0);
   }
@@ -86,25 +67,25 @@ METAL_FUNC void accumulate(
   }
 }
 
-// The same over all chunks of a lane's, of which the weights and rows begin with the first.
+// The same over all chunks of a lane's, of which the weight and the rows begin with the first.
 template <typename T, typename Format, int M, typename Pointer>
 METAL_FUNC void accumulate_rows(
-    Weights<T, Format> weights,
+    Weight<T, Format> weight,
     thread Row<Pointer> (&row)[M],
     int column,
     int in_features,
     thread float (&sums)[features_per_simdgroup][M]) {
   constexpr int chunk_size = Chunk<T, Format>::size;
   for (; column + chunk_size <= in_features; column += 32 * chunk_size) {
-    accumulate<T, Format, M>(weights, row, chunk_size, sums);
-    weights.advance(32 * chunk_size);
+    accumulate<T, Format, M>(weight, row, chunk_size, sums);
+    weight = weight.from_column(32 * chunk_size);
     STEEL_PRAGMA_UNROLL
     for (int m = 0; m < M; ++m) {
       row[m].values += 32 * chunk_size;
     }
   }
   if (!Format::is_quantized && column < in_features) {
-    accumulate<T, Format, M>(weights, row, in_features - column, sums);
+    accumulate<T, Format, M>(weight, row, in_features - column, sums);
   }
 }
 
@@ -150,7 +131,8 @@ METAL_FUNC void norm_rows(
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// A simdgroup takes a few features, gated half as many; its lanes go through their weights side by side.
+// A simdgroup takes a few features; its lanes go through their weights side by side. Gated, the first of two
+// simdgroups takes these of the gate and the second those of up, so that the loop is the same.
 template <typename T, typename Format, int M>
 [[kernel, max_total_threads_per_threadgroup(32 * norm_simdgroups)]] void projection_rows(
     BUFFER(constant ProjectionParams&, params),
@@ -163,23 +145,23 @@ template <typename T, typename Format, int M>
     ushort lane [[thread_index_in_simdgroup]]) {
   threadgroup T normed[norm_bytes / sizeof(T)];
   threadgroup float shares[M][norm_simdgroups];
-  constexpr int half_of_them = features_per_simdgroup / 2;
-  const int count = mlx_fused_is_gated ? half_of_them : features_per_simdgroup;
+  threadgroup float ups[norm_simdgroups / 2][features_per_simdgroup][M];
   const int simdgroups = mlx_fused_has_norm ? norm_simdgroups : projection_simdgroups;
-  const int index = segment_of(tile.x, params);
+  const int layers = mlx_fused_is_gated ? 2 : 1;
+  const bool is_up = mlx_fused_is_gated && simdgroup % 2 == 1;
+  const int tiled = segment_of(tile.x, params);
+  const int index = is_up ? 1 : tiled;
   constant SegmentParams& segment = params.segment[index];
-  const int segment_tile = int(tile.x) - segment.first_tile;
-  const int first = (segment_tile * simdgroups + simdgroup) * count;
+  const int segment_tile = int(tile.x) - params.segment[tiled].first_tile;
+  const int first = (segment_tile * (simdgroups / layers) + simdgroup / layers) * features_per_simdgroup;
   const int first_row = tile.y * M;
   const int rows = params.batch * params.rows;
 
   // Surplus features and rows repeat the last, so that nothing in the loop asks; their sums are not stored.
-  const int nearest = min(first, segment.features - count);
-  const Weight<T, Format> weight = WEIGHT_OF(index);
-  const Weight<T, Format> up_weight = WEIGHT_OF(1);
+  const int nearest = min(first, segment.features - features_per_simdgroup);
   const int column = lane * Chunk<T, Format>::size;
-  const Weights<T, Format> weights = {
-      weight.from_row(nearest).from_column(column), up_weight.from_row(nearest).from_column(column)};
+  const Weight<T, Format> weights = WEIGHT_OF(index);
+  const Weight<T, Format> weight = weights.from_row(nearest).from_column(column);
   Row<const device T*> row[M];
   STEEL_PRAGMA_UNROLL
   for (int m = 0; m < M; ++m) {
@@ -195,37 +177,50 @@ template <typename T, typename Format, int M>
     for (int m = 0; m < M; ++m) {
       normed_row[m].values = normed + m * params.in_features + column;
     }
-    accumulate_rows<T, Format, M>(weights, normed_row, column, params.in_features, sums);
+    accumulate_rows<T, Format, M>(weight, normed_row, column, params.in_features, sums);
   } else {
     STEEL_PRAGMA_UNROLL
     for (int m = 0; m < M; ++m) {
       row[m].values += column;
     }
-    accumulate_rows<T, Format, M>(weights, row, column, params.in_features, sums);
+    accumulate_rows<T, Format, M>(weight, row, column, params.in_features, sums);
   }
 
   const Epilogue<T> epilogue = EPILOGUE_OF(index);
-  const Epilogue<T> up = EPILOGUE_OF(1);
   STEEL_PRAGMA_UNROLL
   for (int f = 0; f < features_per_simdgroup; ++f) {
     STEEL_PRAGMA_UNROLL
     for (int m = 0; m < M; ++m) {
       const int feature = nearest + f;
-      if (f < count && feature >= first && first_row + m < rows) {
+      if (feature >= first && first_row + m < rows) {
         const int64_t batch = (first_row + m) / params.rows;
         const int r = (first_row + m) % params.rows;
         const float sum = simd_sum(sums[f][m]);
         const float low_rank_sum =
             mlx_fused_has_adapter ? simd_sum(epilogue.low_rank_share(batch, r, feature, lane, 32)) : 0.0f;
         if (mlx_fused_is_gated) {
-          const float up_sum = simd_sum(sums[(f + half_of_them) % features_per_simdgroup][m]);
-          const float up_low_rank_sum =
-              mlx_fused_has_adapter ? simd_sum(up.low_rank_share(batch, r, feature, lane, 32)) : 0.0f;
-          if (lane == 0) {
-            epilogue.store_gated(up, batch, r, feature, sum, low_rank_sum, up_sum, up_low_rank_sum);
+          sums[f][m] = epilogue.linear(feature, sum, low_rank_sum);
+          if (is_up && lane == 0) {
+            ups[simdgroup / 2][f][m] = sums[f][m];
           }
         } else if (lane == 0) {
           epilogue.store(batch, r, feature, sum, low_rank_sum);
+        }
+      }
+    }
+  }
+  if (mlx_fused_is_gated) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const Epilogue<T> up = EPILOGUE_OF(1);
+    STEEL_PRAGMA_UNROLL
+    for (int f = 0; f < features_per_simdgroup; ++f) {
+      STEEL_PRAGMA_UNROLL
+      for (int m = 0; m < M; ++m) {
+        const int feature = nearest + f;
+        if (!is_up && lane == 0 && feature >= first && first_row + m < rows) {
+          const int64_t batch = (first_row + m) / params.rows;
+          const int r = (first_row + m) % params.rows;
+          epilogue.store_gated(up, batch, r, feature, sums[f][m], ups[simdgroup / 2][f][m]);
         }
       }
     }

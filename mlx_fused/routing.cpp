@@ -57,7 +57,11 @@ bool has_part(const Workload& work, Part part, const DeviceInfo& device) {
     case Part::any:
       return true;
     case Part::projection:
-      return !work.is_grad();
+      return !work.is_grad() && !work.call.epilogue.activation.gated;
+    case Part::gated:
+      return !work.is_grad() && work.call.epilogue.activation.gated;
+    case Part::normed:
+      return !work.is_grad() && work.call.norm;
     case Part::small_grid:
       return (!work.is_grad() || wants(work, Role::input)) &&
              threadgroups(work, device) < metal::threadgroups_per_core * device.cores;

@@ -81,6 +81,8 @@ constexpr std::array devices = {"CPU", "Metal", "Metal, M5 and later"};
 constexpr std::array parts = {
     "any",
     "projection",
+    "gated projection",
+    "projection with the norm of its input",
     "projection or gradient of the input, small grid",
     "projection or gradient of the input, short examples apart",
     "projection + residual alone",
