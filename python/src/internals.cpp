@@ -126,9 +126,9 @@ void def_on_workload(nb::module_& m, const char* name, F f) {
                 ? mlx_fused::metal_device("applegpu_g13" + size, matmul_units ? 18 : 13, is_apple7, {25, 2})
                 : mlx_fused::DeviceInfo{
                       device == "cpu" ? mlx_fused::DeviceInfo::cpu : mlx_fused::DeviceInfo::other_gpu};
-        bool is_output = operation.starts_with("output");
+        bool is_output = operation.starts_with("output"), is_gated = operation == "gated";
         std::vector<mlx_fused::Segment> segments;
-        for (int count : features.value_or(std::vector(is_output ? 1 : 3, 4096))) {
+        for (int count : features.value_or(std::vector(is_output ? 1 : is_gated ? 2 : 3, 4096))) {
           segments.push_back({.features = count, .adapter_scale = rank ? std::optional(1.0f) : std::nullopt});
         }
         mlx_fused::Call call{
@@ -136,6 +136,12 @@ void def_on_workload(nb::module_& m, const char* name, F f) {
             .has_bias = has_bias,
             .quantization = quantization(q),
             .epilogue = {.has_residual = is_output, .exact = exact}};
+        if (is_gated) {
+          call.epilogue.activation = {.kind = mlx_fused::activation_silu, .gated = true};
+        }
+        if (operation == "normed") {
+          call.norm = {.eps = 0, .has_weight = false};
+        }
         mlx_fused::Slots slots;
         for (auto& role : wanted) {
           slots.push_back(slot({role, 0}));
