@@ -201,6 +201,24 @@ def activation_of(op):
     return None
 
 
+def activation(op, dtype, pre, cotangent=None, strides=None, library_of=None, **options):
+    """What an activation, as `activation_of` has it, makes of ``pre``, or the gradients by them.
+
+    ``strides`` are theirs, and how each is laid out for these.
+    """
+    call = Call(dtype)
+    inputs = [call.input(a, strides and strides[0], 0, strides and strides[1](a)) for a in pre]
+    g = None if cotangent is None else call.input(cotangent)
+    outputs = [call.output(a.shape) for a in (pre if g else pre[:1])]
+    launches, _ = _internals.plan_activation(NAMES[dtype], op, inputs, outputs, g)
+    for launch in launches:
+        launch["buffers"] = [(i, *call._bound(array)) for i, array in launch["buffers"]]
+        library = (library_of or libraries())[launch["kernel"]]
+        call.results.append(library.run([launch], call.buffers, **options))
+    call.assert_written_once()
+    return [call.value(out) for out in outputs]
+
+
 # What plans call an argument of the operations that has another name there.
 ROLES = {"x": "input", "scales": "group_scales", "biases": "group_biases"}
 

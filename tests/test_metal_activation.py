@@ -8,8 +8,7 @@ import mlx_fused
 import operands
 import oracle
 import projections
-from metal_plan import NAMES, Call, Embedded, InTiles, Transposed, backward, forward, libraries
-from mlx_fused._ext import _internals
+from metal_plan import Call, Embedded, InTiles, Transposed, activation, backward, forward
 from oracle import Activation
 
 dtypes = pytest.mark.parametrize("dtype", operands.DTYPES, ids=str)
@@ -166,17 +165,7 @@ def test_gradients_of_two_layers(rng, rows, dtype):
 
 
 def run(name, dtype, pre, cotangent=None, gated=False, strides=None, alpha=1.0, limit=np.inf):
-    """The activation of ``pre`` or, given a cotangent, the gradients."""
-    done = Call(dtype)
-    inputs = [done.input(a, strides and strides[0], 0, strides and strides[1](a)) for a in pre]
-    g = None if cotangent is None else done.input(cotangent)
-    outputs = [done.output(a.shape) for a in (pre if g else pre[:1])]
-    launches, _ = _internals.plan_activation(NAMES[dtype], (name, gated, alpha, limit), inputs, outputs, g)
-    for launch in launches:
-        launch["buffers"] = [(i, *done.places[array]) for i, array in launch["buffers"]]
-        done.results.append(libraries()[launch["kernel"]].run([launch], done.buffers))
-    done.assert_written_once()
-    return [done.value(out) for out in outputs]
+    return activation((name, gated, alpha, limit), dtype, pre, cotangent, strides)
 
 
 def clipped(name):
