@@ -123,10 +123,8 @@ def test_weights_column_by_column(rng, rows, features):
 @pytest.mark.parametrize("rows", [3, 20])
 def test_exact_rounds_where_it_should(rng, rows, form, dtype):
     """Every sum of small integers is exact."""
-    for activation in KINDS:
-        op = projections.gated(
-            rng, 2, rows, 64, 70, form, dtype, activation=activation, draw=operands.integers
-        )
+    for name in KINDS:
+        op = projections.gated(rng, 2, rows, 64, 70, form, dtype, activation=name, draw=operands.integers)
         _, (y,) = forward(op.replace(exact=True))
         least, largest = op.rounded_activation(dtype)
         assert np.all((least <= oracle.exact(y)) & (oracle.exact(y) <= largest))
