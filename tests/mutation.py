@@ -28,9 +28,9 @@ HARMLESS = {
     "only the second of min(BN,": "the tile bounds every access anyway; the fast path is lost",
     "only the second of min(BM,": "the tile bounds every access anyway; the fast path is lost",
     "only the second of min(tile_depth,": "the block bounds every load anyway; the fast path is lost",
-    "projection_rows.metal:21 ": "how many values of x are read at a time",
+    "projection_rows.metal:22 ": "how many values of x are read at a time",
     "condition dropped: !Format::is_quantized": "rows of quantized weights end with whole chunks",
-    "condition dropped: column < params.in_features": "a chunk of zeros",
+    "condition dropped: column < in_features": "a chunk of zeros",
     "guard always true: mlx_fused_has_rest": "a sum of no values",
     "input_grad.metal:41 ": "which split takes which part of the same sum",
     "low_rank.h:89 ": "who adds which steps of the same sum",
@@ -43,7 +43,7 @@ HARMLESS = {
 
 # Alterations after which there is no program: a pointer that is a number, half of a template's arguments.
 NO_PROGRAM = (
-    "projection_rows.metal:105 += to =",
+    "projection_rows.metal:84 += to =",
     "low_rank_product.metal:66 + 1 dropped",
     "low_rank.h:31 += to =",
     "low_rank.h:40 += to =",
