@@ -17,6 +17,7 @@ namespace mlx_fused {
 enum BufferIndex : int32_t {
   buffer_params,
   buffer_input,
+  buffer_norm,  // the weight of the input's norm
   buffer_residual,
   buffer_low_rank,  // the low-rank product
   buffer_left,      // the left operand of that product: the input, or gradients
@@ -42,6 +43,13 @@ enum ConstantIndex : int32_t {
   constant_has_rest,   // the sums of a low-rank product or of its gradient are not of whole blocks
   constant_group_low,  // a group has 16 values times two to the power of these two bits
   constant_group_high,
+  constant_activation_low,  // an ActivationKind in three bits
+  constant_activation_mid,
+  constant_activation_high,
+  constant_is_gated,
+  constant_keeps,  // store also what the activation is of
+  constant_has_norm,
+  constant_has_norm_weight,
   constant_count,
 };
 
@@ -65,7 +73,7 @@ MLX_FUSED_CONSTANT int weight_grad_rows = 64;
 // of which a threadgroup takes a tile's columns of a few rows. A block of quantized weights is so deep that
 // each thread decodes 16 values; the depth of dense ones divides it.
 MLX_FUSED_CONSTANT int tile_depth = 32;
-MLX_FUSED_CONSTANT int sum_rows = tile_threads / tile_cols;
+MLX_FUSED_CONSTANT int sum_rows = tile_threads / tile_cols;  // gated twice as many
 
 // Up to so many rows the weights are read once for all of them, by lanes side by side, a simdgroup taking a
 // few features. A tile of the other kernel would be three quarters empty: reasoned, not measured on a Mac.
@@ -73,6 +81,14 @@ MLX_FUSED_CONSTANT int few_rows = 8;
 MLX_FUSED_CONSTANT int features_per_simdgroup = 4;
 MLX_FUSED_CONSTANT int projection_simdgroups = 2;
 MLX_FUSED_CONSTANT int max_rows_per_pass = 4;  // more take too many registers (docs/design/metal_cost.md)
+
+// A projection with a norm keeps the normed rows of a pass in threadgroup memory, of so many bytes. More
+// simdgroups share that work, and 16 KB leave room for three threadgroups on a core: reasoned, not measured.
+MLX_FUSED_CONSTANT int norm_bytes = 16384;
+MLX_FUSED_CONSTANT int norm_simdgroups = 8;
+
+// Of an activation that has a launch of its own: reasoned, not measured on a Mac.
+MLX_FUSED_CONSTANT int elements_per_thread = 4;
 
 // Tiles step through up to 64 rows in 32 bits.
 MLX_FUSED_CONSTANT int64_t max_row_stride = (int64_t{1} << 31) / 64;
@@ -115,6 +131,7 @@ struct ProjectionParams {
   RowStrides input;
   RowStrides input_grad;
   RowStrides residual;
+  RowStrides output;  // of an activation that has a launch of its own
   int32_t batch;
   int32_t rows;
   int32_t in_features;
@@ -124,13 +141,16 @@ struct ProjectionParams {
   int32_t splits;           // of the depth of tiles
   int32_t split_depth;      // a multiple of that of blocks
   int32_t partial_columns;  // the partial sums are [splits, batch * rows, partial_columns], tile by tile
+  float activation_alpha;
+  float activation_limit;
+  float norm_eps;
   SegmentParams segment[3];
 };
 
 #ifndef __METAL_VERSION__
 static_assert(buffer_count <= 31);  // as many as Metal has
 static_assert(sizeof(SegmentParams) == 96 && offsetof(SegmentParams, features) == 64);
-static_assert(sizeof(ProjectionParams) == 376 && offsetof(ProjectionParams, segment) == 88);
+static_assert(sizeof(ProjectionParams) == 400 && offsetof(ProjectionParams, segment) == 112);
 #endif
 
 }  // namespace mlx_fused
@@ -145,6 +165,13 @@ constant bool mlx_fused_is_split [[function_constant(mlx_fused::constant_is_spli
 constant bool mlx_fused_has_rest [[function_constant(mlx_fused::constant_has_rest)]];
 constant bool mlx_fused_group_low [[function_constant(mlx_fused::constant_group_low)]];
 constant bool mlx_fused_group_high [[function_constant(mlx_fused::constant_group_high)]];
+constant bool mlx_fused_activation_low [[function_constant(mlx_fused::constant_activation_low)]];
+constant bool mlx_fused_activation_mid [[function_constant(mlx_fused::constant_activation_mid)]];
+constant bool mlx_fused_activation_high [[function_constant(mlx_fused::constant_activation_high)]];
+constant bool mlx_fused_is_gated [[function_constant(mlx_fused::constant_is_gated)]];
+constant bool mlx_fused_keeps [[function_constant(mlx_fused::constant_keeps)]];
+constant bool mlx_fused_has_norm [[function_constant(mlx_fused::constant_has_norm)]];
+constant bool mlx_fused_has_norm_weight [[function_constant(mlx_fused::constant_has_norm_weight)]];
 
 // BUFFER declares a parameter bound at buffer_<name>; PER_SEGMENT declares three; OF_SEGMENT picks one of
 // them.

@@ -4,17 +4,18 @@
 
 namespace mlx_fused {
 
-template <typename T>
+// In device memory or, normed, in that of the threadgroup.
+template <typename Pointer>
 struct Row {
-  const device T* values;
+  Pointer values;
 };
 
 // sums[f][m] += the product of row m of x and feature f's weight over one chunk, or over `depth` values if
 // fewer are left.
-template <typename T, typename Format, int M>
+template <typename T, typename Format, int M, typename Pointer>
 METAL_FUNC void accumulate(
     const Weight<T, Format> weight,
-    const thread Row<T> (&row)[M],
+    const thread Row<Pointer> (&row)[M],
     int depth,
     thread float (&sums)[features_per_simdgroup][M]) {
   constexpr int size = Chunk<T, Format>::size;
@@ -66,38 +67,16 @@ METAL_FUNC void accumulate(
   }
 }
 
-// A simdgroup takes a few features; its lanes go through their weights side by side.
-template <typename T, typename Format, int M>
-[[kernel, max_total_threads_per_threadgroup(32 * projection_simdgroups)]] void projection_rows(
-    BUFFER(constant ProjectionParams&, params),
-    BUFFER(const device T*, input),
-    WEIGHT_PARAMETERS(T, Format),
-    EPILOGUE_PARAMETERS(T),
-    uint3 tile [[threadgroup_position_in_grid]],
-    ushort simdgroup [[simdgroup_index_in_threadgroup]],
-    ushort lane [[thread_index_in_simdgroup]]) {
-  const int index = segment_of(tile.x, params);
-  constant SegmentParams& segment = params.segment[index];
-  const int segment_tile = int(tile.x) - segment.first_tile;
-  const int first = (segment_tile * projection_simdgroups + simdgroup) * features_per_simdgroup;
-  const int first_row = tile.y * M;
-  const int rows = params.batch * params.rows;
-
-  // Surplus features and rows repeat the last, so that nothing in the loop asks; their sums are not stored.
-  const int nearest = min(first, segment.features - features_per_simdgroup);
-  const Weight<T, Format> weights = WEIGHT_OF(index);
+// The same over all chunks of a lane's, of which the weight and the rows begin with the first.
+template <typename T, typename Format, int M, typename Pointer>
+METAL_FUNC void accumulate_rows(
+    Weight<T, Format> weight,
+    thread Row<Pointer> (&row)[M],
+    int column,
+    int in_features,
+    thread float (&sums)[features_per_simdgroup][M]) {
   constexpr int chunk_size = Chunk<T, Format>::size;
-  int column = lane * chunk_size;
-  Weight<T, Format> weight = weights.from_row(nearest).from_column(column);
-  Row<T> row[M];
-  STEEL_PRAGMA_UNROLL
-  for (int m = 0; m < M; ++m) {
-    const int r = min(first_row + m, rows - 1);
-    row[m].values = input + offset_of(r / params.rows, r % params.rows, params.input) + column;
-  }
-
-  float sums[features_per_simdgroup][M] = {};
-  for (; column + chunk_size <= params.in_features; column += 32 * chunk_size) {
+  for (; column + chunk_size <= in_features; column += 32 * chunk_size) {
     accumulate<T, Format, M>(weight, row, chunk_size, sums);
     weight = weight.from_column(32 * chunk_size);
     STEEL_PRAGMA_UNROLL
@@ -105,8 +84,106 @@ template <typename T, typename Format, int M>
       row[m].values += 32 * chunk_size;
     }
   }
-  if (!Format::is_quantized && column < params.in_features) {
-    accumulate<T, Format, M>(weight, row, params.in_features - column, sums);
+  if (!Format::is_quantized && column < in_features) {
+    accumulate<T, Format, M>(weight, row, in_features - column, sums);
+  }
+}
+
+// x / sqrt(mean(x^2) + eps) times the norm's weight, rounded where mx.fast.rms_norm rounds.
+template <typename T, int M>
+METAL_FUNC void norm_rows(
+    const thread Row<const device T*> (&row)[M],
+    const device T* weight,
+    threadgroup T* normed,
+    threadgroup float (&shares)[M][norm_simdgroups],
+    constant ProjectionParams& params,
+    ushort simdgroup,
+    ushort lane) {
+  const int columns = params.in_features;
+  const int first = simdgroup * 32 + lane;
+  STEEL_PRAGMA_UNROLL
+  for (int m = 0; m < M; ++m) {
+    float sum = 0.0f;
+    for (int i = first; i < columns; i += 32 * norm_simdgroups) {
+      const float x = static_cast<float>(row[m].values[i]);
+      sum += x * x;
+    }
+    sum = simd_sum(sum);
+    if (lane == 0) {
+      shares[m][simdgroup] = sum;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  STEEL_PRAGMA_UNROLL
+  for (int m = 0; m < M; ++m) {
+    float sum = 0.0f;
+    for (int i = 0; i < norm_simdgroups; ++i) {
+      sum += shares[m][i];
+    }
+    const float scale = metal::precise::rsqrt(sum / columns + params.norm_eps);
+    for (int i = first; i < columns; i += 32 * norm_simdgroups) {
+      const T x = static_cast<T>(static_cast<float>(row[m].values[i]) * scale);
+      normed[m * columns + i] = mlx_fused_has_norm_weight
+          ? static_cast<T>(static_cast<float>(weight[i]) * static_cast<float>(x))
+          : x;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// A simdgroup takes a few features; its lanes go through their weights side by side. Gated, the first of two
+// simdgroups takes these of the gate and the second those of up, so that the loop is the same.
+template <typename T, typename Format, int M>
+[[kernel, max_total_threads_per_threadgroup(32 * norm_simdgroups)]] void projection_rows(
+    BUFFER(constant ProjectionParams&, params),
+    BUFFER(const device T*, input),
+    BUFFER(const device T*, norm),
+    WEIGHT_PARAMETERS(T, Format),
+    EPILOGUE_PARAMETERS(T),
+    uint3 tile [[threadgroup_position_in_grid]],
+    ushort simdgroup [[simdgroup_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  threadgroup T normed[norm_bytes / sizeof(T)];
+  threadgroup float shares[M][norm_simdgroups];
+  threadgroup float ups[norm_simdgroups / 2][features_per_simdgroup][M];
+  const int simdgroups = mlx_fused_has_norm ? norm_simdgroups : projection_simdgroups;
+  const int layers = mlx_fused_is_gated ? 2 : 1;
+  const bool is_up = mlx_fused_is_gated && simdgroup % 2 == 1;
+  const int tiled = segment_of(tile.x, params);
+  const int index = is_up ? 1 : tiled;
+  constant SegmentParams& segment = params.segment[index];
+  const int segment_tile = int(tile.x) - params.segment[tiled].first_tile;
+  const int first = (segment_tile * (simdgroups / layers) + simdgroup / layers) * features_per_simdgroup;
+  const int first_row = tile.y * M;
+  const int rows = params.batch * params.rows;
+
+  // Surplus features and rows repeat the last, so that nothing in the loop asks; their sums are not stored.
+  const int nearest = min(first, segment.features - features_per_simdgroup);
+  const int column = lane * Chunk<T, Format>::size;
+  const Weight<T, Format> weights = WEIGHT_OF(index);
+  const Weight<T, Format> weight = weights.from_row(nearest).from_column(column);
+  Row<const device T*> row[M];
+  STEEL_PRAGMA_UNROLL
+  for (int m = 0; m < M; ++m) {
+    const int r = min(first_row + m, rows - 1);
+    row[m].values = input + offset_of(r / params.rows, r % params.rows, params.input);
+  }
+
+  float sums[features_per_simdgroup][M] = {};
+  if (mlx_fused_has_norm) {
+    norm_rows<T, M>(row, norm, normed, shares, params, simdgroup, lane);
+    Row<const threadgroup T*> normed_row[M];
+    STEEL_PRAGMA_UNROLL
+    for (int m = 0; m < M; ++m) {
+      normed_row[m].values = normed + m * params.in_features + column;
+    }
+    accumulate_rows<T, Format, M>(weight, normed_row, column, params.in_features, sums);
+  } else {
+    STEEL_PRAGMA_UNROLL
+    for (int m = 0; m < M; ++m) {
+      row[m].values += column;
+    }
+    accumulate_rows<T, Format, M>(weight, row, column, params.in_features, sums);
   }
 
   const Epilogue<T> epilogue = EPILOGUE_OF(index);
@@ -114,14 +191,36 @@ template <typename T, typename Format, int M>
   for (int f = 0; f < features_per_simdgroup; ++f) {
     STEEL_PRAGMA_UNROLL
     for (int m = 0; m < M; ++m) {
-      if (nearest + f >= first && first_row + m < rows) {
+      const int feature = nearest + f;
+      if (feature >= first && first_row + m < rows) {
         const int64_t batch = (first_row + m) / params.rows;
         const int r = (first_row + m) % params.rows;
         const float sum = simd_sum(sums[f][m]);
         const float low_rank_sum =
-            mlx_fused_has_adapter ? simd_sum(epilogue.low_rank_share(batch, r, nearest + f, lane, 32)) : 0.0f;
-        if (lane == 0) {
-          epilogue.store(batch, r, nearest + f, sum, low_rank_sum);
+            mlx_fused_has_adapter ? simd_sum(epilogue.low_rank_share(batch, r, feature, lane, 32)) : 0.0f;
+        if (mlx_fused_is_gated) {
+          sums[f][m] = epilogue.linear(feature, sum, low_rank_sum);
+          if (is_up && lane == 0) {
+            ups[simdgroup / 2][f][m] = sums[f][m];
+          }
+        } else if (lane == 0) {
+          epilogue.store(batch, r, feature, sum, low_rank_sum);
+        }
+      }
+    }
+  }
+  if (mlx_fused_is_gated) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const Epilogue<T> up = EPILOGUE_OF(1);
+    STEEL_PRAGMA_UNROLL
+    for (int f = 0; f < features_per_simdgroup; ++f) {
+      STEEL_PRAGMA_UNROLL
+      for (int m = 0; m < M; ++m) {
+        const int feature = nearest + f;
+        if (!is_up && lane == 0 && feature >= first && first_row + m < rows) {
+          const int64_t batch = (first_row + m) / params.rows;
+          const int r = (first_row + m) % params.rows;
+          epilogue.store_gated(up, batch, r, feature, sums[f][m], ups[simdgroup / 2][f][m]);
         }
       }
     }

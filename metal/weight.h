@@ -320,14 +320,14 @@ METAL_FUNC short2 weight_extent(bool is_depth_along, short cols, short depth) {
 
 }  // namespace mlx_fused
 
-// WEIGHT_PARAMETERS: a kernel's parameters. WEIGHT_OF(index): one segment's; reads the name `segment`
+// WEIGHT_PARAMETERS: a kernel's parameters. WEIGHT_OF(index): one segment's; reads the name `params`
 // where it stands.
 #define WEIGHT_PARAMETERS(T, Format)                                           \
   PER_SEGMENT(const device typename Format::template value_t<T>*, weight),     \
       PER_SEGMENT(const device typename Format::template scale_t<T>*, scales), \
       PER_SEGMENT(const device typename Format::template scale_t<T>*, biases)
 #define WEIGHT_OF(index) \
-  {OF_SEGMENT(index, weight), OF_SEGMENT(index, scales), OF_SEGMENT(index, biases), &segment}
+  {OF_SEGMENT(index, weight), OF_SEGMENT(index, scales), OF_SEGMENT(index, biases), &params.segment[index]}
 
 #define INSTANTIATE_FORMAT(format, name, kernel, ...) \
   INSTANTIATE_TYPES(name "_" #format, kernel, format, __VA_ARGS__)

@@ -68,7 +68,8 @@ namespace {
 bool has_kernels(const Arrays& pre, mx::Stream s) {
   auto dtype = pre[0].dtype();
   bool known = dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
-  return known && describe(s.device).kind == DeviceInfo::cpu;
+  auto device = describe(s.device);
+  return known && (device.kind == DeviceInfo::cpu || device.is_apple7);
 }
 
 }  // namespace

@@ -182,6 +182,7 @@ Arrays check_arguments(
     const Check& check,
     const std::string& input_name,
     const mx::array& input,
+    const std::optional<NormOperands>& norm,
     const Linears& layers,
     const std::optional<mx::array>& residual,
     Call& call,
@@ -215,6 +216,15 @@ Arrays check_arguments(
     arrays.push_back(std::move(array));
   };
   add(Role::input, 0, input);
+  if (norm) {
+    auto& [weight, eps] = *norm;
+    call.norm = {.eps = eps, .has_weight = weight.has_value()};
+    if (weight) {
+      check.shape({"norm", 0}, *weight, {input.shape(-1)});
+      check.floating({"norm", 0}, *weight);
+      add(Role::norm_weight, 0, *weight);
+    }
+  }
   for (int i = 0; i < int(layers.size()); ++i) {
     int rows = packed ? std::accumulate(features.begin(), features.end(), 0) : features[i];
     for (auto& [role, array] :

@@ -32,14 +32,18 @@ std::optional<std::string> difference(const Linears& layers);
 // turns.
 enum class Packing { in_order, reversed, interleaved };
 
-// Checks the arguments and completes the call: bias, quantization, adapters, residual, and where a segment
-// has 0 features those of its layer. Returns the call's inputs in the order of input_slots(call). Takes one
-// layer per segment, or a single layer that packs the rows of all segments and is split into views. Messages
-// call the input by its name.
+// The RMS norm of an input as callers give it: its weight, if it has one, and eps.
+using NormOperands = std::pair<std::optional<mx::array>, float>;
+
+// Checks the arguments and completes the call: norm, bias, quantization, adapters, residual, and where a
+// segment has 0 features those of its layer. Returns the call's inputs in the order of input_slots(call).
+// Takes one layer per segment, or a single layer that packs the rows of all segments and is split into views.
+// Messages call the input by its name.
 Arrays check_arguments(
     const Check& check,
     const std::string& input_name,
     const mx::array& input,
+    const std::optional<NormOperands>& norm,
     const Linears& layers,
     const std::optional<mx::array>& residual,
     Call& call,

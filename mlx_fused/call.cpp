@@ -39,8 +39,11 @@ bool contains(const Slots& slots, const Slot& slot) {
 
 Slots input_slots(const Call& call) {
   Slots slots;
-  slots.reserve(2 + 6 * call.segments.size());
+  slots.reserve(3 + 6 * call.segments.size());
   slots.push_back({Role::input});
+  if (call.norm && call.norm->has_weight) {
+    slots.push_back({Role::norm_weight});
+  }
   for (int i = 0; i < int(call.segments.size()); ++i) {
     add_weight(slots, call, i);
     if (call.has_bias) {

@@ -36,6 +36,14 @@ struct Epilogue {
   bool operator==(const Epilogue&) const = default;
 };
 
+// The RMS norm of a call's input: x / sqrt(mean(x^2) + eps), times a weight if there is one.
+struct Norm {
+  float eps;
+  bool has_weight;
+
+  bool operator==(const Norm&) const = default;
+};
+
 // Several linear layers of one input. Either all have a bias or none has, and all share one quantization.
 struct Call {
   std::string operation;  // the Python function's name, for error messages
@@ -44,6 +52,7 @@ struct Call {
   bool has_bias = false;
   std::optional<Quantization> quantization = std::nullopt;
   Epilogue epilogue = {};
+  std::optional<Norm> norm = std::nullopt;  // if the input is still to be normed
 
   bool operator==(const Call&) const = default;
 
@@ -58,9 +67,21 @@ struct Call {
   }
 };
 
-enum class Role { cotangent, input, weight, group_scales, group_biases, bias, lora_a, lora_b, residual };
+enum class Role {
+  cotangent,
+  input,
+  norm_weight,
+  weight,
+  group_scales,
+  group_biases,
+  bias,
+  lora_a,
+  lora_b,
+  residual
+};
 
-// Names one array of a call. Arrays that all segments share (input, residual) have segment 0.
+// Names one array of a call. Arrays that all segments share (input, norm's weight, residual) have
+// segment 0.
 struct Slot {
   Role role;
   int segment = 0;

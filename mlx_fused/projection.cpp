@@ -3,8 +3,10 @@
 #include <algorithm>
 
 #include "mlx/allocator.h"
+#include "mlx/fast.h"
 #include "mlx/ops.h"
 #include "mlx_fused/activate.h"
+#include "mlx_fused/backend/metal/grid.h"
 #include "mlx_fused/check.h"
 #include "mlx_fused/composed.h"
 #include "mlx_fused/routing.h"
@@ -13,10 +15,16 @@ namespace mlx_fused {
 
 namespace {
 
+// That of the input as the layers get it.
+mx::Dtype norm_type(const Arrays& inputs, const Call& call) {
+  bool weighted = call.norm && call.norm->has_weight;
+  return weighted ? mx::promote_types(inputs[0].dtype(), inputs[1].dtype()) : inputs[0].dtype();
+}
+
 // The dtype MLX would promote each segment's output to and, last, that of the sum with the residual.
 std::vector<mx::Dtype> promoted_types(const Arrays& inputs, const Call& call) {
   auto slots = input_slots(call);
-  std::vector<mx::Dtype> types(call.segments.size(), inputs[0].dtype());
+  std::vector<mx::Dtype> types(call.segments.size(), norm_type(inputs, call));
   for (size_t i = 0; i < slots.size(); ++i) {
     auto [role, segment] = slots[i];
     bool is_weight = role == Role::weight || role == Role::group_scales || role == Role::group_biases;
@@ -217,6 +225,14 @@ class ComposedProjection : public Projection {
 
 namespace {
 
+// Whether the kernel that computes the projection norms its input as well: few rows, on Metal.
+bool norms_itself(
+    const Workload& work, mx::Dtype normed, const std::optional<std::string>& route, mx::Stream stream) {
+  return describe(stream.device).kind == DeviceInfo::metal && normed == work.promoted[0] &&
+         metal::can_norm(work.rows, work.in_features * normed.size()) &&
+         choose_route(Check(work.call.operation), work, stream, route) == Route::fused;
+}
+
 // The outputs of a call, as Projection has them.
 Arrays all_outputs(
     Arrays inputs,
@@ -224,6 +240,9 @@ Arrays all_outputs(
     const std::optional<std::string>& route,
     mx::Stream stream,
     bool keeps = false) {
+  if (call.norm && !norms_itself(workload(inputs, call), norm_type(inputs, call), route, stream)) {
+    std::tie(inputs, call) = normed_before(inputs, call, stream);
+  }
   auto work = workload(inputs, call);
   auto dtype = work.promoted[0];
   if (call.epilogue.exact) {
@@ -258,6 +277,19 @@ Arrays all_outputs(
 }
 
 }  // namespace
+
+std::pair<Arrays, Call> normed_before(const Arrays& inputs, const Call& call, mx::Stream s) {
+  std::optional<mx::array> weight;
+  Arrays others = inputs;
+  if (call.norm->has_weight) {
+    weight = inputs[1];
+    others.erase(others.begin() + 1);
+  }
+  others[0] = mx::fast::rms_norm(inputs[0], weight, call.norm->eps, s);
+  auto rest = call;
+  rest.norm = std::nullopt;
+  return {std::move(others), std::move(rest)};
+}
 
 Arrays project(Arrays inputs, Call call, const std::optional<std::string>& route, mx::Stream stream) {
   bool activates = bool(call.epilogue.activation);
@@ -318,6 +350,12 @@ Arrays all_gradients(
 }
 
 Function Projection::composed() {
+  if (call_.norm) {  // the gradient and all transforms are those of the norm and of the call without it
+    return [call = call_, s = stream()](const auto& inputs) {
+      auto [others, rest] = normed_before(inputs, call, s);
+      return all_outputs(std::move(others), std::move(rest), std::nullopt, s, true);
+    };
+  }
   return [call = call_, s = stream()](const auto& inputs) {
     auto outputs = composed::project(inputs, call.linear(), Products(s));
     if (auto& activation = call.epilogue.activation) {
@@ -385,7 +423,7 @@ Arrays Projection::vjp(
       grad.wanted.push_back(slots[argnum]);
     }
   }
-  if (of_groups) {
+  if (of_groups || call_.norm) {
     return FusedPrimitive::vjp(primals, cotangents, argnums, outputs);
   }
 

@@ -34,6 +34,9 @@ Arrays all_gradients(
     const std::optional<std::string>& route,
     mx::Stream stream);
 
+// The call of an input that MLX norms before.
+std::pair<Arrays, Call> normed_before(const Arrays& inputs, const Call& call, mx::Stream s);
+
 // With an activation the outputs are first that and then what it is of, for the backward pass: these stay
 // empty unless vjp was called, which happens before evaluation. A call for inference costs nothing for it.
 class Projection : public FusedPrimitive {

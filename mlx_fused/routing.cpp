@@ -25,12 +25,14 @@ constexpr int64_t short_line = 128;
 int64_t threadgroups(const Workload& work, const DeviceInfo& device) {
   bool few = !work.is_grad() && work.rows <= few_rows;
   int64_t features = 0, tiles = 0;
+  bool gated = work.call.epilogue.activation.gated, normed = work.call.norm.has_value();
   for (auto& segment : work.call.segments) {
     features += segment.features;
-    tiles += metal::ceil_div(segment.features, few ? metal::features_per_threadgroup : tile_cols);
+    int of_tile = few ? metal::features_per_threadgroup(gated, normed) : metal::features_per_tile(gated);
+    tiles += gated && tiles > 0 ? 0 : metal::ceil_div(segment.features, of_tile);
   }
   if (few) {
-    return tiles * metal::ceil_div(work.rows, max_rows_per_pass);
+    return tiles * metal::passes_of(work.rows);
   }
   auto depth = work.in_features;
   if (work.is_grad()) {
@@ -55,7 +57,11 @@ bool has_part(const Workload& work, Part part, const DeviceInfo& device) {
     case Part::any:
       return true;
     case Part::projection:
-      return !work.is_grad();
+      return !work.is_grad() && !work.call.epilogue.activation.gated;
+    case Part::gated:
+      return !work.is_grad() && work.call.epilogue.activation.gated;
+    case Part::normed:
+      return !work.is_grad() && work.call.norm;
     case Part::small_grid:
       return (!work.is_grad() || wants(work, Role::input)) &&
              threadgroups(work, device) < metal::threadgroups_per_core * device.cores;
@@ -145,9 +151,6 @@ bool has_kernels(const Workload& work, const DeviceInfo& device) {
   }
   if (device.kind == DeviceInfo::metal) {
     if (!device.is_apple7) {
-      return false;
-    }
-    if (work.call.epilogue.activation) {
       return false;
     }
     bool plain_matmuls = work.is_grad() && work.call.segments.size() == 1 && !work.call.has_adapters();

@@ -60,7 +60,9 @@ struct RouteRow {
   // What of a call the row is about. A gradient may have several parts.
   enum class Part {
     any,
-    projection,
+    projection,     // but not a gated one
+    gated,          // a gated projection
+    normed,         // a projection that norms its input
     small_grid,     // a projection or gradient of the input with too few threadgroups to keep a GPU busy
     short_batches,  // the same of examples that do not lie in line, as heads are split
     residual,       // a projection whose epilogue adds nothing but a residual

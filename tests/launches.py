@@ -38,6 +38,8 @@ CALLS = [
     Call("QKV", "qkv", "affine_4", "quantized_qkv", ROWS),
     Call("Output + residual", "output", "dense", "output", ROWS),
     Call("Output + residual", "output", "affine_4", "quantized_output", ROWS),
+    Call("Gate and up", "gated", "dense", "gated", ROWS),
+    Call("Gate and up", "gated", "affine_4", "quantized_gated", ROWS),
     Call("dX of QKV", "qkv_grad", "dense", "dx", TRAINING_ROWS),
     Call("dX of QKV", "qkv_grad", "affine_4", "quantized_qkv_grad", TRAINING_ROWS),
 ]

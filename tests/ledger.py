@@ -52,6 +52,9 @@ def small_cases():
             yield Case(operation, rows, 256, GQA_4_2, False, False)
     for operation in ("lora_qkv_grad", "lora_output_grad", "quantized_qkv_grad", *QLORA):
         yield Case(operation, 64, 256, GQA_4_2, False, False)
+    for operation in ("gated", "quantized_gated"):
+        for rows in (1, 8, 64):
+            yield Case(operation, rows, 256, GQA_4_2, False, False)
 
 
 def large_cases():
@@ -65,6 +68,9 @@ def large_cases():
             yield Case(operation, rows, 2048, LLAMA_1B, False, False)
     for operation in ("lora_qkv_grad", "lora_output_grad", "quantized_qkv_grad", *QLORA):
         yield Case(operation, 512, 2048, LLAMA_1B, False, False)
+    for operation in ("gated", "quantized_gated"):
+        for rows in (1, 512):
+            yield Case(operation, rows, 2048, LLAMA_1B, False, False)
 
 
 SIMULATED = list(small_cases())
@@ -200,6 +206,8 @@ def call_of(case):
     if "output" in case.operation:
         shape = (1, case.rows, case.heads[0] * case.heads[2], case.hidden)
         return projections.output(rng, *shape, rank=rank, **options)
+    if "gated" in case.operation:
+        return projections.gated(rng, 1, case.rows, case.hidden, 4 * case.hidden, **options)
     shape = (1, case.rows, case.hidden, case.heads)
     return projections.qkv(rng, *shape, ranks=rank and (rank,) * 3, packed=case.packed, **options)
 
@@ -214,10 +222,17 @@ def stock(op):
         names = ("weight", "bias", "scales", "biases", "lora_a", "lora_b")
         layers = zip(*map(op.parts, names), strict=True)
         outputs = [linear(op.x, *layer, a.get("lora_scale")) for layer in layers]
+    if op.gated:
+        return (gated(*outputs),)
     if not op.segments:
         return (a["residual"] + outputs[0],)
     shape = (*op.x.shape[:2], -1, a["head_dim"])
     return tuple(y.reshape(shape).transpose(0, 2, 1, 3) for y in outputs)
+
+
+def gated(gate, up):
+    """In place of the compiled activation, or of ours by itself: a launch that reads and writes as much."""
+    return gate * up
 
 
 def linear(x, weight, bias, scales=None, biases=None, lora_a=None, lora_b=None, lora_scale=None):
@@ -236,11 +251,11 @@ def composed(op, wanted=(), given=()):
     for name in ("weight", "scales", "biases", "bias", "lora_a", "lora_b"):
         role = metal_plan.ROLES.get(name, name)
         inputs |= {(role, i): part for i, part in enumerate(op.parts(name))}
-    heads = [n for n, _ in op.segments] if op.segments else [0]
+    heads = [n for n, _ in op.segments] if op.segments else [0] * len(op.features)
     scale = op.arguments.get("lora_scale")
     segments = [(*sizes, scale) for sizes in zip(op.features, heads, strict=True)]
     group_size, bits, mode = op.quantization or (None,) * 3
-    return tuple(
+    outputs = tuple(
         _internals.composed(
             {slot: a for slot, a in inputs.items() if a is not None},
             segments,
@@ -248,6 +263,7 @@ def composed(op, wanted=(), given=()):
             (mode, bits, group_size) if mode else None,
         )
     )
+    return (gated(*outputs),) if op.gated else outputs
 
 
 def model(op, wanted=(), given=()):
@@ -304,6 +320,8 @@ ADAPTED = {
     "quantized_lora_qkv": "QKV, 4 bits, LoRA",
     "quantized_lora_output": "output + residual, 4 bits, LoRA",
     "quantized_lora_qkv_grad": "QKV, 4 bits, LoRA: dX, dA, dB",
+    "gated": "gate and up, activation",
+    "quantized_gated": "gate and up, activation, 4 bits",
 }
 OPERATIONS = {"qkv": "QKV", "output": "output + residual", "dx": "QKV: dX", "dw": "QKV: dW, dbias"} | ADAPTED
 COLUMNS = ("operation", "M", "hidden", "heads", "weights", "bias", "form")
@@ -316,7 +334,7 @@ def routed(case):
     wanted = [metal_plan.ROLES.get(name, name) for name, _ in wanted_of(case, op)]
     group_size, bits, mode = op.quantization or (None,) * 3
     route = _internals.route(
-        ("output" if "output" in case.operation else "qkv") + ("_grad" if wanted else ""),
+        next((n for n in ("output", "gated") if n in case.operation), "qkv") + ("_grad" if wanted else ""),
         [DTYPE],
         case.rows,
         op.x.shape[-1],

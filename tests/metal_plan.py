@@ -7,6 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+import call as calls
+import quantized
 from mlx_fused._ext import _internals
 from msl_sim import Library
 
@@ -152,6 +154,14 @@ class Transposed(Call):
         return super().input(array, [1, rows + 3], 2, base)
 
 
+class InTiles(calls.Call):
+    """A call as tiles have it, which round quantized weights to their dtype."""
+
+    @property
+    def exact_operands(self):
+        return quantized.in_tiles(super().exact_operands, self.x.dtype)
+
+
 def row_major(shape):
     return [int(np.prod(shape[i + 1 :])) for i in range(len(shape))]
 
@@ -184,6 +194,31 @@ def adapters_of(call, op):
     return list(zip([call.input(a)] * len(parts), parts, scales, strict=True))
 
 
+def activation_of(op):
+    """(name, whether gated, alpha, limit), or None."""
+    if of := op.activation:
+        return (of.name, of.gated, *((of.alpha, of.limit) if of.clipped else (1.0, np.inf)))
+    return None
+
+
+def activation(op, dtype, pre, cotangent=None, strides=None, library_of=None, **options):
+    """What an activation, as `activation_of` has it, makes of ``pre``, or the gradients by them.
+
+    ``strides`` are theirs, and how each is laid out for these.
+    """
+    call = Call(dtype)
+    inputs = [call.input(a, strides and strides[0], 0, strides and strides[1](a)) for a in pre]
+    g = None if cotangent is None else call.input(cotangent)
+    outputs = [call.output(a.shape) for a in (pre if g else pre[:1])]
+    launches, _ = _internals.plan_activation(NAMES[dtype], op, inputs, outputs, g)
+    for launch in launches:
+        launch["buffers"] = [(i, *call._bound(array)) for i, array in launch["buffers"]]
+        library = (library_of or libraries())[launch["kernel"]]
+        call.results.append(library.run([launch], call.buffers, **options))
+    call.assert_written_once()
+    return [call.value(out) for out in outputs]
+
+
 # What plans call an argument of the operations that has another name there.
 ROLES = {"x": "input", "scales": "group_scales", "biases": "group_biases"}
 
@@ -199,15 +234,23 @@ def operands_of(call, op):
         if adapter:
             tensors["lora_a", i], tensors["lora_b", i], scales[i] = adapter
     group_size, bits, mode = op.quantization or (None,) * 3
-    about = {"adapter_scales": scales, "alpha": op.arguments.get("alpha", 1.0)}
+    about = {"adapter_scales": scales, "alpha": op.alpha, "activation": activation_of(op)}
+    if "norm" in op.arguments:
+        weight, about["norm_eps"] = op.arguments["norm"]
+        tensors["norm_weight", 0] = call.input(weight)
     return tensors, about | {"quantization": (mode, bits, group_size) if mode else None}
 
 
-def forward(op, kind=Call, **options):
-    """A call of projections.py on the simulator: the call, of a ``kind`` of Call, and its outputs."""
+def forward(op, kind=Call, keeps=False, **options):
+    """A call of projections.py on the simulator: the call, of a ``kind`` of Call, and its outputs.
+
+    Those of an activation are that and, if it ``keeps`` them, those of what it is of.
+    """
     call, (batch, seq, _) = kind(op.x.dtype), op.x.shape
     tensors, about = operands_of(call, op)
-    if op.segments:
+    if op.activation:
+        outputs = [call.output((batch, seq, op.features[0])) for _ in range(1 + keeps * len(op.features))]
+    elif op.segments:
         outputs = [call.output((batch, n, seq, dims)) for n, dims in op.segments]
     else:
         outputs = [call.output((batch, seq, *op.features))]
@@ -217,9 +260,10 @@ def forward(op, kind=Call, **options):
 
 
 def backward(op, cotangents, keys, kind=Call, **options):
-    """The gradients of its arrays ``keys``: the call and their values."""
+    """The gradients of its arrays ``keys``, but for its activation: the call and their values."""
     call = kind(op.x.dtype)
     tensors, about = operands_of(call, op)
+    about["activation"] = None
     tensors |= {("cotangent", i): call.input(g) for i, g in enumerate(cotangents)}
     found = {key: call.output(op.leaves[key].shape, dtype=op.leaves[key].dtype) for key in keys}
     by_slot = {}

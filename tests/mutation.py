@@ -16,7 +16,7 @@ import numpy as np
 import operands
 import oracle
 import projections
-from metal_plan import KERNELS, Call, Embedded, Transposed, backward, forward, libraries
+from metal_plan import KERNELS, Call, Embedded, InTiles, Transposed, activation, backward, forward, libraries
 from msl_sim import Library
 from msl_sim.mutate import generate, run
 
@@ -28,9 +28,9 @@ HARMLESS = {
     "only the second of min(BN,": "the tile bounds every access anyway; the fast path is lost",
     "only the second of min(BM,": "the tile bounds every access anyway; the fast path is lost",
     "only the second of min(tile_depth,": "the block bounds every load anyway; the fast path is lost",
-    "projection_rows.metal:21 ": "how many values of x are read at a time",
+    "projection_rows.metal:22 ": "how many values of x are read at a time",
     "condition dropped: !Format::is_quantized": "rows of quantized weights end with whole chunks",
-    "condition dropped: column < params.in_features": "a chunk of zeros",
+    "condition dropped: column < in_features": "a chunk of zeros",
     "guard always true: mlx_fused_has_rest": "a sum of no values",
     "input_grad.metal:41 ": "which split takes which part of the same sum",
     "low_rank.h:89 ": "who adds which steps of the same sum",
@@ -43,7 +43,7 @@ HARMLESS = {
 
 # Alterations after which there is no program: a pointer that is a number, half of a template's arguments.
 NO_PROGRAM = (
-    "projection_rows.metal:105 += to =",
+    "projection_rows.metal:84 += to =",
     "low_rank_product.metal:66 + 1 dropped",
     "low_rank.h:31 += to =",
     "low_rank.h:40 += to =",
@@ -63,6 +63,9 @@ def libraries_of(folder, *files):
 def check(folder, files, op, kind=Call, names=None, cores=0):
     """The operation's outputs, or the gradients of those arrays that are named, by a folder's files."""
     options = {"library_of": libraries_of(folder, *files), "seconds": 2, "cores": cores}
+    if op.activation:
+        check_activation(op, kind, options)
+        return
     plain = not op.quantization and "lora_a" not in op.arguments and op.arguments.get("alpha", 1.0) == 1.0
     if names:
         keys, given = [key for key in op.leaves if key[0] in names], cotangents(op)
@@ -75,6 +78,62 @@ def check(folder, files, op, kind=Call, names=None, cores=0):
     call.assert_written_once()
 
 
+def check_activation(op, kind, options):
+    """The result alone, and with what the activation is of."""
+    for keeps in (False, True):
+        call, (y, *kept) = forward(op, kind, keeps, **options)
+        in_tiles = op.quantization and "projection_rows" not in call.plan[-1]["kernel"]
+        held = InTiles(op.operation, op.arguments) if in_tiles and op.x.dtype != mx.float32 else op
+        projections.check_outputs(held, (y,))
+        for a, e, error in zip(kept, *held.pre(op.x.dtype, 1), strict=True) if keeps else ():
+            assert np.all(np.abs(oracle.exact(a) - e) <= error)
+        call.assert_written_once()
+
+
+def check_norm(folder, op):
+    """Of rows whose root mean square is a power of two."""
+    found = libraries_of(folder, "projection_rows.metal")
+    rng = np.random.default_rng(2)
+    normed = mx.array(rng.choice([-1.0, 1.0], op.x.shape)).astype(op.x.dtype)
+    weight = operands.integers(rng, op.x.shape[-1:], op.x.dtype)
+    x = normed * mx.array([[0.5], [2.0], [4.0]])[: op.x.shape[1]]
+    for w, eps, ours, scale in (
+        (weight, 0.0, x, 1.0),
+        (None, 0.0, x, 1.0),
+        (None, 3.0, normed, 0.5),  # a mean of 1 and 3
+    ):
+        before = op.replace(**{op.input_name: scale * (normed if w is None else w * normed)})
+        norm = {op.input_name: ours, "norm": (w, eps)}
+        call, outputs = forward(op.replace(**norm), library_of=found, seconds=2)
+        expected = before.formula(*before.exact_operands)
+        for y, e in zip(outputs, expected, strict=True):
+            np.testing.assert_array_equal(oracle.exact(y), e)
+        call.assert_written_once()
+
+
+def elementwise(folder, names=projections.ACTIVATIONS):
+    """Activations by themselves and their gradients, in every piece of their formulas."""
+    rng, found = np.random.default_rng(4), libraries_of(folder, "activation.metal")
+    values = np.concatenate([rng.normal(0, 2, 500), [7.0, -7.0, 0.0, 12.0, -12.0, 30.0, -30.0, -100.0]])
+    for name in names:
+        for gated in (False, True)[name == "clipped_swiglu" :]:
+            of = oracle.Activation(name, gated)
+            about = (name, gated, *((of.alpha, of.limit) if of.clipped else (1.0, np.inf)))
+            shape = (2, 3, 555)
+            pre = [mx.array(rng.choice(values, shape).astype(np.float32)) for _ in range(1 + gated)]
+            laid_out = ([3 * 560, 560, 1], lambda a: mx.pad(a, [(0, 0), (0, 0), (0, 5)]))
+            exact, g = [oracle.exact(a) for a in pre], operands.normal(rng, shape)
+            options = {"strides": laid_out, "library_of": found, "seconds": 2}
+            none = [0 * a for a in exact]
+            (y,) = activation(about, mx.float32, pre, **options)
+            oracle.assert_rounded(y, of(exact), of.errors(exact, none))
+            grads = activation(about, mx.float32, pre, g, **options)
+            expected = of.gradients(oracle.exact(g), exact)
+            errors = of.gradient_errors(oracle.exact(g), exact, none)
+            for grad, e, error in zip(grads, expected, errors, strict=True):
+                oracle.assert_rounded(grad, e, error)
+
+
 def cotangents(op):
     return projections.cotangents(np.random.default_rng(5), op)
 
@@ -85,6 +144,10 @@ def qkv(batch, seq, hidden, heads=HEADS, form=None, **options):
 
 def output(batch, seq, hidden, out, **options):
     return projections.output(np.random.default_rng(1), batch, seq, hidden, out, **options)
+
+
+def gated(batch, seq, hidden, features, **options):
+    return projections.gated(np.random.default_rng(6), batch, seq, hidden, features, **options)
 
 
 INPUT, WEIGHT, LORA = ("input", "x"), ("weight", "bias"), ("lora_a", "lora_b")
@@ -112,6 +175,12 @@ def projection(folder):
         check(folder, files, op, Embedded, cores=40)
     op = output(1, 64, 37, 70)
     check(folder, files, op, partial(Transposed, op))
+    ranks = {"ranks": (9, 3), "scale": (2.0, 3.0)}
+    check(folder, files, gated(2, 66, 37, 70, **ranks), Embedded)
+    check(folder, files, gated(1, 64, 48, 64))
+    check(folder, files, gated(2, 9, 300, 70, **ranks), Embedded, cores=40)
+    op = gated(1, 64, 37, 70)
+    check(folder, files, op, partial(Transposed, op))
 
 
 def projection_rows(folder):
@@ -129,6 +198,11 @@ def projection_rows(folder):
     op = qkv(1, 3, 130)
     op.x[0, 1, 5] = np.inf  # which a bias of 0 would make NaN
     check(folder, files, op)
+    check(folder, files, gated(2, 2, 20, 35, ranks=(9, 3), scale=(2.0, 3.0)), Embedded)
+    check(folder, files, gated(1, 7, 130, 35))
+    draw = {"draw": operands.integers}
+    check_norm(folder, qkv(1, 3, 330, **draw))
+    check_norm(folder, gated(1, 3, 330, 35, activation="relu", **draw))
 
 
 def input_grad(folder):
@@ -210,6 +284,11 @@ def epilogue(folder):
         for op in lora_calls(2, rows, hidden):
             check(folder, [file], op, Embedded, names)
     check(folder, ["projection.metal"], output(2, 65, 20, 70), Embedded)
+    for op in (
+        gated(2, 2, 33, 35),
+        projections.linear(np.random.default_rng(7), 2, 2, 33, 35, activation="silu"),
+    ):
+        check(folder, ["projection_rows.metal"], op, Embedded)
 
 
 def check_unequal_segments(folder):
@@ -243,7 +322,9 @@ TESTS = {
     "weight_grad.metal": weight_grad,
     "low_rank_product.metal": low_rank_product,
     "adapter_grad.metal": adapter_grad,
+    "activation.metal": partial(elementwise, names=["silu", "clipped_swiglu"]),
     "low_rank.h": low_rank,
+    "activation.h": elementwise,
     "epilogue.h": epilogue,
     "common.h": all_kernels,
     "weight.h": weights,
@@ -251,7 +332,8 @@ TESTS = {
 # Of the many instantiations, those that the tests above launch.
 LAUNCHED = re.compile(
     r"((projection|input_grad)_((32|64)_dense|64_transposed|splits)|projection_64_nvfp4|input_grad_64_affine_3"
-    r"|projection_rows_4_(dense|affine_4)|weight_grad|low_rank_product_(1x[13]|4x3)|adapter_grad_[13])_float32"
+    r"|projection_rows_4_(dense|affine_4)|weight_grad|low_rank_product_(1x[13]|4x3)|adapter_grad_[13]"
+    r"|activation(?:_grad)?)_float32"
 )
 
 

@@ -18,6 +18,7 @@ FOUR_BITS, LORA = {"quantization": ("affine", 4, 64)}, {"rank": 8}
 TRAINED = {"wanted": ["input", "lora_a", "lora_b"]}
 # Of Llama-3.2-1B's sizes, in bfloat16.
 QKV, OUTPUT = {"features": [2048, 512, 512], "in_features": 2048}, {"features": [2048], "in_features": 2048}
+GATED = {"features": [8192, 8192], "in_features": 2048}
 CALLS = {
     "QKV": ("qkv", QKV),
     "output + residual": ("output", OUTPUT),
@@ -25,6 +26,8 @@ CALLS = {
     "output + residual, 4 bits": ("output", OUTPUT | FOUR_BITS),
     "QKV, 4 bits and LoRA": ("qkv", QKV | FOUR_BITS | LORA),
     "its gradient": ("qkv_grad", QKV | FOUR_BITS | LORA | TRAINED),
+    "gate and up": ("gated", GATED),
+    "gate and up, 4 bits": ("gated", GATED | FOUR_BITS),
     "QKV with LoRA": ("qkv", QKV | LORA),
     "its gradient ": ("qkv_grad", QKV | LORA | TRAINED),
 }

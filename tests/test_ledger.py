@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import ledger
+import metal_plan
+import projections
 from mlx_kernels import Kernels
 from mlx_on_simulator import library, mlx_launch
 
@@ -160,3 +162,44 @@ def test_rules_are_what_mlx_kernels_read(mlx_kernels, m, n, k, kernels):
             traffic[names[(array if array.base is None else array.base).shape]].total_read
             == times * array.nbytes
         )
+
+
+# A layer of Llama-3.2-1B's sizes, 4 bits; what is not ours: rope, the cache and attention.
+
+
+def test_a_decode_token():
+    """The norm is in the launch that reads what it norms."""
+    rng, shape = np.random.default_rng(0), (1, 1, 2048)
+    form = {"form": ledger.FORM, "dtype": ledger.DTYPE, "bias": False, "draw": ledger.zeros}
+    norm = {"norm": (mx.ones(2048, ledger.DTYPE), 1e-5)}
+    layer = [
+        projections.qkv(rng, *shape, ledger.LLAMA_1B, **form).replace(**norm),
+        projections.output(rng, *shape, 2048, **form),
+        projections.gated(rng, *shape, 8192, **form).replace(**norm),
+        projections.output(rng, 1, 1, 8192, 2048, **form),
+    ]
+    assert [len(metal_plan.forward(op, library_of=ledger.NotRun())[0].plan) for op in layer] == [1] * 4
+    # One after the other; beside them rope of queries and of keys, their and the values' caches, attention.
+    launches, stages = len(layer) + 2 + 2 + 1, len(layer) + 3
+    assert (launches, stages) == (9, 7)
+
+
+def test_a_qlora_step():
+    """Of 512 rows: forward and backward, and activations by themselves: again, and the gradient."""
+    rng, shape = np.random.default_rng(0), (1, 512, 2048)
+    options = {"form": ledger.FORM, "dtype": ledger.DTYPE, "bias": False, "draw": ledger.zeros}
+    layer = [
+        (projections.qkv(rng, *shape, ledger.LLAMA_1B, ranks=(8,) * 3, **options), 3),
+        (projections.output(rng, *shape, 2048, rank=8, **options), 1),
+        (projections.gated(rng, *shape, 8192, ranks=(8, 8), **options), 2),
+        (projections.output(rng, 1, 512, 8192, 2048, rank=8, **options), 1),
+    ]
+    launches = 2
+    for op, segments in layer:
+        keys = [key for key in op.leaves if key[0] in ("input", "x", "lora_a", "lora_b")]
+        given = projections.cotangents(rng, op, ledger.zeros)
+        given = given if len(given) == segments else given * segments  # of gate and of up
+        forward, _ = metal_plan.forward(op, library_of=ledger.NotRun(), keeps=op.gated)
+        backward, _ = metal_plan.backward(op, given, keys, library_of=ledger.NotRun())
+        launches += len(forward.plan) + len(backward.plan)
+    assert launches == 30

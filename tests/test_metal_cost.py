@@ -33,10 +33,11 @@ def test_misses_are_those_accepted(result):
 
 def test_every_kind_of_kernel_is_measured(result):
     assert list(result["kernels"]) == [*KERNELS, *(m.kernel.name for m in MISTAKES.values())]
-    assert {k.source for k in KERNELS.values()} >= set(METAL.glob("*.metal"))
+    # Activations by themselves have no loop: they take as long as their memory.
+    assert {k.source for k in KERNELS.values()} >= {*METAL.glob("*.metal")} - {METAL / "activation.metal"}
     made = kernels(report.flattened(METAL / "projection_rows.metal"))
     names = {name.removesuffix("_float16") for name in made if name.endswith("_float16")}
-    assert names == {name for name in KERNELS if name.startswith("projection_rows")}
+    assert names == {name.split(",")[0] for name in KERNELS if name.startswith("projection_rows")}
 
 
 @pytest.mark.parametrize("change, is_stale", [("int changed;", True), ('# 1 "own/moved.metal"', False)])

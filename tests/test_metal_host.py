@@ -20,7 +20,7 @@ import operands
 import oracle
 import projections
 import quantized
-from metal_plan import libraries
+from metal_plan import InTiles, libraries
 from mlx_fused import operations
 from test_layouts import broadcast, sliced, strided
 
@@ -62,8 +62,17 @@ def load(name, file):
 def gpu(built, monkeypatch):
     """Lets the operations make nodes of that build, and returns what evaluates one."""
     host, extension = built
-    monkeypatch.setattr(operations, "_ext", extension)
+    monkeypatch.setattr(operations.call, "_ext", extension)
     return lambda array: host.eval_gpu(array, simulate)
+
+
+@pytest.fixture
+def metal(built, monkeypatch):
+    """Lets routing know that it is one, and that its kernels are wanted."""
+    monkeypatch.setenv("MLX_FUSED_ROUTE", "fused")
+    built[0].set_on_metal(True)
+    yield
+    built[0].set_on_metal(False)
 
 
 def simulate(described):
@@ -216,6 +225,96 @@ def test_outputs_token_by_token(gpu, rng, ranks, form):
     for grads in results:
         gpu(grads[0])
     oracle.assert_equal(*results)
+
+
+@dtypes
+@forms
+@pytest.mark.parametrize("ranks", [None, (4, None)], ids=["plain", "lora"])
+def test_activations(gpu, rng, ranks, form, dtype):
+    """Forward, and then the gradients, for which what the activation is of is kept."""
+    for seq, packing in product((2, 17), (None, *projections.PACKINGS)):
+        if packing == "interleaved" and ranks:
+            continue  # B is copied
+        bias = packing != "interleaved"  # which is copied too
+        calls = [projections.gated(rng, 2, seq, 64, 40, form, dtype, bias, packing, ranks)]
+        if packing is None:
+            options = {"rank": ranks and 4, "activation": "gelu"}
+            calls.append(projections.linear(rng, 2, seq, 64, 40, form, dtype, **options))
+        for call in calls:
+            held = as_held_call(call, 2 * seq > 8)
+            outputs = call()
+            assert gpu(outputs[0]) == 1 + bool(ranks)
+            projections.check_outputs(held, outputs)
+
+            keys = [key for key in gradient_keys(call) if key[0] in ("x", "lora_a", "lora_b")]
+            given = projections.cotangents(rng, call)
+            grads = projections.gradients(call, keys, given)
+            for grad in grads:
+                gpu(grad)
+            projections.check_grads(held, given, keys, grads)
+
+
+def as_held_call(call, in_tiles):
+    in_tiles = in_tiles and call.quantization and call.x.dtype != mx.float32
+    return InTiles(call.operation, call.arguments) if in_tiles else call
+
+
+@forms
+@pytest.mark.parametrize("weighted", [True, False])
+def test_norm(gpu, metal, rng, weighted, form):
+    """In the same launch; of rows whose root mean square is 1 the bits are known."""
+    weight = operands.integers(rng, (64,)) if weighted else None
+    draw = {"draw": operands.integers}
+    for op in (
+        projections.qkv(rng, 2, 3, 64, HEADS[0], form, packed=True, **draw),
+        projections.linear(rng, 2, 3, 64, 40, form, **draw),
+        projections.gated(rng, 2, 3, 64, 40, form, **draw),
+    ):
+        x = mx.array(rng.choice([-1.0, 1.0], op.x.shape)).astype(mx.float32)
+        before = op.replace(**{op.input_name: x if weight is None else weight * x})()
+        ours = op.replace(**{op.input_name: x}, norm=(weight, 0.0))()
+        assert gpu(ours[0]) == gpu(before[0]) == 1
+        oracle.assert_equal(ours, before)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_norm_before_what_cannot_norm(gpu, metal, rng, columns):
+    """By MLX's own kernel, of which there is none here."""
+    op = projections.linear(rng, 2, 3, 64, 40 if columns else 3)
+    if columns:
+        op = op.replace(weight=columns_first(op.arguments["weight"]))
+    with pytest.raises(RuntimeError, match="has no GPU implementation"):
+        gpu(op.replace(norm=(mx.ones(64), 1e-5))()[0])
+
+
+def test_norm_of_many_rows(gpu, metal, rng):
+    op = projections.linear(rng, 1, 20, 64, 40)
+    (y,) = op.replace(norm=(mx.ones(64), 1e-5))()
+    assert gpu(y) == 1  # beside MLX's
+    before = op.replace(x=mx.fast.rms_norm(op.x, mx.ones(64), 1e-5))()
+    gpu(before[0])
+    oracle.assert_equal([y], before)
+
+
+@pytest.mark.parametrize("name", ["linear", "gated"])
+def test_gradients_of_norm(gpu, metal, rng, name):
+    """Those of the norm and the projection."""
+    op = getattr(projections, name)(rng, 1, 3, 64, 40)
+    weight = operands.normal(rng, (64,))
+    given = projections.cotangents(rng, op)
+
+    def ours(x, weight):
+        return op.replace(x=x, norm=(weight, 1e-5))()
+
+    def before(x, weight):
+        return op.replace(x=mx.fast.rms_norm(x, weight, 1e-5))()
+
+    results = [mx.vjp(f, [op.x, weight], list(given))[1] for f in (ours, before)]
+    for grads in results:
+        for grad in grads:
+            gpu(grad)
+    for a, b in zip(*results, strict=True):
+        assert mx.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("batch,seq,hidden", [(0, 3, 64), (2, 0, 64)])

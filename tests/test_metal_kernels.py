@@ -53,7 +53,7 @@ def test_every_instantiation_is_here():
     tiles = ["projection_32", "projection_64", "input_grad_32", "input_grad_64"]
     on_weights = tiles + [f"projection_rows_{rows}" for rows in range(1, 5)]
     kernels = [f"{kernel}_dense" for kernel in on_weights] + [f"{kernel}_transposed" for kernel in tiles]
-    kernels += ["projection_splits", "input_grad_splits", "weight_grad"]
+    kernels += ["projection_splits", "input_grad_splits", "weight_grad", "activation", "activation_grad"]
     kernels += [f"low_rank_product_{shape}" for shape in ("1x1", "1x3", "4x1", "4x3")]
     kernels += [f"adapter_grad_{columns}" for columns in (1, 3)]
     formats = ("affine", "mxfp", "nvfp")

@@ -23,6 +23,8 @@ TABLE = [Row(*row) for row in _internals.route_table()]
 # How a call comes to have a part: the operation, what is wanted of its gradient, and its adapters' rank.
 HAS = {
     "projection": ("qkv", {}),
+    "gated": ("gated", {}),
+    "normed": ("normed", {}),
     "input_gradient": ("qkv_grad", {"wanted": ["input"]}),
     "weight_gradient": ("qkv_grad", {"wanted": ["weight", "bias"]}),
     "low_rank_product": ("qkv", {"rank": 8}),
@@ -34,6 +36,8 @@ HAS = {
 }
 NAMES = {  # that the table has for them
     "projection": "projection",
+    "gated": "gated projection",
+    "normed": "projection with the norm of its input",
     "input_gradient": "gradient of the input",
     "weight_gradient": "gradient of weights",
     "low_rank_product": "LoRA's x A or dy B^T, rank up to 8",
@@ -182,6 +186,8 @@ def test_only_branches_and_64_bit_products_of_tiles_do_not_decide():
     "operation, kind, parts",
     [
         ("qkv", {}, ["projection"]),
+        ("gated", {}, ["gated"]),
+        ("normed", {}, ["projection", "normed"]),
         ("qkv", {"rank": 8}, ["projection", "low_rank_product"]),
         ("qkv", {"rank": 9}, ["projection", "mid_rank_product"]),
         ("qkv", {"rank": 33}, ["projection", "high_rank_product"]),
@@ -203,7 +209,7 @@ def test_the_parts_of_a_call(operation, kind, parts):
     assert found == {NAMES[part] for part in parts} & known
 
 
-@pytest.mark.parametrize("part", ["projection", "input_gradient"])
+@pytest.mark.parametrize("part", ["projection", "gated", "input_gradient"])
 @pytest.mark.parametrize("form", ["dense", "affine_4", "mxfp4"])
 def test_tiles_that_are_not_full_are_compared_as_they_are(part, form, figures):
     operation, kind = HAS[part]

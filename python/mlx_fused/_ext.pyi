@@ -3,21 +3,11 @@ The C++ functions that mlx_fused.operations and mlx_fused.patching call.
 """
 
 from collections.abc import Mapping, Sequence
-import enum
 
 import mlx.core
 
 
-class Packing(enum.Enum):
-    """How a packed layer has its segments' rows."""
-
-    in_order = 0
-
-    reversed = 1
-
-    interleaved = 2
-
-def project(operation: str, node: str, input_name: str, input: mlx.core.array, layers: Sequence[tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, mlx.core.array | None, int | None, int | None, str, mlx.core.array | None, mlx.core.array | None, float]], segments: Sequence[tuple[int, int]], residual: mlx.core.array | None, alpha: float, activation: tuple[str, bool, float, float] | None, packing: Packing, exact: bool, route: str | None, stream: mlx.core.Stream | mlx.core.ThreadLocalStream | mlx.core.Device | mlx.core.DeviceType | None) -> list[mlx.core.array]: ...
+def project(operation: str, node: str, input_name: str, input: mlx.core.array, norm: tuple[mlx.core.array | None, float] | None, layers: Sequence[tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, mlx.core.array | None, int | None, int | None, str, mlx.core.array | None, mlx.core.array | None, float]], segments: Sequence[tuple[int, int]], residual: mlx.core.array | None, alpha: float, activation: tuple[str, bool, float, float] | None, packing: str, exact: bool, route: str | None, stream: mlx.core.Stream | mlx.core.ThreadLocalStream | mlx.core.Device | mlx.core.DeviceType | None) -> list[mlx.core.array]: ...
 
 def all_gradients(operation: str, node: str, names: Sequence[str], cotangents: Sequence[mlx.core.array], input_name: str, input: mlx.core.array, layers: Sequence[tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, mlx.core.array | None, int | None, int | None, str, mlx.core.array | None, mlx.core.array | None, float]], segments: Sequence[tuple[int, int]], has_bias: bool, route: str | None, stream: mlx.core.Stream | mlx.core.ThreadLocalStream | mlx.core.Device | mlx.core.DeviceType | None) -> list[mlx.core.array]: ...
 

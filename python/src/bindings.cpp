@@ -57,36 +57,23 @@ mlx_fused::Call make_call(
   return call;
 }
 
-// Its name, whether it is gated, alpha and limit.
-using ActivationTuple = std::tuple<std::string, bool, float, float>;
-
-mlx_fused::Activation activation_of(const std::optional<ActivationTuple>& given) {
-  using namespace mlx_fused;
-  static const std::map<std::string, ActivationKind> kinds = {
-      {"silu", activation_silu},
-      {"gelu", activation_gelu},
-      {"gelu_approx", activation_gelu_approx},
-      {"relu", activation_relu},
-      {"relu2", activation_relu2},
-      {"clipped_swiglu", activation_clipped_swiglu}};
-  if (!given) {
-    return {};
-  }
-  auto& [name, gated, alpha, limit] = *given;
-  return {kinds.at(name), gated, alpha, limit};
-}
+const std::map<std::string, mlx_fused::Packing> packings = {
+    {"in_order", mlx_fused::Packing::in_order},
+    {"reversed", mlx_fused::Packing::reversed},
+    {"interleaved", mlx_fused::Packing::interleaved}};
 
 Arrays project(
     const std::string& operation,
     const std::string& node,
     const std::string& input_name,
     const mx::array& input,
+    const std::optional<mlx_fused::NormOperands>& norm,
     std::vector<LinearTuple> layers,
     const std::vector<std::pair<int, int>>& segments,
     const OptionalArray& residual,
     float alpha,
     const std::optional<ActivationTuple>& activation,
-    mlx_fused::Packing packing,
+    const std::string& packing,
     bool exact,
     const Route& route,
     mx::StreamOrDevice s) {
@@ -97,11 +84,12 @@ Arrays project(
       mlx_fused::Check(operation),
       input_name,
       input,
+      norm,
       linears(layers),
       residual,
       call,
       mlx_fused::Products(stream, route),
-      packing);
+      packings.at(packing));
   return mlx_fused::project(std::move(inputs), std::move(call), route, stream);
 }
 
@@ -121,8 +109,8 @@ Arrays all_gradients(
   auto call = make_call(operation, node, segments);
   mlx_fused::Check check(operation);
   mlx_fused::Products products(stream, route);
-  auto primals =
-      mlx_fused::check_arguments(check, input_name, input, linears(layers), std::nullopt, call, products);
+  auto primals = mlx_fused::check_arguments(
+      check, input_name, input, std::nullopt, linears(layers), std::nullopt, call, products);
   return mlx_fused::all_gradients(check, names, cotangents, primals, call, has_bias, route, stream);
 }
 
@@ -235,13 +223,25 @@ nb::tuple operands(nb::dict layer, std::optional<nb::dict> adapter) {
 
 }  // namespace
 
+mlx_fused::Activation activation_of(const std::optional<ActivationTuple>& given) {
+  using namespace mlx_fused;
+  static const std::map<std::string, ActivationKind> kinds = {
+      {"silu", activation_silu},
+      {"gelu", activation_gelu},
+      {"gelu_approx", activation_gelu_approx},
+      {"relu", activation_relu},
+      {"relu2", activation_relu2},
+      {"clipped_swiglu", activation_clipped_swiglu}};
+  if (!given) {
+    return {};
+  }
+  auto& [name, gated, alpha, limit] = *given;
+  return {kinds.at(name), gated, alpha, limit};
+}
+
 NB_MODULE(_ext, m) {
   m.doc() = "The C++ functions that mlx_fused.operations and mlx_fused.patching call.";
 
-  nb::enum_<mlx_fused::Packing>(m, "Packing", "How a packed layer has its segments' rows.")
-      .value("in_order", mlx_fused::Packing::in_order)
-      .value("reversed", mlx_fused::Packing::reversed)
-      .value("interleaved", mlx_fused::Packing::interleaved);
   m.def(
       "project",
       &project,
@@ -249,6 +249,7 @@ NB_MODULE(_ext, m) {
       "node"_a,
       "input_name"_a,
       "input"_a,
+      "norm"_a,
       "layers"_a,
       "segments"_a,
       "residual"_a,

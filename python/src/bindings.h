@@ -2,5 +2,16 @@
 
 #include <nanobind/nanobind.h>
 
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "mlx_fused/activation.h"
+
+// Its name, whether it is gated, alpha and limit.
+using ActivationTuple = std::tuple<std::string, bool, float, float>;
+
+mlx_fused::Activation activation_of(const std::optional<ActivationTuple>& given);
+
 // Submodule _internals: what the library's own tests look into.
 void bind_internals(nanobind::module_& m);

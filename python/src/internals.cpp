@@ -35,8 +35,17 @@ std::optional<mlx_fused::Quantization> quantization(const std::optional<Quantiza
 using Tensor = std::tuple<int, std::vector<int64_t>, std::vector<int64_t>>;
 using Tensors = std::map<std::pair<std::string, int>, Tensor>;
 
-constexpr std::array<std::string_view, 9> roles = {
-    "cotangent", "input", "weight", "group_scales", "group_biases", "bias", "lora_a", "lora_b", "residual"};
+constexpr std::array<std::string_view, 10> roles = {
+    "cotangent",
+    "input",
+    "norm_weight",
+    "weight",
+    "group_scales",
+    "group_biases",
+    "bias",
+    "lora_a",
+    "lora_b",
+    "residual"};
 
 mlx_fused::Slot slot(const std::pair<std::string, int>& name) {
   auto role = std::find(roles.begin(), roles.end(), name.first) - roles.begin();
@@ -72,6 +81,8 @@ constexpr std::array devices = {"CPU", "Metal", "Metal, M5 and later"};
 constexpr std::array parts = {
     "any",
     "projection",
+    "gated projection",
+    "projection with the norm of its input",
     "projection or gradient of the input, small grid",
     "projection or gradient of the input, short examples apart",
     "projection + residual alone",
@@ -115,9 +126,9 @@ void def_on_workload(nb::module_& m, const char* name, F f) {
                 ? mlx_fused::metal_device("applegpu_g13" + size, matmul_units ? 18 : 13, is_apple7, {25, 2})
                 : mlx_fused::DeviceInfo{
                       device == "cpu" ? mlx_fused::DeviceInfo::cpu : mlx_fused::DeviceInfo::other_gpu};
-        bool is_output = operation.starts_with("output");
+        bool is_output = operation.starts_with("output"), is_gated = operation == "gated";
         std::vector<mlx_fused::Segment> segments;
-        for (int count : features.value_or(std::vector(is_output ? 1 : 3, 4096))) {
+        for (int count : features.value_or(std::vector(is_output ? 1 : is_gated ? 2 : 3, 4096))) {
           segments.push_back({.features = count, .adapter_scale = rank ? std::optional(1.0f) : std::nullopt});
         }
         mlx_fused::Call call{
@@ -125,6 +136,12 @@ void def_on_workload(nb::module_& m, const char* name, F f) {
             .has_bias = has_bias,
             .quantization = quantization(q),
             .epilogue = {.has_residual = is_output, .exact = exact}};
+        if (is_gated) {
+          call.epilogue.activation = {.kind = mlx_fused::activation_silu, .gated = true};
+        }
+        if (operation == "normed") {
+          call.norm = {.eps = 0, .has_weight = false};
+        }
         mlx_fused::Slots slots;
         for (auto& role : wanted) {
           slots.push_back(slot({role, 0}));
@@ -234,12 +251,17 @@ void bind_internals(nb::module_& m) {
          const std::optional<QuantizationTuple>& q,
          float alpha,
          bool exact,
+         const std::optional<ActivationTuple>& activation,
+         std::optional<float> norm_eps,
          int cores) {
         auto type = metal::dtype_named(dtype);
         mlx_fused::Call call{
             .has_bias = inputs.contains({"bias", 0}),
             .quantization = quantization(q),
-            .epilogue = {inputs.contains({"residual", 0}), alpha, exact}};
+            .epilogue = {inputs.contains({"residual", 0}), alpha, exact, activation_of(activation)}};
+        if (norm_eps) {
+          call.norm = {.eps = *norm_eps, .has_weight = inputs.contains({"norm_weight", 0})};
+        }
         for (auto scale : adapter_scales) {
           call.segments.push_back({.features = 0, .adapter_scale = scale});
         }
@@ -270,7 +292,35 @@ void bind_internals(nb::module_& m) {
       "quantization"_a = nb::none(),
       "alpha"_a = 1.0f,
       "exact"_a = false,
+      "activation"_a = nb::none(),
+      "norm_eps"_a = nb::none(),
       "cores"_a = 0);
+  // Of an activation by itself, or of its gradients if there is a cotangent.
+  internals.def(
+      "plan_activation",
+      [](const std::string& dtype,
+         const ActivationTuple& activation,
+         const std::vector<Tensor>& pre,
+         const std::vector<Tensor>& outputs,
+         const std::optional<Tensor>& cotangent) {
+        auto type = metal::dtype_named(dtype);
+        auto of = activation_of(activation);
+        auto tensors = [](const std::vector<Tensor>& given) {
+          std::vector<metal::Tensor> all;
+          std::transform(given.begin(), given.end(), std::back_inserter(all), tensor);
+          return all;
+        };
+        if (!cotangent) {
+          return launches(metal::plan_activation(of, type, tensors(pre), tensor(outputs[0])));
+        }
+        return launches(
+            metal::plan_activation_grad(of, type, tensor(*cotangent), tensors(pre), tensors(outputs)));
+      },
+      "dtype"_a,
+      "activation"_a,
+      "pre"_a,
+      "outputs"_a,
+      "cotangent"_a = nb::none());
   // A call's outputs in MLX's own primitives, or the wanted gradients if there are any.
   internals.def(
       "composed",

@@ -18,7 +18,7 @@ Category = lief.MachO.Symbol.CATEGORY
 
 # libc++'s names that MLX happens not to use; templates over the types of others are the caller's to define.
 STANDARD = re.compile(
-    r"__Z(NK?|T[IVT]N?)?St(?!.*(3mlx|9mlx_fused|8nanobind|B9ni))|__ZTVN10__cxxabiv1|__Z(n[wa]|d[la])|___cxa_|___gxx_personality_v0$"
+    r"__Z(NK?|T[IVT]N?)?St(?!.*(3mlx|9mlx_fused|8nanobind|B9ni))|__ZTVN10__cxxabiv1|__Z(n[wa]|d[la])|___cxa_|___dynamic_cast$|___gxx_personality_v0$"
 )
 
 

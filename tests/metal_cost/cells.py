@@ -19,6 +19,10 @@ LOW_RANK = {  # blocks of their tiles
     "low_rank_product": {"1x1": 1, "1x3": 3, "4x1": 4, "4x3": 12},
     "adapter_grad": {"1": 4, "3": 12},
 }
+# What a kernel may have as well: the constants that are true then.
+GATED = ("mlx_fused_is_gated", "mlx_fused_activation_low")  # by silu
+NORMED = ("mlx_fused_has_norm", "mlx_fused_has_norm_weight")
+VARIANTS = {"gated": GATED, "normed": NORMED}
 ROWS = range(1, 9)
 # What a kernel is measured without: bias, residual, adapter. MLX's are told that shapes are whole tiles.
 CONSTANTS = ("align_M", "align_N", "align_K")
@@ -59,6 +63,10 @@ def rows_kernel(form, rows):
     return Kernel(name, METAL / "projection_rows.metal", 64, work, rows=rows, constants=constants)
 
 
+def variant(kernel, name):
+    return replace(kernel, name=f"{kernel.name}, {name}", constants=kernel.constants + VARIANTS[name])
+
+
 def _tile_kernel(source, name, work, threads=128, constants=()):
     return Kernel(name, METAL / f"{source}.metal", threads, work, has_matrices=True, constants=constants)
 
@@ -72,12 +80,14 @@ def _ours():
     for form in FORMATS:
         for rows in range(1, MOST_ROWS + 1):
             yield rows_kernel(form, rows)
+            yield from (variant(rows_kernel(form, rows), name) for name in VARIANTS if form in TILE_FORMATS)
     for form in TILE_FORMATS:
         constants = _group_constants(form)
         per_thread = "tile_cols * tile_depth / tile_threads"
         for rows in (32, 64):
             work = f"{rows} * {per_thread}"
-            yield _tile_kernel("projection", f"projection_{rows}_{form}", work, constants=constants)
+            tile = _tile_kernel("projection", f"projection_{rows}_{form}", work, constants=constants)
+            yield from (tile, variant(tile, "gated"))
         for rows in (32, 64) if form == "dense" else (64,):
             work = f"{rows} * {per_thread}"
             yield _tile_kernel("input_grad", f"input_grad_{rows}_{form}", work, constants=constants)
@@ -158,10 +168,14 @@ def _cells():
             ours = rows_kernel(form, ceil(rows / passes[0]))
             mlx = mlx_vectors(form, ceil(rows / passes[1]))
             yield Cell(f"{form}, rows {rows}", ours.name, mlx.name, *passes)
+            if form in TILE_FORMATS:
+                for name in VARIANTS:  # MLX's kernel for each of gate and up, and after its norm
+                    yield Cell(f"{form}, {name}, rows {rows}", variant(ours, name).name, mlx.name, *passes)
     for form in TILE_FORMATS:
         for rows in (32, 64):
             dense = "gemm_splitk_nt" if rows == 32 else "gemm_nt"
-            yield _tile_cell(f"projection_{rows}_{form}", dense if form == "dense" else f"qmm_t_{form}")
+            for kernel in (f"projection_{rows}_{form}", f"projection_{rows}_{form}, gated"):
+                yield _tile_cell(kernel, dense if form == "dense" else f"qmm_t_{form}")
         for rows in (32, 64) if form == "dense" else (64,):
             yield _tile_cell(f"input_grad_{rows}_{form}", "gemm_nn" if form == "dense" else f"qmm_n_{form}")
     yield _tile_cell("projection_32_dense, ragged rows", "gemm_splitk_nt, ragged rows")

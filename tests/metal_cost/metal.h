@@ -185,6 +185,15 @@ FLOATING(float, abs, __builtin_fabsf)
 FLOATING(float, exp2, __builtin_exp2f)
 FLOATING(float, log2, __builtin_log2f)
 FLOATING(float, round, __builtin_roundf)
+namespace precise {
+// A stand-in: the compiler ends without a word where there is an exp2. Exponentials are in no loop.
+METAL_FUNC float exp(float v) {
+  return __builtin_bit_cast(float, int((1.44269504f * v + 127.0f) * 8388608.0f));
+}
+METAL_FUNC float rsqrt(float v) {
+  return 1.0f / __builtin_sqrtf(v);
+}
+}  // namespace precise
 METAL_FUNC bool signbit(float v) {
   return __builtin_bit_cast(int, v) < 0;
 }

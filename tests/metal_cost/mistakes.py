@@ -54,7 +54,7 @@ MISTAKES = dict(
             "the loop takes the last part of a row as well",
             "dense, rows 1",
             "accumulate<T, Format, M>(weight, row, chunk_size, sums);",
-            "accumulate<T, Format, M>(weight, row, params.in_features - column, sums);",
+            "accumulate<T, Format, M>(weight, row, in_features - column, sums);",
         ),
         _edited(
             "a tile's operands share one bound",

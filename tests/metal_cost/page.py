@@ -1,10 +1,13 @@
 """Tables of what was measured, for the terminal and docs/design/metal_cost.md."""
 
-from .cells import CELLS, FORMATS, HERE, KERNELS, METAL, ROWS
+import re
+
+from .cells import CELLS, FORMATS, HERE, KERNELS, METAL, ROWS, VARIANTS
 from .mistakes import MISTAKES
 from .report import cost, misses, seen, text_of
 
 DOCUMENT = HERE.parents[1] / "docs" / "design" / "metal_cost.md"
+VARIANT = rf", (?:{'|'.join(VARIANTS)}), rows"
 MARKER = "<!-- what follows is written by make metal-cost -->"
 
 
@@ -91,6 +94,8 @@ def page(text, found):
     lines += ["Threads that fit a core:", ""]
     lines += table(head, _few_rows(found, lambda k, passes: k["threads"], "threads", "{}"))
     tiles = [c for c in CELLS.values() if KERNELS[c.ours].has_matrices]
+    lines += ["## Few rows, gated or with a norm", "", "Cycles to a weight, for all rows:", ""]
+    lines += table(CELL_HEAD, cell_rows(found, [c for n, c in CELLS.items() if re.search(VARIANT, n)]))
     lines += ["## Tiles", "", "Cycles to a multiply-add:", ""]
     lines += table(CELL_HEAD, cell_rows(found, tiles))
     lines += ["## Mistakes put back", "", "What our kernels once did. Bold is what the report sees.", ""]

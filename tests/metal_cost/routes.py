@@ -18,7 +18,7 @@ MOST_VECTOR_ROWS = (
     15,
 )  # of MLX's kernels for few rows, on whatever GPU, with quantized weights and dense
 MOST_ROWS = 512  # after which a tile that is not full is little beside those that are
-HIGH_TILES_FROM = 1024  # rows; many_rows in backend/metal/plan.cpp
+HIGH_TILES_FROM = 1024  # rows; many_rows in backend/metal/plan_adapters.cpp
 # Parts of a call in the order of the table, with what taking MLX's kernels gives up.
 PARTS = {
     "adapter_gradient": "one launch for all A or all B",
@@ -29,6 +29,8 @@ PARTS = {
     "high_rank_product": "one launch for all adapters",
     "weight_gradient": "one launch for a QKV call's 3, with bias 6",
     "input_gradient": "one launch for a QKV call's 5",
+    "normed": "the launch and stage of the norm",
+    "gated": "one launch and stage for the 3 of gate, up and activation in 2",
     "projection": "one launch for a QKV call's 3, with bias up to 6",
 }
 
@@ -75,8 +77,9 @@ def decisive(cell, found):
 
 def place(cell):
     """The part of a call, the weights, and the first and last number of rows that a cell is about."""
-    if match := re.fullmatch(r"(.+), rows (\d)", cell.name):
-        return "projection", match[1], int(match[2]), int(match[2])
+    if match := re.fullmatch(r"(\w+)(?:, (gated|normed))?, rows (\d)", cell.name):
+        form = KINDS.get(match[1], match[1]) if match[2] else match[1]  # of the others all are measured
+        return match[2] or "projection", form, int(match[3]), int(match[3])
     if match := re.fullmatch(r"low_rank_product_(\d)x\d, rank (\d+)", cell.name):
         part = f"{RANKS[match[2]]}_rank_product"
         return part, "any", *((1, HIGH_TILES_FROM - 1) if match[1] == "1" else (HIGH_TILES_FROM, inf))
@@ -85,11 +88,11 @@ def place(cell):
         return part, "any", 1, inf
     if cell.name == "weight_grad":
         return "weight_gradient", "any", 1, inf
-    kernel, tile, form = re.fullmatch(
-        r"(projection|input_grad)_(32|64)_(\w+)(?:, ragged rows)?", cell.name
+    kernel, tile, form, gated = re.fullmatch(
+        r"(projection|input_grad)_(32|64)_(\w+?)(?:, (?:ragged rows|(gated)))?", cell.name
     ).groups()
-    part = "projection" if kernel == "projection" else "input_gradient"
-    least = max(ROWS) + 1 if part == "projection" else 1  # fewer rows have a kernel of their own
+    part = gated or ("projection" if kernel == "projection" else "input_gradient")
+    least = 1 if part == "input_gradient" else max(ROWS) + 1  # fewer rows have a kernel of their own
     if tile == "32":
         return part, KINDS.get(form, form), least, 32
     return part, KINDS.get(form, form), 33 if f"{kernel}_32_{form}" in CELLS else least, inf
@@ -101,7 +104,7 @@ def cycles(found, part, form, rows):
     def tiles(kernel, height):
         return cost(found[kernel]) * height * ceil(rows / height)
 
-    height = 32 if rows <= 32 and (part == "projection" or form == "dense") else 64
+    height = 32 if rows <= 32 and (part != "input_gradient" or form == "dense") else 64
     if part == "input_gradient":
         mlx = tiles("gemm_nn", 64) if form == "dense" else tiles(f"qmm_n_{form}", 32)
         return tiles(f"input_grad_{height}_{form}", height), mlx
@@ -112,14 +115,14 @@ def cycles(found, part, form, rows):
         mlx += [tiles("gemm_splitk_nt", 16) if rows < 40 else tiles("gemm_nt", 64)]
     else:
         mlx += [tiles(f"qmm_t_{form}", 32)]
-    return tiles(f"projection_{height}_{form}", height), min(mlx)
+    return tiles(f"projection_{height}_{form}{', gated' * (part == 'gated')}", height), min(mlx)
 
 
 def unfilled(found):
     """Where our tiles, because rows of theirs are missing, take more cycles than what MLX launches."""
-    for part in ("projection", "input_gradient"):
+    for part in ("projection", "gated", "input_gradient"):
         for form in TILE_FORMATS:
-            first = max(ROWS) + 1 if part == "projection" else 1
+            first = 1 if part == "input_gradient" else max(ROWS) + 1
             for rows in range(first, MOST_ROWS + 1):
                 ours, mlx = cycles(found, part, form, rows)
                 if round(ours / mlx, 2) > 1:

@@ -9,6 +9,7 @@
 #include "mlx/allocator.h"
 #include "mlx/backend/metal/device.h"
 #include "mlx/transforms.h"
+#include "mlx_fused/activate.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/routing.h"
 
@@ -40,7 +41,22 @@ void ProjectionGrad::eval_cpu(const Arrays&, Arrays&) {
   throw std::runtime_error("[ProjectionGrad] was evaluated on the CPU.");
 }
 
+void Activate::eval_cpu(const Arrays&, Arrays&) {
+  throw std::runtime_error("[Activate] was evaluated on the CPU.");
+}
+
+void ActivateGrad::eval_cpu(const Arrays&, Arrays&) {
+  throw std::runtime_error("[ActivateGrad] was evaluated on the CPU.");
+}
+
 void check_cpu_settings() {}
+
+// Routing takes the CPU for a GPU if told so: without Metal MLX has no stream on one.
+static bool on_metal = false;
+DeviceInfo describe_metal(mx::Device device);
+DeviceInfo describe(mx::Device device) {
+  return describe_metal(on_metal ? mx::Device::gpu : device);
+}
 
 }  // namespace mlx_fused
 
@@ -73,13 +89,24 @@ nb::tuple describe(const mx::metal::CommandEncoder::Launch& launch) {
   return nb::make_tuple(dict, memory);
 }
 
-// Evaluates the node of ours that `a` comes from by its eval_gpu; `simulate` runs each launch. Returns how
-// many.
-int eval_gpu(mx::array a, const nb::callable& simulate) {
-  while (!std::string_view(a.primitive().name()).starts_with("Fused")) {
-    a = mx::array(a.inputs()[0]);  // a packed weight's gradient is concatenated
+bool is_ours(const mx::array& a) {
+  return a.has_primitive() && std::string_view(a.primitive().name()).starts_with("Fused");
+}
+
+// Evaluates by their eval_gpu the nodes of ours that `a` is made of, and `a` if it is one; `simulate` runs each
+// launch. Returns how many.
+int evaluate(mx::array a, const nb::callable& simulate) {
+  if (a.status() != mx::array::Status::unscheduled || !a.has_primitive()) {
+    return 0;
   }
+  int launches = 0;
   auto inputs = a.inputs();
+  for (auto& input : inputs) {
+    launches += evaluate(input, simulate);
+  }
+  if (!is_ours(a)) {
+    return launches;
+  }
   auto outputs = a.outputs();
   mx::eval(inputs);
   auto& encoder = mx::metal::get_command_encoder(a.primitive().stream());
@@ -93,11 +120,12 @@ int eval_gpu(mx::array a, const nb::callable& simulate) {
     out.set_status(mx::array::Status::available);
   }
   a.detach();
-  return static_cast<int>(encoder.launches.size());
+  return launches + static_cast<int>(encoder.launches.size());
 }
 
 }  // namespace
 
 NB_MODULE(metal_host, m) {
-  m.def("eval_gpu", &eval_gpu);
+  m.def("eval_gpu", &evaluate);
+  m.def("set_on_metal", [](bool on) { mlx_fused::on_metal = on; });
 }

@@ -178,6 +178,7 @@ inline bool signbit(float v) {
 }
 namespace precise {
 using metal::exp;
+using metal::rsqrt;
 using metal::sqrt;
 }  // namespace precise
 template <class T>

@@ -7,6 +7,7 @@
 
 #include "mlx/backend/metal/device.h"
 #include "mlx/ops.h"
+#include "mlx_fused/activate.h"
 #include "mlx_fused/backend/metal/library.h"
 #include "mlx_fused/backend/metal/plan.h"
 #include "mlx_fused/projection.h"
@@ -19,6 +20,16 @@ namespace {
 using metal::Plan;
 using metal::Tensor;
 
+// The value of an operation of MLX's, which lives as long as the commands that are being encoded.
+mx::array evaluated(const mx::array& a, mx::Stream stream) {
+  Arrays outputs = {a};
+  a.primitive().eval_gpu(a.inputs(), outputs);
+  if (outputs[0].data_shared_ptr() != a.inputs()[0].data_shared_ptr()) {
+    mx::metal::get_command_encoder(stream).add_temporary(outputs[0]);
+  }
+  return outputs[0];
+}
+
 // Numbers a call's arrays for its plan, and encodes the plan's launches.
 class Launcher {
  public:
@@ -29,11 +40,17 @@ class Launcher {
     auto tensors = outputs(arrays);
     bool transposed = metal::has_transposed_weights(call, {tensors, slots});
     for (size_t i = 0; i < arrays.size(); ++i) {
-      bool readable = metal::has_readable_rows(tensors[i]) || (transposed && slots[i].role == Role::weight);
-      if (!readable && arrays[i].size() > 0) {
-        arrays_[i] = copy(arrays[i]);
-        tensors[i] = tensor(i);
+      if (!transposed || slots[i].role != Role::weight) {
+        make_readable(tensors[i]);
       }
+    }
+    return tensors;
+  }
+
+  std::vector<Tensor> inputs(const Arrays& arrays) {
+    auto tensors = outputs(arrays);
+    for (auto& t : tensors) {
+      make_readable(t);
     }
     return tensors;
   }
@@ -73,14 +90,12 @@ class Launcher {
   }
 
  private:
-  mx::array copy(const mx::array& a) {
-    auto contiguous = mx::contiguous(a, false, stream_);
-    std::vector<mx::array> outputs = {contiguous};
-    contiguous.primitive().eval_gpu(contiguous.inputs(), outputs);
-    if (outputs[0].data_shared_ptr() != a.data_shared_ptr()) {
-      mx::metal::get_command_encoder(stream_).add_temporary(outputs[0]);
+  void make_readable(Tensor& t) {
+    auto& a = arrays_[t.array];
+    if (!metal::has_readable_rows(t) && a.size() > 0) {
+      a = evaluated(mx::contiguous(a, false, stream_), stream_);
+      t = tensor(t.array);
     }
-    return outputs[0];
   }
 
   Tensor tensor(int i) const {
@@ -100,11 +115,35 @@ metal::DType type_of(mx::Dtype dtype) {
 }  // namespace
 
 void Projection::eval_gpu(const Arrays& inputs, Arrays& outputs) {
-  allocate(outputs);
   Launcher launcher(stream());
-  auto in = launcher.inputs(call_, input_slots(call_), inputs), out = launcher.outputs(outputs);
+  auto slots = input_slots(call_);
+  auto in = launcher.inputs(call_, slots, inputs);
+  if (call_.norm && !metal::reads_few_rows(call_, {in, slots})) {
+    auto [others, rest] = normed_before(inputs, call_, stream());
+    others[0] = evaluated(others[0], stream());
+    Projection(stream(), rest, keeps_).eval_gpu(others, outputs);
+    return;
+  }
+  allocate_outputs(outputs);
+  bool kept = keeps_ || !call_.epilogue.activation;
+  auto out = launcher.outputs(kept ? outputs : Arrays{outputs[0]});
   int cores = describe(mx::Device::gpu).cores;
   launcher.encode(metal::plan_projection(call_, type_of(outputs[0].dtype()), cores, in, out));
+}
+
+void Activate::eval_gpu(const Arrays& inputs, Arrays& outputs) {
+  allocate(outputs);
+  Launcher launcher(stream());
+  auto pre = launcher.inputs(inputs), out = launcher.outputs(outputs);
+  launcher.encode(metal::plan_activation(activation_, type_of(inputs[0].dtype()), pre, out[0]));
+}
+
+void ActivateGrad::eval_gpu(const Arrays& inputs, Arrays& outputs) {
+  allocate(outputs);
+  Launcher launcher(stream());
+  auto in = launcher.inputs(inputs), out = launcher.outputs(outputs);
+  std::vector<Tensor> pre(in.begin() + 1, in.end());
+  launcher.encode(metal::plan_activation_grad(activation_, type_of(inputs[0].dtype()), in[0], pre, out));
 }
 
 void ProjectionGrad::eval_gpu(const Arrays& inputs, Arrays& outputs) {

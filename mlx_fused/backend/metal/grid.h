@@ -17,8 +17,24 @@ constexpr uint32_t ceil_div(int64_t a, int64_t b) {
   return static_cast<uint32_t>((a + b - 1) / b);
 }
 
-// Of a pass of the kernels for few rows.
-constexpr int features_per_threadgroup = projection_simdgroups * features_per_simdgroup;
+// Of a pass of the kernels for few rows; a gated feature is one of the gate and one of up.
+constexpr int features_per_threadgroup(bool gated, bool normed) {
+  return (normed ? norm_simdgroups : projection_simdgroups) * features_per_simdgroup / (gated ? 2 : 1);
+}
+
+constexpr int features_per_tile(bool gated) {
+  return gated ? tile_cols / 2 : tile_cols;
+}
+
+// How often the kernels for few rows go over the weights.
+constexpr uint32_t passes_of(int64_t rows) {
+  return ceil_div(rows, max_rows_per_pass);
+}
+
+// Whether these kernels can norm rows of so many bytes.
+constexpr bool can_norm(int64_t rows, int64_t row_bytes) {
+  return rows <= few_rows && ceil_div(rows, passes_of(rows)) * row_bytes <= norm_bytes;
+}
 
 // Up to 32 rows half of the larger tile would be empty. Of quantized weights' gradients there is only that.
 constexpr int64_t tile_rows(int64_t rows, bool is_quantized_grad = false) {

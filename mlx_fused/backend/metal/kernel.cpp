@@ -23,7 +23,7 @@ constexpr std::array<std::string_view, 12> formats = {
     "mxfp4",
     "mxfp8",
     "nvfp4"};
-constexpr std::array<std::string_view, 8> functions = {
+constexpr std::array<std::string_view, 10> functions = {
     "projection_rows",
     "projection",
     "projection_splits",
@@ -31,7 +31,9 @@ constexpr std::array<std::string_view, 8> functions = {
     "input_grad_splits",
     "weight_grad",
     "low_rank_product",
-    "adapter_grad"};
+    "adapter_grad",
+    "activation",
+    "activation_grad"};
 
 template <typename Enum, size_t n>
 Enum value_named(const std::array<std::string_view, n>& names, std::string_view name) {

@@ -37,6 +37,8 @@ enum class Function : uint8_t {
   weight_grad,
   low_rank_product,
   adapter_grad,
+  activation,
+  activation_grad,
 };
 
 // Function constants: those a kernel has, and which of them are true.

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <functional>
 #include <limits>
+#include <numeric>
 
 namespace mlx_fused::metal {
 
@@ -71,6 +73,22 @@ bool has_transposed_weights(const Call& call, const Tensors& inputs) {
     return w && w->shape[1] > 1 && w->strides[1] != 1 && std::abs(w->strides[1]) < max_row_stride &&
            (w->shape[0] == 1 || w->strides[0] == 1);
   });
+}
+
+bool reads_few_rows(const Call& call, const Tensors& inputs) {
+  auto& x = inputs.get(Role::input).shape;
+  int64_t rows = std::accumulate(x.begin(), x.end() - 1, int64_t{1}, std::multiplies());
+  if (rows > few_rows || has_transposed_weights(call, inputs)) {
+    return false;
+  }
+  for (int i = 0; i < int(call.segments.size()); ++i) {
+    auto *scales = inputs.find(Role::group_scales, i), *biases = inputs.find(Role::group_biases, i);
+    bool alike = !biases || biases->strides[0] == scales->strides[0];
+    if (!alike || inputs.get(Role::weight, i).shape[0] < features_per_simdgroup) {
+      return false;
+    }
+  }
+  return true;
 }
 
 }  // namespace mlx_fused::metal

@@ -42,4 +42,7 @@ bool has_readable_rows(const Tensor& t);
 // Whether all of a call's weights are dense and lie column by column, which tiles can read as well.
 bool has_transposed_weights(const Call& call, const Tensors& inputs);
 
+// Whether the kernels for few rows can read a call's operands.
+bool reads_few_rows(const Call& call, const Tensors& inputs);
+
 }  // namespace mlx_fused::metal

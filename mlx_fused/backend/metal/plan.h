@@ -32,12 +32,28 @@ struct Plan {
   std::vector<int64_t> temporaries;  // the sizes, in bytes, of arrays between them
 };
 
-// For a GPU of so many cores. The inputs are those of the call's slots; there is an output for each segment.
+// For a GPU of so many cores. The inputs are those of the call's slots; there is an output for each segment
+// or, with an activation, one of that and, if they are to be kept, those of what it is of.
 Plan plan_projection(
     const Call& call,
     DType dtype,
     int cores,
     const std::vector<Tensor>& inputs,
+    const std::vector<Tensor>& outputs);
+
+// The constants by which kernels know an activation.
+void set_activation(Constants& constants, const Activation& activation);
+
+// Of `pre`, which is y, or gate and up: [batch, rows, features].
+Plan plan_activation(
+    const Activation& activation, DType dtype, const std::vector<Tensor>& pre, const Tensor& output);
+
+// The outputs are the gradients of `pre`, which lie alike.
+Plan plan_activation_grad(
+    const Activation& activation,
+    DType dtype,
+    const Tensor& cotangent,
+    const std::vector<Tensor>& pre,
     const std::vector<Tensor>& outputs);
 
 // The outputs are the gradients wanted.

@@ -12,20 +12,27 @@ from mlx_fused.linear import LinearOperands
 
 Route: TypeAlias = Literal["composed", "fused"] | None
 Stream: TypeAlias = mx.Stream | mx.Device | mx.DeviceType | None
+Norm: TypeAlias = tuple[mx.array | None, float] | None
 
 
 def project(
     operation, node, name, x, layers, segments, exact, route, stream,
-    residual=None, alpha=1.0, activation=None, packing=_ext.Packing.in_order,
+    residual=None, alpha=1.0, activation=None, packing="in_order", norm=None,
 ) -> list[mx.array]:  # fmt: skip
     try:
         return _ext.project(
-            operation, node, name, x, layers, segments, residual, alpha,
+            operation, node, name, x, norm, layers, segments, residual, alpha,
             activation, packing, exact, route, stream,
         )  # fmt: skip
     except TypeError:
+        if norm is not None and (type(norm) not in (tuple, list) or len(norm) != 2):
+            got = type(norm).__name__ if type(norm) not in (tuple, list) else f"{len(norm)} values"
+            raise TypeError(f"[{operation}] norm must be a tuple (weight, eps) but got {got}.") from None
+        weight, eps = norm or (None, 0.0)
         given = {
             name: x,
+            "norm[0]": weight,
+            "norm[1]": eps,
             "residual": residual,
             "alpha": activation[2] if activation else alpha,
             "limit": activation[3] if activation else 0.0,
@@ -52,13 +59,15 @@ def all_gradients(operation, node, names, cotangents, name, x, layers, segments,
 
 _KINDS = {
     **dict.fromkeys(("weight", "bias", "scales", "biases", "lora_a", "lora_b", "residual"), mx.array),
+    "norm[0]": mx.array,
     **dict.fromkeys(("group_size", "bits"), int),
-    **dict.fromkeys(("alpha", "limit", "lora_scale"), (float, int)),
+    **dict.fromkeys(("alpha", "limit", "lora_scale", "norm[1]"), (float, int)),
     **dict.fromkeys(("exact", "has_bias"), bool),
     **dict.fromkeys(("mode", "route"), str),
     "stream": (mx.Stream, mx.Device, mx.DeviceType),
 }
 _OPTIONAL = {
+    "norm[0]",
     "bias",
     "scales",
     "biases",

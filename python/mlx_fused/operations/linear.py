@@ -7,9 +7,8 @@ from typing import Literal, TypeAlias, get_args
 
 import mlx.core as mx
 
-from mlx_fused._ext import Packing
 from mlx_fused.linear import LinearOperands
-from mlx_fused.operations.call import OF_LAYER, Route, Stream, layer_of, layers_of, project
+from mlx_fused.operations.call import OF_LAYER, Norm, Route, Stream, layer_of, layers_of, project
 
 Activation: TypeAlias = Literal["silu", "gelu", "gelu_approx", "relu", "relu2"]
 
@@ -19,6 +18,7 @@ def fused_linear(
     weight: mx.array | LinearOperands,
     bias: mx.array | None = None,
     *,
+    norm: Norm = None,
     activation: Activation | None = None,
     exact: bool = False,
     route: Route = None,
@@ -35,6 +35,7 @@ def fused_linear(
         x (array): ``[..., K]``, float32, float16 or bfloat16. Any strides.
         weight (array or LinearOperands): ``[N, K]``, such as a head, or the weight of a tied embedding.
         bias (array, optional): ``[N]``. Left out with :class:`LinearOperands`. Default: ``None``.
+        norm (tuple, optional): Of ``x``, as in :func:`fused_qkv_projection`. Default: ``None``.
         activation (str, optional): ``"silu"``, ``"gelu"`` (with the error function), ``"gelu_approx"`` (with
             tanh), ``"relu"`` or ``"relu2"`` (its square), as in ``mlx.nn``. Default: ``None``.
         exact (bool): Round after a quantized product, after the bias, after the scaled low-rank product,
@@ -56,7 +57,10 @@ def fused_linear(
     of = None if activation is None else _activation(operation, activation, _ACTIVATIONS)
     layers = [layer_of(operation, weight, bias)]
     x, leading = _batched(operation, x)
-    (y,) = project(operation, "FusedLinear", "x", x, layers, [OF_LAYER], exact, route, stream, activation=of)
+    (y,) = project(
+        operation, "FusedLinear", "x", x, layers, [OF_LAYER], exact, route, stream,
+        norm=norm, activation=of,
+    )  # fmt: skip
     return _unbatched(y, leading)
 
 
@@ -65,6 +69,7 @@ def fused_gated_projection(
     weight: mx.array | LinearOperands | tuple[mx.array | LinearOperands, mx.array | LinearOperands],
     bias: mx.array | tuple[mx.array, mx.array] | None = None,
     *,
+    norm: Norm = None,
     activation: Literal["silu", "gelu", "gelu_approx", "relu", "relu2", "clipped_swiglu"] = "silu",
     alpha: float = 1.702,
     limit: float = 7.0,
@@ -87,6 +92,7 @@ def fused_gated_projection(
             :class:`LinearOperands`; or one of these that packs the rows of both, ``[2 * N, K]``.
         bias (tuple or array, optional): ``(gate, up)``, each ``[N]``; or one ``[2 * N]`` if ``weight`` is
             packed. Left out with :class:`LinearOperands`. Default: ``None``.
+        norm (tuple, optional): Of ``x``, as in :func:`fused_qkv_projection`. Default: ``None``.
         activation (str): ``"silu"``, ``"gelu"`` (with the error function), ``"gelu_approx"`` (with tanh),
             ``"relu"`` or ``"relu2"`` (its square), as in ``mlx.nn``; or gpt-oss's ``"clipped_swiglu"``,
             ``g * sigmoid(alpha * g) * (u + 1)`` with ``g = min(gate, limit)`` and ``u = clip(up, -limit,
@@ -131,16 +137,16 @@ def fused_gated_projection(
     x, leading = _batched(operation, x)
     (y,) = project(
         operation, "FusedGatedProjection", "x", x, layers, segments, exact, route, stream,
-        activation=of, packing=_PACKINGS[packing],
+        norm=norm, activation=of, packing=_PACKINGS[packing],
     )  # fmt: skip
     return _unbatched(y, leading)
 
 
 _ACTIVATIONS = get_args(Activation)
 _PACKINGS = {
-    "gate_up": Packing.in_order,
-    "up_gate": Packing.reversed,
-    "interleaved": Packing.interleaved,
+    "gate_up": "in_order",
+    "up_gate": "reversed",
+    "interleaved": "interleaved",
 }
 
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_fused.linear import LinearOperands
 from mlx_fused.operations.call import (
     OF_LAYER,
+    Norm,
     Route,
     Stream,
     all_gradients,
@@ -30,6 +31,7 @@ def fused_qkv_projection(
     bias: mx.array | Three | None = None,
     *,
     split_heads: Literal[False],
+    norm: Norm = None,
     exact: bool = False,
     route: Route = None,
     stream: Stream = None,
@@ -45,6 +47,7 @@ def fused_qkv_projection(
     head_dim: int,
     v_head_dim: int | None = None,
     split_heads: bool = True,
+    norm: Norm = None,
     exact: bool = False,
     route: Route = None,
     stream: Stream = None,
@@ -60,6 +63,7 @@ def fused_qkv_projection(
     *,
     v_head_dim: int | None = None,
     split_heads: bool = True,
+    norm: Norm = None,
     exact: bool = False,
     route: Route = None,
     stream: Stream = None,
@@ -74,6 +78,7 @@ def fused_qkv_projection(
     *,
     v_head_dim=None,
     split_heads=True,
+    norm=None,
     exact=False,
     route=None,
     stream=None,
@@ -106,6 +111,10 @@ def fused_qkv_projection(
         v_head_dim (int, optional): Features per value head. Default: ``None``, ``head_dim``.
         split_heads (bool): Whether heads are an axis of their own, before the tokens. If not, the outputs are
             ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
+        norm (tuple, optional): ``(weight, eps)`` of an RMS norm of ``input`` (Zhang and Sennrich, "Root Mean
+            Square Layer Normalization", 2019, arXiv:1910.07467) that comes first: ``[H]`` or ``None``, and a
+            number. The result is that of ``mx.fast.rms_norm`` before; a GPU may do it for few tokens in the
+            same kernel. Default: ``None``.
         exact (bool): Round where the modules of MLX and mlx-lm do: after a quantized product, after the bias,
             after the scaled low-rank product, and after their sum. Default: ``False``.
         route (str, optional): ``"composed"`` for MLX's own operations, which can be exported; ``"fused"`` for
@@ -135,7 +144,9 @@ def fused_qkv_projection(
     else:
         segments = [OF_LAYER] * 3
     return tuple(
-        project(operation, "FusedQKVProjection", "input", input, layers, segments, exact, route, stream)
+        project(
+            operation, "FusedQKVProjection", "input", input, layers, segments, exact, route, stream, norm=norm
+        )
     )
 
 

@@ -1,0 +1,117 @@
+"""The RMS norm of an operation's input."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_fused
+import oracle
+from operands import normal
+
+EPS = 1e-5
+
+
+def operands(rng, dtype=mx.float32, batch=2, rows=3, hidden=16, features=8):
+    x = normal(rng, (batch, rows, hidden), dtype)
+    weights = tuple(normal(rng, (features, hidden), dtype) for _ in range(3))
+    return x, normal(rng, (hidden,), dtype), weights
+
+
+def operation(name, weights):
+    """The operation as a function of x and its keywords, and its weights."""
+    count = {"linear": 1, "gated_projection": 2, "qkv_projection": 3}[name]
+    given = weights[0] if count == 1 else weights[:count]
+    options = {"split_heads": False} if count == 3 else {}
+
+    def call(x, **keywords):
+        outputs = getattr(mlx_fused, f"fused_{name}")(x, given, **options, **keywords)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    return call
+
+
+OPERATIONS = ("linear", "gated_projection", "qkv_projection")
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_is_the_root_mean_square_norm(rng, dtype, scaled):
+    x, weight, (w, *_) = operands(rng, dtype)
+    (y,) = operation("linear", (w,))(x, norm=(weight if scaled else None, EPS))
+    wide, factor = oracle.exact(x), oracle.exact(weight) if scaled else 1.0
+    normed = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + EPS) * factor
+    expected = normed @ oracle.exact(w).T
+    # The norm rounds twice, the product once.
+    step = mx.finfo(dtype).eps
+    bound = 3 * step * (np.abs(normed) @ np.abs(oracle.exact(w)).T) + step * np.abs(expected)
+    assert y.dtype == dtype
+    assert np.all(np.abs(oracle.exact(y) - expected) <= bound + 64 * 2.0**-23 * np.abs(expected))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("route", [None, "fused", "composed"])
+def test_equals_the_norm_before(rng, name, route):
+    x, weight, weights = operands(rng, mx.bfloat16)
+    call = operation(name, weights)
+    ours = call(x, norm=(weight, EPS), route=route)
+    before = call(mx.fast.rms_norm(x, weight, EPS), route=route)
+    assert all(mx.array_equal(a, b) for a, b in zip(ours, before, strict=True))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_gradients_are_those_of_norm_and_projection(rng, name):
+    x, weight, weights = operands(rng)
+    call = operation(name, weights)
+
+    def loss(x, weight, normed):
+        given = {"norm": (weight, EPS)} if normed else {}
+        outputs = call(x if normed else mx.fast.rms_norm(x, weight, EPS), **given)
+        return sum((y**2).sum() for y in outputs)
+
+    ours = mx.grad(loss, (0, 1))(x, weight, True)
+    expected = mx.grad(loss, (0, 1))(x, weight, False)
+    compiled = mx.compile(lambda x, w: mx.grad(loss, (0, 1))(x, w, True))(x, weight)
+    for given in (ours, compiled):
+        assert all(mx.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(given, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_vmap_and_jvp(rng, name):
+    x, weight, weights = operands(rng)
+    call = operation(name, weights)
+
+    def ours(x):
+        return list(call(x, norm=(weight, EPS)))
+
+    def before(x):
+        return list(call(mx.fast.rms_norm(x, weight, EPS)))
+
+    many = mx.stack([x, 2 * x])
+    for a, b in zip(mx.vmap(ours)(many), mx.vmap(before)(many), strict=True):
+        assert mx.allclose(a, b, rtol=1e-5, atol=1e-5)
+    tangents = [mx.ones_like(x)]
+    for a, b in zip(mx.jvp(ours, [x], tangents)[1], mx.jvp(before, [x], tangents)[1], strict=True):
+        assert mx.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_dtype_is_the_promoted_one(rng):
+    x, weight, (w, *_) = operands(rng, mx.bfloat16)
+    assert mlx_fused.fused_linear(x, w, norm=(weight.astype(mx.float32), EPS)).dtype == mx.float32
+
+
+@pytest.mark.parametrize(
+    ("norm", "error", "message"),
+    [
+        (1e-5, TypeError, r"norm must be a tuple \(weight, eps\) but got float"),
+        ((None, 1e-5, 1), TypeError, r"norm must be a tuple \(weight, eps\) but got 3 values"),
+        ((1.0, 1e-5), TypeError, r"norm\[0\] must be array but got float"),
+        ((None, "1e-5"), TypeError, r"norm\[1\] must be float or int but got str"),
+        ((mx.ones(3), 1e-5), ValueError, r"norm\[0\] must have shape \(16,\) but got \(3,\)"),
+        ((mx.ones(16, mx.int32), 1e-5), ValueError, r"norm\[0\] must be "),
+    ],
+)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_errors(rng, name, norm, error, message):
+    x, _, weights = operands(rng)
+    with pytest.raises(error, match=rf"\[fused_{name}\] {message}"):
+        operation(name, weights)(x, norm=norm)
