@@ -153,9 +153,8 @@ def read(arguments: dict, as_mlx_lm: bool) -> Call:
     """The operands of a call, from an operation's keyword arguments; scales rounded as by mlx-lm, or not."""
     x, layers = input_of(arguments), layers_of(arguments)
     segments = []
-    for name, layer in zip(
-        "qkv" if len(layers) > 1 else "y" if "x" in arguments else "o", layers, strict=True
-    ):
+    names = "qkv" if len(layers) > 1 else "o" if "residual" in arguments else "y"
+    for name, layer in zip(names, layers, strict=True):
         if layer.scales is None:
             weight = exact(layer.weight)
             magnitude = np.abs(weight)
