@@ -146,6 +146,8 @@ def test_errors_of_a_gated_mlp():
         ValueError, match=r"\[GatedMLP\] activation must be one of 'silu', .* but got 'tanh'\."
     ):
         GatedMLP(64, 96, activation="tanh")
+    with pytest.raises(ValueError, match=r"input_dims and hidden_dims must be at least 1 but got 8 and 0\."):
+        GatedMLP(8, 0)
     gate, up, down = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(96, 64)
     with pytest.raises(ValueError, match=r"up must have a weight of shape \(96, 64\) but"):
         GatedMLP.from_linear(gate, nn.Linear(64, 95), down)

@@ -415,6 +415,12 @@ def test_frozen_weights_cost_no_gradient():
     assert sorted(output_counts("FusedQKVProjectionGrad", *arrays)) == [1, 2]
 
 
+@pytest.mark.parametrize("option", ["qkv", "mlp", "linear", "lora", "exact"])
+def test_options_are_true_or_false(option):
+    with pytest.raises(ValueError, match=f"{option} must be True or False but got 2"):
+        mlx_fused.patch(make("llama"), **{option: 2})
+
+
 @pytest.mark.parametrize(
     ("options", "reasons"),
     [({}, (None, None)), ({"qkv": False, "o_residual": False}, ("qkv=False", "o_residual=False"))],

@@ -1,4 +1,4 @@
-"""Fused attention projections for MLX: QKV, and output projection with residual, forward and backward."""
+"""Fused projections of transformer layers for MLX, of attention, MLPs and heads: forward and backward."""
 
 from importlib.metadata import version
 

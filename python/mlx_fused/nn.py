@@ -194,13 +194,18 @@ class GatedMLP(Module):
             in ``mlx.nn``. Default: ``"silu"``.
 
     Raises:
-        ValueError: If ``activation`` is another.
+        ValueError: If ``activation`` is another, or a number is less than 1.
     """
 
     def __init__(
-        self, input_dims: int, hidden_dims: int, bias: bool = False, activation: Activation = "silu"
+        self, input_dims: int, hidden_dims: int, *, bias: bool = False, activation: Activation = "silu"
     ):
         super().__init__()
+        if min(input_dims, hidden_dims) < 1:
+            raise ValueError(
+                "[GatedMLP] input_dims and hidden_dims must be at least 1 "
+                f"but got {input_dims} and {hidden_dims}."
+            )
         if activation not in get_args(Activation):
             expected = ", ".join(map(repr, get_args(Activation)))
             raise ValueError(f"[GatedMLP] activation must be one of {expected} but got {activation!r}.")
@@ -210,7 +215,9 @@ class GatedMLP(Module):
         self.down = Linear(hidden_dims, input_dims, bias)
 
     @classmethod
-    def from_linear(cls, gate: Module, up: Module, down: Module, activation: Activation = "silu") -> GatedMLP:
+    def from_linear(
+        cls, gate: Module, up: Module, down: Module, *, activation: Activation = "silu"
+    ) -> GatedMLP:
         """Make a layer of three linear layers, which become its children; nothing is copied.
 
         Args:

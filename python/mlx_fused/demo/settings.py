@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the model, in a Llama's proportions, and of its two trainings: some minutes on two CPU cores."""
+    """Sizes of the model, in a Llama's proportions, and of its two trainings: minutes on two CPU cores."""
 
     iters: int
     seed: int

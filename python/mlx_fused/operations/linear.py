@@ -33,7 +33,8 @@ def fused_linear(
 
     Args:
         x (array): ``[..., K]``, float32, float16 or bfloat16. Any strides.
-        weight (array or LinearOperands): ``[N, K]``, such as a head, or the weight of a tied embedding.
+        weight (array or LinearOperands): ``[N, K]``, such as a head's; of a tied embedding, dense or
+            quantized, ``LinearOperands.of_base(embedding)``.
         bias (array, optional): ``[N]``. Left out with :class:`LinearOperands`. Default: ``None``.
         norm (tuple, optional): Of ``x``, as in :func:`fused_qkv_projection`. Default: ``None``.
         activation (str, optional): ``"silu"``, ``"gelu"`` (with the error function), ``"gelu_approx"`` (with

@@ -33,10 +33,10 @@ def patch(
 ) -> PatchReport:
     """Run the linear layers of ``model`` as fused operations, where possible.
 
-    The class of every module that has linear layers becomes a subclass of its own class, and nothing else changes:
-    parameters keep their names, and LoRA conversion, quantization, saving and loading work as before. What
-    cannot be fused runs the model's own code. Patching a patched model only replaces its options. With the
-    environment variable ``MLX_FUSED=0`` every call runs the model's own code.
+    The class of every module that has linear layers becomes a subclass of its own class, and nothing else
+    changes: parameters keep their names, and LoRA conversion, quantization, saving and loading work as
+    before. What cannot be fused runs the model's own code. Patching a patched model only replaces its
+    options. With the environment variable ``MLX_FUSED=0`` every call runs the model's own code.
 
     Other threads may be calling the model meanwhile: a call that is already running finishes the way it
     started.
@@ -45,8 +45,8 @@ def patch(
         model (mlx.nn.Module): A model of mlx-lm, or any part of one.
         qkv (bool): Project to queries, keys and values in one operation. Default: ``True``.
         o_residual (bool or str): Compute the last projection of attention, or of an MLP, and add the residual
-            in one operation, if the layer's code adds them: ``"auto"`` with whichever kernels are expected to be faster, ``True`` with
-            ours if there are any, ``False`` never. Default: ``"auto"``.
+            in one operation, if the layer's code adds them: ``"auto"`` with whichever kernels are expected to
+            be faster, ``True`` with ours if there are any, ``False`` never. Default: ``"auto"``.
         mlp (bool): Compute the layers of an MLP before its last one, with the activation and the product with
             the gate, in one operation. Default: ``True``.
         linear (bool): Compute every other linear layer, such as the head, by our operation, where that may be
@@ -62,7 +62,7 @@ def patch(
 
     Raises:
         TypeError: If ``model`` is not an ``mlx.nn.Module``.
-        ValueError: If ``o_residual`` or the environment variable ``MLX_FUSED`` has an unknown value.
+        ValueError: If an option or the environment variable ``MLX_FUSED`` has an unknown value.
     """
     report = _patch(model, Options(qkv, o_residual, mlp, linear, lora, exact))
     if verbose:
@@ -120,6 +120,9 @@ def _patch(model: nn.Module, options: Options) -> PatchReport:
     _check(model)
     if options.o_residual != "auto" and not isinstance(options.o_residual, bool):
         raise ValueError(f"o_residual must be 'auto', True or False but got {options.o_residual!r}.")
+    for name in ("qkv", "mlp", "linear", "lora", "exact"):
+        if not isinstance(value := getattr(options, name), bool):
+            raise ValueError(f"{name} must be True or False but got {value!r}.")
     switched_off()  # raises if MLX_FUSED has an unknown value
     reports = []
     for name, module, roles, obstacles in find(model):

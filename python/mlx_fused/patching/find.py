@@ -66,7 +66,7 @@ def _heads(modules: dict[str, nn.Module]) -> dict[int, tuple[str, ...]]:
     """
     heads = {}
     for module in modules.values():
-        code = getattr(getattr(original_of(module), "__call__", None), "__code__", None)
+        code = getattr(getattr(original_of(module), "__call__", None), "__code__", None)  # noqa: B004
         if code is None or "as_linear" not in code.co_names or any(map(_is_linear, module.values())):
             continue
         heads[id(module)] = ()

@@ -74,7 +74,7 @@ class _Reader:
                 return ("layer", self.names[id(function)], *args)
             if type(function) in _MODULES:
                 return (_MODULES[type(function)], *args)
-            method = getattr(type(function), "__call__", None)
+            method = getattr(type(function), "__call__", None)  # noqa: B004
             args, name, function = [function, *args], f"{name} ({type(function).__name__})", method
         if type(function) not in _FUNCTIONS or function.__closure__:
             raise Unknown(f"calls {name}")
