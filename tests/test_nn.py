@@ -61,7 +61,7 @@ def test_the_layers_are_the_operations_on_their_children(rng, kind, dtype, bias)
 
     gated = make(rng, "gated", kind, **options)
     gate, up = map(module, layers(gated))
-    layer = GatedMLP.from_linear(gate, up, nn.Linear(4, gated.x.shape[-1], bias=False), "relu")
+    layer = GatedMLP.from_linear(gate, up, nn.Linear(4, gated.x.shape[-1], bias=False), activation="relu")
     assert (layer.gate, layer.up) == (gate, up)
     layer.down.weight = mx.eye(gated.x.shape[-1], 4, dtype=dtype)
     y = layer(gated.x)
@@ -157,7 +157,7 @@ def test_errors_of_a_gated_mlp():
         TypeError, match=r"\[GatedMLP\] down must be an mlx\.nn\.Linear .* but got DoRALinear\."
     ):
         GatedMLP.from_linear(gate, up, DoRALinear.from_base(down))
-    layer = GatedMLP.from_linear(gate, up, down, "gelu")
+    layer = GatedMLP.from_linear(gate, up, down, activation="gelu")
     assert repr(layer).startswith("GatedMLP(activation='gelu'\n  (gate): Linear(input_dims=64")
     layer.down = DoRALinear.from_base(layer.down)
     with pytest.raises(ValueError, match=r"\[GatedMLP\] residual must have shape \(2, 3, 64\) but got"):
