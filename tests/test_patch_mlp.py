@@ -241,13 +241,98 @@ class ByResultMLP(Gated):
         return x
 
 
+def _silu(x):
+    return nn.silu(x)
+
+
+_mapped = mx.vmap(_silu, in_axes=0, out_axes=1)  # looks like _silu
+
+
+class MappedMLP(Gated):
+    def __call__(self, x):
+        return self.down_proj(_mapped(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MappedCompiledMLP(Gated):
+    def __call__(self, x):
+        return self.down_proj(_mapped_compiled(self.gate_proj(x), self.up_proj(x)))
+
+
+_mapped_compiled = mx.vmap(swiglu, in_axes=(0, 0), out_axes=1)
+
+
+class ScaledInputMLP(Gated):
+    def __init__(self):
+        super().__init__()
+        self.scales = mx.ones(K), 2 * mx.ones(K)
+        self.gate_scale, self.up_scale = self.scales
+
+    def __call__(self, x):
+        return self.down_proj(nn.silu(self.gate_proj(x * self.gate_scale)) * self.up_proj(x * self.up_scale))
+
+
+class KeepsMLP(Packed):
+    def __call__(self, x):
+        self.gate, x = mx.split(self.wi(x), 2, axis=-1)
+        return self.wo(nn.silu(self.gate) * x)
+
+
+class ScaledNorm(nn.RMSNorm):
+    def __call__(self, x, scale=1):
+        return scale * super().__call__(x)
+
+
+class ScaledNormMLP(Gated):
+    def __init__(self):
+        super().__init__()
+        self.norm = ScaledNorm(K)
+
+    def __call__(self, x):
+        x = self.norm(x, scale=3)
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class GivenMLP(Gated):
+    def __init__(self):
+        super().__init__()
+        self.given = {}
+
+    def __call__(self, x):
+        return self.down_proj(nn.silu(self.gate_proj(x), **self.given) * self.up_proj(x))
+
+
+class NegativeLimitMLP(Clipped):
+    def __init__(self):
+        super().__init__()
+        self.activation = SwigluOAI(alpha=1.5, limit=-0.5)
+
+
+class TrainedAlphaMLP(Gated):
+    def __init__(self):
+        super().__init__()
+        self.alpha = mx.array(1.5)
+
+    def __call__(self, x):
+        gate = mx.minimum(self.gate_proj(x), 2)
+        up = mx.clip(self.up_proj(x), -2, 2)
+        return self.down_proj((up + 1) * (gate * mx.sigmoid(self.alpha * gate)))
+
+
 UNKNOWN = {
+    MappedMLP: "calls _mapped, which may be more than its code",
+    MappedCompiledMLP: "calls _mapped_compiled",
+    ScaledInputMLP: "uses self.gate_scale, an array",
+    KeepsMLP: "does more: self.gate, x = mx.split",
+    ScaledNormMLP: "calls self.norm (ScaledNorm)",
+    GivenMLP: "does more: nn.silu(self.gate_proj(x), **self.given)",
+    NegativeLimitMLP: "computes something else than the MLPs that are known",
+    TrainedAlphaMLP: "uses self.alpha, an array",
     DoubledMLP: "computes gate and up from different inputs",
     DroppedMLP: "does more: self._p_1 == 1",
     TwoMLP: "does more: x if y is None else y",
     TanhMLP: "calls mx.tanh",
     SameNameMLP: "computes something else than the MLPs that are known",
-    ReadsMLP: "does more: self.gate_proj.weight.dtype",
+    ReadsMLP: "uses self.gate_proj.weight, an array",
     ByValueMLP: "takes parts of something",
     ByResultMLP: "decides by up",
 }
@@ -256,6 +341,9 @@ UNKNOWN = {
 @pytest.mark.parametrize("cls", UNKNOWN)
 def test_other_code_runs_as_it_is(cls):
     layer, x = make(cls).eval(), mx.random.normal((1, 3, K))
+
+    layer, x = make(cls).eval(), mx.random.normal((3, 3, K))
+    expected = layer(x)
     (report,) = mlx_fused.patch(layer, linear=False).mlps
     if cls is ByResultMLP:  # it fails
         assert report.mlp.obstacle == f"{cls.__name__} {UNKNOWN[cls]}"
@@ -266,6 +354,53 @@ def test_other_code_runs_as_it_is(cls):
     assert close(layer(x), expected) and report.mlp.calls.fused == 0
     mlx_fused.patch(layer)
     assert fused(layer(x))[2] == 0 and close(layer(x), expected)  # its layers, each by itself
+
+
+class ClassSettingMLP(Gated):
+    exact = False
+
+    def __call__(self, x):
+        if self.exact:
+            return self.down_proj(nn.gelu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ListedMLP(ClassSettingMLP):
+    def __init__(self):
+        super().__init__()
+        self.listed = []
+
+    def __call__(self, x):
+        if self.listed:
+            return self.down_proj(nn.gelu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+
+
+class PropertyMLP(ListedMLP):
+    @property
+    def act(self):
+        return nn.gelu if self.listed else nn.gelu_approx
+
+    def __call__(self, x):
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize(
+    "cls, change",
+    [
+        (ClassSettingMLP, lambda mlp, m: m.setattr(ClassSettingMLP, "exact", True)),
+        (ListedMLP, lambda mlp, m: mlp.listed.append(1)),
+        (PropertyMLP, lambda mlp, m: mlp.listed.append(1)),
+    ],
+)
+def test_what_may_change_unseen_is_not_read(cls, change, monkeypatch):
+    layer, x = make(cls), mx.random.normal((1, 3, K))
+    mlx_fused.patch(layer)
+    before = layer(x)
+    change(layer.mlp, monkeypatch)
+    actual = layer(x)
+    mlx_fused.unpatch(layer)
+    assert close(actual, layer(x)) and not close(actual, before)
 
 
 def test_an_activation_that_was_replaced_is_seen(monkeypatch):

@@ -5,6 +5,7 @@ from itertools import permutations, product
 import mlx.core as mx
 import pytest
 
+import mlx_fused
 import oracle
 import projections
 from graph import primitives
@@ -391,3 +392,19 @@ def test_what_is_asked_to_be_composed_can_be_exported(rng, tmp_path, operation, 
     call, path = make(rng, operation, kind).replace(exact=exact), str(tmp_path / "call.mlxfn")
     mx.export_function(path, call.function(list(call.leaves), route="composed"), *call.leaves.values())
     oracle.assert_equal(mx.import_function(path)(*call.leaves.values()), call(route="composed"))
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8), (1, 2, 3, 8)])
+def test_any_rank_compiles_without_shapes(shape):
+    gate, up = (mx.random.normal((5, 8), key=mx.random.key(i)) for i in range(2))
+    mx.eval(gate, up)
+
+    def gradient(x):
+        return mx.grad(lambda x: mlx_fused.fused_gated_projection(x, (gate, up)).sum())(x)
+
+    for function in (lambda x: mlx_fused.fused_linear(x, gate, activation="silu"), gradient):
+        compiled = mx.compile(function, shapeless=True)
+        for rows in (3, 7):
+            x = mx.random.normal((*shape[:-2], rows, 8))
+            mx.eval(x)
+            assert mx.allclose(compiled(x), function(x), atol=1e-6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import inf, prod
+from math import inf
 from typing import Literal, TypeAlias, get_args
 
 import mlx.core as mx
@@ -164,9 +164,14 @@ def _batched(operation: str, x: mx.array) -> tuple[mx.array, list[int] | None]:
         return x, None
     if x.ndim == 0:
         raise ValueError(f"[{operation}] x must have shape [..., K] but got {x.shape}.")
-    *leading, features = x.shape
-    return x.reshape(1, prod(leading), features), leading
+    leading = list(x.shape[:-1])
+    # Nothing here may name the number of rows, which mx.compile(shapeless=True) changes.
+    return mx.expand_dims(x, list(range(3 - x.ndim))) if x.ndim < 3 else mx.flatten(x, 0, -3), leading
 
 
 def _unbatched(y: mx.array, leading: list[int] | None) -> mx.array:
-    return y if leading is None else y.reshape(*leading, y.shape[-1])
+    if leading is None:
+        return y
+    if len(leading) < 2:
+        return mx.squeeze(y, list(range(2 - len(leading))))
+    return mx.unflatten(y, 0, leading[:-1])

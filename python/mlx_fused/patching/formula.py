@@ -13,7 +13,7 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from functools import cache
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType, NoneType
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -36,7 +36,8 @@ _KNOWN = {
     )
 }
 _MODULES = {nn.SiLU: "silu", nn.ReLU: "relu", nn.ReLU2: "relu2"}
-_FUNCTIONS = (FunctionType, type(nn.silu))  # also those of mx.compile
+_TRANSFORMED = type(nn.silu)  # what mx.compile returns, but also mx.vmap and mx.grad
+_COMPILE = ("mx.compile", "partial(mx.compile, shapeless=True)")
 _OPERATORS = {ast.Mult: "*", ast.Add: "+"}
 _TESTS = {
     ast.Is: lambda a, b: a is b,
@@ -70,17 +71,20 @@ class _Reader:
         if (known := _KNOWN.get(id(function))) is not None:
             return _applied(known, args, kwargs)
         if isinstance(function, nn.Module):
-            if id(function) in self.names and self.is_leaf(function):
+            if not kwargs and id(function) in self.names and self.is_leaf(function):
                 return ("layer", self.names[id(function)], *args)
-            if type(function) in _MODULES:
+            if not kwargs and type(function) in _MODULES:
                 return (_MODULES[type(function)], *args)
             method = getattr(type(function), "__call__", None)  # noqa: B004
             args, name, function = [function, *args], f"{name} ({type(function).__name__})", method
-        if type(function) not in _FUNCTIONS or function.__closure__:
+        # What MLX made of something else than a Python function has neither code nor closure.
+        if type(function) not in (FunctionType, _TRANSFORMED) or getattr(function, "__closure__", True):
             raise Unknown(f"calls {name}")
         definition = _definition(function.__code__)
         if definition is None:
             raise Unknown(f"calls {name}, whose code cannot be read")
+        if type(function) is _TRANSFORMED and not _is_compiled(function, definition):
+            raise Unknown(f"calls {name}, which may be more than its code")
         env = _bound(definition, args, kwargs, function.__defaults__ or ())
         return self.run(definition.body, env, function.__globals__)
 
@@ -91,7 +95,9 @@ class _Reader:
                     continue
                 case ast.Assign(targets=[ast.Name(id=name)], value=value):
                     env[name] = self.value(value, env, scope)
-                case ast.Assign(targets=[ast.Tuple(elts=targets)], value=value):
+                case ast.Assign(targets=[ast.Tuple(elts=targets)], value=value) if all(
+                    isinstance(target, ast.Name) for target in targets
+                ):
                     parts = self.value(value, env, scope)
                     for i, target in enumerate(targets):
                         env[target.id] = _item(parts, i, len(targets))
@@ -99,7 +105,7 @@ class _Reader:
                     return self.value(value, env, scope)
                 case ast.If(test=test, body=then, orelse=otherwise):
                     decision = self.value(test, env, scope)
-                    if isinstance(decision, (tuple, mx.array)):
+                    if not isinstance(decision, (int, float, str, NoneType)):
                         raise Unknown(f"decides by {ast.unparse(test)}")
                     taken = then if decision else otherwise
                     if (result := self.run(taken, env, scope)) is not None:
@@ -109,6 +115,12 @@ class _Reader:
         return None
 
     def value(self, node: ast.expr, env: dict, scope: dict):
+        value = self._value(node, env, scope)
+        if isinstance(value, mx.array):  # it may change, and may have a gradient
+            raise Unknown(f"uses {ast.unparse(node)}, an array")
+        return value
+
+    def _value(self, node: ast.expr, env: dict, scope: dict):
         match node:
             case ast.Constant(value=value):
                 return value
@@ -120,7 +132,9 @@ class _Reader:
                 owner = self.value(of, env, scope)
                 if isinstance(owner, tuple):
                     return ("attribute", name, owner)
-                if isinstance(owner, (nn.Module, ModuleType)) and hasattr(owner, name):
+                if isinstance(owner, ModuleType) and hasattr(owner, name):
+                    return getattr(owner, name)
+                if isinstance(owner, nn.Module) and _is_read_anew(owner, name):
                     return getattr(owner, name)
             case ast.Subscript(value=of, slice=ast.Constant(value=int(i))):
                 return _item(self.value(of, env, scope), i, 2)
@@ -134,7 +148,7 @@ class _Reader:
                     return -operand
             case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _TESTS:
                 sides = self.value(left, env, scope), self.value(right, env, scope)
-                if not any(isinstance(side, (tuple, mx.array)) for side in sides):
+                if not any(isinstance(side, tuple) for side in sides):
                     return _TESTS[type(op)](*sides)
             case ast.List(elts=items) | ast.Set(elts=items):
                 return [self.value(item, env, scope) for item in items]
@@ -144,7 +158,7 @@ class _Reader:
                     self.value(left, env, scope),
                     self.value(right, env, scope),
                 )
-            case ast.Call(func=func, args=args, keywords=keywords):
+            case ast.Call(func=func, args=args, keywords=keywords) if all(k.arg for k in keywords):
                 function = self.value(func, env, scope)
                 args = [self.value(a, env, scope) for a in args]
                 kwargs = {k.arg: self.value(k.value, env, scope) for k in keywords}
@@ -185,6 +199,23 @@ def _bound(definition: ast.FunctionDef, args: list, kwargs: dict, defaults: tupl
     if env.keys() != set(names):
         raise Unknown(f"calls {definition.name} in an unusual way")
     return env
+
+
+def _is_read_anew(module: nn.Module, name: str) -> bool:
+    """Whether a change of the attribute changes the kind of ``module``, unlike one of its class or in a list.
+
+    Of the class only functions are read; ``training`` is a property of an attribute.
+    """
+    if name in module or name in vars(module) or name == "training":
+        return type(getattr(module, name)) not in (list, dict, set)
+    return type(getattr(type(module), name, None)) in (FunctionType, _TRANSFORMED)
+
+
+def _is_compiled(function: Callable, definition: ast.FunctionDef) -> bool:
+    """Whether ``function`` is what ``mx.compile`` made of its own definition, and nothing else since."""
+    decorators = [ast.unparse(decorator) for decorator in definition.decorator_list]
+    is_own = function.__globals__.get(definition.name) is function
+    return is_own and len(decorators) == 1 and decorators[0] in _COMPILE
 
 
 @cache

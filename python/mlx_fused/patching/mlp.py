@@ -120,10 +120,14 @@ def _hidden(of) -> tuple[tuple[str, ...], Callable, dict[str, object], str | Non
             "*",
             ("+", ("clip", up, low, high), 1.0),
             ("*", ("minimum", gate, limit) as cut, ("sigmoid", ("*", alpha, again))),
-        ) if isinstance(limit, (int, float)) and (low, high, again) == (-limit, limit, cut):
+        ) if _are_numbers(alpha, limit) and limit >= 0 and (low, high, again) == (-limit, limit, cut):
             settings = {"activation": "clipped_swiglu", "alpha": alpha, "limit": limit}
             return _gated(gate, up, settings)
     raise Unknown("computes something else than the MLPs that are known")
+
+
+def _are_numbers(*values) -> bool:
+    return all(isinstance(value, (int, float)) for value in values)
 
 
 def _gated(gate, up, settings: dict[str, object]):
