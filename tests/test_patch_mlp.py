@@ -619,3 +619,28 @@ def test_python_of_a_layer_is_bounded():
     mlx_fused.patch(layer)
     patched = calls()
     assert patched["call"] - stock["call"] <= 115 and patched["c_call"] - stock["c_call"] <= 105
+
+
+class SettingMLP(Gated):
+    def __init__(self):
+        super().__init__()
+        self.mode, self.act = -1, lambda x: nn.silu(x)
+
+    def __call__(self, x):
+        gate = self.act(self.gate_proj(x)) if self.mode == -1 else nn.gelu(self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
+
+
+def test_settings_that_python_takes_for_the_same():
+    layer, x = make(SettingMLP), mx.random.normal((1, 3, K))
+    mlx_fused.patch(layer)
+    layer(x)
+    layer.mlp.mode = -2  # whose hash is that of -1
+    expected = layer.mlp.down_proj(nn.gelu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x))
+    assert close(layer.mlp(x), expected)
+    layer.mlp.mode = -1
+    layer(x)
+    layer.mlp.act = None
+    layer.mlp.act = lambda x: nn.relu(x)  # which may be where the first one was
+    expected = layer.mlp.down_proj(nn.relu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x))
+    assert close(layer.mlp(x), expected)

@@ -29,12 +29,12 @@ def alias(a: mlx.core.array) -> mlx.core.array:
     A second Python object for the same MLX array. It keeps its value when ``a`` is changed in place.
     """
 
-def kind(*args) -> bytes:
+def kind(*args) -> tuple:
     """
-    What modules are, but for the values of their arrays: types, dtypes, shapes and settings, as bytes.
+    What modules are, but for the values of their arrays: types, dtypes, shapes and settings, to compare.
     """
 
-def identity(*args) -> bytes:
+def identity(*args) -> tuple:
     """The kind of modules, and which MLX arrays they hold."""
 
 def operands(layer: dict, adapter: dict | None) -> tuple:

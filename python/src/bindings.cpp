@@ -153,49 +153,76 @@ Route tuned_route(const KindTuple& kind, int64_t rows) {
   return !route ? std::nullopt : Route(*route == mlx_fused::Route::fused ? "fused" : "composed");
 }
 
-template <typename T>
-void append(std::string& kind, T value) {
-  kind.append(reinterpret_cast<const char*>(&value), sizeof value);
-}
+// What modules are made of, as bytes to compare. Objects that the bytes name by their address are held, so
+// that no other one can take it.
+class KindWriter {
+ public:
+  explicit KindWriter(bool with_ids) : with_ids_(with_ids) {}
 
-void append_value(std::string& kind, nb::handle value, bool with_ids) {
-  append(kind, value.type().ptr());
-  if (const mx::array* array; nb::try_cast(value, array, false) && array != nullptr) {
-    append(kind, array->dtype().val());
-    append(kind, array->ndim());
-    append(kind, with_ids ? array->id() : 0);
-    for (auto size : array->shape()) {
-      append(kind, size);
-    }
-  } else if (
-      nb::isinstance<nb::int_>(value) || nb::isinstance<nb::float_>(value) ||
-      nb::isinstance<nb::str>(value)) {
-    append(kind, nb::hash(value));
-  } else {
-    append(kind, value.ptr());
+  void add(nb::handle value) {
+    PyDict_Check(value.ptr()) && !PyDict_CheckExact(value.ptr()) ? add_module(value) : add_value(value);
   }
-}
 
-// A module is a dictionary of arrays and modules, and its attributes are its settings.
-void append_module(std::string& kind, nb::handle module, bool with_ids) {
-  append(kind, module.type().ptr());
-  auto settings = nb::steal(PyObject_GenericGetDict(module.ptr(), nullptr));
-  for (auto items : {module, nb::handle(settings)}) {
-    PyObject *key, *value;
-    for (Py_ssize_t at = 0; PyDict_Next(items.ptr(), &at, &key, &value);) {
-      append(kind, nb::hash(key));
-      bool is_child = items.is(module) && PyDict_Check(value) && !PyDict_CheckExact(value);
-      is_child ? append_module(kind, value, with_ids) : append_value(kind, value, with_ids);
+  nb::tuple result() const {
+    return nb::make_tuple(nb::bytes(kind_.data(), kind_.size()), held_);
+  }
+
+ private:
+  template <typename T>
+  void append(T value) {
+    kind_.append(reinterpret_cast<const char*>(&value), sizeof value);
+  }
+
+  void append(std::string_view text) {
+    append(text.size());
+    kind_.append(text);
+  }
+
+  void add_value(nb::handle value) {
+    append(value.type().ptr());
+    if (const mx::array* array; nb::try_cast(value, array, false) && array != nullptr) {
+      append(array->dtype().val());
+      append(array->ndim());
+      append(with_ids_ ? array->id() : 0);
+      for (auto size : array->shape()) {
+        append(size);
+      }
+    } else if (nb::isinstance<nb::float_>(value)) {
+      append(nb::cast<double>(value));
+    } else if (nb::isinstance<nb::str>(value)) {
+      append(std::string_view(nb::cast<const char*>(value)));
+    } else if (nb::isinstance<nb::int_>(value)) {
+      append(std::string_view(nb::str(value).c_str()));
+    } else {
+      append(value.ptr());
+      held_.append(value);
     }
   }
-}
 
-nb::bytes kind_of(const nb::args& modules, bool with_ids) {
-  std::string kind;
+  // A module is a dictionary of arrays and modules, and its attributes are its settings.
+  void add_module(nb::handle module) {
+    append(module.type().ptr());
+    auto settings = nb::steal(PyObject_GenericGetDict(module.ptr(), nullptr));
+    for (auto items : {module, nb::handle(settings)}) {
+      PyObject *key, *value;
+      for (Py_ssize_t at = 0; PyDict_Next(items.ptr(), &at, &key, &value);) {
+        append(nb::hash(key));
+        items.is(module) ? add(value) : add_value(value);
+      }
+    }
+  }
+
+  const bool with_ids_;
+  std::string kind_;
+  nb::list held_;
+};
+
+nb::tuple kind_of(const nb::args& modules, bool with_ids) {
+  KindWriter writer(with_ids);
   for (auto module : modules) {
-    PyDict_Check(module.ptr()) ? append_module(kind, module, with_ids) : append_value(kind, module, with_ids);
+    writer.add(module);
   }
-  return nb::bytes(kind.data(), kind.size());
+  return writer.result();
 }
 
 // What mlx_fused.LinearOperands has. Casting an array makes an alias of it.
@@ -301,7 +328,7 @@ NB_MODULE(_ext, m) {
   m.def(
       "kind",
       [](nb::args modules) { return kind_of(modules, false); },
-      "What modules are, but for the values of their arrays: types, dtypes, shapes and settings, as bytes.");
+      "What modules are, but for the values of their arrays: types, dtypes, shapes and settings, to compare.");
   m.def(
       "identity",
       [](nb::args modules) { return kind_of(modules, true); },

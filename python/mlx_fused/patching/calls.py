@@ -38,7 +38,7 @@ class Call:
         self.unknown: dict[str, str] = {}  # parts with a layer of a type that the operations do not know
         self.input = None
         self.outputs: dict[str, mx.array] = {}
-        self.identities: dict[str, bytes] = {}  # of the layers that the outputs were computed with
+        self.identities: dict[str, tuple] = {}  # of the layers that the outputs were computed with
         self.adapters_apart = False
 
     def stand_in(self, owner: nn.Module, name: str, layer: nn.Module) -> nn.Module | StandIn:

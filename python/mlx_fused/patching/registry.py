@@ -82,7 +82,7 @@ class Active:
 
     def __init__(self, patch: Patch):
         self.patch = patch
-        self._readings: dict[object, tuple[bytes, object, str | None]] = {}
+        self._readings: dict[object, tuple[tuple, object, str | None]] = {}
 
     def reading(self, key: object, modules: Iterable, read: Callable):
         """What ``read`` returns for ``modules``, which it need not do again for modules of the same kind.
