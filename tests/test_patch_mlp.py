@@ -318,6 +318,17 @@ class TrainedAlphaMLP(Gated):
         return self.down_proj((up + 1) * (gate * mx.sigmoid(self.alpha * gate)))
 
 
+class NoneMLP(Gated):
+    def __init__(self):
+        super().__init__()
+        self.off = True
+
+    def __call__(self, x):
+        if self.off:
+            return None
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
 UNKNOWN = {
     MappedMLP: "calls _mapped, which may be more than its code",
     MappedCompiledMLP: "calls _mapped_compiled",
@@ -335,6 +346,7 @@ UNKNOWN = {
     ReadsMLP: "uses self.gate_proj.weight, an array",
     ByValueMLP: "takes parts of something",
     ByResultMLP: "decides by up",
+    NoneMLP: "returns None",
 }
 
 
@@ -342,7 +354,7 @@ UNKNOWN = {
 def test_other_code_runs_as_it_is(cls):
     layer, x = make(cls).eval(), mx.random.normal((3, 3, K))
     (report,) = mlx_fused.patch(layer, linear=False).mlps
-    if cls is ByResultMLP:  # it fails
+    if cls in (ByResultMLP, NoneMLP):  # they fail
         assert report.mlp.obstacle == f"{cls.__name__} {UNKNOWN[cls]}"
         return
     with mlx_fused.patched(layer, mlp=False, linear=False, o_residual=False):

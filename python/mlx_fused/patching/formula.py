@@ -102,7 +102,9 @@ class _Reader:
                     for i, target in enumerate(targets):
                         env[target.id] = _item(parts, i, len(targets))
                 case ast.Return(value=value) if value is not None:
-                    return self.value(value, env, scope)
+                    if (result := self.value(value, env, scope)) is None:
+                        raise Unknown("returns None")
+                    return result
                 case ast.If(test=test, body=then, orelse=otherwise):
                     decision = self.value(test, env, scope)
                     if not isinstance(decision, (int, float, str, NoneType)):
