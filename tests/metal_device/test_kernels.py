@@ -50,8 +50,22 @@ OTHERS = [
 ]
 
 
+# The projections' kernels have the same activations in themselves, by function constants.
+ACTIVATIONS = [kernel for kernel in instantiations() if kernel.startswith("activation")]
+
+
 def test_every_instantiation_is_here():
-    assert {kernel for kernel, *_ in CASES + OTHERS} == set(instantiations())
+    assert {*ACTIVATIONS, *(kernel for kernel, *_ in CASES + OTHERS)} == set(instantiations())
+
+
+@pytest.mark.parametrize("name", projections.ACTIVATIONS)
+@pytest.mark.parametrize("seq", [1, 3, 33, 130])
+@pytest.mark.parametrize("kernel", ACTIVATIONS)
+def test_activations(rng, kernel, seq, name):
+    dtype = getattr(mx, kernel.rpartition("_")[2])
+    projections.check(rng, projections.gated(rng, 2, seq, 65, 37, dtype=dtype, activation=name))
+    if name != "clipped_swiglu":
+        projections.check(rng, projections.linear(rng, 2, seq, 65, 37, dtype=dtype, activation=name))
 
 
 @pytest.mark.parametrize("kernel, operation, seq, transposed", OTHERS)
