@@ -73,7 +73,8 @@ def counts(passed=0, failed=0, skipped=0, died=0, not_run=0):
 
 def test_a_rehearsal_reports_every_kernel(tmp_path):
     rows = " or ".join(f"-1-{m}-bias" for m in (1, 2, 3, 4, 9, 65)) + " or small_lora_grad-1-1025-bias"
-    choice = f"bfloat16-qkv and ({rows} or splits_and) or test_kernels and every or models_logits and llama"
+    choice = f"bfloat16-qkv and ({rows} or splits_and) or activations and bfloat16-1-silu"
+    choice += " or test_kernels and every or models_logits and llama"
     status, said, report = rehearse(tmp_path, choice)
     assert status == 0, said
     assert report["device"] == "cpu, a rehearsal" and report["exit_status"] == 0
