@@ -148,8 +148,8 @@ def test_memory_of_training(models, tmp_path):
     done = CliRunner().invoke(memory.main, arguments)
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "memory.json").read_text())
-    # At least gate and up, of 2 bytes.
-    kept, width = result["kept_bytes"], models.TINY["intermediate_size"]
+    # At least gate and up, of 2 bytes, less those of the MLP that it is compared with.
+    kept, width = result["kept_bytes"], models.TINY["intermediate_size"] - 64
     assert 2 * 2 * width <= kept["patched"] <= kept["stock"] <= 8 * 2 * width
     assert list(result["peak_bytes"]) == ["16", "32"]
     text = (tmp_path / "benchmarks.md").read_text()
