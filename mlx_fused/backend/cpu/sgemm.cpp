@@ -36,21 +36,20 @@ void sgemm(
     int ldc) {
 #ifdef __APPLE__
   auto gemm = cblas_sgemm;
-  auto gemv = cblas_sgemv;
 #else
   auto gemm = scipy_cblas_sgemm;
-  auto gemv = scipy_cblas_sgemv;
   // Our own pool calls this from several threads. The setting is global, so it is made once.
   [[maybe_unused]] static const bool single = (scipy_openblas_set_num_threads(1), true);
-#endif
   if (m == 1) {  // an adapter's products of one row take less than half as long so
     if (!accumulate) {
       std::fill_n(c, n, 0.0f);
     }
     auto op = transpose_b ? CblasNoTrans : CblasTrans;
     int rows = transpose_b ? n : k, cols = transpose_b ? k : n;
-    return gemv(CblasRowMajor, op, rows, cols, 1.0f, b, ldb, a, transpose_a ? lda : 1, 1.0f, c, 1);
+    return scipy_cblas_sgemv(
+        CblasRowMajor, op, rows, cols, 1.0f, b, ldb, a, transpose_a ? lda : 1, 1.0f, c, 1);
   }
+#endif
   auto op_a = transpose_a ? CblasTrans : CblasNoTrans, op_b = transpose_b ? CblasTrans : CblasNoTrans;
   gemm(CblasRowMajor, op_a, op_b, m, n, k, 1.0f, a, lda, b, ldb, accumulate ? 1.0f : 0.0f, c, ldc);
 }

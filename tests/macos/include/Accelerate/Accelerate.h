@@ -19,17 +19,3 @@ extern "C" void cblas_sgemm(
     float beta,
     float* c,
     int ldc) __asm("_cblas_sgemm$NEWLAPACK");
-
-extern "C" void cblas_sgemv(
-    CBLAS_ORDER order,
-    CBLAS_TRANSPOSE transpose_a,
-    int m,
-    int n,
-    float alpha,
-    const float* a,
-    int lda,
-    const float* x,
-    int inc_x,
-    float beta,
-    float* y,
-    int inc_y) __asm("_cblas_sgemv$NEWLAPACK");
