@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="a Mac builds and runs the extension itself")
 
 BACKEND = ROOT / "mlx_fused" / "backend"
-OTHER_PLATFORMS = {BACKEND / "no_metal/eval.cpp"}
+OTHER_PLATFORMS = {BACKEND / "no_metal/eval.cpp", ROOT / "mlx_fused/backend/cpu/bfloat16_loops.cpp"}
 
 
 @pytest.fixture(scope="module")
