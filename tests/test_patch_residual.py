@@ -7,48 +7,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.dora import DoRALinear
-from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.trainer import grad_checkpoint
 
 import mlx_fused
-from graph import primitives
-from tiny_models import Attention, assert_same, integers, sample
-
-
-class Mixer(Attention):
-    """An attention module with an output projection, which it returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.o_proj = nn.Linear(64, 64, bias=False)
-        self.o_proj.weight = integers((64, 64))
-
-    def __call__(self, x, *_):
-        q, _, _ = super().__call__(x)
-        return self.o_proj(q)
-
-
-class Layer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attn = Mixer()
-        self.norm = nn.Identity()
-        self.parallel = False
-        self.alpha = 0.5
-
-
-class Named(Layer):
-    def __call__(self, x):
-        r = self.attn(x)
-        h = x + r
-        r = 2 * h
-        return h + r
-
-
-class Direct(Layer):
-    def __call__(self, x):
-        return self.attn(x) + x
+from adding_layers import Direct, Layer, Mixer, Named, nodes, residual
+from tiny_models import Attention, assert_same, sample
 
 
 class Reused(Layer):
@@ -206,14 +169,6 @@ SKIPPED = {
     Borrowed: "the code of Borrowed cannot be read",
     Unreadable: "the code of Unreadable cannot be read",
 }
-
-
-def residual(model, **options):
-    return mlx_fused.patch(model, **options).layers[0].residual
-
-
-def nodes(*arrays):
-    return primitives(*arrays)["FusedOutputProjection"]
 
 
 @pytest.mark.parametrize("cls", FUSED)
@@ -414,122 +369,3 @@ def test_one_rounding_or_where_the_layer_rounds():
     q = layer.attn.q_proj(x).astype(mx.float32)  # of attention, whose result is rounded
     product = q @ layer.attn.o_proj.weight.astype(mx.float32).T
     assert_same([once], [(x.astype(mx.float32) + bf16(0.3) * product).astype(mx.bfloat16)])
-
-
-# What the output projection is
-
-
-def with_o(layer):
-    model = Direct()
-    model.attn.o_proj = layer
-    return model
-
-
-def lora(base, dropout=0.0, scale=2.0):
-    layer = LoRALinear.from_base(base, r=4, dropout=dropout, scale=scale)
-    layer.lora_b = integers((4, 64))
-    layer.lora_a = integers((64, 4))
-    return layer
-
-
-LINEAR = {
-    "dense": lambda: nn.Linear(64, 64, bias=False),
-    "bias": lambda: nn.Linear(64, 64),
-    "affine": lambda: nn.QuantizedLinear(64, 64, bias=True, group_size=32, bits=4),
-    "mxfp8": lambda: nn.QuantizedLinear(64, 64, bias=False, mode="mxfp8"),
-    "lora": lambda: lora(nn.Linear(64, 64)),
-    "qlora": lambda: lora(nn.QuantizedLinear(64, 64, bias=False)),
-    "nvfp4 lora": lambda: lora(nn.QuantizedLinear(64, 64, bias=False, mode="nvfp4")),
-}
-
-
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("make", LINEAR.values(), ids=LINEAR)
-def test_every_kind_of_projection(make, exact):
-    model, x = with_o(make()), sample(2, 3, 64)
-    model.freeze()
-
-    def results():
-        return model(x), mx.grad(lambda x: (model(x) * x).sum())(x)
-
-    expected = results()
-    part = residual(model, exact=exact)
-    assert part.fused
-    for a, e in zip(results(), expected, strict=True):
-        # float32 sums of 64 products and of 4, of which the largest decides.
-        assert mx.abs(a - e).max() <= 8 * 64**0.5 * 2**-24 * 64 * mx.abs(e).max()
-    assert part.calls.fused == part.calls.total == 2
-
-
-OBSTACLES = [
-    (lambda: DoRALinear.from_base(nn.Linear(64, 64)), "o_proj is DoRALinear"),
-    (lambda: lora(nn.Linear(64, 64), dropout=0.5), "o_proj has dropout"),
-    (lambda: with_dropout(abs), "o_proj has a dropout of type builtin_function_or_method"),
-    (
-        lambda: lora(nn.Linear(64, 64), scale=mx.array(2.0)),
-        "o_proj has a scale of type array",
-    ),
-    (lambda: nn.layers.distributed.ShardedToAllLinear(64, 64), "o_proj is ShardedToAllLinear"),
-    (lambda: nn.layers.distributed.AllToShardedLinear(64, 64), "o_proj is AllToShardedLinear"),
-    (
-        lambda: lora(nn.layers.distributed.AllToShardedLinear(64, 64)),
-        "o_proj is LoRALinear of AllToShardedLinear",
-    ),
-    (lambda: nn.Sequential(nn.Linear(64, 64)), "o_proj is Sequential"),
-]
-
-
-@pytest.mark.parametrize("make, obstacle", OBSTACLES, ids=[reason for _, reason in OBSTACLES])
-def test_projections_that_stay_as_they_are(make, obstacle):
-    model, x = with_o(make()), sample(2, 3, 64)
-
-    def run():
-        mx.random.seed(4)  # of the dropout
-        return model(x)
-
-    expected = run()
-    part = residual(model)
-    assert part.obstacle == obstacle
-    assert_same([run()], [expected])
-    assert part.calls.fused == 0 and part.calls.total == 1
-
-
-def with_dropout(dropout):
-    layer = lora(nn.Linear(64, 64))
-    layer.dropout = dropout
-    return layer
-
-
-@pytest.mark.parametrize(
-    "make", [lambda: lora(nn.Linear(64, 64), dropout=0.5), lambda: with_dropout(nn.Identity())]
-)
-def test_dropout_that_is_not_active(make):
-    model, x = with_o(make()), sample(2, 3, 64)
-    part = residual(model)
-    model.eval()
-    model(x)
-    assert part.calls.fused == 1
-
-
-def test_insisting_on_our_kernels(monkeypatch):
-    monkeypatch.setenv("MLX_FUSED_ROUTE", "composed")
-    model, x = Named(), sample(1, 3, 64)
-    for o_residual, count in (("auto", 0), (True, 1)):
-        part = residual(model, o_residual=o_residual)
-        assert nodes(model(x)) == count
-    assert part.calls.share == "2 of 2 calls, 1 of these by MLX's own operations"
-
-
-def test_options():
-    model, x = with_o(lora(Mixer().o_proj)), sample(1, 3, 64)
-    expected = model(x)
-    for options, obstacle in (
-        ({"o_residual": False}, "o_residual=False"),
-        ({"lora": False}, "lora=False"),
-        ({"o_residual": True}, None),
-    ):
-        assert residual(model, **options).obstacle == obstacle
-        assert_same([model(x)], [expected])
-    for wrong in ("always", 0, 1, None):
-        with pytest.raises(ValueError, match=f"o_residual must be 'auto', True or False but got {wrong!r}"):
-            mlx_fused.patch(model, o_residual=wrong)
