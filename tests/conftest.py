@@ -99,5 +99,16 @@ def cpu():
 
 
 @pytest.fixture
+def route_cache(tmp_path, monkeypatch):
+    """A folder of the test's own for measured routes, and none before and after."""
+    from mlx_fused import _ext
+
+    monkeypatch.setenv("MLX_FUSED_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLX_FUSED_ROUTE", raising=False)
+    yield tmp_path / "cache"
+    _ext.set_tuned_routes(mx.cpu, [])
+
+
+@pytest.fixture
 def rng():
     return np.random.default_rng(0)

@@ -71,7 +71,8 @@ INSTEAD = (
         "takes a minute with the longer prompt that is the default",
     ),
     Instead(
-        r"""(?:\S*=\S* )*(?:\S*/)?pip install ['"](?:\.|mlx-fused|\$\(ls dist/\*cp311\*\.whl\))\[([\w-]+)\]['"]\s*""",
+        r"""(?:\S*=\S* )*(?:\S*/)?pip install ['"]"""
+        r"""(?:\.|mlx-fused|\$\(ls dist/\*cp311\*\.whl\))\[([\w-]+)\]['"]\s*""",
         r'grep "^\1 = " "$ROOT"/pyproject.toml',
         "the tests' environment is made already: is there such an extra?",
     ),

@@ -2,8 +2,8 @@
 
 Those operations have no matrix products, whose transforms are what is in question. All of a call is a
 polynomial with positive coefficients of its arrays (and alpha and scale), and so is what the transforms make
-of it: at the arrays' absolute values it is the sum of its terms' sizes, which bounds the error. An activation is
-bounded by a polynomial.
+of it: at the arrays' absolute values it is the sum of its terms' sizes, which bounds the error. An activation
+is bounded by a polynomial.
 """
 
 import mlx.core as mx

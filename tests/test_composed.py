@@ -118,8 +118,8 @@ def test_only_what_is_wanted_is_computed(rng, operation, kind):
             nodes -= primitives(*call())
         d_x = names[0] in projections.INPUTS
         d_w, d_a, d_b = (names.count(name) for name in ("weight", "lora_a", "lora_b"))
-        # One product for all adapters: of B and the cotangents, of that and A, of that and x; of x and A, of that
-        # and the cotangents.
+        # One product for all adapters: of B and the cotangents, of that and A, of that and x; of x and A, of
+        # that and the cotangents.
         of_adapters = [(has_adapters and d_x) or d_a, has_adapters and d_x, d_a, d_b, d_b]
         of_weights = (segments if call.packed else 1) * d_w
         of_input = d_x * segments

@@ -18,7 +18,8 @@ def test_qkv_is_one_node_each_way():
 
 def test_composed_adapters_share_products():
     nodes = graph_nodes.composed()
-    # Forward x A, and a product by each B; backward that by all B, all dA, all dB, and the adapters' part of dX.
+    # Forward x A, and a product by each B; backward that by all B, all dA, all dB, and the adapters' part
+    # of dX.
     assert (nodes["QuantizedMatmul"], nodes["Matmul"]) == (6, 8)
     assert nodes["mlx-fused's"] == 0
 

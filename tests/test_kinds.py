@@ -57,7 +57,7 @@ def calls(
             ranks=pair,
             activation=activation,
             **options,
-        ),  # fmt: skip
+        ),
     ]
 
 

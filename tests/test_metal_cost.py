@@ -168,7 +168,7 @@ def test_mended_misses_are_taken_out_and_worse_ones_are_not_let_in(result, monke
     monkeypatch.setattr(report, "RESULT", tmp_path / "cost.json")
     monkeypatch.setattr(report, "ACCEPTED", tmp_path / "accepted.txt")
     now = report.all_misses(result["kernels"])
-    mended, better, new = list(now)[0], list(now)[-2], list(now)[-1]
+    mended, *_, better, new = now
     (reason, figure), *_ = now[better].items()
     before = {cell: dict(reasons) for cell, reasons in now.items() if cell != new}
     before[mended]["spills"] = 1

@@ -24,7 +24,7 @@ def names(call):
 
 
 def check_plan(call, splits, kernel, batches):
-    """After low-rank products there is a launch of tiles, and one that adds up their splits if there are some."""
+    """After low-rank products there is a launch of tiles, and one that adds up their splits, if any."""
     first = names(call)[0].startswith("low_rank_product")
     assert names(call)[first + 1 :] == [kernel] * (splits > 1)
     assert call.plan[first]["grid"][2] == splits * batches

@@ -35,8 +35,10 @@ def test_report_lists_every_layer():
         "residual in 2; other linear layers in 1 of 1 module"
     )
     assert [re.split("  +", line) for line in lines] == [
-        ["layer", "QKV", "calls*", "MLP", "calls*"]
-        + ["output projection + residual", "calls*", "other layers", "calls*"],
+        [
+            *("layer", "QKV", "calls*", "MLP", "calls*"),
+            *("output projection + residual", "calls*", "other layers", "calls*"),
+        ],
         ["model.layers.0.self_attn", "fused", "1/0", "fused", "1/0"],
         ["model.layers.0.mlp", "fused, silu", "1/0", "fused", "1/0"],
         ["model.layers.1.self_attn", reason, "0/1", "fused", "1/0"],

@@ -28,7 +28,9 @@ from mlx_fused.tuning.measure import QUICK, Effort, route_of, with_gradients
 from mlx_fused.tuning.table import Timing
 from mlx_fused.validate import CannotValidate
 from tiny_models import make
-from tuned import CALLS, COMPOSED, EVEN, FUSED, OUTPUT, PLAIN, cache, ignored, write  # noqa: F401
+from tuned import CALLS, COMPOSED, EVEN, FUSED, OUTPUT, PLAIN, write
+
+pytestmark = pytest.mark.usefixtures("route_cache")
 
 FORMATS = (None, ("affine", 4, 64), ("affine", 8, 32), ("mxfp4", 4, 32))
 KINDS = [
@@ -334,8 +336,8 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line_before_anything_is_mea
     assert code == 1 and len(err.splitlines()) == 1 and os.devnull in err
 
 
-def test_what_cannot_be_removed_ends_in_one_line(run, cache):
-    (cache / "routes.json").mkdir(parents=True)
+def test_what_cannot_be_removed_ends_in_one_line(run, route_cache):
+    (route_cache / "routes.json").mkdir(parents=True)
     with pytest.warns(UserWarning, match="it is no file"):
         tuning.use_table()
     code, _, err = run(main, ["tune", "--remove"])
@@ -347,7 +349,7 @@ def test_patching_that_is_off_is_an_error(run, monkeypatch):
     assert run(main, ["tune"])[0] == 2
 
 
-def test_after_ctrl_c_the_file_is_as_it_was(cache):
+def test_after_ctrl_c_the_file_is_as_it_was(route_cache):
     path = write(CALLS)
     before = path.read_bytes()
     code = "import mlx_fused.tuning.measure as m\nright = m.measure\ndef slow(*a):\n    "
@@ -364,7 +366,7 @@ def test_after_ctrl_c_the_file_is_as_it_was(cache):
     _, err = tune.communicate()
     assert tune.returncode == 130 and "Aborted!" in err and "Traceback" not in err
     assert path.read_bytes() == before
-    assert sorted(p.name for p in cache.iterdir()) == ["routes.json", "routes.json.lock"]
+    assert sorted(p.name for p in route_cache.iterdir()) == ["routes.json", "routes.json.lock"]
 
 
 def test_info_tells_what_was_measured():

@@ -12,7 +12,9 @@ import pytest
 from mlx_fused import _ext, tuning
 from mlx_fused.tuning import table
 from mlx_fused.tuning.measure import route_of
-from tuned import CALLS, COMPOSED, EVEN, FUSED, OUTPUT, PLAIN, cache, ignored, write  # noqa: F401
+from tuned import CALLS, COMPOSED, FUSED, OUTPUT, PLAIN, ignored, write
+
+pytestmark = pytest.mark.usefixtures("route_cache")
 
 
 def test_what_is_written_is_read():
@@ -39,9 +41,9 @@ def test_routes_of_another_device_are_not_kept(monkeypatch):
     assert len(json.loads(path.read_text())["calls"]) == 1
 
 
-def test_a_pipe_is_not_waited_for(cache):
-    cache.mkdir()
-    os.mkfifo(cache / "routes.json")
+def test_a_pipe_is_not_waited_for(route_cache):
+    route_cache.mkdir()
+    os.mkfifo(route_cache / "routes.json")
     (said,) = ignored()
     assert "it is no file" in said
 
@@ -116,13 +118,13 @@ def test_a_file_that_is_broken_foreign_or_stale_is_ignored_with_a_warning(name):
     assert route_of(PLAIN, 1) == route_of(OUTPUT, 1) == "fused"  # never a part of it
 
 
-def test_a_file_that_cannot_be_read_is_ignored_with_a_warning(cache):
+def test_a_file_that_cannot_be_read_is_ignored_with_a_warning(route_cache):
     path = Path(tuning.path())
     path.mkdir(parents=True)
     (said,) = ignored()
     assert "it is no file" in said
     path.rmdir()
-    path.symlink_to(cache / "nowhere")
+    path.symlink_to(route_cache / "nowhere")
     (said,) = ignored()
     assert "cannot be read (No such file or directory)" in said
 
@@ -154,8 +156,8 @@ def test_importing_without_a_table_loads_nothing_for_it():
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-def test_where_the_file_is(monkeypatch, cache):
-    assert tuning.path() == str(cache / "routes.json")
+def test_where_the_file_is(monkeypatch, route_cache):
+    assert tuning.path() == str(route_cache / "routes.json")
     monkeypatch.delenv("MLX_FUSED_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     assert tuning.path() == "/caches/mlx-fused/routes.json"
@@ -169,7 +171,7 @@ def test_where_the_file_is(monkeypatch, cache):
         assert tuning.path() == f"/home/me/{folder}/mlx-fused/routes.json"
 
 
-def test_a_write_that_fails_leaves_the_file_as_it_was(monkeypatch, cache):
+def test_a_write_that_fails_leaves_the_file_as_it_was(monkeypatch, route_cache):
     path = write(CALLS)
     before = path.read_bytes()
 
@@ -181,7 +183,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(monkeypatch, cache):
     with pytest.raises(OSError, match="No space"):
         write({PLAIN: {2: FUSED}})
     assert path.read_bytes() == before
-    assert sorted(p.name for p in cache.iterdir()) == ["routes.json", "routes.json.lock"]
+    assert sorted(p.name for p in route_cache.iterdir()) == ["routes.json", "routes.json.lock"]
 
 
 WRITER = """

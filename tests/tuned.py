@@ -1,12 +1,11 @@
-"""A table of measured routes for tests: in a folder of the test's own."""
+"""A table of measured routes for tests."""
 
 import warnings
 from pathlib import Path
 
 import mlx.core as mx
-import pytest
 
-from mlx_fused import _ext, tuning
+from mlx_fused import tuning
 from mlx_fused.tuning import Kind, table
 from mlx_fused.tuning.table import Timing
 
@@ -18,15 +17,6 @@ CALLS = {
     OUTPUT._replace(gradient=True, of_weights=True, dtype=mx.bfloat16): {1: FUSED},
     PLAIN._replace(format=("affine", 4, 64), bias=True, ranks=(8, 0, 8)): {2: COMPOSED},
 }
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """A cache folder of the test's own, and no measured routes before and after."""
-    monkeypatch.setenv("MLX_FUSED_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("MLX_FUSED_ROUTE", raising=False)
-    yield tmp_path / "cache"
-    _ext.set_tuned_routes(mx.cpu, [])
 
 
 def write(calls):

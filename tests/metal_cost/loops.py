@@ -1,4 +1,4 @@
-"""A cheaper word on the loops over K: the branches that zig's clang leaves in them, before any GPU's compiler."""
+"""A cheaper word on the loops over K: the branches that zig's clang leaves, before any GPU's compiler."""
 
 import re
 import tempfile

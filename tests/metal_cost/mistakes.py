@@ -60,7 +60,8 @@ MISTAKES = dict(
             "a tile's operands share one bound",
             "projection_32_dense, ragged rows",
             "load_block(b, extent_b, block_b);",
-            "if (extent_a.y == block_a.y) { load_block(b, extent_b, block_b); } else { b.load_safe(extent_b); }",
+            "if (extent_a.y == block_a.y) { load_block(b, extent_b, block_b); } "
+            "else { b.load_safe(extent_b); }",
         ),
         _eight_rows("dense"),
     )

@@ -43,7 +43,7 @@ def subject(item):
 
 
 class Recorder:
-    """Leaves out the tests that have run, and those of a subject that died; writes down what becomes of all."""
+    """Leaves out tests that have run, and those of a subject that died; writes down what becomes of all."""
 
     def __init__(self, journal):
         self.journal = journal

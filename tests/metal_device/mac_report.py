@@ -1,7 +1,7 @@
 """``make mac-report``: runs all that only a Mac can answer, and packs what came of it (docs/on_a_mac.md).
 
-A step that fails, dies or hangs does not stop the next. Without Metal it is a rehearsal: the same steps on the
-CPU, most of them small.
+A step that fails, dies or hangs does not stop the next. Without Metal it is a rehearsal: the same steps on
+the CPU, most of them small.
 """
 
 import json
