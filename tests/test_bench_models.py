@@ -115,31 +115,6 @@ def test_models_have_the_sizes_of_their_names(models):
         assert total == pytest.approx(counted[name], rel=2e-3)
 
 
-def test_torch_runs_every_work(models):
-    pytest.importorskip("torch")
-    from outside import Torch
-    from whole import works
-
-    rival = Torch(models.TINY, "float32")
-    calls = [rival.prepare(work) for work in works(16)]
-    decoded, prefilled, loss = (call() for call in calls)
-    assert decoded.shape[-1] == prefilled.shape[-1] == models.TINY["vocab_size"]
-    assert calls[2]().item() < loss.item()
-
-
-def test_llama_cpp_runs_what_it_can(models):
-    pytest.importorskip("llama_cpp")
-    pytest.importorskip("gguf")
-    from outside import LlamaCpp
-    from whole import works
-
-    for model_type in ("llama", "qwen3"):
-        rival = LlamaCpp(models.TINY | {"model_type": model_type}, "4-bit bfloat16")
-        decode, prefill, step = (rival.prepare(work) for work in works(16))
-        decode(), prefill()
-        assert step is None
-
-
 def test_memory_of_training(models, tmp_path):
     import memory
 
