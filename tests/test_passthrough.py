@@ -97,7 +97,7 @@ def test_generate_prints_what_mlx_lm_prints_and_patches(run, checkpoint, adapter
     assert (code, out) == run(theirs, arguments)[:2]
     assert code == 0
     first, _ = (line for line in err.splitlines() if line.startswith("mlx-fused:"))
-    assert "2 attention layers" in first
+    assert "fused QKV 2 of 2" in first
     found, more = counts(err)
     assert all_fused(found) and found["qkv"][1] >= 2 * 4 and more == ""
 
@@ -123,7 +123,7 @@ def test_the_closing_line_tells_that_dora_is_not_fused(run, checkpoint, tmp_path
     trained = run(main.main, train(checkpoint, tmp_path, "--fine-tune-type", "dora"))
     used = run(main.main, [*generate, "--adapter-path", str(tmp_path)])
     for code, _, err in (trained, used):
-        assert code == 0 and "the QKV projection is fused in 2" in err  # before the adapters are there
+        assert code == 0 and "fused QKV 2 of 2" in err  # before the adapters are there
         found, more = counts(err)
         assert found.pop("linear")[0] > 0  # the head has no adapter
         assert all(fused == 0 < total for fused, total in found.values())
@@ -153,7 +153,7 @@ def test_a_draft_model_is_patched_and_counted(run, checkpoint):
     arguments = ["generate", "--model", str(checkpoint / "model"), "--max-tokens", "5"]
     _, _, alone = run(main.main, arguments)
     code, _, err = run(main.main, [*arguments, *drafted])
-    assert code == 0 and err.count("2 attention layers") == 2 and err.count("ran fused") == 1
+    assert code == 0 and err.count("fused QKV 2 of 2") == 2 and err.count("ran fused") == 1
     assert counts(err)[0]["qkv"][1] > counts(alone)[0]["qkv"][1]
 
 
@@ -218,7 +218,7 @@ def loads_a_model(checkpoint, monkeypatch):
         loaded[0](TOKENS)
 
     monkeypatch.setattr(
-        mlx_fused, "patch", lambda model: _patch(model, Options(True, "auto", True, True, True, False))
+        mlx_fused, "patch", lambda model: _patch(model, Options(True, "auto", True, True, True, True, False))
     )
     monkeypatch.setattr("mlx_lm.chat.main", chat)
     return loaded
@@ -243,7 +243,7 @@ def test_one_rank_says_what_is_fused_and_communication_is_not_started(
     monkeypatch.setattr(mx.distributed, "init", lambda *_: pytest.fail("communication was started"))
     code, _, err = run(main.main, ["chat"])
     assert code == 0
-    assert err.count("mlx-fused: of 2 attention layers") == err.count("mlx-fused: ran fused") == lines
+    assert err.count("mlx-fused: fused QKV 2 of 2") == err.count("mlx-fused: ran fused") == lines
 
 
 def test_models_are_patched_where_stderr_is_broken(loads_a_model, monkeypatch):

@@ -30,9 +30,8 @@ def test_report_lists_every_layer():
     model(tokens(1, 3))
     summary, *lines, last = str(report).splitlines()
     assert summary == (
-        "mlx-fused: of 2 attention layers, the QKV projection is fused in 1, the output projection with its "
-        "residual in 2; of 2 MLPs, the first half of the MLP is fused in 2, the output projection with its "
-        "residual in 2; other linear layers in 1 of 1 module"
+        "mlx-fused: fused QKV 1 of 2, MLP 2 of 2, output projection + residual 4 of 4, other layers 1 of 1, "
+        "RMS norm 5 of 5"
     )
     assert [re.split("  +", line) for line in lines] == [
         [
@@ -45,7 +44,7 @@ def test_report_lists_every_layer():
         ["model.layers.1.mlp", "fused, silu", "1/0", "fused", "1/0"],
         ["model", "fused", "1/0"],
     ]
-    assert last == "* fused/fallen back"
+    assert last == "* by our kernels/by MLX's operations"
 
 
 def test_report_is_in_the_order_of_the_layers():
@@ -62,10 +61,7 @@ def test_nothing_to_patch():
 
 def test_summary_of_one_layer():
     report = mlx_fused.patch(Attention())
-    assert report.summary == (
-        "mlx-fused: of 1 attention layer, the QKV projection is fused in 1, "
-        "the output projection with its residual in 0"
-    )
+    assert report.summary == "mlx-fused: fused QKV 1 of 1, output projection + residual 0 of 1"
 
 
 def test_nothing_is_printed_unless_asked_for(capfd, monkeypatch):
@@ -118,7 +114,8 @@ def test_only_the_class_changes():
     assert isinstance(model.layers[0].self_attn, type(make("qwen3").layers[0].self_attn))
     changed = {type(m) for m, cls in zip(model.modules(), classes, strict=True) if type(m) is not cls}
     layer = model.layers[0]
-    assert changed == {type(m) for m in (model, layer.self_attn, layer.mlp)}  # one for all layers
+    patched = model, layer.self_attn, layer.mlp, layer.input_layernorm
+    assert changed == {type(m) for m in patched}  # one for all layers
     mlx_fused.unpatch(model)
     assert snapshot(model) == before
     assert [type(m) for m in model.modules()] == classes
@@ -158,7 +155,7 @@ def test_the_environment_turns_it_off(monkeypatch):
         monkeypatch.setenv("MLX_FUSED", off)
         assert mx.array_equal(model(tokens(1, 3)), stock)
         assert report.layers[0].qkv.calls.total == report.layers[0].residual.calls.total == 0
-        assert report.summary.endswith(f"in 1 of 1 module; MLX_FUSED={off} keeps all of it off")
+        assert report.summary.endswith(f"RMS norm 5 of 5; MLX_FUSED={off} keeps all of it off")
     for nonsense in ("2", "offf", " ", "none"):
         monkeypatch.setenv("MLX_FUSED", nonsense)
         for use in (lambda: model(tokens(1, 3)), lambda: mlx_fused.patch(model)):
@@ -167,7 +164,7 @@ def test_the_environment_turns_it_off(monkeypatch):
     for on in ("1", "", "true", "on", "yes", "Yes"):
         monkeypatch.setenv("MLX_FUSED", on)
         assert fused(model(tokens(1, 3))) == (LAYERS, 0)
-        assert report.summary.endswith("in 1 of 1 module")
+        assert report.summary.endswith("RMS norm 5 of 5")
     monkeypatch.delenv("MLX_FUSED")
     assert fused(model(tokens(1, 3))) == (LAYERS, 0)
 

@@ -227,25 +227,35 @@ nb::tuple kind_of(const nb::args& modules, bool with_ids) {
 
 // What mlx_fused.LinearOperands has. Casting an array makes an alias of it.
 nb::tuple operands(nb::dict layer, std::optional<nb::dict> adapter) {
-  auto item = [](nb::dict module, const char* name) {
-    nb::handle value = PyDict_GetItemString(module.ptr(), name);
+  // Interned once: this runs for every layer of every call.
+  static PyObject* const weight = PyUnicode_InternFromString("weight");
+  static PyObject* const bias = PyUnicode_InternFromString("bias");
+  static PyObject* const scales = PyUnicode_InternFromString("scales");
+  static PyObject* const biases = PyUnicode_InternFromString("biases");
+  static PyObject* const lora_a = PyUnicode_InternFromString("lora_a");
+  static PyObject* const lora_b = PyUnicode_InternFromString("lora_b");
+  static PyObject* const affine = PyUnicode_InternFromString("affine");
+  static PyObject* const one = PyFloat_FromDouble(1);
+  auto item = [](nb::handle module, PyObject* name) -> nb::object {
+    nb::handle value = PyDict_GetItemWithError(module.ptr(), name);
     return value.is_valid() && !value.is_none() ? nb::cast(nb::cast<mx::array>(value)) : nb::none();
   };
-  bool quantized = !item(layer, "scales").is_none();
+  auto of_groups = item(layer, scales);
+  bool quantized = !of_groups.is_none();
   auto setting = [&](const char* name) {
     return quantized ? nb::object(nb::getattr(layer, name)) : nb::none();
   };
   return nb::make_tuple(
-      item(layer, "weight"),
-      item(layer, "bias"),
-      item(layer, "scales"),
-      item(layer, "biases"),
+      item(layer, weight),
+      item(layer, bias),
+      of_groups,
+      item(layer, biases),
       setting("group_size"),
       setting("bits"),
-      quantized ? setting("mode") : nb::object(nb::str("affine")),
-      adapter ? item(*adapter, "lora_a") : nb::none(),
-      adapter ? item(*adapter, "lora_b") : nb::none(),
-      adapter ? nb::object(nb::getattr(*adapter, "scale")) : nb::object(nb::float_(1.0)));
+      quantized ? setting("mode") : nb::borrow(affine),
+      adapter ? item(*adapter, lora_a) : nb::none(),
+      adapter ? item(*adapter, lora_b) : nb::none(),
+      adapter ? nb::object(nb::getattr(*adapter, "scale")) : nb::borrow(one));
 }
 
 }  // namespace

@@ -27,6 +27,7 @@ def patch(
     o_residual: Literal["auto"] | bool = "auto",
     mlp: bool = True,
     linear: bool = True,
+    norm: bool = True,
     lora: bool = True,
     exact: bool = False,
     verbose: bool = False,
@@ -51,6 +52,8 @@ def patch(
             the gate, in one operation. Default: ``True``.
         linear (bool): Compute every other linear layer, such as the head, by our operation, where that may be
             faster. Default: ``True``.
+        norm (bool): Compute every ``mlx.nn.RMSNorm`` by our operation; on a GPU, for few tokens, inside the
+            operation after it. Default: ``True``.
         lora (bool): Make LoRA adapters part of the operation. If ``False``, or if an adapter has dropout,
             mlx-lm's own code adds the adapters to the QKV projection. Default: ``True``.
         exact (bool): Round after every step, as mlx-lm does, instead of once at the end. Default: ``False``.
@@ -64,7 +67,7 @@ def patch(
         TypeError: If ``model`` is not an ``mlx.nn.Module``.
         ValueError: If an option or the environment variable ``MLX_FUSED`` has an unknown value.
     """
-    report = _patch(model, Options(qkv, o_residual, mlp, linear, lora, exact))
+    report = _patch(model, Options(qkv, o_residual, mlp, linear, norm, lora, exact))
     if verbose:
         print(report, file=sys.stderr)
     return report
@@ -93,6 +96,7 @@ def patched(
     o_residual: Literal["auto"] | bool = "auto",
     mlp: bool = True,
     linear: bool = True,
+    norm: bool = True,
     lora: bool = True,
     exact: bool = False,
 ) -> Iterator[PatchReport]:
@@ -107,7 +111,7 @@ def patched(
     _check(model)
     before = [(module, roles_of(module), patch_of(module)) for module in model.modules()]
     try:
-        yield _patch(model, Options(qkv, o_residual, mlp, linear, lora, exact))
+        yield _patch(model, Options(qkv, o_residual, mlp, linear, norm, lora, exact))
     finally:
         for module, roles, earlier in before:
             if earlier is None:
@@ -120,7 +124,7 @@ def _patch(model: nn.Module, options: Options) -> PatchReport:
     _check(model)
     if options.o_residual != "auto" and not isinstance(options.o_residual, bool):
         raise ValueError(f"o_residual must be 'auto', True or False but got {options.o_residual!r}.")
-    for name in ("qkv", "mlp", "linear", "lora", "exact"):
+    for name in ("qkv", "mlp", "linear", "norm", "lora", "exact"):
         if not isinstance(value := getattr(options, name), bool):
             raise ValueError(f"{name} must be True or False but got {value!r}.")
     switched_off()  # raises if MLX_FUSED has an unknown value

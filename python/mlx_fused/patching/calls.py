@@ -21,6 +21,7 @@ from mlx_fused._ext import alias, identity, is_same
 from mlx_fused.linear import is_lora, type_name
 from mlx_fused.operations import fused_linear, fused_output_projection_residual, fused_qkv_projection
 from mlx_fused.patching import projections
+from mlx_fused.patching.norm import unnormed
 from mlx_fused.patching.projections import DTYPES, EMBEDDINGS, NotFused, Together
 from mlx_fused.patching.registry import Active, Roles, active_of
 from mlx_fused.patching.residual import Projected
@@ -108,14 +109,16 @@ class Call:
         self.adapters_apart = together.adapters_apart is not None
         layers = tuple(projections.operands(module[name], not self.adapters_apart) for name in names)
         # Heads are not split here: the model's code expects the plain outputs and splits them itself.
-        tokens = _batched(x)
+        tokens, norm = unnormed(x)
+        tokens = _batched(tokens)
         if together.group is not None:
-            tokens = sum_gradients(together.group)(tokens)
+            tokens, norm = sum_gradients(together.group)(_batched(x)), None
         outputs = projections.run(
             module,
             fused_qkv_projection,
             input=tokens,
             weight=layers,
+            norm=norm,
             split_heads=False,
             exact=self.active.patch.options.exact,
         )
@@ -249,11 +252,13 @@ def linear(module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx
     read_linear(module, active, name, layer)
     if x.dtype not in DTYPES or x.ndim == 0:
         raise NotFused(f"its input is {x.dtype} {x.shape}")
+    x, norm = unnormed(x)
     return projections.run(
         module,
         fused_linear,
         x=x,
         weight=projections.operands(layer),
+        norm=norm,
         exact=active.patch.options.exact,
     )
 

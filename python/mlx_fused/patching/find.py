@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx.nn.layers import distributed
 
 from mlx_fused.linear import is_lora
-from mlx_fused.patching import mlp, residual
+from mlx_fused.patching import mlp, norm, residual
 from mlx_fused.patching.formula import Unknown
 from mlx_fused.patching.projections import EMBEDDINGS
 from mlx_fused.patching.registry import Obstacles, Roles, original_of, own_method, roles_of
@@ -52,9 +52,10 @@ def find(model: nn.Module) -> list[tuple[str, nn.Module, Roles, Obstacles]]:
         if _is_layer(module):
             continue
         roles = roles_of(module) or _roles(module, heads.get(id(module), ()))
-        if roles.names or id(module) in heads:
+        if roles.names or roles.kind == "norm" or id(module) in heads:
             qkv = None if roles.inputs or roles.kind != "attention" else _instead(module)
-            residual = _residual_obstacle(name, roles, modules) if roles.kind else None
+            has_residual = "residual" in roles.parts
+            residual = _residual_obstacle(name, roles, modules) if has_residual else None
             found.append((name or type(module).__name__, module, roles, Obstacles(qkv, residual)))
     return found[::-1]  # named_modules goes from the last child to the first
 
@@ -77,6 +78,8 @@ def _heads(modules: dict[str, nn.Module]) -> dict[int, tuple[str, ...]]:
 
 
 def _roles(module: nn.Module, heads: tuple[str, ...]) -> Roles:
+    if norm.is_norm(module):
+        return Roles("__call__", "norm", (), None, ())
     entry = next((name for name in _ENTRIES if hasattr(module, name)), None)
     linears = [name for name, layer in module.items() if _is_linear(layer)]
     inputs = next((names for names in _INPUTS if all(name in module for name in names)), ())

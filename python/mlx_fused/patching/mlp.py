@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx_fused.operations import fused_gated_projection, fused_linear
 from mlx_fused.patching import calls, formula, projections
 from mlx_fused.patching.formula import Unknown
+from mlx_fused.patching.norm import unnormed
 from mlx_fused.patching.projections import DTYPES, NotFused
 from mlx_fused.patching.registry import Active
 
@@ -60,12 +61,14 @@ def run(mlp: nn.Module, active: Active, method: Callable, x: mx.array) -> mx.arr
         return None
     if recipe.first is not None:
         x = mlp[recipe.first](x)
+    x, norm = unnormed(x)
     layers = [projections.operands(mlp[name]) for name in recipe.hidden]
     hidden = projections.run(
         mlp,
         recipe.operation,
         x=x,
         weight=layers[0] if len(layers) == 1 else tuple(layers),
+        norm=norm,
         exact=patch.options.exact,
         **recipe.settings,
     )

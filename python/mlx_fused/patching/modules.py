@@ -7,7 +7,7 @@ from functools import cache, wraps
 
 import mlx.nn as nn
 
-from mlx_fused.patching import calls, mlp
+from mlx_fused.patching import calls, mlp, norm
 from mlx_fused.patching.calls import Call, find_running, running
 from mlx_fused.patching.projections import NotFused
 from mlx_fused.patching.registry import (
@@ -99,7 +99,9 @@ def report(name: str, module: nn.Module, roles: Roles, active: Active) -> LayerR
         add("qkv", lambda: calls.qkv_note(module, roles, active))
     if roles.kind == "mlp":
         add("mlp", lambda: mlp.read_note(module, active, own_method(original_of(module), roles.entry)))
-    if roles.kind:
+    if roles.kind == "norm":
+        add("norm", lambda: norm.read(active, own_method(original_of(module), roles.entry)))
+    if "residual" in roles.parts:
         add("residual", lambda: calls.read_output(module, active, roles.output))
     if roles.alone:
         add("linear", lambda: calls.read_linears(module, active, roles.alone))
@@ -137,14 +139,18 @@ class _Slot:
             raise AttributeError(self._name) from None
 
 
+# What runs in place of the code of a module of a kind.
+_INSTEAD = {"mlp": mlp.run, "norm": norm.run}
+
+
 def _entry(original: type, roles: Roles) -> Callable:
-    name, is_mlp = roles.entry, roles.kind == "mlp"
+    name, instead = roles.entry, _INSTEAD.get(roles.kind)
 
     @wraps(getattr(original, name))
     def call(self, *args, **kwargs):
         method, is_on = own_method(original, name), not switched_off()
-        if is_mlp and is_on and len(args) == 1 and not kwargs and (active := active_of(self)) is not None:
-            y = mlp.run(self, active, method, args[0])
+        if instead and is_on and len(args) == 1 and not kwargs and (active := active_of(self)) is not None:
+            y = instead(self, active, method, args[0])
             if y is not None:
                 return y
         call = Call(self, roles, active) if is_on and (active := _begin(self)) is not None else None

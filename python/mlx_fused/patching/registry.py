@@ -22,7 +22,7 @@ class Roles(NamedTuple):
     """What a module's layers are for, by their names."""
 
     entry: str | None  # the method that calls them
-    kind: Literal["attention", "mlp"] | None
+    kind: Literal["attention", "mlp", "norm"] | None
     inputs: tuple[str, ...]  # of queries, keys and values; empty if the module does not have all three
     output: str | None  # what the module returns the output of
     others: tuple[str, ...]
@@ -38,7 +38,7 @@ class Roles(NamedTuple):
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts that such a module has."""
-        by_kind = {"attention": ("qkv", "residual"), "mlp": ("mlp", "residual"), None: ()}
+        by_kind = {"attention": ("qkv", "residual"), "mlp": ("mlp", "residual"), "norm": ("norm",), None: ()}
         return by_kind[self.kind] + ("linear",) * bool(self.alone)
 
     @property
@@ -62,6 +62,7 @@ class Options:
     o_residual: Literal["auto"] | bool
     mlp: bool
     linear: bool
+    norm: bool
     lora: bool
     exact: bool
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -15,9 +14,11 @@ TITLES = {
     "mlp": "the first half of the MLP",
     "residual": "the output projection with its residual",
     "linear": "other linear layers",
+    "norm": "the RMS norm",
 }
 PARTS = tuple(TITLES)
 _COLUMNS = {"qkv": "QKV", "mlp": "MLP", "residual": "output projection + residual", "linear": "other layers"}
+_COLUMNS |= {"norm": "RMS norm"}
 
 _lock = Lock()
 
@@ -41,7 +42,7 @@ class Calls:
     """How often a part of a layer was called, and how often it ran as one operation.
 
     Under ``mx.compile`` a call counts when it is traced, not when the compiled function runs. Prints as
-    ``fused/fallen back``.
+    how many our kernels computed, and how many MLX's own operations: ``2/0``.
 
     Attributes:
         total (int): All calls.
@@ -54,9 +55,11 @@ class Calls:
     composed: int = 0
     reason: str | None = None  # of the latest call that patching left to the model's own code
 
-    def add(self, total: int = 0, fused: int = 0, reason: str | None = None) -> None:
+    def add(
+        self, total: int = 0, fused: int = 0, reason: str | None = None, is_routed: bool = True
+    ) -> None:
         """Count calls; and for fused ones, where routing sent this thread's latest operation."""
-        composed = fused and last_decision()[0] == "composed"
+        composed = fused and is_routed and last_decision()[0] == "composed"
         with _lock:  # several threads may call the model
             self.total += total
             self.fused += fused
@@ -75,7 +78,8 @@ class Calls:
         return self.total - self.fused
 
     def __str__(self) -> str:
-        return f"{self.fused}/{self.fallen_back}"
+        ours = self.fused - self.composed
+        return f"{ours}/{self.total - ours}"
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class Part:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One module with linear layers. A part that it does not have is ``None``.
+    """One module with linear layers, or an RMS norm. A part that it does not have is ``None``.
 
     Attributes:
         name (str): Its name in the model, such as ``model.layers.0.self_attn``.
@@ -112,6 +116,7 @@ class LayerReport:
         mlp (Part or None): Of an MLP: the layers before the last one, with the activation.
         residual (Part or None): Of both: the last projection with the residual.
         linear (Part or None): Every other linear layer, each by itself.
+        norm (Part or None): Of an RMS norm: itself.
     """
 
     name: str
@@ -119,6 +124,7 @@ class LayerReport:
     mlp: Part | None = None
     residual: Part | None = None
     linear: Part | None = None
+    norm: Part | None = None
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -128,13 +134,14 @@ class LayerReport:
 
 @dataclass(frozen=True, repr=False)
 class PatchReport:
-    """What :func:`mlx_fused.patch` did, module by module; prints as a table.
+    """What :func:`mlx_fused.patch` did, module by module; prints as a table,
+    in which norms are left out if they are fused.
 
     What is fused, and why the rest is not, was determined when ``patch`` was called; calls are counted as
     they happen.
 
     Attributes:
-        modules (tuple): A :class:`LayerReport` for each module with linear layers.
+        modules (tuple): A :class:`LayerReport` for each module with linear layers and each RMS norm.
     """
 
     modules: tuple[LayerReport, ...]
@@ -150,6 +157,11 @@ class PatchReport:
         return tuple(module for module in self.modules if module.mlp is not None)
 
     @property
+    def norms(self) -> tuple[LayerReport, ...]:
+        """The RMS norms among the modules."""
+        return tuple(module for module in self.modules if module.norm is not None)
+
+    @property
     def parts(self) -> list[Part]:
         """All parts of all modules."""
         return [part for module in self.modules for part in module.parts.values()]
@@ -160,40 +172,24 @@ class PatchReport:
         if not self.modules:
             return "mlx-fused: nothing to patch, no linear layer in a module that calls it"
         off = f"; MLX_FUSED={os.environ['MLX_FUSED']} keeps all of it off" if switched_off() else ""
-        linears = [module.linear for module in self.modules if module.linear is not None]
-        kinds = [
-            ("attention layer", self.layers, "qkv"),
-            ("MLP", self.mlps, "mlp"),
-        ]
-        texts = [
-            f"of {_count(of, kind)}, {TITLES[first]} is fused in {_fused(of, first)}, "
-            f"{TITLES['residual']} in {_fused(of, 'residual')}"
-            for kind, of, first in kinds
-            if of
-        ]
-        if linears:
-            fused = sum(part.fused for part in linears)
-            texts.append(f"other linear layers in {fused} of {_count(linears, 'module')}")
-        return f"mlx-fused: {'; '.join(texts)}{off}"
+        counts = []
+        for name, title in _COLUMNS.items():
+            if parts := [module.parts[name] for module in self.modules if name in module.parts]:
+                counts.append(f"{title} {sum(part.fused for part in parts)} of {len(parts)}")
+        return f"mlx-fused: fused {', '.join(counts)}{off}"
 
     def __repr__(self) -> str:
         if not self.modules:
             return self.summary
-        present = [name for name in PARTS if any(name in module.parts for module in self.modules)]
+        shown = [module for module in self.modules if module.norm is None or not module.norm.fused]
+        present = [name for name in PARTS if any(name in module.parts for module in shown)]
         rows = [("layer", *(text for name in present for text in (_COLUMNS[name], "calls*")))]
-        for module in self.modules:
+        for module in shown:
             parts = [module.parts.get(name) for name in present]
             rows.append(
                 (module.name, *(text for p in parts for text in ((str(p), str(p.calls)) if p else ("", ""))))
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([self.summary, *(line.rstrip() for line in lines), "* fused/fallen back"])
+        return "\n".join([self.summary, *(line.rstrip() for line in lines), "* by our kernels/by MLX's operations"])
 
-
-def _count(things: Sequence, kind: str) -> str:
-    return f"{len(things)} {kind}{'s' * (len(things) > 1)}"
-
-
-def _fused(modules: Sequence[LayerReport], name: str) -> int:
-    return sum(module.parts[name].fused for module in modules if name in module.parts)

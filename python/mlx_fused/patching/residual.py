@@ -17,55 +17,44 @@ from functools import cache, partial
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_fused.patching.derived import Derived
 
-class Projected(mx.array):
+
+class Projected(Derived):
     """The output of a projection. ``+`` computes the projection anew, together with the addition."""
 
-    _add: Callable | None = None  # (residual, alpha) -> residual + alpha * self
+    _origin: Callable | None  # (residual, alpha) -> residual + alpha * self
     _alpha = 1.0
 
     @classmethod
     def of(cls, y: mx.array, add: Callable, alpha: float = 1.0) -> Projected:
         self = cls(y)
-        self._add, self._alpha = add, alpha
+        self._origin, self._alpha = add, alpha
         return self
 
     def __add__(self, other):
         alike = isinstance(other, mx.array) and other.shape == self.shape and other.dtype == self.dtype
-        if not alike or self._add is None:
+        if not alike or self._origin is None:
             return super().__add__(other)
-        if isinstance(other, Projected) and other._add is not None:
+        if isinstance(other, Projected) and other._origin is not None:
             return Projected.of(super().__add__(other), partial(_add_both, self, other))
-        return self._add(other, self._alpha)
+        return self._origin(other, self._alpha)
 
     __radd__ = __add__
 
     def __mul__(self, other):
         product = super().__mul__(other)
-        if type(other) not in (int, float) or self._add is None or self._alpha != 1:
+        if type(other) not in (int, float) or self._origin is None or self._alpha != 1:
             return product
         # MLX rounds a Python number to the array's dtype.
-        return Projected.of(product, self._add, mx.array(other, self.dtype).item())
+        return Projected.of(product, self._origin, mx.array(other, self.dtype).item())
 
     __rmul__ = __mul__
 
 
 def _add_both(a: Projected, b: Projected, residual: mx.array, alpha: float) -> mx.array:
     """Of layers with attention and MLP side by side: each adds itself."""
-    return a._add(b._add(residual, alpha * b._alpha), alpha * a._alpha)
-
-
-def _changing(name: str) -> Callable:
-    def change(self, *args):
-        self._add = None  # the array changes, so it is no longer the projection's output
-        return getattr(mx.array, name)(self, *args)
-
-    return change
-
-
-for _name in dir(mx.array):
-    if _name == "__setitem__" or (_name.startswith("__i") and f"__{_name[3:]}" in dir(mx.array)):  # __iadd__
-        setattr(Projected, _name, _changing(_name))
+    return a._origin(b._origin(residual, alpha * b._alpha), alpha * a._alpha)
 
 
 @cache

@@ -1,0 +1,61 @@
+"""Runs an RMS norm, and lets the operation after it take its input un-normed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_fused._ext import alias
+fused_rms_norm = mx.fast.rms_norm
+from mlx_fused.operations.call import Norm
+from mlx_fused.patching.derived import Derived
+from mlx_fused.patching.projections import DTYPES, NotFused
+from mlx_fused.patching.registry import Active
+
+_CALL = nn.RMSNorm.__call__
+
+
+class Normed(Derived):
+    """What a norm returns on a GPU: the kernel of the operation after it may norm by itself."""
+
+    _origin: tuple[mx.array, tuple[mx.array, float]] | None  # the norm's input, its weight and eps
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is MLX's RMS norm. Subclasses may differ."""
+    return type(module) is nn.RMSNorm
+
+
+def run(norm: nn.Module, active: Active, method: Callable, x: mx.array) -> mx.array | None:
+    """The norm of ``x``; None if its own code must run."""
+    counter = active.patch.calls["norm"]
+    try:
+        read(active, method)
+        if not isinstance(x, mx.array) or x.dtype not in DTYPES or x.ndim == 0:
+            raise NotFused("its input is no array of a type with kernels")
+    except NotFused as reason:
+        counter.add(1, reason=str(reason))
+        return None
+    weight, eps = norm["weight"], norm.eps
+    y = fused_rms_norm(x, weight, eps)
+    counter.add(1, 1, is_routed=False)
+    if mx.default_device() != mx.gpu:
+        return y
+    y = Normed(y)
+    y._origin = alias(x), (alias(weight), eps)
+    return y
+
+
+def read(active: Active, method: Callable) -> None:
+    """Raises ``NotFused`` if our operation cannot compute the norm."""
+    if not active.patch.options.norm:
+        raise NotFused("norm=False")
+    if method is not _CALL:
+        raise NotFused("its __call__ was replaced")
+
+
+def unnormed(x: mx.array) -> tuple[mx.array, Norm]:
+    """The array that ``x`` is the norm of, with the norm for the operation; or ``x`` itself and no norm."""
+    return x._origin if type(x) is Normed and x._origin is not None else (x, None)
