@@ -103,14 +103,6 @@ float round_to(mx::Dtype dtype, float value) {
                                  : value;
 }
 
-// An activation as a gradient's input, made again so that the forward pass need not keep it. Only if it has a
-// gradient too: what it is of would not be kept else.
-mx::array made_again(const mx::array& x) {
-  auto* primitive =
-      x.has_primitive() && !x.is_available() ? dynamic_cast<FusedPrimitive*>(&x.primitive()) : nullptr;
-  return primitive ? primitive->made_again(x).value_or(x) : x;
-}
-
 // The inputs of a gradient primitive, from the cotangents and from `primals`, which are the arrays of
 // `slots`.
 Arrays grad_inputs(
@@ -123,21 +115,6 @@ Arrays grad_inputs(
     inputs.push_back(made ? made_again(array) : array);
   }
   return inputs;
-}
-
-// Whether it is what MLX gives as the cotangent of an output that nothing depends on.
-bool is_zero(const mx::array& cotangent) {
-  auto* a = &cotangent;
-  auto spreads = [](const mx::Primitive& p) {
-    std::string_view name = p.name();
-    return name == "Full" || name == "Broadcast" || name == "AsType";
-  };
-  while (a->has_primitive() && spreads(a->primitive())) {
-    a = &a->inputs()[0];
-  }
-  auto is_null = [](char byte) { return byte == 0; };
-  return a->size() == 1 && !a->has_primitive() && a->is_available() && !a->is_tracer() &&
-         std::all_of(a->data<char>(), a->data<char>() + a->itemsize(), is_null);
 }
 
 std::vector<mx::Shape> output_shapes_of(const Call& call, const mx::array& x) {
@@ -220,10 +197,6 @@ class ComposedProjection : public Projection {
     }
   }
 };
-
-}  // namespace
-
-namespace {
 
 // Whether the kernel that computes the projection norms its input as well: few rows, on Metal.
 bool norms_itself(
