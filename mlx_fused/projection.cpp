@@ -3,12 +3,12 @@
 #include <algorithm>
 
 #include "mlx/allocator.h"
-#include "mlx/fast.h"
 #include "mlx/ops.h"
 #include "mlx_fused/activate.h"
 #include "mlx_fused/backend/metal/grid.h"
 #include "mlx_fused/check.h"
 #include "mlx_fused/composed.h"
+#include "mlx_fused/norm.h"
 #include "mlx_fused/routing.h"
 
 namespace mlx_fused {
@@ -213,8 +213,9 @@ Arrays all_outputs(
     const std::optional<std::string>& route,
     mx::Stream stream,
     bool keeps = false) {
+  Products products(stream, route);
   if (call.norm && !norms_itself(workload(inputs, call), norm_type(inputs, call), route, stream)) {
-    std::tie(inputs, call) = normed_before(inputs, call, stream);
+    std::tie(inputs, call) = normed_before(inputs, call, products);
   }
   auto work = workload(inputs, call);
   auto dtype = work.promoted[0];
@@ -222,7 +223,6 @@ Arrays all_outputs(
     call.epilogue.alpha = round_to(dtype, call.epilogue.alpha);
   }
   if (choose_route(Check(call.operation), work, stream, route) == Route::composed) {
-    Products products(stream, route);
     bool exports = products.are_exportable();
     auto outputs = exports ? composed::project(inputs, call.linear(), products)
                            : ComposedProjection::of(inputs, call.linear(), stream);
@@ -251,14 +251,14 @@ Arrays all_outputs(
 
 }  // namespace
 
-std::pair<Arrays, Call> normed_before(const Arrays& inputs, const Call& call, mx::Stream s) {
+std::pair<Arrays, Call> normed_before(const Arrays& inputs, const Call& call, const Products& products) {
   std::optional<mx::array> weight;
   Arrays others = inputs;
   if (call.norm->has_weight) {
     weight = inputs[1];
     others.erase(others.begin() + 1);
   }
-  others[0] = mx::fast::rms_norm(inputs[0], weight, call.norm->eps, s);
+  others[0] = rms_norm(inputs[0], weight, call.norm->eps, products.are_exportable(), products.stream);
   auto rest = call;
   rest.norm = std::nullopt;
   return {std::move(others), std::move(rest)};
@@ -325,7 +325,7 @@ Arrays all_gradients(
 Function Projection::composed() {
   if (call_.norm) {  // the gradient and all transforms are those of the norm and of the call without it
     return [call = call_, s = stream()](const auto& inputs) {
-      auto [others, rest] = normed_before(inputs, call, s);
+      auto [others, rest] = normed_before(inputs, call, Products(s));
       return all_outputs(std::move(others), std::move(rest), std::nullopt, s, true);
     };
   }
