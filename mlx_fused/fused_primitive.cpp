@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <string_view>
 
 #include "mlx/allocator.h"
 #include "mlx/ops.h"
@@ -83,6 +84,26 @@ std::pair<Arrays, std::vector<int>> FusedPrimitive::vmap(const Arrays& inputs, c
   }
   auto outputs = mx::vmap(composed(), axes)(inputs);
   return {outputs, std::vector<int>(outputs.size(), 0)};
+}
+
+mx::array made_again(const mx::array& x) {
+  auto* primitive =
+      x.has_primitive() && !x.is_available() ? dynamic_cast<FusedPrimitive*>(&x.primitive()) : nullptr;
+  return primitive ? primitive->made_again(x).value_or(x) : x;
+}
+
+bool is_zero(const mx::array& cotangent) {
+  auto* a = &cotangent;
+  auto spreads = [](const mx::Primitive& p) {
+    std::string_view name = p.name();
+    return name == "Full" || name == "Broadcast" || name == "AsType";
+  };
+  while (a->has_primitive() && spreads(a->primitive())) {
+    a = &a->inputs()[0];
+  }
+  auto is_null = [](char byte) { return byte == 0; };
+  return a->size() == 1 && !a->has_primitive() && a->is_available() && !a->is_tracer() &&
+         std::all_of(a->data<char>(), a->data<char>() + a->itemsize(), is_null);
 }
 
 }  // namespace mlx_fused

@@ -51,4 +51,11 @@ class FusedPrimitive : public mx::Primitive {
   virtual bool is_quantized() const = 0;
 };
 
+// An activation as a gradient's input, made again so that the forward pass need not keep it. Only if it has a
+// gradient too: what it is of would not be kept else.
+mx::array made_again(const mx::array& x);
+
+// Whether it is what MLX gives as the cotangent of an output that nothing depends on.
+bool is_zero(const mx::array& cotangent);
+
 }  // namespace mlx_fused

@@ -3,12 +3,12 @@
 #include <algorithm>
 
 #include "mlx/allocator.h"
-#include "mlx/fast.h"
 #include "mlx/ops.h"
 #include "mlx_fused/activate.h"
 #include "mlx_fused/backend/metal/grid.h"
 #include "mlx_fused/check.h"
 #include "mlx_fused/composed.h"
+#include "mlx_fused/norm.h"
 #include "mlx_fused/routing.h"
 
 namespace mlx_fused {
@@ -103,14 +103,6 @@ float round_to(mx::Dtype dtype, float value) {
                                  : value;
 }
 
-// An activation as a gradient's input, made again so that the forward pass need not keep it. Only if it has a
-// gradient too: what it is of would not be kept else.
-mx::array made_again(const mx::array& x) {
-  auto* primitive =
-      x.has_primitive() && !x.is_available() ? dynamic_cast<FusedPrimitive*>(&x.primitive()) : nullptr;
-  return primitive ? primitive->made_again(x).value_or(x) : x;
-}
-
 // The inputs of a gradient primitive, from the cotangents and from `primals`, which are the arrays of
 // `slots`.
 Arrays grad_inputs(
@@ -123,21 +115,6 @@ Arrays grad_inputs(
     inputs.push_back(made ? made_again(array) : array);
   }
   return inputs;
-}
-
-// Whether it is what MLX gives as the cotangent of an output that nothing depends on.
-bool is_zero(const mx::array& cotangent) {
-  auto* a = &cotangent;
-  auto spreads = [](const mx::Primitive& p) {
-    std::string_view name = p.name();
-    return name == "Full" || name == "Broadcast" || name == "AsType";
-  };
-  while (a->has_primitive() && spreads(a->primitive())) {
-    a = &a->inputs()[0];
-  }
-  auto is_null = [](char byte) { return byte == 0; };
-  return a->size() == 1 && !a->has_primitive() && a->is_available() && !a->is_tracer() &&
-         std::all_of(a->data<char>(), a->data<char>() + a->itemsize(), is_null);
 }
 
 std::vector<mx::Shape> output_shapes_of(const Call& call, const mx::array& x) {
@@ -221,10 +198,6 @@ class ComposedProjection : public Projection {
   }
 };
 
-}  // namespace
-
-namespace {
-
 // Whether the kernel that computes the projection norms its input as well: few rows, on Metal.
 bool norms_itself(
     const Workload& work, mx::Dtype normed, const std::optional<std::string>& route, mx::Stream stream) {
@@ -240,8 +213,9 @@ Arrays all_outputs(
     const std::optional<std::string>& route,
     mx::Stream stream,
     bool keeps = false) {
+  Products products(stream, route);
   if (call.norm && !norms_itself(workload(inputs, call), norm_type(inputs, call), route, stream)) {
-    std::tie(inputs, call) = normed_before(inputs, call, stream);
+    std::tie(inputs, call) = normed_before(inputs, call, products);
   }
   auto work = workload(inputs, call);
   auto dtype = work.promoted[0];
@@ -249,7 +223,6 @@ Arrays all_outputs(
     call.epilogue.alpha = round_to(dtype, call.epilogue.alpha);
   }
   if (choose_route(Check(call.operation), work, stream, route) == Route::composed) {
-    Products products(stream, route);
     bool exports = products.are_exportable();
     auto outputs = exports ? composed::project(inputs, call.linear(), products)
                            : ComposedProjection::of(inputs, call.linear(), stream);
@@ -278,14 +251,14 @@ Arrays all_outputs(
 
 }  // namespace
 
-std::pair<Arrays, Call> normed_before(const Arrays& inputs, const Call& call, mx::Stream s) {
+std::pair<Arrays, Call> normed_before(const Arrays& inputs, const Call& call, const Products& products) {
   std::optional<mx::array> weight;
   Arrays others = inputs;
   if (call.norm->has_weight) {
     weight = inputs[1];
     others.erase(others.begin() + 1);
   }
-  others[0] = mx::fast::rms_norm(inputs[0], weight, call.norm->eps, s);
+  others[0] = rms_norm(inputs[0], weight, call.norm->eps, products.are_exportable(), products.stream);
   auto rest = call;
   rest.norm = std::nullopt;
   return {std::move(others), std::move(rest)};
@@ -352,7 +325,7 @@ Arrays all_gradients(
 Function Projection::composed() {
   if (call_.norm) {  // the gradient and all transforms are those of the norm and of the call without it
     return [call = call_, s = stream()](const auto& inputs) {
-      auto [others, rest] = normed_before(inputs, call, s);
+      auto [others, rest] = normed_before(inputs, call, Products(s));
       return all_outputs(std::move(others), std::move(rest), std::nullopt, s, true);
     };
   }

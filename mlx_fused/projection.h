@@ -8,6 +8,7 @@
 #include "mlx_fused/call.h"
 #include "mlx_fused/check.h"
 #include "mlx_fused/fused_primitive.h"
+#include "mlx_fused/products.h"
 
 namespace mlx_fused {
 
@@ -34,8 +35,8 @@ Arrays all_gradients(
     const std::optional<std::string>& route,
     mx::Stream stream);
 
-// The call of an input that MLX norms before.
-std::pair<Arrays, Call> normed_before(const Arrays& inputs, const Call& call, mx::Stream s);
+// The call of an input that is normed before.
+std::pair<Arrays, Call> normed_before(const Arrays& inputs, const Call& call, const Products& products);
 
 // With an activation the outputs are first that and then what it is of, for the backward pass: these stay
 // empty unless vjp was called, which happens before evaluation. A call for inference costs nothing for it.

@@ -5,8 +5,10 @@
 #include "mlx_fused/activate.h"
 #include "mlx_fused/backend/cpu/activation.h"
 #include "mlx_fused/backend/cpu/kernels.h"
+#include "mlx_fused/backend/cpu/norm.h"
 #include "mlx_fused/backend/cpu/parallel.h"
 #include "mlx_fused/backend/cpu/projection.h"
+#include "mlx_fused/norm.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/routing.h"
 
@@ -65,16 +67,41 @@ std::vector<View> views_of(const Arrays& arrays) {
   return views;
 }
 
-// The array, copied if its rows do not have the unit stride that codes, scales and biases must have.
-mx::array with_unit_rows(const mx::array& a, mx::Stream stream) {
-  if (a.shape(-1) <= 1 || a.strides(-1) == 1) {
-    return a;
-  }
+mx::array copied(const mx::array& a, mx::Stream stream) {
   auto copy = mx::contiguous(a, false, stream);
   Arrays outputs = {copy};
   copy.primitive().eval_cpu(copy.inputs(), outputs);
   mx::cpu::get_command_encoder(stream).add_temporary(outputs[0]);
   return outputs[0];
+}
+
+// The array, copied if its rows do not have the unit stride that codes, scales and biases must have.
+mx::array with_unit_rows(const mx::array& a, mx::Stream stream) {
+  return a.shape(-1) <= 1 || a.strides(-1) == 1 ? a : copied(a, stream);
+}
+
+// The array as one row of its last axis after the other. It is copied if these rows have more than two
+// strides.
+View rows_of(const mx::array& a, mx::Stream stream) {
+  View v{.data = data_of(a), .type = type_of(a), .dim = a.shape(-1), .dim_stride = a.strides(-1)};
+  for (int i = a.ndim() - 2; i >= 0; --i) {
+    int64_t size = a.shape(i), stride = a.strides(i);
+    if (size == 1) {
+      continue;
+    }
+    if (v.seq == 1) {
+      v.seq = size, v.seq_stride = stride;
+    } else if (v.batch == 1 && stride == v.seq * v.seq_stride) {
+      v.seq *= size;
+    } else if (v.batch == 1) {
+      v.batch = size, v.batch_stride = stride;
+    } else if (stride == v.batch * v.batch_stride) {
+      v.batch *= size;
+    } else {
+      return rows_of(copied(a, stream), stream);
+    }
+  }
+  return v;
 }
 
 cpu::Weight weight_of(
@@ -203,6 +230,22 @@ void ActivateGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   dispatch(stream(), inputs, outputs, [=, d_pre = views_of(outputs), activation = activation_] {
     cpu::activate_grad(cotangent, pre, d_pre, activation);
   });
+}
+
+void RMSNorm::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  allocate(outputs);
+  auto x = rows_of(inputs[0], stream()), out = rows_of(outputs[0], stream());
+  auto weight = inputs.size() > 1 ? std::optional(view_of(inputs[1])) : std::nullopt;
+  dispatch(stream(), inputs, outputs, [=, eps = eps_] { cpu::rms_norm(x, weight, out, eps); });
+}
+
+void RMSNormGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  allocate(outputs);
+  auto g = rows_of(inputs[0], stream()), x = rows_of(inputs[1], stream()), dx = rows_of(outputs[0], stream());
+  auto weight = inputs.size() > 2 ? std::optional(view_of(inputs[2])) : std::nullopt;
+  auto d_weight = of_weight_ ? std::optional(view_of(outputs[1])) : std::nullopt;
+  dispatch(
+      stream(), inputs, outputs, [=, eps = eps_] { cpu::rms_norm_grad(g, x, weight, dx, d_weight, eps); });
 }
 
 void check_cpu_settings() {

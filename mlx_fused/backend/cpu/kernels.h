@@ -52,6 +52,12 @@ struct Kernels {
   void (*activate)(const Activation& a, float* x, int64_t n);         // x = f(x); a gate's is not multiplied
   void (*derive)(
       const Activation& a, const float* x, float* y, float* dy, int64_t n);  // y = f(x), dy = f'(x)
+  // Of rows that are followed by zeros up to ld, a multiple of 16, as is w, which may be null.
+  // x = x / sqrt(mean(x^2) + eps), rounded to the type, times w
+  void (*rms_norm)(Type type, float* x, int64_t rows, int64_t ld, const float* w, int64_t n, float eps);
+  // g = x's gradient, from that of the norm; dw += w's, unless it is null
+  void (*rms_norm_grad)(
+      const float* x, float* g, int64_t rows, int64_t ld, const float* w, float* dw, int64_t n, float eps);
   // to = n elements of a row of w from col on. col and n are multiples of 32, except n at the end of a row.
   void (*dequantize)(const Quantized& w, int64_t row, int64_t col, int64_t n, float* to);
   PackedDots packed;  // for formats whose bits divide 32

@@ -1,5 +1,6 @@
 // Compiled once per instruction set; see vectors.h.
 #include "mlx_fused/backend/cpu/activation_loops.h"
+#include "mlx_fused/backend/cpu/norm_loops.h"
 #include "mlx_fused/backend/cpu/panel_loops.h"
 #include "mlx_fused/backend/cpu/quantized_loops.h"
 #include "mlx_fused/backend/cpu/vectors.h"
@@ -185,6 +186,8 @@ const Kernels table = {
     .narrow = narrow,
     .activate = activate,
     .derive = derive,
+    .rms_norm = rms_norm,
+    .rms_norm_grad = rms_norm_grad,
     .dequantize = dequantize,
     .packed = {packed_length, pack, packed_dots}};
 

@@ -119,7 +119,7 @@ void Projection::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   auto slots = input_slots(call_);
   auto in = launcher.inputs(call_, slots, inputs);
   if (call_.norm && !metal::reads_few_rows(call_, {in, slots})) {
-    auto [others, rest] = normed_before(inputs, call_, stream());
+    auto [others, rest] = normed_before(inputs, call_, Products(stream()));
     others[0] = evaluated(others[0], stream());
     Projection(stream(), rest, keeps_).eval_gpu(others, outputs);
     return;
