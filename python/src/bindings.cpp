@@ -367,6 +367,10 @@ NB_MODULE(_ext, m) {
       },
       "Of this thread's latest call: its route, what decided that, and why.");
   m.def(
+      "was_composed",
+      [] { return mlx_fused::last_decision().route == mlx_fused::Route::composed; },
+      "Whether MLX's own operations compute this thread's latest call.");
+  m.def(
       "set_tuned_routes",
       &set_tuned_routes,
       "device"_a,

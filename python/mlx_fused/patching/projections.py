@@ -44,8 +44,8 @@ def operands(module: nn.Module, adapted: bool = True) -> LinearOperands:
     A later change of an array in place does not reach them.
     """
     if not is_lora(type(module)):
-        return LinearOperands._make(_ext.operands(module, None))
-    return LinearOperands._make(_ext.operands(module["linear"], module if adapted else None))
+        return tuple.__new__(LinearOperands, _ext.operands(module, None))
+    return tuple.__new__(LinearOperands, _ext.operands(module["linear"], module if adapted else None))
 
 
 def read_together(names: Sequence[str], modules: Sequence, lora: bool, exact: bool) -> Together:

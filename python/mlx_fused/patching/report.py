@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from threading import Lock
 
-from mlx_fused._ext import environment, last_decision
+from mlx_fused._ext import environment, was_composed
 
 # What of a module may be fused, and how it is called.
 TITLES = {
@@ -59,7 +59,7 @@ class Calls:
         self, total: int = 0, fused: int = 0, reason: str | None = None, is_routed: bool = True
     ) -> None:
         """Count calls; and for fused ones, where routing sent this thread's latest operation."""
-        composed = fused and is_routed and last_decision()[0] == "composed"
+        composed = fused and is_routed and was_composed()
         with _lock:  # several threads may call the model
             self.total += total
             self.fused += fused
