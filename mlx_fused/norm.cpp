@@ -6,6 +6,7 @@
 #include "mlx/fast.h"
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
+#include "mlx_fused/routing.h"
 
 namespace mlx_fused {
 
@@ -35,6 +36,7 @@ mx::array rms_norm(
   if (exports || !known || s.device != mx::Device::cpu) {
     return mx::fast::rms_norm(x, weight, eps, s);
   }
+  check_cpu_settings();
   return make(weight ? Arrays{x, *weight} : Arrays{x}, eps, false, s);
 }
 

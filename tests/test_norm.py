@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import graph
 import mlx_fused
 import oracle
 from operands import normal
@@ -54,8 +55,15 @@ def test_equals_the_norm_before(rng, name, route):
     x, weight, weights = operands(rng, mx.bfloat16)
     call = operation(name, weights)
     ours = call(x, norm=(weight, EPS), route=route)
-    before = call(mx.fast.rms_norm(x, weight, EPS), route=route)
-    assert all(mx.array_equal(a, b) for a, b in zip(ours, before, strict=True))
+    norm = mx.fast.rms_norm if route == "composed" else mlx_fused.fused_rms_norm
+    oracle.assert_equal(ours, call(norm(x, weight, EPS), route=route))
+
+
+def test_a_graph_to_export_has_mlxs_own_operations_alone(rng):
+    x, weight, (w, *_) = operands(rng)
+    for route, ours in ((None, {"FusedRMSNorm", "FusedLinear"}), ("composed", set())):
+        nodes = graph.primitives(mlx_fused.fused_linear(x, w, norm=(weight, EPS), route=route))
+        assert {node for node in nodes if node.startswith("Fused")} == ours
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -65,14 +73,14 @@ def test_gradients_are_those_of_norm_and_projection(rng, name):
 
     def loss(x, weight, normed):
         given = {"norm": (weight, EPS)} if normed else {}
-        outputs = call(x if normed else mx.fast.rms_norm(x, weight, EPS), **given)
+        outputs = call(x if normed else mlx_fused.fused_rms_norm(x, weight, EPS), **given)
         return sum((y**2).sum() for y in outputs)
 
     ours = mx.grad(loss, (0, 1))(x, weight, True)
     expected = mx.grad(loss, (0, 1))(x, weight, False)
     compiled = mx.compile(lambda x, w: mx.grad(loss, (0, 1))(x, w, True))(x, weight)
     for given in (ours, compiled):
-        assert all(mx.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(given, expected, strict=True))
+        oracle.assert_equal(given, expected)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

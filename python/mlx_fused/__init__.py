@@ -17,6 +17,7 @@ from mlx_fused.operations import (  # noqa: E402
     fused_output_projection_residual_bwd,
     fused_qkv_projection,
     fused_qkv_projection_bwd,
+    fused_rms_norm,
 )
 from mlx_fused.patching import patch, patched, unpatch  # noqa: E402
 from mlx_fused.tuning import use_table  # noqa: E402
@@ -32,6 +33,7 @@ __all__ = [
     "fused_output_projection_residual_bwd",
     "fused_qkv_projection",
     "fused_qkv_projection_bwd",
+    "fused_rms_norm",
     "nn",
     "patch",
     "patched",

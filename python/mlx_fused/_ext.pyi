@@ -11,6 +11,8 @@ def project(operation: str, node: str, input_name: str, input: mlx.core.array, n
 
 def all_gradients(operation: str, node: str, names: Sequence[str], cotangents: Sequence[mlx.core.array], input_name: str, input: mlx.core.array, layers: Sequence[tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, mlx.core.array | None, int | None, int | None, str, mlx.core.array | None, mlx.core.array | None, float]], segments: Sequence[tuple[int, int]], has_bias: bool, route: str | None, stream: mlx.core.Stream | mlx.core.ThreadLocalStream | mlx.core.Device | mlx.core.DeviceType | None) -> list[mlx.core.array]: ...
 
+def rms_norm(x: mlx.core.array, weight: mlx.core.array | None, eps: float, stream: mlx.core.Stream | mlx.core.ThreadLocalStream | mlx.core.Device | mlx.core.DeviceType | None) -> mlx.core.array: ...
+
 def difference(layers: Sequence[tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, mlx.core.array | None, int | None, int | None, str, mlx.core.array | None, mlx.core.array | None, float]]) -> str | None:
     """
     Why one operation cannot compute these layers of the same input; None if it can.

@@ -10,6 +10,7 @@
 #include <cstdlib>
 
 #include "mlx_fused/arguments.h"
+#include "mlx_fused/norm.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/routing.h"
 #include "mlx_fused/tuned_routes.h"
@@ -112,6 +113,20 @@ Arrays all_gradients(
   auto primals = mlx_fused::check_arguments(
       check, input_name, input, std::nullopt, linears(layers), std::nullopt, call, products);
   return mlx_fused::all_gradients(check, names, cotangents, primals, call, has_bias, route, stream);
+}
+
+mx::array rms_norm(const mx::array& x, const OptionalArray& weight, float eps, mx::StreamOrDevice s) {
+  static const std::string operation = "fused_rms_norm";
+  mlx_fused::Check check(operation);
+  check.floating({"x"}, x);
+  if (x.ndim() == 0) {
+    check.fail("x must have shape [..., K] but got ().");
+  }
+  if (weight) {
+    check.shape({"weight"}, *weight, {x.shape(-1)});
+    check.floating({"weight"}, *weight);
+  }
+  return mlx_fused::rms_norm(x, weight, eps, false, mx::to_stream(s));
 }
 
 // mlx_fused.tuning.Kind
@@ -310,6 +325,7 @@ NB_MODULE(_ext, m) {
       "has_bias"_a,
       "route"_a,
       "stream"_a.none());
+  m.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a, "stream"_a.none());
   m.def(
       "difference",
       [](std::vector<LinearTuple> layers) { return mlx_fused::difference(linears(layers)); },

@@ -1,6 +1,7 @@
 """The fused operations."""
 
 from mlx_fused.operations.linear import fused_gated_projection, fused_linear
+from mlx_fused.operations.norm import fused_rms_norm
 from mlx_fused.operations.qkv import fused_qkv_projection, fused_qkv_projection_bwd
 from mlx_fused.operations.residual import (
     fused_output_projection_residual,
@@ -14,4 +15,5 @@ __all__ = [
     "fused_output_projection_residual_bwd",
     "fused_qkv_projection",
     "fused_qkv_projection_bwd",
+    "fused_rms_norm",
 ]

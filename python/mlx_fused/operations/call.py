@@ -40,7 +40,7 @@ def project(
             "route": route,
             "stream": stream,
         }
-        _check_kinds(operation, given, layers)
+        check_kinds(operation, given, layers)
         raise
 
 
@@ -51,7 +51,7 @@ def all_gradients(operation, node, names, cotangents, name, x, layers, segments,
         )
     except TypeError:
         given = dict(zip(names, cotangents, strict=True))
-        _check_kinds(
+        check_kinds(
             operation, given | {name: x, "has_bias": has_bias, "route": route, "stream": stream}, layers
         )
         raise
@@ -61,7 +61,7 @@ _KINDS = {
     **dict.fromkeys(("weight", "bias", "scales", "biases", "lora_a", "lora_b", "residual"), mx.array),
     "norm[0]": mx.array,
     **dict.fromkeys(("group_size", "bits"), int),
-    **dict.fromkeys(("alpha", "limit", "lora_scale", "norm[1]"), (float, int)),
+    **dict.fromkeys(("alpha", "limit", "lora_scale", "norm[1]", "eps"), (float, int)),
     **dict.fromkeys(("exact", "has_bias"), bool),
     **dict.fromkeys(("mode", "route"), str),
     "stream": (mx.Stream, mx.Device, mx.DeviceType),
@@ -81,7 +81,7 @@ _OPTIONAL = {
 }
 
 
-def _check_kinds(operation: str, given: dict[str, object], layers: list[LinearOperands]) -> None:
+def check_kinds(operation: str, given: dict[str, object], layers: list[LinearOperands]) -> None:
     """Say which argument is of the wrong type, if one is."""
     of_layers = [item for layer in layers for item in layer._asdict().items()]
     for name, value in [*of_layers, *given.items()]:

@@ -113,7 +113,7 @@ def fused_qkv_projection(
             ``[B, S, Hq]``, ``[B, S, Hk]`` and ``[B, S, Hv]``. Default: ``True``.
         norm (tuple, optional): ``(weight, eps)`` of an RMS norm of ``input`` (Zhang and Sennrich, "Root Mean
             Square Layer Normalization", 2019, arXiv:1910.07467) that comes first: ``[H]`` or ``None``, and a
-            number. The result is that of ``mx.fast.rms_norm`` before; a GPU may do it for few tokens in the
+            number. The result is that of :func:`fused_rms_norm` before; a GPU may do it for few tokens in the
             same kernel. Default: ``None``.
         exact (bool): Round where the modules of MLX and mlx-lm do: after a quantized product, after the bias,
             after the scaled low-rank product, and after their sum. Default: ``False``.
