@@ -15,7 +15,6 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 LAYERS, VOCABULARY = 4, 128
-WIDEST = 128  # the longest sum of a fused projection
 LARGEST = 3_000_000  # parameters; with more, an argument kept the size of a real model
 GROUP, RANK = 32, 4  # of quantization and adapters
 

@@ -1,6 +1,5 @@
-"""Models patched, against the same models as they come."""
+"""Models as they come and patched, against the same models with exact products."""
 
-import math
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -11,15 +10,12 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_fused
 from graph import primitives
-from zoo import configs
+from zoo import configs, exact
 
-# A sum of K products in float32 is off by 8 sqrt(K) of its unit roundoff at most (see `oracle`): that is what
-# the two models do differently in every layer, in attention and in the MLP. What comes after is the same code, but its roundings fall
-# differently too, some twelve one after another in a layer, there and back; being independent they add up as
-# squares. Either model may be off by as much.
-_SUMS = 2 * configs.LAYERS * 8 * math.sqrt(configs.WIDEST)
-_ROUNDINGS = math.sqrt(2 * configs.LAYERS * 12)
-TOLERANCE = 2 * (_SUMS + _ROUNDINGS) * 2.0**-24
+# How many times the stock model's error the patched one's may be. Their roundings are independent and of one
+# size, and the model amplifies both alike. Of 485 pairs on x86-64 the worst was 2.2, the median 0.7; other
+# machines sum in other orders.
+FACTOR = 4
 
 # The parts, as the page calls them, and the nodes of each that no other has.
 LABELS = {"qkv": "q, k, v", "mlp": "MLP", "residual": "output", "linear": "others"}
@@ -33,15 +29,15 @@ MEASURES = ("logits", "gradients", "QLoRA logits", "QLoRA gradients")
 
 @dataclass
 class Result:
-    """What patching does to one model, and how far its results are from the stock model's."""
+    """What patching does to one model, and how far its results are from exact products'."""
 
     name: str
     reason: str = ""  # why the model does not run
     # By part, of dense weights and of quantized ones with adapters
     counts: dict[str, list[str]] = field(default_factory=lambda: {part: [] for part in LABELS})
     obstacles: list[str] = field(default_factory=list)
-    # The largest difference as a part of the largest value, or how the stock model fails.
-    differences: dict[str, float | str] = field(default_factory=dict)
+    # The largest error as a part of the largest value, patched and stock; or how the stock model fails.
+    errors: dict[str, tuple[float, float] | str] = field(default_factory=dict)
 
 
 def measure(name):
@@ -63,7 +59,7 @@ def measure(name):
     try:
         model = configs.make_qlora(name)
     except (AttributeError, TypeError) as error:
-        result.differences |= dict.fromkeys(MEASURES[2:], _sentence(error))
+        result.errors |= dict.fromkeys(MEASURES[2:], _sentence(error))
     else:
         _compare(model, result, *MEASURES[2:])
     return result
@@ -72,12 +68,16 @@ def measure(name):
 def _compare(model, result, *measures):
     runs = dict(zip(measures, (_logits, _gradients), strict=True))
     stock = {measure: _stock(run, model) for measure, run in runs.items()}
+    with exact.products():
+        expected = {m: run(model) for m, run in runs.items() if not isinstance(stock[m], str)}
+        mx.eval(expected)
     with mlx_fused.patched(model) as report:
-        for measure, run in runs.items():
-            expected = stock[measure]
-            failed = isinstance(expected, str)
-            result.differences[measure] = expected if failed else difference(run(model), expected)
+        patched = {m: runs[m](model) for m in expected}
+        mx.eval(patched)
         nodes = primitives(*_logits(model))
+    result.errors |= stock  # what it says where it fails
+    for m, e in expected.items():
+        result.errors[m] = difference(patched[m], e), difference(stock[m], e)
     # Counters are the patch's own word; the graph tells for itself.
     for part, names in _NODES.items():
         ran = any(part in module.parts and module.parts[part].calls.fused for module in report.modules)

@@ -38,13 +38,13 @@ mlx-lm's own code. {unknown} could not be run here.
 
 {summary}
 
-- **q, k, v**: in how many attention layers these projections were one operation, at every call. **MLP**: in how many
-  MLPs, shared experts among them, the layers before the last one were one operation with the activation.
-  **output**: in how many of both the last projection and the residual were one operation. **others**: in how many
-  modules every other linear layer ran on our operation.
+- **q, k, v**: in how many attention layers these projections were one operation, at every call. **MLP**: in
+  how many MLPs, shared experts among them, the layers before the last one were one operation with the
+  activation. **output**: in how many of both the last projection and the residual were one operation.
+  **others**: in how many modules every other linear layer ran on our operation.
 - What is none of these, such as the experts' own products, runs as in mlx-lm.
-- The numbers are the largest difference between the patched and the stock model's results, as a part of the
-  largest value. Up to {tolerance:.1e} they are rounding ([the bound](#the-bound)).
+- The numbers are the largest error of the patched model's results, as a part of the largest value, and in
+  parentheses the stock model's. Both are rounding ([the bound](#the-bound)).
 
 {table}
 
@@ -69,9 +69,10 @@ The tests (`tests/test_parity.py`) measure every model anew and hold the page to
 
 ## The bound
 
-Allowed is 2u (16L sqrt(K) + sqrt(24L)) = {tolerance:.1e}, with u = 2^-24, L = {layers} layers and K = {widest}
-terms in the longest sum: a sum of K products in float32 is off by 8u sqrt(K) at most, in attention and in the
-MLP of a layer, some 12 roundings in a layer, there and back, add up as squares, and either model may be off.
+Both errors are differences from the same model with exact products: its linear layers compute in float64
+and round once, and the rest of its code runs as it is. The patched model's may be at most {factor} times the
+stock model's. The roundings of the two are independent and of one size, and the model amplifies both alike.
+Where it does so much, as recurrent layers do, both are large.
 """
 
 # Families that users know, by how the names of their models begin; any other model is among the last row's.
@@ -105,10 +106,12 @@ def row(result):
     notes = [result.reason, *result.obstacles]
     numbers = []
     for measure in parity.MEASURES:
-        value = result.differences.get(measure, "")
-        if isinstance(value, str):
-            notes.append(value and f"mlx-lm's own code fails: {value}")
-        numbers.append(_NO_NUMBER if isinstance(value, str) else f"{value:.0e}" if value else "0")
+        errors = result.errors.get(measure, "")
+        if isinstance(errors, str):
+            notes.append(errors and f"mlx-lm's own code fails: {errors}")
+            numbers.append(_NO_NUMBER)
+        else:
+            numbers.append("{:.0e} ({:.0e})".format(*errors))
     counts = [_one(result.counts[part]) for part in _PARTS]
     return (f"`{result.name}`", *counts, *numbers, "; ".join(filter(None, dict.fromkeys(notes))))
 
@@ -120,7 +123,7 @@ def _one(counts):
 
 def coverage(row):
     """A row without its numbers, which differ from machine to machine."""
-    return [re.sub(r"^(0|\d+e-\d+)$", "number", cell) for cell in row]
+    return [re.sub(r"^\d+e-\d+ \(\d+e-\d+\)$", "number", cell) for cell in row]
 
 
 def read():
@@ -143,8 +146,7 @@ def page(rows, versions):
         prompt=parity.PROMPT,
         group=configs.GROUP,
         rank=configs.RANK,
-        tolerance=parity.TOLERANCE,
-        widest=configs.WIDEST,
+        factor=parity.FACTOR,
         unknown=", ".join(f"`{name}`" for name, row in rows.items() if _coverage_of(row) is None),
         families=_families(rows),
         aliases=", ".join(f"`{name}` (`{target}`)" for name, target in sorted(_aliases(rows).items())),
