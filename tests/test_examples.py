@@ -56,7 +56,9 @@ def test_qlora(folder):
 
 def test_generate(folder):
     printed = run("generate", folder, CHECKPOINT, "import os")
-    assert printed.count("import os") == 2 and "fused QKV 2 of 2" in printed and printed.endswith("same text\n")
+    assert (
+        printed.count("import os") == 2 and "fused QKV 2 of 2" in printed and printed.endswith("same text\n")
+    )
     assert len(numbers(r"(\d+) tokens/s", printed)) == 4
 
 

@@ -50,6 +50,9 @@ def environment(name: str) -> str | None:
 def last_decision() -> tuple[str, str, str]:
     """Of this thread's latest call: its route, what decided that, and why."""
 
+def was_composed() -> bool:
+    """Whether MLX's own operations compute this thread's latest call."""
+
 def set_tuned_routes(device: mlx.core.DeviceType, routes: Sequence[tuple[tuple[bool, bool, mlx.core.Dtype, tuple[str, int, int] | None, bool, int, Sequence[int], Sequence[int]], Mapping[int, str | None]]]) -> None:
     """
     Replaces the measured routes, by kind of call and rows; None where neither is clearly the faster.

@@ -354,7 +354,8 @@ NB_MODULE(_ext, m) {
   m.def(
       "kind",
       [](nb::args modules) { return kind_of(modules, false); },
-      "What modules are, but for the values of their arrays: types, dtypes, shapes and settings, to compare.");
+      "What modules are, but for the values of their arrays: types, dtypes, shapes and settings, to "
+      "compare.");
   m.def(
       "identity",
       [](nb::args modules) { return kind_of(modules, true); },

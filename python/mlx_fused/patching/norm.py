@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fused._ext import alias
-fused_rms_norm = mx.fast.rms_norm
+from mlx_fused.operations import fused_rms_norm
 from mlx_fused.operations.call import Norm
 from mlx_fused.patching.derived import Derived
 from mlx_fused.patching.projections import DTYPES, NotFused

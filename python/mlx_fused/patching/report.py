@@ -55,9 +55,7 @@ class Calls:
     composed: int = 0
     reason: str | None = None  # of the latest call that patching left to the model's own code
 
-    def add(
-        self, total: int = 0, fused: int = 0, reason: str | None = None, is_routed: bool = True
-    ) -> None:
+    def add(self, total: int = 0, fused: int = 0, reason: str | None = None, is_routed: bool = True) -> None:
         """Count calls; and for fused ones, where routing sent this thread's latest operation."""
         composed = fused and is_routed and was_composed()
         with _lock:  # several threads may call the model
@@ -191,5 +189,6 @@ class PatchReport:
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([self.summary, *(line.rstrip() for line in lines), "* by our kernels/by MLX's operations"])
-
+        return "\n".join(
+            [self.summary, *(line.rstrip() for line in lines), "* by our kernels/by MLX's operations"]
+        )
