@@ -353,14 +353,14 @@ UNFUSED = [
 
 
 @pytest.mark.parametrize("make_attention, obstacle", UNFUSED, ids=[reason for _, reason in UNFUSED])
-def test_runs_its_own_code(make_attention, obstacle):
+def test_runs_each_layer_by_itself(make_attention, obstacle):
     attention, x = make_attention(), sample(2, 3, 64)
     expected = attention(x)
     report = mlx_fused.patch(attention)
     assert [layer.qkv.obstacle for layer in report.layers] == [obstacle]
     actual = attention(x)
     assert calls(actual)[0] == 0
-    assert_same(actual, expected)
+    assert all(mx.allclose(a, e, rtol=1e-5, atol=1e-5) for a, e in zip(actual, expected, strict=True))
 
 
 def test_sizes_that_are_those_of_no_heads():
@@ -401,10 +401,10 @@ def test_quantization_by_default_sizes():
     assert_same(actual, expected)
 
 
-def test_input_sizes_that_differ():
+def test_input_sizes_that_differ():  # which no input fits
     attention = with_q(nn.Linear(32, 64, bias=False))
     assert mlx_fused.patch(attention).layers[0].qkv.obstacle == "input sizes differ: (32, 64, 64)"
-    with pytest.raises(ValueError, match="matmul"):
+    with pytest.raises(ValueError, match="weight must have shape"):
         attention(sample(1, 3, 64))
 
 

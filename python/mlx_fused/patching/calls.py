@@ -88,7 +88,7 @@ class Call:
         y = self.outputs.pop(name, None)
         # The model's code may change a layer before it calls it, which makes its output invalid.
         if y is None or (name in self.identities and identity(layer) != self.identities[name]):
-            return layer(x)
+            return alone(self.module, self.active, name, layer, x)
         if not (self.adapters_apart and "lora_a" in layer):
             return y
         # Runs the adapter's own code on a copy of the layer whose base layer returns the known product.
@@ -210,7 +210,7 @@ def project_output(module: nn.Module, active: Active, name: str, layer: nn.Modul
         read_output(module, active, name)
     except NotFused as reason:
         calls.add(1, reason=str(reason))
-        return _alone(module, active, name, layer, x)
+        return alone(module, active, name, layer, x)
     calls.add(1)
     # The operation runs later, when the residual is added. Changes in place until then must not affect it.
     kept, x = projections.operands(layer), alias(x)
@@ -236,7 +236,8 @@ def _batched(x: mx.array) -> mx.array:
     return x if x.ndim == 3 else x.reshape(1, prod(x.shape[:-1]), x.shape[-1])
 
 
-def _alone(module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array) -> mx.array:
+def alone(module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array) -> mx.array:
+    """The layer by itself, by our operation if that can compute it."""
     try:
         return linear(module, active, name, layer, x)
     except NotFused:

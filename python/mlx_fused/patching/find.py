@@ -48,11 +48,13 @@ def find(model: nn.Module) -> list[tuple[str, nn.Module, Roles, Obstacles]]:
     modules = dict(model.named_modules())
     heads = _heads(modules)
     found = []
+    seen = set()  # a module may be in two places
     for name, module in modules.items():
-        if _is_layer(module):
+        if _is_layer(module) or id(module) in seen:
             continue
+        seen.add(id(module))
         roles = roles_of(module) or _roles(module, heads.get(id(module), ()))
-        if roles.names or roles.kind == "norm" or id(module) in heads:
+        if roles.names or roles.kind or id(module) in heads:
             qkv = None if roles.inputs or roles.kind != "attention" else _instead(module)
             has_residual = "residual" in roles.parts
             residual = _residual_obstacle(name, roles, modules) if has_residual else None
@@ -80,6 +82,8 @@ def _heads(modules: dict[str, nn.Module]) -> dict[int, tuple[str, ...]]:
 def _roles(module: nn.Module, heads: tuple[str, ...]) -> Roles:
     if norm.is_norm(module):
         return Roles("__call__", "norm", (), None, ())
+    if any(map(_is_switch, module.values())):
+        return Roles(None, "experts", (), None, ())
     entry = next((name for name in _ENTRIES if hasattr(module, name)), None)
     linears = [name for name, layer in module.items() if _is_linear(layer)]
     inputs = next((names for names in _INPUTS if all(name in module for name in names)), ())
@@ -105,6 +109,10 @@ def _mlp(module: nn.Module) -> tuple[str | None, str | None]:
 def _is_layer(module: nn.Module) -> bool:
     """Whether ``module`` is a layer itself: an adapter around one, or one of mlx-fused."""
     return "lora_a" in module or original_of(module).__module__ == "mlx_fused.nn"
+
+
+def _is_switch(layer: object) -> bool:
+    return type(layer).__name__.endswith("SwitchLinear")  # mlx-lm's, quantized ones and adapters too
 
 
 def _is_linear(layer: object) -> bool:

@@ -47,7 +47,7 @@ def recipe_of(mlp: nn.Module, method: Callable) -> Recipe:
     return Recipe(down, hidden, operation, settings, first, method)
 
 
-def run(mlp: nn.Module, active: Active, method: Callable, x: mx.array) -> mx.array | None:
+def run(mlp: nn.Module, active: Active, method: Callable, x: object) -> mx.array | None:
     """The output of ``mlp``, to which the residual is added as a part of the operation; None if its own code
     must run."""
     patch = active.patch
@@ -55,12 +55,13 @@ def run(mlp: nn.Module, active: Active, method: Callable, x: mx.array) -> mx.arr
     try:
         recipe = read(mlp, active, method)
         if not isinstance(x, mx.array) or x.dtype not in DTYPES or x.ndim == 0:
-            raise NotFused("its input is no array of a type with kernels")
+            raise NotFused("it is not called with one array of a type with kernels")
     except NotFused as reason:
         counter.add(1, reason=str(reason))
         return None
     if recipe.first is not None:
-        x = mlp[recipe.first](x)
+        first = mlp[recipe.first]
+        x = calls.alone(mlp, active, recipe.first, first, x) if projections.is_known(first) else first(x)
     x, norm = unnormed(x)
     layers = [projections.operands(mlp[name]) for name in recipe.hidden]
     hidden = projections.run(

@@ -42,6 +42,8 @@ def fuse(module: nn.Module, roles: Roles, options: Options, obstacles: Obstacles
     Raises:
         NotFused: If it cannot be patched.
     """
+    if roles.kind == "experts":
+        raise NotFused("experts are MLX's gathered products")
     if roles.entry is None:
         raise NotFused(f"{type(module).__name__} has no __call__")
     patch = Patch(options, obstacles)
@@ -139,6 +141,13 @@ class _Slot:
             raise AttributeError(self._name) from None
 
 
+def _only(method: Callable, args: tuple, kwargs: dict) -> object:
+    """The argument of a call that gives ``method`` its first one by name and nothing else; else None."""
+    code = getattr(method, "__code__", None)
+    is_first = code is not None and not args and code.co_varnames[1:2] == tuple(kwargs)
+    return next(iter(kwargs.values())) if is_first else None
+
+
 # What runs in place of the code of a module of a kind.
 _INSTEAD = {"mlp": mlp.run, "norm": norm.run}
 
@@ -149,8 +158,9 @@ def _entry(original: type, roles: Roles) -> Callable:
     @wraps(getattr(original, name))
     def call(self, *args, **kwargs):
         method, is_on = own_method(original, name), not switched_off()
-        if instead and is_on and len(args) == 1 and not kwargs and (active := active_of(self)) is not None:
-            y = instead(self, active, method, args[0])
+        if instead and is_on and (active := active_of(self)) is not None:
+            x = args[0] if len(args) == 1 and not kwargs else _only(method, args, kwargs)
+            y = instead(self, active, method, x)
             if y is not None:
                 return y
         call = Call(self, roles, active) if is_on and (active := _begin(self)) is not None else None

@@ -28,13 +28,13 @@ def is_norm(module: nn.Module) -> bool:
     return type(module) is nn.RMSNorm
 
 
-def run(norm: nn.Module, active: Active, method: Callable, x: mx.array) -> mx.array | None:
+def run(norm: nn.Module, active: Active, method: Callable, x: object) -> mx.array | None:
     """The norm of ``x``; None if its own code must run."""
     counter = active.patch.calls["norm"]
     try:
         read(active, method)
         if not isinstance(x, mx.array) or x.dtype not in DTYPES or x.ndim == 0:
-            raise NotFused("its input is no array of a type with kernels")
+            raise NotFused("it is not called with one array of a type with kernels")
     except NotFused as reason:
         counter.add(1, reason=str(reason))
         return None

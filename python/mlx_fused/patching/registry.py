@@ -22,7 +22,7 @@ class Roles(NamedTuple):
     """What a module's layers are for, by their names."""
 
     entry: str | None  # the method that calls them
-    kind: Literal["attention", "mlp", "norm"] | None
+    kind: Literal["attention", "mlp", "norm", "experts"] | None
     inputs: tuple[str, ...]  # of queries, keys and values; empty if the module does not have all three
     output: str | None  # what the module returns the output of
     others: tuple[str, ...]
@@ -38,13 +38,21 @@ class Roles(NamedTuple):
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts that such a module has."""
-        by_kind = {"attention": ("qkv", "residual"), "mlp": ("mlp", "residual"), "norm": ("norm",), None: ()}
-        return by_kind[self.kind] + ("linear",) * bool(self.alone)
+        return _PARTS[self.kind] + ("linear",) * bool(self.alone)
 
     @property
     def alone(self) -> tuple[str, ...]:
         """The layers that run by themselves whenever the module is fused."""
         return () if self.kind == "mlp" else self.others
+
+
+_PARTS = {
+    "attention": ("qkv", "residual"),
+    "mlp": ("mlp", "residual"),
+    "norm": ("norm",),
+    "experts": ("experts",),
+    None: (),
+}
 
 
 class Obstacles(NamedTuple):

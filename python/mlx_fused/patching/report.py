@@ -15,10 +15,11 @@ TITLES = {
     "residual": "the output projection with its residual",
     "linear": "other linear layers",
     "norm": "the RMS norm",
+    "experts": "experts",
 }
 PARTS = tuple(TITLES)
 _COLUMNS = {"qkv": "QKV", "mlp": "MLP", "residual": "output projection + residual", "linear": "other layers"}
-_COLUMNS |= {"norm": "RMS norm"}
+_COLUMNS |= {"norm": "RMS norm", "experts": "experts"}
 
 _lock = Lock()
 
@@ -115,6 +116,7 @@ class LayerReport:
         residual (Part or None): Of both: the last projection with the residual.
         linear (Part or None): Every other linear layer, each by itself.
         norm (Part or None): Of an RMS norm: itself.
+        experts (Part or None): Of a mixture's experts: their layers, which are never fused.
     """
 
     name: str
@@ -123,6 +125,7 @@ class LayerReport:
     residual: Part | None = None
     linear: Part | None = None
     norm: Part | None = None
+    experts: Part | None = None
 
     @property
     def parts(self) -> dict[str, Part]:

@@ -64,7 +64,8 @@ def obstacle(layer: type[nn.Module], name: str) -> str | None:
     if code is None:
         return f"the code of {owner.__name__} cannot be read"
     flow = _Flow(code)
-    calls = [n for n in ast.walk(code) if isinstance(n, ast.Call) and ast.unparse(n.func) == f"self.{name}"]
+    called = f"{flow.owner}.{name}"
+    calls = [n for n in ast.walk(code) if isinstance(n, ast.Call) and ast.unparse(n.func) == called]
     if not calls:
         return f"{owner.__name__} does not call it"
     return next((f"{owner.__name__} {use}" for call in calls if (use := flow.other_use(call))), None)
@@ -102,6 +103,7 @@ class _Flow:
     """Where the value of an expression goes in a function."""
 
     def __init__(self, code: ast.FunctionDef):
+        self.owner = next((arg.arg for arg in (*code.args.posonlyargs, *code.args.args)), None)  # self
         self.parents = {child: node for node in ast.walk(code) for child in ast.iter_child_nodes(node)}
         self.names = [node for node in ast.walk(code) if isinstance(node, ast.Name)]
 
@@ -113,7 +115,7 @@ class _Flow:
                 return None
             case ast.BinOp(left=left, op=ast.Mult(), right=right):
                 factor = left if right is value else right
-                if any(map(_is_variable, ast.walk(factor))):
+                if any(map(self._is_variable, ast.walk(factor))):
                     return f"multiplies its output by {ast.unparse(factor)}"
                 return self.other_use(parent)
             case ast.IfExp():
@@ -140,6 +142,9 @@ class _Flow:
         stores = [_end(self.parents[n]) for n in after if isinstance(n.ctx, ast.Store)]
         return (n for n in after if isinstance(n.ctx, ast.Load) and _end(n) <= min(stores, default=_end(n)))
 
+    def _is_variable(self, node: ast.AST) -> bool:
+        return isinstance(node, ast.Name) and node.id != self.owner
+
     def _exclusive(self, a: ast.AST, b: ast.AST) -> bool:
         """Whether ``a`` and ``b`` are in different branches of an ``if``."""
         branches = dict(self._branches(a))
@@ -150,10 +155,6 @@ class _Flow:
             if isinstance(parent, ast.If) and node is not parent.test:
                 yield parent, node in parent.body
             node = parent
-
-
-def _is_variable(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and node.id != "self"
 
 
 def _end(node: ast.AST) -> tuple[int, int]:
