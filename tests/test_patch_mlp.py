@@ -14,9 +14,9 @@ from mlx_lm.tuner.lora import LoRALinear
 
 import mlx_fused
 from graph import primitives
-from mlps import KNOWN, Gated, K, N, close, fused, make
+from mlps import KNOWN, Gated, K, Layer, N, close, fused, make
 from mlx_fused.operations import call
-from tiny_models import HIDDEN, assert_same, integers, sample
+from tiny_models import HIDDEN, LAYERS, assert_same, integers, sample
 from tiny_models import make as make_model
 
 
@@ -244,3 +244,58 @@ def test_python_of_a_layer_is_bounded():
     mlx_fused.patch(layer)
     patched = calls()
     assert patched["call"] - stock["call"] <= 115 and patched["c_call"] - stock["c_call"] <= 105
+
+
+def test_calls_by_name():
+    layer, x = make(Gated), mx.random.normal((2, 5, K))
+    report = mlx_fused.patch(layer.mlp)
+    assert primitives(layer.mlp(x=x))["FusedGatedProjection"] == 1 and str(report.mlps[0].mlp.calls) == "1/0"
+    with pytest.raises(TypeError):
+        layer.mlp(y=x)
+
+
+class LayerFirst(Gated):
+    def __init__(self):
+        super().__init__()
+        self.into = nn.QuantizedLinear(K, K, group_size=32)
+
+    def __call__(self, x):
+        x = self.into(x)
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_a_linear_layer_before_gate_and_up_is_one_too():
+    layer, x = make(LayerFirst), mx.random.normal((2, 5, K))
+    expected = layer(x)
+    mlx_fused.patch(layer)
+    actual = layer(x)
+    assert primitives(actual)["FusedLinear"] == primitives(actual)["FusedGatedProjection"] == 1
+    assert close(actual, expected)
+
+
+def test_a_module_in_two_places_is_listed_once():
+    class Twice(Layer):
+        def __init__(self, mlp):
+            super().__init__(mlp)
+            self.other = mlp
+
+    assert len(mlx_fused.patch(Twice(Gated())).mlps) == 1
+
+
+def test_layers_whose_code_calls_itself_otherwise():
+    class Renamed(Layer):
+        def __call__(this, x):  # noqa: N805
+            return x + this.mlp(x) * this.factor
+
+    layer = Renamed(Gated())
+    layer.factor = 2.0
+    (report,) = mlx_fused.patch(layer).mlps
+    assert report.residual.fused
+
+
+def test_experts_are_reported():
+    report = mlx_fused.patch(make_model("mixtral"))
+    assert [module.name for module in report.modules if module.experts] == [
+        f"model.layers.{i}.block_sparse_moe.switch_mlp" for i in range(LAYERS)
+    ]
+    assert "experts 0 of 2" in report.summary and "experts are MLX's gathered products" in str(report)

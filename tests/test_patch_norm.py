@@ -214,3 +214,12 @@ def test_on_a_gpu_every_operation_norms(on_a_gpu, cls):
     assert seen[0][1]["norm"] is not None
     assert mx.allclose(y, expected, rtol=1e-4, atol=1e-5)
     assert N != K  # so that no two of the layers' sizes agree by chance
+
+
+def test_a_call_by_name(on_a_gpu):
+    norm, x = norm_of(), mx.ones((2, K))
+    report = mlx_fused.patch(norm)
+    assert type(norm(x=x)) is Normed
+    with pytest.raises(TypeError):
+        norm(y=x)
+    assert str(report.norms[0].norm.calls) == "1/1"

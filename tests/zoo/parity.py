@@ -19,6 +19,7 @@ FACTOR = 4
 
 # The parts, as the page calls them, and the nodes of each that no other has.
 LABELS = {"qkv": "q, k, v", "mlp": "MLP", "residual": "output", "linear": "others"}
+LABELS |= {"norm": "norms", "experts": "experts"}
 _NODES = {"qkv": ["FusedQKVProjection"], "residual": ["FusedOutputProjection"]}
 
 _EVALUATE = ("dbrx",)  # models whose own code evaluates arrays, which leaves no graph of them

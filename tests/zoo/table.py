@@ -41,8 +41,9 @@ mlx-lm's own code. {unknown} could not be run here.
 - **q, k, v**: in how many attention layers these projections were one operation, at every call. **MLP**: in
   how many MLPs, shared experts among them, the layers before the last one were one operation with the
   activation. **output**: in how many of both the last projection and the residual were one operation.
-  **others**: in how many modules every other linear layer ran on our operation.
-- What is none of these, such as the experts' own products, runs as in mlx-lm.
+  **others**: in how many modules every other linear layer ran on our operation. **norms**: how many of MLX's
+  RMS norms ran on our operation. **experts**: of a mixture of experts; these are MLX's gathered products.
+- What is none of these, such as norms of classes of a model's own, runs as in mlx-lm.
 - The numbers are the largest error of the patched model's results, as a part of the largest value, and in
   parentheses the stock model's. Both are rounding ([the bound](#the-bound)).
 
@@ -98,7 +99,11 @@ _FAMILIES = {
     "Qwen": ("qwen",),
     "others": ("",),
 }
-_COVERAGES = ("every part", "all but some residuals", "some parts or layers", "nothing")
+_COVERAGES = (
+    *("every part", "all but some residuals", "all but experts", "all but experts, some residuals"),
+    *("some parts or layers", "nothing"),
+)
+_MISSING = ({}, {"residual"}, {"experts"}, {"experts", "residual"})  # of the first of these
 
 
 def row(result):
@@ -187,7 +192,8 @@ def _coverage_of(row):
     missing = {part for part, (fused, all) in counts.items() if fused < all}
     if "linear" not in missing:
         missing.discard("qkv")  # they are other linear layers, or one for all three
-    return "every part" if not missing else _COVERAGES[1 if missing == {"residual"} else 2]
+    named = [coverage for coverage, of in zip(_COVERAGES, _MISSING, strict=False) if missing == set(of)]
+    return named[0] if named else "some parts or layers"
 
 
 def _dense(cell):

@@ -82,8 +82,6 @@ def _heads(modules: dict[str, nn.Module]) -> dict[int, tuple[str, ...]]:
 def _roles(module: nn.Module, heads: tuple[str, ...]) -> Roles:
     if norm.is_norm(module):
         return Roles("__call__", "norm", (), None, ())
-    if any(map(_is_switch, module.values())):
-        return Roles(None, "experts", (), None, ())
     entry = next((name for name in _ENTRIES if hasattr(module, name)), None)
     linears = [name for name, layer in module.items() if _is_linear(layer)]
     inputs = next((names for names in _INPUTS if all(name in module for name in names)), ())
@@ -92,6 +90,8 @@ def _roles(module: nn.Module, heads: tuple[str, ...]) -> Roles:
         kind = "attention"
     else:
         kind, output = _mlp(module) if len(linears) > 1 and entry == "__call__" else (None, None)
+    if kind is None and any(map(_is_switch, module.values())):
+        kind = "experts"
     others = tuple(name for name in linears if name not in (*inputs, output))
     return Roles(entry, kind, inputs, output, (*others, *heads))
 

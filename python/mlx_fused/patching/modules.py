@@ -29,6 +29,9 @@ from mlx_fused.patching.report import LayerReport, Part, switched_off
 from mlx_fused.patching.stand_in import unwrapped
 
 
+_EXPERTS = "experts are MLX's gathered products"
+
+
 class FusedModule:
     """The first base of every patched class; the second is the module's own class."""
 
@@ -42,8 +45,8 @@ def fuse(module: nn.Module, roles: Roles, options: Options, obstacles: Obstacles
     Raises:
         NotFused: If it cannot be patched.
     """
-    if roles.kind == "experts":
-        raise NotFused("experts are MLX's gathered products")
+    if roles.kind == "experts" and not roles.names:
+        raise NotFused(_EXPERTS)
     if roles.entry is None:
         raise NotFused(f"{type(module).__name__} has no __call__")
     patch = Patch(options, obstacles)
@@ -105,6 +108,8 @@ def report(name: str, module: nn.Module, roles: Roles, active: Active) -> LayerR
         add("norm", lambda: norm.read(active, own_method(original_of(module), roles.entry)))
     if "residual" in roles.parts:
         add("residual", lambda: calls.read_output(module, active, roles.output))
+    if roles.kind == "experts":
+        parts["experts"] = Part(_EXPERTS)
     if roles.alone:
         add("linear", lambda: calls.read_linears(module, active, roles.alone))
     return LayerReport(name, **parts)
