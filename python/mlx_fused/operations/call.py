@@ -125,7 +125,8 @@ def layers_of(operation: str, weight, bias, names: tuple[str, ...]) -> list[Line
             f"[{operation}] weight must be one layer or a tuple of {count} but got {len(weight)}."
         )
     if bias is None:
-        return [layer_of(operation, w, None) for w in ([weight] if packed else weight)]
+        given = [weight] if packed else weight
+        return [w if type(w) is LinearOperands else layer_of(operation, w, None) for w in given]
     if isinstance(bias, (list, tuple)) == packed or (not packed and len(bias) != len(weight)):
         expected = "one array" if packed else f"a tuple of {_NUMBERS[count]} arrays ({', '.join(names)})"
         got = f"a tuple of {len(bias)}" if isinstance(bias, (list, tuple)) else "one array"

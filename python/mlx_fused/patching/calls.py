@@ -110,13 +110,12 @@ class Call:
         layers = tuple(projections.operands(module[name], not self.adapters_apart) for name in names)
         # Heads are not split here: the model's code expects the plain outputs and splits them itself.
         tokens, norm = unnormed(x)
-        tokens = _batched(tokens)
         if together.group is not None:
-            tokens, norm = sum_gradients(together.group)(_batched(x)), None
+            tokens, norm = sum_gradients(together.group)(x), None
         outputs = projections.run(
             module,
             fused_qkv_projection,
-            input=tokens,
+            input=tokens if x.ndim == 3 else _batched(tokens),
             weight=layers,
             norm=norm,
             split_heads=False,
@@ -219,15 +218,15 @@ def project_output(module: nn.Module, active: Active, name: str, layer: nn.Modul
         y = projections.run(
             module,
             fused_output_projection_residual,
-            x=_batched(x),
+            x=x,
             weight=kept,
-            residual=_batched(residual),
+            residual=residual,
             alpha=alpha,
             exact=options.exact,
             route="fused" if options.o_residual is True else None,
         )
         calls.add(fused=1)
-        return y if residual.ndim == 3 else y.reshape(residual.shape)
+        return y
 
     return Projected.of(layer(x), add)
 

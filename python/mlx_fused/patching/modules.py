@@ -162,7 +162,8 @@ def _entry(original: type, roles: Roles) -> Callable:
 
     @wraps(getattr(original, name))
     def call(self, *args, **kwargs):
-        method, is_on = own_method(original, name), not switched_off()
+        method = original.__dict__.get(name) or own_method(original, name)
+        is_on = not switched_off()
         if instead and is_on and (active := active_of(self)) is not None:
             x = args[0] if len(args) == 1 and not kwargs else _only(method, args, kwargs)
             y = instead(self, active, method, x)
