@@ -45,12 +45,12 @@ models: $(VENV)/installed  ## Compare every model of mlx-lm, stock and patched, 
 metal-cost: $(VENV)/installed  ## Count what the Metal kernels cost in an Apple GPU's instructions; needs packages of Debian 12
 	PYTHONPATH=tests $(BIN)/python -m metal_cost
 
-bench: $(VENV)/installed  ## Time whole models, stock and patched, and the operations against MLX's and torch's
-	$(BIN)/python benchmarks/models.py
-	$(BIN)/python benchmarks/bench.py
+bench: $(VENV)/installed  ## Time whole models, stock and patched, and the operations against MLX's and torch's: ARGS=--quick
+	$(BIN)/python benchmarks/models.py $(ARGS)
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
-crossover: $(VENV)/installed  ## Time our kernels against MLX's on all that routing decides about
-	$(BIN)/python benchmarks/crossover.py
+crossover: $(VENV)/installed  ## Time our kernels against MLX's on all that routing decides about: ARGS=--quick
+	$(BIN)/python benchmarks/crossover.py $(ARGS)
 
 sanitize: $(VENV)/installed  ## Test the C++ CPU path under ASan and UBSan (part of test)
 	$(BIN)/cmake -S . -B build/sanitize "-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python" -DCMAKE_BUILD_TYPE=RelWithDebInfo \

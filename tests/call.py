@@ -217,7 +217,7 @@ class Call:
     def laid_out(self, outputs, residual=None, alpha=1):
         if self.segments is None:
             y = alpha * outputs[0]
-            y = y if residual is None else residual + y
+            y = y if residual is None else residual.reshape(y.shape) + y
             return (y.reshape(*self.x.shape[:-1], y.shape[-1]),)
         by_head = zip(outputs, self.segments, strict=True)
         return tuple(y.reshape(*y.shape[:2], *heads).transpose(0, 2, 1, 3) for y, heads in by_head)
@@ -267,7 +267,8 @@ class Call:
                 d_weight, d_bias = [self._joined(d_weight)], [self._joined(d_bias)]
                 if lora_a[0] is not None:
                     d_a, d_b = [sum(d_a)], [self._joined(d_b, 1)]
-            every = {name: [d_x.reshape(self.x.shape)] for name in INPUTS} | {"residual": cotangents}
+            every = {name: [d_x.reshape(self.x.shape)] for name in INPUTS}
+            every["residual"] = [g.reshape(*self.x.shape[:-1], g.shape[-1]) for g in cotangents]
             every |= {"weight": d_weight, "bias": d_bias, "lora_a": d_a, "lora_b": d_b}
             return tuple(every[name][place or 0] for name, place in keys)
 

@@ -4,9 +4,11 @@
 """
 
 import importlib
+import math
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,13 +17,15 @@ from mlx_lm.models.switch_layers import SwitchLinear
 import mlx_fused
 import oracle
 from mlx_fused import LinearOperands
-from mlx_fused.patching import calls
+from mlx_fused.patching import calls, mlp
+from mlx_fused.validate import operations
 from mlx_fused.validate.checkpoint import attach_adapters
 from mlx_fused.validate.operations import (
-    check_operations,
+    OperationChecks,
     differentiable,
     function_of,
     layers_of,
+    segment_names,
     with_layers,
 )
 from tiny_models import shake
@@ -65,14 +69,21 @@ FAMILIES = {
 }
 QUANTIZATION = {"group_size": 32, "bits": 4}
 WEIGHTS = ("float32", "bfloat16", "4-bit bfloat16")
-_OPERATIONS = ["fused_qkv_projection", "fused_output_projection_residual"]
+# Where patched models take them from.
+_OPERATIONS = [
+    (calls, "fused_qkv_projection"),
+    (calls, "fused_output_projection_residual"),
+    (calls, "fused_linear"),
+    (mlp, "fused_linear"),
+    (mlp, "fused_gated_projection"),
+]
 
 
 class Target(NamedTuple):
     """What is sabotaged: the operand in the forward or, in the gradient of another, in the backward."""
 
     operand: str
-    segment: str  # q, k, v or o
+    segment: str  # q, k, v, gate, up or o (with a residual) or y (without); of the input all of a call's
     gradient: str | None = None  # of which operand; its own is multiplied itself
 
 
@@ -122,14 +133,14 @@ def adapt(model):
 @contextmanager
 def wrapped(wrap):
     """Let patched models run ``wrap`` of each operation."""
-    correct = {name: getattr(calls, name) for name in _OPERATIONS}
-    for name, operation in correct.items():
-        setattr(calls, name, wrap(operation))
+    correct = [(module, name, getattr(module, name)) for module, name in _OPERATIONS]
+    for module, name, operation in correct:
+        setattr(module, name, wrap(operation))
     try:
         yield
     finally:
-        for name, operation in correct.items():
-            setattr(calls, name, operation)
+        for module, name, operation in correct:
+            setattr(module, name, operation)
 
 
 def targets(model):
@@ -138,20 +149,25 @@ def targets(model):
 
     def note(operation):
         def run(**arguments):
-            for operand, segment in _named(arguments):
-                found.append(Target(operand, segment))
-                if operand != "weight" or layers_of(arguments)[0].scales is None:
-                    found.append(Target(operand, segment, operand))
-                if operand in ("weight", "lora_a"):  # its part of what all parts add up to
-                    found.append(Target(operand, segment, _activations(arguments)))
+            found.extend(targets_of(arguments))
             return operation(**arguments)
 
         return run
 
     with wrapped(note), mlx_fused.patched(model):
         mx.eval(model(prompt()[None]))
-    forward_of_activations = [t for t in found if t.operand in ("input", "x") and not t.gradient]
-    return [t for t in dict.fromkeys(found) if t not in forward_of_activations]
+    return list(dict.fromkeys(found))
+
+
+def targets_of(arguments):
+    """Everything that a call has to be sabotaged."""
+    for operand, segment in _named(arguments):
+        if operand not in ("input", "x"):
+            yield Target(operand, segment)
+        if operand != "weight" or layers_of(arguments)[0].scales is None:
+            yield Target(operand, segment, operand)
+        if operand in ("weight", "lora_a"):  # its part of what all parts add up to
+            yield Target(operand, segment, _activations(arguments))
 
 
 def sabotage(target, factor=FACTOR):
@@ -161,7 +177,7 @@ def sabotage(target, factor=FACTOR):
         def run(**arguments):
             if (target.operand, target.segment) not in _named(arguments):
                 return operation(**arguments)
-            return _sabotaged(operation, arguments, target, factor)
+            return sabotaged(operation, arguments, target, factor)
 
         return run
 
@@ -169,16 +185,26 @@ def sabotage(target, factor=FACTOR):
 
 
 def is_noticed(model, target, factor=FACTOR):
-    with sabotage(target, factor):
+    class Checks(OperationChecks):
+        """Of the calls that have the target."""
+
+        def __call__(self, module, operation, arguments, outputs):
+            if (target.operand, target.segment) in _named(arguments):
+                super().__call__(module, operation, arguments, outputs)
+
+    with sabotage(target, factor), mock.patch.object(operations, "OperationChecks", Checks):
         return not passes(model)
 
 
 def passes(model):
-    findings = check_operations(model, prompt()).findings.values()
-    return all(finding.verdict != "failed" for of in findings for finding in of.values())
+    return is_right(operations.check_operations(model, prompt()).findings)
 
 
-def _sabotaged(operation, arguments, target, factor):
+def is_right(findings):
+    return all(finding.verdict != "failed" for of in findings.values() for finding in of.values())
+
+
+def sabotaged(operation, arguments, target, factor=FACTOR):
     operands = differentiable(arguments)
     keys = list(operands)
     honest = function_of(operation, arguments, keys)
@@ -201,7 +227,10 @@ def _sabotaged(operation, arguments, target, factor):
             grads[place] = (factor * grads[place].astype(mx.float32)).astype(grads[place].dtype)
         elif target.gradient:
             place = keys.index((target.gradient, None))
-            wrong = function_of(operation, changed, [keys[place]])
+            if "activation" in arguments:
+                wrong, cotangents = _linear(arguments, changed, cotangents)
+            else:
+                wrong = function_of(operation, changed, [keys[place]])
             wide = [g.astype(mx.float32) for g in cotangents]
             (grad,) = mx.vjp(wrong, [changed[target.gradient]], wide)[1]
             grads[place] = grad.astype(grads[place].dtype)
@@ -210,10 +239,27 @@ def _sabotaged(operation, arguments, target, factor):
     return run(*operands.values())
 
 
+def _linear(arguments, changed, cotangents):
+    """The changed call without its activation, and its cotangents, which are kept in the results' dtype."""
+
+    def products(x, of):
+        return [mlx_fused.fused_linear(x, layer) for layer in layers_of(of)]
+
+    def activated(*pre):
+        gate, *up = (y.astype(mx.float32) for y in pre)
+        return math.prod([getattr(nn, arguments["activation"])(gate), *up])
+
+    wide = [g.astype(mx.float32) for g in cotangents]
+    grads = mx.vjp(activated, products(arguments["x"], arguments), wide)[1]
+    return lambda x: products(x, changed), grads
+
+
 def _in_float32(arguments):
     """A kernel's own mistake is made before it rounds."""
 
     def cast(value):
+        if isinstance(value, tuple):  # a norm
+            return tuple(map(cast, value))
         is_float = isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
         return value.astype(mx.float32) if is_float else value
 
@@ -223,6 +269,9 @@ def _in_float32(arguments):
 
 def _multiplied(arguments, target, factor):
     name, place = _key(target, arguments)
+    if name == "norm":
+        weight, eps = arguments[name]
+        return arguments | {name: (factor * weight, eps)}
     if place is None:
         return arguments | {name: factor * arguments[name]}
     layers = list(layers_of(arguments))
@@ -238,19 +287,18 @@ def _activations(arguments):
 
 def _key(target, arguments):
     """Of the operand, as ``differentiable`` has it."""
-    is_of_call = target.operand in ("input", "x", "residual")
-    return target.operand, None if is_of_call else _segments(arguments).index(target.segment)
+    is_of_call = target.operand in _OF_CALL
+    return target.operand, None if is_of_call else segment_names(arguments).index(target.segment)
 
 
-def _segments(arguments):
-    return "qkv" if "input" in arguments else "o"
+_OF_CALL = ("input", "x", "norm", "residual")
 
 
 def _named(arguments):
     """The operands of a call, and whose they are."""
-    names = [n for n in ("input", "x", "residual") if n in arguments]
-    found = [(name, _segments(arguments)) for name in names]
-    for segment, layer in zip(_segments(arguments), layers_of(arguments), strict=True):
+    names = segment_names(arguments)
+    found = [(name, " ".join(names)) for name, place in differentiable(arguments) if place is None]
+    for segment, layer in zip(names, layers_of(arguments), strict=True):
         for name in ("weight", "bias", "lora_a", "lora_b"):
             if getattr(layer, name) is not None:
                 found.append((name, segment))

@@ -25,6 +25,14 @@ def main(monkeypatch):
     mx.set_default_device(default_device)
 
 
+def test_make_passes_arguments_on():
+    root = BENCHMARKS.parent
+    for target, count in (("bench", 2), ("crossover", 1)):
+        command = ["make", "--dry-run", "-C", root, target, "ARGS=--quick --rows 3"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        assert sum(line.endswith(".py --quick --rows 3") for line in said) == count
+
+
 def test_quick_run_prints_and_writes_everything(tmp_path):
     command = [sys.executable, BENCHMARKS / "bench.py", "--quick", "--device", "cpu"]
     docs = tmp_path / "docs"

@@ -120,8 +120,6 @@ COTANGENTS = [
     ({"dv": zeros(2, 2, 3, 1)}, ["dv", "(2, 2, 3, 8)", "(2, 2, 3, 1)"]),
 ]
 OUTPUT_SHAPES = [
-    ({"x": zeros(3, 32)}, ["x", "3", "2", "(3, 32)"]),
-    ({"x": zeros(1, 2, 3, 32)}, ["x", "3", "4", "(1, 2, 3, 32)"]),
     ({"weight": zeros(12)}, ["weight", "(12,)"]),
     ({"weight": zeros(12, 31)}, ["weight", "32", "(12, 31)"]),
 ]
@@ -132,8 +130,17 @@ OUTPUT_FORWARD_SHAPES = [
     ({"residual": zeros(1, 3, 12)}, ["residual", "(2, 3, 12)", "(1, 3, 12)"]),
     ({"residual": zeros(3, 12)}, ["residual", "(3, 12)"]),
     ({"residual": zeros(12)}, ["residual", "(12,)"]),
+    ({"x": zeros()}, ["x", "[..., K]", "()"]),
+    ({"x": zeros(3, 32)}, ["residual", "(3, 12)", "(2, 3, 12)"]),
+    ({"x": zeros(3, 32), "residual": zeros(1, 12)}, ["residual", "(3, 12)", "(1, 12)"]),
+    ({"x": zeros(1, 2, 3, 32)}, ["residual", "(1, 2, 3, 12)", "(2, 3, 12)"]),
+    ({"x": zeros(1, 2, 3, 32), "residual": zeros(2, 1, 3, 12)}, ["(1, 2, 3, 12)", "(2, 1, 3, 12)"]),
+    ({"x": zeros(32), "residual": zeros()}, ["residual", "(12,)", "()"]),
+    ({"x": zeros(32), "residual": zeros(11)}, ["residual", "(12,)", "(11,)"]),
 ]
 OUTPUT_BACKWARD_SHAPES = [
+    ({"x": zeros(3, 32)}, ["x", "3", "2", "(3, 32)"]),
+    ({"x": zeros(1, 2, 3, 32)}, ["x", "3", "4", "(1, 2, 3, 32)"]),
     ({"d_output": zeros(2, 3, 11)}, ["d_output", "(2, 3, 12)", "(2, 3, 11)"]),
     ({"d_output": zeros(1, 3, 12)}, ["d_output", "(2, 3, 12)", "(1, 3, 12)"]),
     ({"d_output": zeros(3, 12)}, ["d_output", "(3, 12)"]),
@@ -164,6 +171,7 @@ GATED_SHAPES = [
     (PACKED | {"bias": zeros(12)}, ["bias", "(24,)", "(12,)"]),
     (PACKED | {"packing": "up"}, ["packing", "'gate_up'", "'up_gate'", "'interleaved'", "'up'"]),
     (PACKED | {"packing": ["gate_up"]}, ["packing", "['gate_up']"]),
+    ({"packing": "up_gate"}, ["packing", "tuple", "'up_gate'"]),
     ({"activation": None}, ["activation", "'clipped_swiglu'", "None"]),
     ({"activation": "clipped_swiglu", "limit": -1.0}, ["limit", "0", "-1.0"]),
     ({"activation": "clipped_swiglu", "limit": float("nan")}, ["limit", "0", "nan"]),
@@ -176,6 +184,9 @@ CASES = [
     ("fused_linear", LINEAR_SHAPES),
     ("fused_gated_projection", GATED_SHAPES),
 ]
+
+
+ANY_RANK = ("fused_linear", "fused_gated_projection", "fused_output_projection_residual")
 
 
 def call(operation, **changes):
@@ -251,7 +262,7 @@ def test_the_exact_messages():
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_errors_are_raised_by_the_call_and_inside_transforms(operation):
     argument = "input" if "qkv" in operation else "x"
-    a, any_rank = OPERATIONS[operation][argument], operation in ("fused_linear", "fused_gated_projection")
+    a, any_rank = OPERATIONS[operation][argument], operation in ANY_RANK
 
     def wrong(a):
         return call(operation, **{argument: a[..., :-1] if any_rank else a[0]})
@@ -318,8 +329,29 @@ def test_wrong_factors_of_a_clipped_gate():
         for wrong in (None, "7"):
             with pytest.raises(TypeError, match=rf"{name} must be float or int but got"):
                 call("fused_gated_projection", activation="clipped_swiglu", **{name: wrong})
-    with pytest.raises(TypeError, match=r"weight must be an array or LinearOperands but got tuple\."):
-        call("fused_linear", weight=(zeros(12, 32),), bias=None)
+
+
+@pytest.mark.parametrize("operation", ["fused_linear", "fused_output_projection_residual"])
+@pytest.mark.parametrize("wrong", [(zeros(12, 32),), None], ids=type)
+def test_one_layer_is_asked_for_where_several_would_not_do(operation, wrong):
+    got = type(wrong).__name__
+    with pytest.raises(TypeError, match=rf"weight must be an array or LinearOperands but got {got}\."):
+        call(operation, weight=wrong, bias=None)
+
+
+def test_numbers_may_not_be_arrays_which_would_have_no_gradient():
+    number, layer = mx.array(2.0), mlx_fused.LinearOperands(zeros(12, 32))
+    adapted = layer._replace(lora_a=zeros(32, 1), lora_b=zeros(1, 12), lora_scale=number)
+    clipped = {"activation": "clipped_swiglu"}
+    for operation, changes, name in (
+        ("fused_gated_projection", clipped | {"alpha": number}, "alpha"),
+        ("fused_gated_projection", clipped | {"limit": number}, "limit"),
+        ("fused_output_projection_residual", {"alpha": number}, "alpha"),
+        ("fused_linear", {"norm": (zeros(32), number)}, r"norm\[1\]"),
+        ("fused_linear", {"weight": adapted, "bias": None}, "lora_scale"),
+    ):
+        with pytest.raises(TypeError, match=rf"^\[{operation}\] {name} must be float or int but got array"):
+            call(operation, **changes)
 
 
 def test_layers_of_a_gate_that_differ():

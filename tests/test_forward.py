@@ -1,6 +1,9 @@
 """The two forward operations against the oracle, over every dtype, shape class and boundary."""
 
+from functools import partial
+
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -123,12 +126,38 @@ def test_decode_of_a_wide_mlp(rng, dtype):
 
 @pytest.mark.parametrize("leading", [(), (0,), (5,), (2, 3), (2, 0, 3), (2, 1, 3, 2)], ids=str)
 def test_any_axes_before_the_features(rng, leading):
-    x = operands.normal(rng, (*leading, 24))
-    for call in (gated(rng, 1, 1, 24, 7), linear(rng, 1, 1, 24, 7, activation="gelu")):
+    x, residual = (operands.normal(rng, (*leading, n)) for n in (24, 7))
+    for call in (
+        gated(rng, 1, 1, 24, 7),
+        linear(rng, 1, 1, 24, 7, activation="gelu"),
+        output(rng, 1, 1, 24, 7).replace(residual=residual),
+    ):
         call = call.replace(x=x)
         (y,) = check_forward(call)
         assert y.shape == (*leading, 7)
         check_gradients(call, cotangents(rng, call))
+
+
+def test_float16_gates_that_overflow_are_kept_as_infinity():
+    """As separate layers have them: a loss scale must see that a gradient is not finite."""
+    x, gate, up = mx.full((1, 1, 2), 200.0, mx.float16), mx.full((3, 2), 200.0), mx.full((3, 2), 1e-3)
+    weights = gate.astype(mx.float16), up.astype(mx.float16)
+
+    def fused(x, **options):
+        return mlx_fused.fused_gated_projection(x, weights, **options)
+
+    def stock(x):
+        return nn.silu(x @ weights[0].T) * (x @ weights[1].T)
+
+    assert abs(fused(x, route="fused") - 80000 * 0.4).max() < 100
+    for f in (
+        stock,
+        partial(fused, route="fused"),
+        partial(fused, route="composed"),
+        partial(fused, exact=True),
+    ):
+        (grad,) = mx.vjp(f, [x], [mx.ones((1, 1, 3), mx.float16)])[1]
+        assert not mx.isfinite(grad).any()
 
 
 @pytest.mark.parametrize("alpha,limit", [(1.0, 0.5), (1.702, 1e30), (0.0, 2.0), (3.0, 0.0)])

@@ -122,6 +122,7 @@ def test_gated_mlp(rng, change, activation):
     for shape in ((64,), (5, 64), (2, 1, 3, 64)):
         x = normal(rng, shape)
         np.testing.assert_allclose(layer(x), plain(layer, x), **close)
+        np.testing.assert_allclose(layer(x, 2 * x), plain(layer, x, 2 * x), **close)
     layer.freeze()
     for name in ("gate", "up", "down"):
         layer[name].unfreeze(keys=["lora_a", "lora_b", "bias"], strict=False)
@@ -159,6 +160,10 @@ def test_errors_of_a_gated_mlp():
         GatedMLP.from_linear(gate, up, DoRALinear.from_base(down))
     layer = GatedMLP.from_linear(gate, up, down, activation="gelu")
     assert repr(layer).startswith("GatedMLP(activation='gelu'\n  (gate): Linear(input_dims=64")
+    for wrong in ("tanh", "clipped_swiglu", None):
+        with pytest.raises(ValueError, match=r"\[GatedMLP\] activation must be one of 'silu'"):
+            layer.activation = wrong
+    assert layer.activation == "gelu"
     layer.down = DoRALinear.from_base(layer.down)
     with pytest.raises(ValueError, match=r"\[GatedMLP\] residual must have shape \(2, 3, 64\) but got"):
         layer(mx.zeros((2, 3, 64)), mx.zeros((64,)))

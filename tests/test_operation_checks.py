@@ -249,7 +249,7 @@ def test_the_errors_of_a_low_rank_product_are_those_of_many_numbers(rng):
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 def test_weights_rounded_in_tiles_are_allowed_for_where_there_are_tiles(rng, dtype):
     """What Metal's tiles hold, computed here."""
-    tiles = formulas.Arithmetic(weight_unit=bounds.unit_roundoff(dtype))
+    tiles = formulas.Arithmetic(weight_unit=bounds.DTYPES[dtype].unit)
     shares = {tiles: [], formulas.Arithmetic(): []}
     for call in calls(rng, ("affine", 32, 4), dtype, 40):
         outputs = call.formula(*quantized.in_tiles(call.exact_operands, dtype))
@@ -268,7 +268,7 @@ def test_weights_rounded_in_tiles_are_allowed_for_where_there_are_tiles(rng, dty
 def test_rounding_is_to_the_nearest(rng, dtype):
     values = np.concatenate([rng.normal(0, 1, 1000), 2.0 ** np.arange(-20, 10), rng.normal(0, 1e-6, 1000)])
     values = np.concatenate([values, np.float64([1 + 2.0**-8, 1 + 3 * 2.0**-8, 0.0])])  # ties of bfloat16
-    kind, rounded = bounds._DTYPES[dtype], oracle.rounded(values, dtype)
+    kind, rounded = bounds.DTYPES[dtype], oracle.rounded(values, dtype)
     np.testing.assert_array_equal(kind.round(values), rounded)
     assert (kind.beyond_rounding(rounded, values) == 0).all()
     assert (kind.beyond_rounding(rounded, rounded + 2 * kind.step(rounded)) > 0).all()

@@ -171,10 +171,10 @@ class OutputProjection(Module):
         return layer
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        """Project ``x`` of shape ``[B, S, input_dims]`` and add ``residual``.
+        """Project ``x`` of shape ``[..., input_dims]`` and add ``residual``.
 
         Returns:
-            array: Of the shape of ``residual``, ``[B, S, output_dims]``.
+            array: Of the shape of ``residual``, ``[..., output_dims]``.
         """
         return _add_projection("OutputProjection", self.o, x, residual)
 
@@ -206,9 +206,6 @@ class GatedMLP(Module):
                 "[GatedMLP] input_dims and hidden_dims must be at least 1 "
                 f"but got {input_dims} and {hidden_dims}."
             )
-        if activation not in get_args(Activation):
-            expected = ", ".join(map(repr, get_args(Activation)))
-            raise ValueError(f"[GatedMLP] activation must be one of {expected} but got {activation!r}.")
         self.activation = activation
         self.gate = Linear(input_dims, hidden_dims, bias)
         self.up = Linear(input_dims, hidden_dims, bias)
@@ -240,11 +237,22 @@ class GatedMLP(Module):
             layer[name] = linears[name]
         return layer
 
+    @property
+    def activation(self) -> Activation:
+        return self._activation
+
+    @activation.setter
+    def activation(self, name: Activation) -> None:
+        if name not in get_args(Activation):
+            expected = ", ".join(map(repr, get_args(Activation)))
+            raise ValueError(f"[GatedMLP] activation must be one of {expected} but got {name!r}.")
+        self._activation = name
+
     def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         """Compute the layer of ``x`` of shape ``[..., input_dims]``, and add ``residual`` if it is given.
 
         Returns:
-            array: Of the shape of ``x``, which with ``residual`` must be ``[B, S, input_dims]``.
+            array: Of the shape of ``x``.
         """
         if (layers := _operands(self.gate, self.up)) is not None:
             y = fused_gated_projection(x, tuple(layers), activation=self.activation)

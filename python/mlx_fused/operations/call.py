@@ -19,7 +19,13 @@ def project(
     operation, node, name, x, layers, segments, exact, route, stream,
     residual=None, alpha=1.0, activation=None, packing="in_order", norm=None,
 ) -> list[mx.array]:  # fmt: skip
+    numbers = [layer.lora_scale for layer in layers]
+    numbers += [alpha] if activation is None else activation[2:]
+    if type(norm) in (tuple, list):
+        numbers += norm[1:]
     try:
+        if mx.array in map(type, numbers):
+            raise TypeError  # the extension would take it for a number, and its gradient would be lost
         return _ext.project(
             operation, node, name, x, norm, layers, segments, residual, alpha,
             activation, packing, exact, route, stream,
@@ -102,7 +108,12 @@ def dense_layers(operation: str, weight: mx.array | tuple[mx.array, ...]) -> lis
     return [LinearOperands(w) for w in weights]
 
 
-def layer_of(operation: str, weight: mx.array | LinearOperands, bias: mx.array | None) -> LinearOperands:
+def layer_of(
+    operation: str,
+    weight: mx.array | LinearOperands,
+    bias: mx.array | None,
+    expected: str = "an array or LinearOperands",
+) -> LinearOperands:
     if isinstance(weight, LinearOperands):
         if bias is None:
             return weight
@@ -110,10 +121,8 @@ def layer_of(operation: str, weight: mx.array | LinearOperands, bias: mx.array |
     if isinstance(weight, mx.array):
         return LinearOperands(weight, bias)
     got = type(weight).__name__
-    if got in ("list", "tuple"):
-        raise TypeError(f"[{operation}] weight must be an array or LinearOperands but got {got}.")
     hint = " LinearOperands.of makes one of a layer." if isinstance(weight, nn.Module) else ""
-    raise TypeError(f"[{operation}] weight must be an array, LinearOperands or a tuple but got {got}.{hint}")
+    raise TypeError(f"[{operation}] weight must be {expected} but got {got}.{hint}")
 
 
 def layers_of(operation: str, weight, bias, names: tuple[str, ...]) -> list[LinearOperands]:
@@ -124,16 +133,35 @@ def layers_of(operation: str, weight, bias, names: tuple[str, ...]) -> list[Line
         raise ValueError(
             f"[{operation}] weight must be one layer or a tuple of {count} but got {len(weight)}."
         )
-    if bias is None:
-        given = [weight] if packed else weight
-        return [w if type(w) is LinearOperands else layer_of(operation, w, None) for w in given]
-    if isinstance(bias, (list, tuple)) == packed or (not packed and len(bias) != len(weight)):
+    is_several = isinstance(bias, (list, tuple))
+    if bias is not None and (is_several == packed or (is_several and len(bias) != count)):
         expected = "one array" if packed else f"a tuple of {_NUMBERS[count]} arrays ({', '.join(names)})"
-        got = f"a tuple of {len(bias)}" if isinstance(bias, (list, tuple)) else "one array"
+        got = f"a tuple of {len(bias)}" if is_several else "one array"
         raise ValueError(f"[{operation}] bias must be {expected} as weight is but got {got}.")
     if packed:
-        return [layer_of(operation, weight, bias)]
+        return [layer_of(operation, weight, bias, "an array, LinearOperands or a tuple")]
+    if bias is None:
+        return [w if type(w) is LinearOperands else layer_of(operation, w, None) for w in weight]
     return [layer_of(operation, w, b) for w, b in zip(weight, bias, strict=True)]
+
+
+def batched(operation: str, x: mx.array) -> tuple[mx.array, list[int] | None]:
+    """``x`` as ``[B, S, K]``, and the axes before ``K`` if they are others."""
+    if not isinstance(x, mx.array) or x.ndim == 3:
+        return x, None
+    if x.ndim == 0:
+        raise ValueError(f"[{operation}] x must have shape [..., K] but got {x.shape}.")
+    leading = list(x.shape[:-1])
+    # Nothing here may name the number of rows, which mx.compile(shapeless=True) changes.
+    return mx.expand_dims(x, list(range(3 - x.ndim))) if x.ndim < 3 else mx.flatten(x, 0, -3), leading
+
+
+def unbatched(y: mx.array, leading: list[int] | None) -> mx.array:
+    if leading is None:
+        return y
+    if len(leading) < 2:
+        return mx.squeeze(y, list(range(2 - len(leading))))
+    return mx.unflatten(y, 0, leading[:-1])
 
 
 _NUMBERS = {2: "two", 3: "three"}

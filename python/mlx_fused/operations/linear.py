@@ -8,7 +8,17 @@ from typing import Literal, TypeAlias, get_args
 import mlx.core as mx
 
 from mlx_fused.linear import LinearOperands
-from mlx_fused.operations.call import OF_LAYER, Norm, Route, Stream, layer_of, layers_of, project
+from mlx_fused.operations.call import (
+    OF_LAYER,
+    Norm,
+    Route,
+    Stream,
+    batched,
+    layer_of,
+    layers_of,
+    project,
+    unbatched,
+)
 
 Activation: TypeAlias = Literal["silu", "gelu", "gelu_approx", "relu", "relu2"]
 
@@ -29,7 +39,8 @@ def fused_linear(
     Equivalent to ``activation(x @ weight.T + bias)``, accumulated in float32 and rounded once. Quantized
     weights, LoRA and gradients work as in :func:`fused_qkv_projection`. With an activation the backward pass
     keeps ``x @ weight.T + bias`` and not the activation, which it makes again where it needs it; nothing is
-    kept if no gradient is asked for.
+    kept if no gradient is asked for. What is kept is in the result's dtype: in float16 it overflows beyond
+    65504, as in separate layers, though the result may be finite.
 
     Args:
         x (array): ``[..., K]``, float32, float16 or bfloat16. Any strides.
@@ -57,12 +68,12 @@ def fused_linear(
     operation = "fused_linear"
     of = None if activation is None else _activation(operation, activation, _ACTIVATIONS)
     layers = [layer_of(operation, weight, bias)]
-    x, leading = _batched(operation, x)
+    x, leading = batched(operation, x)
     (y,) = project(
         operation, "FusedLinear", "x", x, layers, [OF_LAYER], exact, route, stream,
         norm=norm, activation=of,
     )  # fmt: skip
-    return _unbatched(y, leading)
+    return unbatched(y, leading)
 
 
 def fused_gated_projection(
@@ -85,7 +96,8 @@ def fused_gated_projection(
     Improve Transformer", 2020, arXiv:2002.05202). Accumulates in float32 and rounds once. Quantized weights,
     LoRA and gradients work as in :func:`fused_qkv_projection`. The backward pass keeps ``x``, ``gate`` and
     ``up``; the result is made again where the projection after it needs it. Nothing is kept if no gradient is
-    asked for.
+    asked for. What is kept is in the result's dtype: in float16 it overflows beyond 65504, as in separate
+    layers, though the result may be finite.
 
     Args:
         x (array): ``[..., K]``, float32, float16 or bfloat16. Any strides.
@@ -100,8 +112,9 @@ def fused_gated_projection(
             limit)``. Default: ``"silu"``.
         alpha (float): Of ``"clipped_swiglu"``. Default: ``1.702``.
         limit (float): Of ``"clipped_swiglu"``, at least 0. Default: ``7.0``.
-        packing (str): The rows of a packed weight: ``"gate_up"`` the gate's before up's, ``"up_gate"`` after
-            them, ``"interleaved"`` in turns, a row of the gate first. Default: ``"gate_up"``.
+        packing (str): The rows of a packed weight, and of no other: ``"gate_up"`` the gate's before up's,
+            ``"up_gate"`` after them, ``"interleaved"`` in turns, a row of the gate first.
+            Default: ``"gate_up"``.
         exact (bool): Round gate, up, the activation and the result, as separate modules do; the activation's
             own steps are in float32. Default: ``False``.
         route (str, optional): As in :func:`fused_qkv_projection`.
@@ -126,6 +139,10 @@ def fused_gated_projection(
         raise ValueError(f"[{operation}] limit must be at least 0 but got {limit}.")
     layers = layers_of(operation, weight, bias, ("gate", "up"))
     segments = [OF_LAYER] * 2
+    if len(layers) == 2 and packing != "gate_up":
+        raise ValueError(
+            f"[{operation}] packing must be left out where weight is a tuple but got {packing!r}."
+        )
     if len(layers) == 1:
         packed = layers[0].weight
         rows = packed.shape[0] if isinstance(packed, mx.array) and packed.ndim else 0
@@ -135,12 +152,12 @@ def fused_gated_projection(
             )
         segments = [(rows // 2, 0)] * 2
     of = (kind, True, alpha, limit) if kind == "clipped_swiglu" else (kind, True, 1.0, inf)
-    x, leading = _batched(operation, x)
+    x, leading = batched(operation, x)
     (y,) = project(
         operation, "FusedGatedProjection", "x", x, layers, segments, exact, route, stream,
         norm=norm, activation=of, packing=_PACKINGS[packing],
     )  # fmt: skip
-    return _unbatched(y, leading)
+    return unbatched(y, leading)
 
 
 _ACTIVATIONS = get_args(Activation)
@@ -156,22 +173,3 @@ def _activation(operation: str, name: str, names: tuple[str, ...]) -> tuple[str,
         expected = ", ".join(map(repr, names))
         raise ValueError(f"[{operation}] activation must be one of {expected} but got {name!r}.")
     return name, False, 1.0, inf
-
-
-def _batched(operation: str, x: mx.array) -> tuple[mx.array, list[int] | None]:
-    """``x`` as ``[B, S, K]``, and the axes before ``K`` if they are others."""
-    if not isinstance(x, mx.array) or x.ndim == 3:
-        return x, None
-    if x.ndim == 0:
-        raise ValueError(f"[{operation}] x must have shape [..., K] but got {x.shape}.")
-    leading = list(x.shape[:-1])
-    # Nothing here may name the number of rows, which mx.compile(shapeless=True) changes.
-    return mx.expand_dims(x, list(range(3 - x.ndim))) if x.ndim < 3 else mx.flatten(x, 0, -3), leading
-
-
-def _unbatched(y: mx.array, leading: list[int] | None) -> mx.array:
-    if leading is None:
-        return y
-    if len(leading) < 2:
-        return mx.squeeze(y, list(range(2 - len(leading))))
-    return mx.unflatten(y, 0, leading[:-1])

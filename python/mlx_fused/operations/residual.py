@@ -12,9 +12,11 @@ from mlx_fused.operations.call import (
     Route,
     Stream,
     all_gradients,
+    batched,
     dense_layers,
     layer_of,
     project,
+    unbatched,
 )
 
 
@@ -53,10 +55,10 @@ def fused_output_projection_residual(
     :func:`fused_qkv_projection`.
 
     Args:
-        x (array): ``[B, S, K]``, of heads side by side, float32, float16 or bfloat16. Any strides.
+        x (array): ``[..., K]``, such as heads side by side, float32, float16 or bfloat16. Any strides.
         weight (array or LinearOperands): ``[H, K]``.
         bias (array, optional): ``[H]``. Left out with :class:`LinearOperands`. Default: ``None``.
-        residual (array): The array to add, usually the block's input, ``[B, S, H]``.
+        residual (array): The array to add, usually the block's input, ``[..., H]``.
         alpha (float): The factor of the projection. Default: ``1.0``.
         exact (bool): Round where separate operations do: after a quantized product, after the bias, after the
             scaled low-rank product, after their sum, after ``alpha`` and after the residual's sum.
@@ -66,7 +68,7 @@ def fused_output_projection_residual(
             default device.
 
     Returns:
-        array: ``[B, S, H]``, of the dtype that MLX promotes the arguments to; adapters do not count.
+        array: ``[..., H]``, of the dtype that MLX promotes the arguments to; adapters do not count.
 
     Raises:
         TypeError: If ``residual`` is left out, or an argument is of a wrong type.
@@ -77,8 +79,14 @@ def fused_output_projection_residual(
     if residual is None:
         raise TypeError(f"[{operation}] residual must be an array but got None.")
     layers, node = [layer_of(operation, weight, bias)], "FusedOutputProjection"
-    (out,) = project(operation, node, "x", x, layers, [OF_LAYER], exact, route, stream, residual, alpha)
-    return out
+    x, leading = batched(operation, x)
+    if leading is not None and isinstance(residual, mx.array) and isinstance(layers[0].weight, mx.array):
+        expected = (*leading, *layers[0].weight.shape[:1])
+        if residual.shape != expected:
+            raise ValueError(f"[{operation}] residual must have shape {expected} but got {residual.shape}.")
+        residual, _ = batched(operation, residual)
+    (y,) = project(operation, node, "x", x, layers, [OF_LAYER], exact, route, stream, residual, alpha)
+    return unbatched(y, leading)
 
 
 def fused_output_projection_residual_bwd(

@@ -8,44 +8,17 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_fused.validate.formulas import Arithmetic, Expected
+from mlx_fused.validate.formulas import CERTAIN, Arithmetic, DType, Expected
 
 NOTICEABLE = 0.01  # a check that would not notice a relative error of this size is inconclusive
-_CERTAIN = 8  # an error exceeds this many spreads with a probability below 3e-14
 _FLOOR = 2.0**-126  # hardware may treat smaller numbers as zero
 
 
-class _DType(NamedTuple):
-    """How a dtype rounds."""
-
-    unit: float  # the unit roundoff
-    smallest_exponent: int
-    largest: float
-
-    def step(self, values: np.ndarray) -> np.ndarray:
-        """The distance between neighbouring numbers at ``values``."""
-        exponents = np.where(values == 0, self.smallest_exponent, np.frexp(values)[1] - 1)
-        return np.ldexp(2 * self.unit, np.maximum(exponents, self.smallest_exponent))
-
-    def round(self, values: np.ndarray) -> np.ndarray:
-        step = self.step(values)
-        return np.rint(values / step) * step
-
-    def beyond_rounding(self, actual: np.ndarray, exact: np.ndarray) -> np.ndarray:
-        """A lower bound of the error that the number had before it was rounded to ``actual``."""
-        # The neighbour below a power of two is nearer; the mean of both values lies on the relevant side.
-        return np.maximum(np.abs(actual - exact) - self.step((actual + exact) / 2) / 2, 0)
-
-
-_DTYPES = {
-    mx.float16: _DType(2.0**-11, -14, 65504.0),
-    mx.bfloat16: _DType(2.0**-8, -126, 2.0**128 - 2.0**120),
-    mx.float32: _DType(2.0**-24, -126, 2.0**128 - 2.0**104),
+DTYPES = {
+    mx.float16: DType(2.0**-11, -14, 65504.0),
+    mx.bfloat16: DType(2.0**-8, -126, 2.0**128 - 2.0**120),
+    mx.float32: DType(2.0**-24, -126, 2.0**128 - 2.0**104),
 }
-
-
-def unit_roundoff(dtype: mx.Dtype) -> float:
-    return _DTYPES[dtype].unit
 
 
 class Component(NamedTuple):
@@ -83,16 +56,13 @@ def compare(
         arithmetic (Arithmetic): How it was computed.
         rows (numpy.ndarray, optional): The rows whose errors are independent. Default: all.
     """
-    kind = _DTYPES[dtype]
-    components = list(expected.components.values())
-    value, size = sum(components), sum(map(np.abs, components))
-    spread = sqrt(expected.terms) * arithmetic.sum_unit * expected.magnitude
-    for shared in expected.shared:
-        spread = np.hypot(spread, shared.effect)
-    bound = _CERTAIN * spread + _FLOOR
+    kind = DTYPES[dtype]
+    value, size, steady = expected.value, expected.size, expected.steady
+    spread = expected.spread(arithmetic)
+    bound = CERTAIN * spread + steady + _FLOOR
     largest_part, roundings, swallowed = np.abs(value), 1, bound
     if arithmetic.composed:
-        largest_part, roundings = size, 2 * len(components)
+        largest_part, roundings = size, expected.roundings
         bound = bound + (roundings - 1) * kind.unit * (size + bound)
         swallowed = np.maximum(swallowed, kind.unit * size)
 
@@ -124,7 +94,8 @@ def compare(
         variance = np.sum((kept * noise) ** 2, where=~tied)
         # nansum skips rows that have a NaN or an infinity among their operands.
         variance += sum(np.nansum((s.adjoint(kept) * s.spread) ** 2) for s in expected.shared)
-        limit = _CERTAIN * sqrt(variance) + np.sum(np.abs(kept) * (np.where(tied, reach, 0) + _FLOOR))
+        certain = np.where(tied, reach, 0) + np.where(finite, steady, 0) + _FLOOR
+        limit = CERTAIN * sqrt(variance) + np.sum(np.abs(kept) * certain)
 
         error = NOTICEABLE * kept
         # The error that remains even if rounding works against it.

@@ -23,7 +23,7 @@ from mlx_lm.generate import generate_step
 import mlx_fused
 from mlx_fused.patching import PatchReport
 from mlx_fused.patching.report import TITLES
-from mlx_fused.validate.bounds import NOTICEABLE, unit_roundoff
+from mlx_fused.validate.bounds import DTYPES, NOTICEABLE
 from mlx_fused.validate.checkpoint import (
     CannotValidate,
     dtype_of,
@@ -115,7 +115,7 @@ def line(stock: mx.array, patched: mx.array, reference: mx.array, bound: float) 
     """The comparison of two results, whose errors may be ``bound`` because sums are reordered."""
     stock_error, patched_error = error(stock, reference), error(patched, reference)
     if reference.dtype != mx.float32:  # a gradient of 16-bit adapters: both round it
-        bound += 2 * unit_roundoff(reference.dtype)
+        bound += 2 * DTYPES[reference.dtype].unit
     tolerance = max(bound, 2 * stock_error) if isfinite(stock_error) else inf
     if isinf(tolerance):
         verdict = "inconclusive"

@@ -24,9 +24,10 @@ import mlx_fused
 from mlx_fused.linear import LinearOperands
 from mlx_fused.patching.projections import watching
 from mlx_fused.validate import formulas
-from mlx_fused.validate.bounds import Comparison, compare, unit_roundoff
+from mlx_fused.validate.activations import Activation
+from mlx_fused.validate.bounds import DTYPES, Comparison, compare
 from mlx_fused.validate.checkpoint import modules_of, two_rows
-from mlx_fused.validate.formulas import Arithmetic, Call, Expected, Segment
+from mlx_fused.validate.formulas import Arithmetic, Call, Expected, Norm, Segment
 
 _TF32_UNIT = 2.0**-11  # the matrix units of GPUs may round float32 operands to TF32
 _INPUTS = ("input", "x")
@@ -80,8 +81,6 @@ class OperationChecks:
     )
 
     def __call__(self, module: nn.Module, operation: Callable, arguments: dict, outputs) -> None:
-        if "activation" in arguments:  # only compared end to end
-            return
         with np.errstate(invalid="ignore"):  # operands may hold NaN or infinities
             self._check(self.layers[id(module)], operation, arguments, outputs)
         self.count += 1
@@ -104,26 +103,28 @@ class OperationChecks:
         cotangents = [mx.random.normal(y.shape, y.dtype, key=mx.random.key(i)) for i, y in enumerate(outputs)]
         function = function_of(operation, arguments, list(operands))
         _, grads = mx.vjp(function, list(operands.values()), cotangents)
-        arithmetic = _arithmetic(grads, arguments, "Grad")
         named_grads = {}
         for (argument, place), grad in zip(operands, grads, strict=True):
             if argument in _LABELS:
                 segment = call.segments[place].name
                 named_grads[argument, segment] = f"{_LABELS[argument]} of {segment}", grad
             else:
-                named_grads["residual" if argument == "residual" else "input", ""] = argument, grad
-        segment_grads = [call.alpha * _rows(g) for g in cotangents]
+                named_grads["input" if argument in _INPUTS else argument, ""] = argument, grad
+        cotangents = [_rows(g) for g in cotangents]
+        segment_grads = formulas.segment_gradients(call, cotangents, arithmetic)
+        arithmetic = _arithmetic(grads, arguments, "Grad")
         for key, expected in formulas.gradients(call, segment_grads, arithmetic):
             if key in named_grads:  # a quantized weight has none
                 self._check_gradient(layer, *named_grads[key], expected, arithmetic)
         if call.residual is not None:
-            copied = formulas.copied(_rows(cotangents[0]))
+            copied = formulas.copied(cotangents[0])
             self._check_gradient(layer, *named_grads["residual", ""], copied, arithmetic)
 
     def _check_gradient(
         self, layer: str, name: str, grad: mx.array, expected: Expected, arithmetic: Arithmetic
     ) -> None:
-        compared = compare(_rows(grad), grad.dtype, expected, arithmetic)
+        actual = _rows(grad).reshape(expected.value.shape)
+        compared = compare(actual, grad.dtype, expected, arithmetic)
         self._add("gradients", "components of gradients", name, layer, compared)
 
     def _add(self, whole: str, parts: str, name: str, layer: str, compared: Comparison) -> None:
@@ -153,8 +154,7 @@ def read(arguments: dict, as_mlx_lm: bool) -> Call:
     """The operands of a call, from an operation's keyword arguments; scales rounded as by mlx-lm, or not."""
     x, layers = input_of(arguments), layers_of(arguments)
     segments = []
-    names = "qkv" if len(layers) > 1 else "o" if "residual" in arguments else "y"
-    for name, layer in zip(names, layers, strict=True):
+    for name, layer in zip(segment_names(arguments), layers, strict=True):
         if layer.scales is None:
             weight = exact(layer.weight)
             magnitude = np.abs(weight)
@@ -167,8 +167,39 @@ def read(arguments: dict, as_mlx_lm: bool) -> Call:
         scale = mx.array(layer.lora_scale, dtype).item()
         segments.append(Segment(name, weight, magnitude, b, a, low, scale))
     residual = arguments.get("residual")
-    alpha = float(np.float32(arguments.get("alpha", 1.0)))
-    return Call(_rows(x), tuple(segments), None if residual is None else _rows(residual), alpha)
+    activation = _activation(arguments)
+    alpha = 1.0 if activation else _float32(arguments.get("alpha", 1.0))
+    norm = None
+    if given := arguments.get("norm"):
+        norm = Norm(None if given[0] is None else exact(given[0]), _float32(given[1]))
+    residual = None if residual is None else _rows(residual)
+    return Call(_rows(x), tuple(segments), residual, alpha, norm, activation)
+
+
+def _activation(arguments: dict) -> Activation | None:
+    name, gated, packed = arguments.get("activation"), _is_gated(arguments), len(layers_of(arguments)) == 1
+    if name is None:
+        return None
+    packing = arguments["packing"] if gated and packed else None
+    numbers = (1.702, 7.0) if name == "clipped_swiglu" else (1.0, inf)
+    alpha, limit = (arguments.get(n, d) for n, d in zip(("alpha", "limit"), numbers, strict=True))
+    return Activation(name, gated, packing, _float32(alpha), _float32(limit))
+
+
+def _float32(number: float) -> float:
+    return float(np.float32(number))
+
+
+def _is_gated(arguments: dict) -> bool:
+    return len(layers_of(arguments)) == 2 or "packing" in arguments
+
+
+def segment_names(arguments: dict) -> tuple[str, ...]:
+    """Of the layers among the arguments by name that an operation takes."""
+    count = len(layers_of(arguments))
+    if count > 1:
+        return ("q", "k", "v") if count == 3 else ("gate", "up")
+    return ("o",) if "residual" in arguments else ("gate and up",) if _is_gated(arguments) else ("y",)
 
 
 def input_of(arguments: dict) -> mx.array:
@@ -220,28 +251,32 @@ def _arithmetic(results: Iterable[mx.array], arguments: dict, primitive: str) ->
     """The arithmetic of ``results``; their graph shows whether our primitive or MLX's own computes them."""
     dot = io.StringIO()
     mx.export_to_dot(dot, *results)
-    composed = re.search(rf'label ="Fused\w+{primitive}"', dot.getvalue()) is None
+    # The activation may be ours where the products are not.
+    composed = re.search(rf'label ="Fused(?!Activation)\w+{primitive}"', dot.getvalue()) is None
     x, layers = input_of(arguments), layers_of(arguments)
     gpu, quantized = mx.default_device() == mx.gpu, layers[0].scales is not None
-    unit = unit_roundoff(x.dtype)
-    sum_unit = unit_roundoff(mx.float32)
+    unit = DTYPES[x.dtype].unit
+    sum_unit = DTYPES[mx.float32].unit
     if composed and quantized and not gpu:
         sum_unit = unit  # MLX's quantized_matmul on CPUs sums in the activations' dtype
     elif composed and gpu:
         sum_unit = max(sum_unit, _TF32_UNIT if x.dtype == mx.float32 else 0.0)
     adapters = [layer.lora_a for layer in layers if layer.lora_a is not None]
-    low_rank = max((unit_roundoff(mx.result_type(x, a)) for a in adapters), default=0.0)
+    low_rank = max((DTYPES[mx.result_type(x, a)].unit for a in adapters), default=0.0)
     return Arithmetic(
         sum_unit,
         weight_unit=unit if gpu and quantized and x.dtype != mx.float32 else 0.0,
         low_rank_unit=low_rank if composed else 0.0,
         composed=composed,
+        dtype=DTYPES[results[0].dtype],
     )
 
 
 def differentiable(arguments: dict) -> dict[tuple[str, int | None], mx.array]:
     """The operands that may have a gradient, by name and, for a layer's operands, the layer's index."""
     found = {(n, None): arguments[n] for n in (*_INPUTS, "residual") if n in arguments}
+    if arguments.get("norm") and arguments["norm"][0] is not None:
+        found["norm", None] = arguments["norm"][0]
     for place, layer in enumerate(layers_of(arguments)):
         frozen = ("scales", "biases") if layer.scales is None else ("weight", "scales", "biases")
         for name, value in layer._asdict().items():
@@ -257,7 +292,7 @@ def function_of(operation: Callable, arguments: dict, keys: list[tuple[str, int 
         changed, layers = dict(arguments), list(layers_of(arguments))
         for (name, place), value in zip(keys, values, strict=True):
             if place is None:
-                changed[name] = value
+                changed[name] = (value, arguments["norm"][1]) if name == "norm" else value
             else:
                 layers[place] = layers[place]._replace(**{name: value})
         return operation(**with_layers(changed, layers))
