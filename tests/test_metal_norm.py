@@ -30,7 +30,7 @@ def check_exactly(rng, op, weighted, **options):
     weight = operands.integers(rng, op.x.shape[-1:], op.x.dtype) if weighted else None
     before = op.replace(**{op.input_name: normed if weight is None else weight * normed})
     call, outputs = forward(op.replace(**{op.input_name: scale * normed}, norm=(weight, 0.0)), **options)
-    assert [launch["kernel"].startswith("projection_rows") for launch in call.plan] == [True]
+    assert [launch["kernel"].startswith("projection_rows_normed") for launch in call.plan] == [True]
     call.assert_written_once()
     oracle.assert_equal(outputs, forward(before)[1])
 
@@ -103,6 +103,13 @@ def test_nan_and_inf_stay_in_their_row(rng, value):
 def test_any_order_of_threads_gives_the_same(rng, seed):
     op = projections.gated(rng, 2, 3, 64, 70, FORMS["affine_4"]).replace(norm=(mx.ones(64), 1e-5))
     oracle.assert_equal(forward(op, seed=seed)[1], forward(op)[1])
+
+
+def test_without_a_norm_there_is_no_memory_for_it(rng):
+    for op in calls(rng, 1, 3, 64, FORMS["affine_4"]):
+        for norm, least, most in ((None, 0, 256), ((mx.ones(64), 1e-5), 16384, 20480)):
+            call, _ = forward(op.replace(norm=norm) if norm else op)
+            assert least <= call.results[0].threadgroup_bytes <= most
 
 
 @dtypes
