@@ -6,7 +6,7 @@
 import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -67,8 +67,11 @@ def mutants_of(file):
     return [mutant for mutant in generate(KERNELS / file) if not mutant.name.startswith(NO_PROGRAM)]
 
 
+library = lru_cache(8)(Library)  # of one mutant after the other
+
+
 def libraries_of(folder, *files):
-    found = [Library(folder / file) for file in files]
+    found = [library(folder / file) for file in files]
     return libraries() | {kernel: library for library in found for kernel in library.kernels}
 
 

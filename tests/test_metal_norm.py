@@ -25,11 +25,8 @@ def calls(rng, batch, rows, hidden, form=None, dtype=mx.float32, draw=operands.n
 
 def check_exactly(rng, op, weighted, **options):
     """On rows whose root mean square is a power of two, and small integers, so that the bits are known."""
-    normed = mx.array(rng.choice([-1.0, 1.0], op.x.shape)).astype(op.x.dtype)
-    scale = mx.array(2.0 ** rng.integers(-2, 3, (*op.x.shape[:2], 1))).astype(op.x.dtype)
-    weight = operands.integers(rng, op.x.shape[-1:], op.x.dtype) if weighted else None
-    before = op.replace(**{op.input_name: normed if weight is None else weight * normed})
-    call, outputs = forward(op.replace(**{op.input_name: scale * normed}, norm=(weight, 0.0)), **options)
+    of_rows, before = projections.with_norm(rng, op, weighted)
+    call, outputs = forward(of_rows, **options)
     assert [launch["kernel"].startswith("projection_rows_normed") for launch in call.plan] == [True]
     call.assert_written_once()
     oracle.assert_equal(outputs, forward(before)[1])
