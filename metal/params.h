@@ -48,7 +48,6 @@ enum ConstantIndex : int32_t {
   constant_activation_high,
   constant_is_gated,
   constant_keeps,  // store also what the activation is of
-  constant_has_norm,
   constant_has_norm_weight,
   constant_count,
 };
@@ -170,7 +169,6 @@ constant bool mlx_fused_activation_mid [[function_constant(mlx_fused::constant_a
 constant bool mlx_fused_activation_high [[function_constant(mlx_fused::constant_activation_high)]];
 constant bool mlx_fused_is_gated [[function_constant(mlx_fused::constant_is_gated)]];
 constant bool mlx_fused_keeps [[function_constant(mlx_fused::constant_keeps)]];
-constant bool mlx_fused_has_norm [[function_constant(mlx_fused::constant_has_norm)]];
 constant bool mlx_fused_has_norm_weight [[function_constant(mlx_fused::constant_has_norm_weight)]];
 
 // BUFFER declares a parameter bound at buffer_<name>; PER_SEGMENT declares three; OF_SEGMENT picks one of

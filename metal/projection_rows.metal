@@ -95,7 +95,7 @@ METAL_FUNC void norm_rows(
     const thread Row<const device T*> (&row)[M],
     const device T* weight,
     threadgroup T* normed,
-    threadgroup float (&shares)[M][norm_simdgroups],
+    threadgroup float* shares,
     constant ProjectionParams& params,
     ushort simdgroup,
     ushort lane) {
@@ -110,7 +110,7 @@ METAL_FUNC void norm_rows(
     }
     sum = simd_sum(sum);
     if (lane == 0) {
-      shares[m][simdgroup] = sum;
+      shares[m * norm_simdgroups + simdgroup] = sum;
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -118,7 +118,7 @@ METAL_FUNC void norm_rows(
   for (int m = 0; m < M; ++m) {
     float sum = 0.0f;
     for (int i = 0; i < norm_simdgroups; ++i) {
-      sum += shares[m][i];
+      sum += shares[m * norm_simdgroups + i];
     }
     const float scale = metal::precise::rsqrt(sum / columns + params.norm_eps);
     for (int i = first; i < columns; i += 32 * norm_simdgroups) {
@@ -132,9 +132,10 @@ METAL_FUNC void norm_rows(
 }
 
 // A simdgroup takes a few features; its lanes go through their weights side by side. Gated, the first of two
-// simdgroups takes these of the gate and the second those of up, so that the loop is the same.
-template <typename T, typename Format, int M>
-[[kernel, max_total_threads_per_threadgroup(32 * norm_simdgroups)]] void projection_rows(
+// simdgroups takes these of the gate and the second those of up, so that the loop is the same. A norm takes
+// memory of the threadgroup, so the kernel with one is an instance of its own.
+template <typename T, typename Format, int M, bool has_norm>
+[[kernel, max_total_threads_per_threadgroup(32 * (has_norm ? norm_simdgroups : projection_simdgroups))]] void projection_rows(
     BUFFER(constant ProjectionParams&, params),
     BUFFER(const device T*, input),
     BUFFER(const device T*, norm),
@@ -143,10 +144,10 @@ template <typename T, typename Format, int M>
     uint3 tile [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  threadgroup T normed[norm_bytes / sizeof(T)];
-  threadgroup float shares[M][norm_simdgroups];
-  threadgroup float ups[norm_simdgroups / 2][features_per_simdgroup][M];
-  const int simdgroups = mlx_fused_has_norm ? norm_simdgroups : projection_simdgroups;
+  constexpr int simdgroups = has_norm ? norm_simdgroups : projection_simdgroups;
+  threadgroup T normed[has_norm ? norm_bytes / sizeof(T) : 1];
+  threadgroup float shares[has_norm ? M * norm_simdgroups : 1];
+  threadgroup float ups[simdgroups / 2][features_per_simdgroup][M];
   const int layers = mlx_fused_is_gated ? 2 : 1;
   const bool is_up = mlx_fused_is_gated && simdgroup % 2 == 1;
   const int tiled = segment_of(tile.x, params);
@@ -170,7 +171,7 @@ template <typename T, typename Format, int M>
   }
 
   float sums[features_per_simdgroup][M] = {};
-  if (mlx_fused_has_norm) {
+  if (has_norm) {
     norm_rows<T, M>(row, norm, normed, shares, params, simdgroup, lane);
     Row<const threadgroup T*> normed_row[M];
     STEEL_PRAGMA_UNROLL
@@ -227,9 +228,13 @@ template <typename T, typename Format, int M>
   }
 }
 
-INSTANTIATE_FORMATS("projection_rows_1", projection_rows, 1)
-INSTANTIATE_FORMATS("projection_rows_2", projection_rows, 2)
-INSTANTIATE_FORMATS("projection_rows_3", projection_rows, 3)
-INSTANTIATE_FORMATS("projection_rows_4", projection_rows, 4)
+INSTANTIATE_FORMATS("projection_rows_1", projection_rows, 1, false)
+INSTANTIATE_FORMATS("projection_rows_2", projection_rows, 2, false)
+INSTANTIATE_FORMATS("projection_rows_3", projection_rows, 3, false)
+INSTANTIATE_FORMATS("projection_rows_4", projection_rows, 4, false)
+INSTANTIATE_FORMATS("projection_rows_normed_1", projection_rows, 1, true)
+INSTANTIATE_FORMATS("projection_rows_normed_2", projection_rows, 2, true)
+INSTANTIATE_FORMATS("projection_rows_normed_3", projection_rows, 3, true)
+INSTANTIATE_FORMATS("projection_rows_normed_4", projection_rows, 4, true)
 
 }  // namespace mlx_fused

@@ -163,9 +163,9 @@ class Activation:
         return OWN_ROUNDINGS * (s + np.abs(x) * (3 * ds + np.abs(x) * dds))
 
     def _sizes(self, x):
-        """Below float32's smallest numbers s may be 0 as well, an error of 2^-126."""
+        """Below float32's smallest numbers s and its slope may be 0 as well, an error of 2^-126."""
         s, ds, dds = map(np.abs, self._parts(x))
-        return np.maximum(s, 2.0**-102), ds, dds
+        return np.maximum(s, 2.0**-102), np.maximum(ds, 2.0**-102), dds
 
 
 def _error(function, x, error):

@@ -7,7 +7,7 @@ import mlx_fused
 import oracle
 import quantized
 from call import HEADS, INPUTS, Call, segments
-from operands import few_integers, normal
+from operands import few_integers, integers, normal
 
 ACTIVATIONS = [*oracle.PARTS, "clipped_swiglu"]  # the last one is a gate's alone
 PACKINGS = ["gate_up", "up_gate", "interleaved"]
@@ -218,6 +218,21 @@ def _narrowed(arguments, draw):
     if draw is normal and (x := arguments["x"]).size:
         arguments["x"] = (x * (2 / x.shape[-1] ** 0.5)).astype(x.dtype)
     return arguments
+
+
+def with_norm(rng, call, weighted=True):
+    """It norms rows whose root mean square is a power of two; and the call of what these are normed."""
+    normed = mx.array(rng.choice([-1.0, 1.0], call.x.shape)).astype(call.x.dtype)
+    scale = mx.array(2.0 ** rng.integers(-2, 3, (*call.x.shape[:2], 1))).astype(call.x.dtype)
+    weight = integers(rng, call.x.shape[-1:], call.x.dtype) if weighted else None
+    before = call.replace(**{call.input_name: normed if weight is None else weight * normed})
+    return call.replace(**{call.input_name: scale * normed}, norm=(weight, 0.0)), before
+
+
+def check_norm(rng, call):
+    for weighted in (True, False):
+        of_rows, before = with_norm(rng, call, weighted)
+        oracle.assert_close(of_rows(), before.formula, *before.exact_operands, terms=before.forward_terms)
 
 
 def every_byte(mode, of_scales, rows, dtype, as_columns=False):

@@ -200,6 +200,21 @@ def test_activations_of_nan_infinity_and_what_lies_far_out(dtype, activation):
 
 
 @dtypes
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_their_slopes_from_minus_100_to_100(dtype, activation):
+    """x is what the activation is of, and up is 1."""
+    x = mx.array(np.linspace(-100, 100, 20001)).astype(dtype)[None, :, None]
+    one, zero = mx.ones((1, 1), dtype), mx.zeros(1, dtype)
+    call = Call("fused_gated_projection", {"x": x, "weight": (one, 0 * one), "bias": (zero, 1 + zero)})
+    call = call.replace(activation=activation)
+    ones = np.ones(x.shape)
+    of, pre, none = oracle.Activation(activation, gated=True), [oracle.exact(x), ones], (0, 0)
+    oracle.assert_rounded(call()[0], of(pre), of.errors(pre, none))
+    (d_x,) = gradients(call, [("x", None)], [mx.ones_like(x)])
+    oracle.assert_rounded(d_x, of.gradients(ones, pre)[0], of.gradient_errors(ones, pre, none)[0])
+
+
+@dtypes
 def test_larger_than_a_tile(rng, dtype):
     check(qkv(rng, 2, 150, 700, (4, 2, 67), dtype=dtype))
     check(output(rng, 3, 100, 700, 600, dtype=dtype))

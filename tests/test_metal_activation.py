@@ -199,6 +199,18 @@ def test_by_itself(rng, shape, gated, name, dtype):
         oracle.assert_rounded(grad, e, error)
 
 
+@dtypes
+@pytest.mark.parametrize("name", KINDS)
+def test_by_itself_from_minus_100_to_100(name, dtype):
+    x = mx.array(np.linspace(-100, 100, 5001)).astype(dtype)[None, None]
+    pre = [x, mx.ones_like(x)]
+    of, exact, ones, none = Activation(name, True), [oracle.exact(a) for a in pre], np.ones(x.shape), (0, 0)
+    (y,) = run(name, dtype, pre, gated=True, **clipped(name))
+    oracle.assert_rounded(y, of(exact), of.errors(exact, none))
+    d_x, _ = run(name, dtype, pre, mx.ones_like(x), True, **clipped(name))
+    oracle.assert_rounded(d_x, of.gradients(ones, exact)[0], of.gradient_errors(ones, exact, none)[0])
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_by_itself_at_nan_and_inf(name):
     """As MLX's own operations have it."""
@@ -211,6 +223,21 @@ def test_by_itself_at_nan_and_inf(name):
     )
     for of in (mx.isnan, mx.isposinf, mx.isneginf):
         oracle.assert_equal([of(y)], [of(expected)])
+
+
+def check_slopes_far_out(name, **options):
+    """Where x or up is infinite, or what the factor is of."""
+    x, up = mx.array([[[np.inf, -np.inf, 1e30, -1e30, 1.0]]]), mx.array([[[1, 1, 1, 1, np.inf]]])
+    far = {"relu2": [np.inf, 0, 2e30, 0], "clipped_swiglu": [0] * 4}.get(name, [1, 0, 1, 0])
+    about = (name, True, *((1.702, 7.0) if name == "clipped_swiglu" else (1.0, np.inf)))
+    d_x, d_up = activation(about, mx.float32, [x, up], mx.ones_like(x), **options)
+    np.testing.assert_array_equal(d_x[0, 0, :4], np.float32(far))
+    assert (d_up[0, 0, 4].item() == 0) == (name == "clipped_swiglu")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_slopes_far_out(name):
+    check_slopes_far_out(name)
 
 
 @pytest.mark.parametrize("layout", ["sliced", "broadcast", "swapped"])

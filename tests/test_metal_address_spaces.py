@@ -17,8 +17,8 @@ SOURCES = sorted(METAL.glob("*.metal"))
 SPACES = ("device", "threadgroup", "constant", "thread")
 # Instances of the kernels that have every line of the templates in them.
 INSTANCE = re.compile(
-    r"(?!projection_rows_[248])(?:.*_(?:dense|affine_4|mxfp4)|weight_grad|low_rank_product_4x3|adapter_grad_3"
-    r"|activation(?:_grad)?)_float16"
+    r"(?!projection_rows_(?:[248]|normed_[124]))(?:.*_(?:dense|affine_4|mxfp4|splits)|weight_grad"
+    r"|low_rank_product_4x3|adapter_grad_3|activation(?:_grad)?)_float16"
 )
 
 

@@ -37,7 +37,10 @@ def test_every_kind_of_kernel_is_measured(result):
     assert {k.source for k in KERNELS.values()} >= {*METAL.glob("*.metal")} - {METAL / "activation.metal"}
     made = kernels(report.flattened(METAL / "projection_rows.metal"))
     names = {name.removesuffix("_float16") for name in made if name.endswith("_float16")}
-    assert names == {name.split(",")[0] for name in KERNELS if name.startswith("projection_rows")}
+    plain = {name for name in names if "_normed_" not in name}
+    normed = {name for name in names - plain if name.split("_", 4)[4] in cells.TILE_FORMATS}
+    measured = {name.split(",")[0] for name in KERNELS if name.startswith("projection_rows")}
+    assert measured == plain | normed
 
 
 @pytest.mark.parametrize("change, is_stale", [("int changed;", True), ('# 1 "own/moved.metal"', False)])
@@ -138,6 +141,7 @@ def test_code_without_a_loop_is_an_error():
         ("64-bit multiply", 1, {"step": {"multiplies_64": 1}}),
         ("branches", 2, {"step": {"branches": 2}}),
         ("spills", 1, {"spills": 1}),
+        ("with norm", 1.2, {"norm": 16}),  # a fifth of 10 / 4 cycles, for 32 weights
     ],
 )
 def test_misses(reason, figure, worse):
@@ -156,6 +160,19 @@ def test_tiles_need_as_many_threads_as_those_of_mlx():
     assert report.misses(cell, {"ours": mlx | {"threads": 512}, "mlx": mlx}) == {}
     assert report.misses(cell, {"ours": mlx | {"threads": 448}, "mlx": mlx}) == {"threads": 1.14}
     assert report.misses(cell, {"ours": mlx | {"threads": 384}, "mlx": mlx | {"threads": 384}}) == {}
+
+
+def test_a_norm_is_what_multiplies_before_the_loop():
+    jumps = {0: [0, 1], 1: [1, 2], 2: [2, 3], 3: [3, 4], 4: []}
+    names = {0: ["ffma"], 1: ["iadd"] * 9, 2: ["fmul"] * 2, 3: ["ffma"] * 8}
+    blocks = [
+        measure.Block(i, [(name, "") for name in names.get(i, ())], after) for i, after in jumps.items()
+    ]
+    loop = measure.inner_loop(blocks)
+    assert [b.index for b in loop] == [3]
+    assert measure.norm_cycles(blocks, loop) == 1 + 2  # not of the loop that only adds, as that over segments
+    with pytest.raises(ValueError, match="no loop norms"):
+        measure.norm_cycles(blocks[1:2] + blocks[3:], loop)
 
 
 def test_a_product_of_matrices_costs_what_its_multiply_adds_do():
@@ -190,7 +207,9 @@ def test_a_mistake_put_back_is_seen(name, result):
 
 
 ONE_BRANCH = [
-    name for name in KERNELS if name.startswith(("projection_rows_1", "projection_rows_4", *cells.LOW_RANK))
+    name
+    for name in KERNELS
+    if name.startswith(("projection_rows_1", "projection_rows_4", "projection_rows_normed", *cells.LOW_RANK))
 ]
 
 

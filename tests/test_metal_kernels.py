@@ -51,7 +51,7 @@ def output(rng, batch, seq, hidden, out, dtype=mx.float32, bias=True, **options)
 
 def test_every_instantiation_is_here():
     tiles = ["projection_32", "projection_64", "input_grad_32", "input_grad_64"]
-    on_weights = tiles + [f"projection_rows_{rows}" for rows in range(1, 5)]
+    on_weights = tiles + [f"projection_rows_{n}{rows}" for n in ("", "normed_") for rows in range(1, 5)]
     kernels = [f"{kernel}_dense" for kernel in on_weights] + [f"{kernel}_transposed" for kernel in tiles]
     kernels += ["projection_splits", "input_grad_splits", "weight_grad", "activation", "activation_grad"]
     kernels += [f"low_rank_product_{shape}" for shape in ("1x1", "1x3", "4x1", "4x3")]

@@ -25,12 +25,9 @@ def calls(rng, batch, rows, hidden, form=None, dtype=mx.float32, draw=operands.n
 
 def check_exactly(rng, op, weighted, **options):
     """On rows whose root mean square is a power of two, and small integers, so that the bits are known."""
-    normed = mx.array(rng.choice([-1.0, 1.0], op.x.shape)).astype(op.x.dtype)
-    scale = mx.array(2.0 ** rng.integers(-2, 3, (*op.x.shape[:2], 1))).astype(op.x.dtype)
-    weight = operands.integers(rng, op.x.shape[-1:], op.x.dtype) if weighted else None
-    before = op.replace(**{op.input_name: normed if weight is None else weight * normed})
-    call, outputs = forward(op.replace(**{op.input_name: scale * normed}, norm=(weight, 0.0)), **options)
-    assert [launch["kernel"].startswith("projection_rows") for launch in call.plan] == [True]
+    of_rows, before = projections.with_norm(rng, op, weighted)
+    call, outputs = forward(of_rows, **options)
+    assert [launch["kernel"].startswith("projection_rows_normed") for launch in call.plan] == [True]
     call.assert_written_once()
     oracle.assert_equal(outputs, forward(before)[1])
 
@@ -103,6 +100,13 @@ def test_nan_and_inf_stay_in_their_row(rng, value):
 def test_any_order_of_threads_gives_the_same(rng, seed):
     op = projections.gated(rng, 2, 3, 64, 70, FORMS["affine_4"]).replace(norm=(mx.ones(64), 1e-5))
     oracle.assert_equal(forward(op, seed=seed)[1], forward(op)[1])
+
+
+def test_without_a_norm_there_is_no_memory_for_it(rng):
+    for op in calls(rng, 1, 3, 64, FORMS["affine_4"]):
+        for norm, least, most in ((None, 0, 256), ((mx.ones(64), 1e-5), 16384, 20480)):
+            call, _ = forward(op.replace(norm=norm) if norm else op)
+            assert least <= call.results[0].threadgroup_bytes <= most
 
 
 @dtypes

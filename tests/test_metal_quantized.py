@@ -65,7 +65,7 @@ def check(rng, op, **options):
 
 def test_every_instantiation_is_here():
     kernels = ["projection_32", "projection_64", "input_grad_64"]
-    kernels += [f"projection_rows_{n}" for n in range(1, 5)]
+    kernels += [f"projection_rows_{n}{rows}" for n in ("", "normed_") for rows in range(1, 5)]
     names = {f"{k}_{f}_{dtype}" for k in kernels for f in FORMATS for dtype in NAMES.values()}
     assert {name for name in libraries() if any(f"_{f}_" in name for f in FORMATS)} == names
 

@@ -167,19 +167,24 @@ def test_what_costs_more_than_mlx_is_composed(name, figures):
             assert is_missed or NAMES[part] not in found
 
 
-def test_only_branches_and_64_bit_products_of_tiles_do_not_decide():
+@pytest.mark.parametrize(
+    "name, passed",
+    [
+        ("weight_grad", ["64-bit multiply", "branches"]),
+        ("dense, rows 1", []),
+        ("dense, normed, rows 1", ["with norm"]),
+    ],
+)
+def test_only_branches_and_64_bit_products_of_tiles_and_a_norm_do_not_decide(name, passed):
+    has_matrices, has_norm = "branches" in passed, "with norm" in passed
     kernel = {"step": {"cycles": 10, "multiplies_64": 0, "branches": 1}, "work": 4, "rows": 1}
-    kernel |= {"threads": 1024, "spills": 0}
-    worse = kernel | {"threads": 448, "spills": 1}
+    kernel |= {"threads": 1024, "spills": 0, "has_matrices": has_matrices}
+    worse = kernel | {"threads": 448, "spills": 1} | ({"norm": 1} if has_norm else {})
     worse["step"] = {"cycles": 11, "multiplies_64": 1, "branches": 2}
-    for name, passed in (("weight_grad", ["64-bit multiply", "branches"]), ("dense, rows 1", [])):
-        cell = CELLS[name]
-        has_matrices = {"has_matrices": bool(passed)}
-        decide, others = routes.decisive(
-            cell, {cell.ours: worse | has_matrices, cell.mlx: kernel | has_matrices}
-        )
-        assert [*others] == passed
-        assert {*decide} == {"cycles", "threads", "64-bit multiply", "branches", "spills"} - {*passed}
+    cell = CELLS[name]
+    decide, others = routes.decisive(cell, {cell.ours: worse, cell.mlx: kernel})
+    assert [*others] == passed
+    assert {*decide} == {"cycles", "threads", "64-bit multiply", "branches", "spills"} - {*passed}
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,6 @@ LOW_RANK = {  # blocks of their tiles
     "low_rank_product": {"1x1": 1, "1x3": 3, "4x1": 4, "4x3": 12},
     "adapter_grad": {"1": 4, "3": 12},
 }
-# What a kernel may have as well: the constants that are true then.
-GATED = ("mlx_fused_is_gated", "mlx_fused_activation_low")  # by silu
-NORMED = ("mlx_fused_has_norm", "mlx_fused_has_norm_weight")
-VARIANTS = {"gated": GATED, "normed": NORMED}
 ROWS = range(1, 9)
 # What a kernel is measured without: bias, residual, adapter. MLX's are told that shapes are whole tiles.
 CONSTANTS = ("align_M", "align_N", "align_K")
@@ -41,6 +37,7 @@ class Kernel:
     function: str = ""  # as C++ names it; of ours the name says it
     rows: int = 1  # of x that a weight is used for
     has_matrices: bool = False
+    has_norm: bool = False  # before that loop
     constants: tuple[str, ...] = CONSTANTS  # those that are true
     edits: tuple[tuple[str, str], ...] = ()  # texts of its source, and what is measured in their place
 
@@ -63,8 +60,18 @@ def rows_kernel(form, rows):
     return Kernel(name, METAL / "projection_rows.metal", 64, work, rows=rows, constants=constants)
 
 
-def variant(kernel, name):
-    return replace(kernel, name=f"{kernel.name}, {name}", constants=kernel.constants + VARIANTS[name])
+def gated(kernel):
+    by_silu = ("mlx_fused_is_gated", "mlx_fused_activation_low")
+    return replace(kernel, name=f"{kernel.name}, gated", constants=kernel.constants + by_silu)
+
+
+def normed(kernel):
+    name = kernel.name.replace("_rows_", "_rows_normed_")
+    constants = (*kernel.constants, "mlx_fused_has_norm_weight")
+    return replace(kernel, name=name, threads=256, has_norm=True, constants=constants)
+
+
+VARIANTS = {"gated": gated, "normed": normed}  # of the kernels for few rows
 
 
 def _tile_kernel(source, name, work, threads=128, constants=()):
@@ -80,14 +87,14 @@ def _ours():
     for form in FORMATS:
         for rows in range(1, MOST_ROWS + 1):
             yield rows_kernel(form, rows)
-            yield from (variant(rows_kernel(form, rows), name) for name in VARIANTS if form in TILE_FORMATS)
+            yield from (make(rows_kernel(form, rows)) for make in VARIANTS.values() if form in TILE_FORMATS)
     for form in TILE_FORMATS:
         constants = _group_constants(form)
         per_thread = "tile_cols * tile_depth / tile_threads"
         for rows in (32, 64):
             work = f"{rows} * {per_thread}"
             tile = _tile_kernel("projection", f"projection_{rows}_{form}", work, constants=constants)
-            yield from (tile, variant(tile, "gated"))
+            yield from (tile, gated(tile))
         for rows in (32, 64) if form == "dense" else (64,):
             work = f"{rows} * {per_thread}"
             yield _tile_kernel("input_grad", f"input_grad_{rows}_{form}", work, constants=constants)
@@ -168,9 +175,9 @@ def _cells():
             ours = rows_kernel(form, ceil(rows / passes[0]))
             mlx = mlx_vectors(form, ceil(rows / passes[1]))
             yield Cell(f"{form}, rows {rows}", ours.name, mlx.name, *passes)
-            if form in TILE_FORMATS:
-                for name in VARIANTS:  # MLX's kernel for each of gate and up, and after its norm
-                    yield Cell(f"{form}, {name}, rows {rows}", variant(ours, name).name, mlx.name, *passes)
+            if form in TILE_FORMATS:  # against MLX's kernel for each of gate and up, and after its norm
+                for name, make in VARIANTS.items():
+                    yield Cell(f"{form}, {name}, rows {rows}", make(ours).name, mlx.name, *passes)
     for form in TILE_FORMATS:
         for rows in (32, 64):
             dense = "gemm_splitk_nt" if rows == 32 else "gemm_nt"

@@ -148,8 +148,18 @@ def _bits(load):
     return str(len(channels) * (16 if register[-1] in "hl" else 32))
 
 
-def measure(output, errors, work):
-    """All of it, given how many multiply-adds a lane does in a step."""
+def measure(output, errors, work, has_norm=False):
+    """All of it, given how many multiply-adds a lane does in a step; of a norm the cycles of a column."""
     whole = statistics(errors)
-    loop = inner_loop(listing(output, whole["instructions"]))
-    return whole | {"work": work, "blocks": len(loop), "step": counts(step(loop))}
+    blocks = listing(output, whole["instructions"])
+    loop = inner_loop(blocks)
+    whole |= {"work": work, "blocks": len(loop), "step": counts(step(loop))}
+    return whole | ({"norm": norm_cycles(blocks, loop)} if has_norm else {})
+
+
+def norm_cycles(blocks, inner):
+    """Of the loops before that over K which multiply: each goes over the columns once."""
+    before = [loop for loop in loops(blocks) if loop[-1].index < inner[0].index and multiply_adds(loop)]
+    if not before:
+        raise ValueError("no loop norms")
+    return sum(counts(step(loop))["cycles"] for loop in before)

@@ -207,9 +207,6 @@ template <typename T>
 METAL_FUNC float dot(T a, T b) {
   return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
 }
-METAL_FUNC float fma(float a, float b, float c) {
-  return __builtin_fmaf(a, b, c);
-}
 METAL_FUNC uint extract_bits(uint v, uint offset, uint bits) {
   return v >> offset & ((1u << bits) - 1u);
 }

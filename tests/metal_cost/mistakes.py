@@ -26,7 +26,7 @@ def _edited(what, cell, now, before):
 
 def _eight_rows(form):
     what = "eight rows are taken at a time"
-    kernel = replace(rows_kernel(form, 8), function=f"projection_rows<half, {form}, 8>")
+    kernel = replace(rows_kernel(form, 8), function=f"projection_rows<half, {form}, 8, false>")
     return what, Mistake(CELLS[f"{form}, rows 8"], kernel)
 
 

@@ -4,7 +4,7 @@ import re
 
 from .cells import CELLS, FORMATS, HERE, KERNELS, METAL, ROWS, VARIANTS
 from .mistakes import MISTAKES
-from .report import cost, misses, seen, text_of
+from .report import cost, cost_with_norm, misses, seen, text_of
 
 DOCUMENT = HERE.parents[1] / "docs" / "design" / "metal_cost.md"
 VARIANT = rf", (?:{'|'.join(VARIANTS)}), rows"
@@ -39,14 +39,19 @@ def _few_rows(found, value, reason, form):
         yield [name, *figures]
 
 
+def _norm(kernel, passes):
+    return f" + {passes * (cost_with_norm(kernel) - cost(kernel)):.2f}" if "norm" in kernel else ""
+
+
 def cell_rows(found, cells):
     for c in cells:
         ours, mlx = found[c.ours], found[c.mlx]
         missed = misses(c, found)
+        cycles = _versus(c.our_passes * cost(ours), c.mlx_passes * cost(mlx), "cycles" in missed, "{:.2f}")
         yield (
             c.name,
             f"`{c.mlx}`" + (f" x {c.mlx_passes}" if c.mlx_passes > 1 else ""),
-            _versus(c.our_passes * cost(ours), c.mlx_passes * cost(mlx), "cycles" in missed, "{:.2f}"),
+            cycles.replace(" /", f"{_norm(ours, c.our_passes)} /"),
             _versus(ours["threads"], mlx["threads"], "threads" in missed, "{}"),
             text_of(missed) or "-",
         )
@@ -94,7 +99,8 @@ def page(text, found):
     lines += ["Threads that fit a core:", ""]
     lines += table(head, _few_rows(found, lambda k, passes: k["threads"], "threads", "{}"))
     tiles = [c for c in CELLS.values() if KERNELS[c.ours].has_matrices]
-    lines += ["## Few rows, gated or with a norm", "", "Cycles to a weight, for all rows:", ""]
+    lines += ["## Few rows, gated or with a norm", ""]
+    lines += ["Cycles to a weight, for all rows, + those of the norm:", ""]
     lines += table(CELL_HEAD, cell_rows(found, [c for n, c in CELLS.items() if re.search(VARIANT, n)]))
     lines += ["## Tiles", "", "Cycles to a multiply-add:", ""]
     lines += table(CELL_HEAD, cell_rows(found, tiles))

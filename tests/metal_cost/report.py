@@ -13,6 +13,7 @@ from .cells import CELLS, HERE, KERNELS
 from .measure import measure
 from .translate import entry, kernels, translate
 
+NORM_FEATURES = 32  # of a threadgroup that norms its rows
 TILE_THREADS = 512  # that fit a core in MLX's kernels for x W and x^T y
 RESULT = HERE / "cost.json"
 # Misses that stand as they are. `write` takes lines out; one that is new has to be written in by hand.
@@ -55,7 +56,7 @@ def source_of(kernel):
 
 def measure_kernel(kernel):
     try:
-        found = measure(*compiler.compile_kernel(source_of(kernel)))
+        found = measure(*compiler.compile_kernel(source_of(kernel)), kernel.has_norm)
     except (RuntimeError, ValueError, KeyError) as error:
         raise RuntimeError(f"{kernel.name}: {error}") from error
     done = found["step"]["multiply_adds"] * (8 if kernel.has_matrices else 1)
@@ -80,6 +81,11 @@ def cost(kernel):
     return (kernel["step"]["cycles"] + unseen) * kernel["rows"] / kernel["work"]
 
 
+def cost_with_norm(kernel):
+    """The same with the norm before, which each threadgroup computes for itself."""
+    return cost(kernel) + kernel.get("norm", 0) / NORM_FEATURES
+
+
 def misses(cell, found):
     """In what a cell is worse than MLX's kernel, or than it should be: figures, of which more is worse."""
     ours, mlx = found[cell.ours], found[cell.mlx]
@@ -91,6 +97,8 @@ def misses(cell, found):
         "branches": (step["branches"], 1),
         "spills": (ours["spills"], 0),
     }
+    if "norm" in ours:
+        figures["with norm"] = (cell.our_passes * cost_with_norm(ours) / (cell.mlx_passes * cost(mlx)), 1)
     return {name: round(figure, 2) for name, (figure, most) in figures.items() if round(figure, 2) > most}
 
 

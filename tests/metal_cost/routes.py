@@ -9,8 +9,8 @@ from .report import cost, misses
 
 INCLUDED = HERE.parents[1] / "mlx_fused" / "metal_cost.inc"
 # A step of a kernel with matrices is 256 to 1024 multiply-adds of a lane, beside which a branch is little. A
-# 64-bit multiplication is among its cycles.
-DO_NOT_DECIDE = ("64-bit multiply", "branches")
+# 64-bit multiplication is among its cycles. In place of a norm before the loop MLX has a launch and a stage.
+DO_NOT_DECIDE = {True: ("64-bit multiply", "branches"), False: ("with norm",)}  # with matrices and without
 KINDS = {"affine_4": "affine", "mxfp4": "fp"}  # the tiles of these stand for those of their kind
 RANKS = {"8": "low", "32": "mid", "64": "high"}
 MOST_VECTOR_ROWS = (
@@ -70,7 +70,7 @@ class Run:
 def decisive(cell, found):
     """The misses that route a cell to MLX, and those that do not."""
     missed = misses(cell, found)
-    passed = DO_NOT_DECIDE if KERNELS[cell.ours].has_matrices else ()
+    passed = DO_NOT_DECIDE[KERNELS[cell.ours].has_matrices]
     decide = {name: figure for name, figure in missed.items() if name not in passed}
     return decide, {name: figure for name, figure in missed.items() if name in passed}
 

@@ -52,6 +52,8 @@ def launched(
     inputs |= {("input", 0): x} | adapters
     if operation == "output":
         inputs["residual", 0] = results[0]
+    if operation == "qkv_norm":
+        inputs["norm_weight", 0], about["norm_eps"] = _tensor(hidden), 1e-5
     if operation.endswith("grad"):
         inputs |= {("cotangent", i): result for i, result in results.items()}
         outputs = {("input", 0): x} | adapters

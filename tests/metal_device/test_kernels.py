@@ -5,6 +5,7 @@ import pytest
 
 import projections
 from launches import DTYPES, instantiations, launched
+from operands import integers
 from test_backward import check as check_backward
 from test_forward import biases, check
 
@@ -16,12 +17,18 @@ LORA_ROWS = [*ROWS, (1, 1025)]
 PROBLEMS = [((2, 2, 32), 64), ((2, 1, 64), 61), ((3, 1, 80), 128), ((4, 1, 96), 129), ((4, 2, 128), 60)]
 PROBLEMS += [((5, 1, 33), 127), ((6, 1, 7), 260), ((7, 1, 1), 3), ((8, 1, 16), 17), ((1, 1, 256), 1)]
 RANKS = {"lora": (33, None, 3), "small_lora": (3, None, 2)}
-OPERATIONS = ["output", "qkv", "qkv_grad"]
+OPERATIONS = ["output", "qkv", "qkv_norm", "qkv_grad"]
 OPERATIONS += [operation for name in RANKS for operation in (f"qkv_{name}", f"qkv_{name}_grad")]
 
 
 def ranks_of(operation):
     return RANKS.get(operation.removeprefix("qkv_").removesuffix("_grad"))
+
+
+def rows_of(operation):
+    if operation == "qkv_norm":  # of more rows MLX norms
+        return [(batch, seq) for batch, seq in ROWS if batch * seq <= 8]
+    return LORA_ROWS if ranks_of(operation) else ROWS
 
 
 def kernels(problem, operation, dtype, batch, seq):
@@ -33,7 +40,7 @@ CASES = [
     (kernel, operation, batch, seq)
     for dtype in DTYPES
     for operation in OPERATIONS
-    for batch, seq in (LORA_ROWS if ranks_of(operation) else ROWS)
+    for batch, seq in rows_of(operation)
     for kernel in sorted({k for problem in PROBLEMS for k in kernels(problem, operation, dtype, batch, seq)})
 ]
 
@@ -92,6 +99,9 @@ def test_kernel(rng, kernel, operation, batch, seq, bias):
 def check_call(rng, operation, dtype, bias, batch, seq, heads, hidden):
     if operation == "output":
         check(projections.output(rng, batch, seq, hidden, heads[0] * heads[2], dtype=dtype, bias=bias))
+    elif operation == "qkv_norm":
+        call = projections.qkv(rng, batch, seq, hidden, heads, dtype=dtype, bias=bias, draw=integers)
+        projections.check_norm(rng, call)
     elif ranks := ranks_of(operation):
         call = projections.qkv(rng, batch, seq, hidden, heads, bias=bias, dtype=dtype, ranks=ranks)
         if operation.endswith("grad"):

@@ -13,7 +13,11 @@ CASES = [
     (kernel, form, operation, seq)
     for form in quantized.FORMATS
     for dtype in DTYPES
-    for operation, every_seq in (("qkv", (1, 2, 3, 7, 31, 65)), ("qkv_grad", (5, 65)))
+    for operation, every_seq in (
+        ("qkv", (1, 2, 3, 7, 31, 65)),
+        ("qkv_norm", (1, 2, 3, 7)),
+        ("qkv_grad", (5, 65)),
+    )
     for seq in every_seq
     for kernel in launched(operation, dtype, 1, seq, HIDDEN, HEADS, form)
 ]
@@ -26,6 +30,9 @@ def test_every_instantiation_is_here():
 @pytest.mark.parametrize("kernel, form, operation, seq", CASES)
 def test_kernel(rng, device, kernel, form, operation, seq):
     call = projections.qkv(rng, 1, seq, HIDDEN, HEADS, form, getattr(mx, kernel.rpartition("_")[2]))
+    if operation == "qkv_norm":
+        projections.check_norm(rng, call)
+        return
     exact = call.exact_operands
     if device == mx.gpu and "projection_rows" not in kernel and call.x.dtype != mx.float32:
         exact = quantized.in_tiles(exact, call.x.dtype)

@@ -99,6 +99,7 @@ class Traffic:
 @dataclass
 class Result:
     launches: int = 0
+    threadgroup_bytes: int = 0  # that the last launch's kernel declares
     findings: list = field(default_factory=list)
     traffic: dict = field(default_factory=dict)
 
@@ -227,6 +228,7 @@ class Library:
             result.launches += 1
             if not self._launch(rt, launch, slots, result, seed, seconds):
                 break
+        result.threadgroup_bytes = rt.msl_threadgroup_bytes()
         for name, array in buffers.items():
             slot = slots[name]
             if array.ctypes.data not in _sparse_slots and array.flags.writeable:

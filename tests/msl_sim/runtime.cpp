@@ -306,6 +306,9 @@ u32 msl_findings(const Finding** out) {
   *out = findings;
   return finding_count;
 }
+u32 msl_threadgroup_bytes() {
+  return threadgroup_bytes;
+}
 // Returns false where the launch had to be abandoned. A seed of zero keeps threads and threadgroups in order.
 bool msl_launch(
     void (*kernel)(),

@@ -36,23 +36,21 @@ Float exp(Float x) {
   return all > highest ? Float{} + __builtin_inff() : p;
 }
 
-Float sigmoid(Float x) {
-  return 1.0f / (1.0f + exp(-x));
-}
-
 // x s and its derivative, where s is sigmoid(z) and dz the derivative of z. Far from 0 dz may be infinite.
-Value gate(Float x, Float s, Float dz) {
-  Float slope = s * (1.0f - s);
+Value gate(Float x, Float z, Float dz) {
+  Float power = exp(-z);
+  Float s = 1.0f / (1.0f + power);
+  Float slope = s == 0.0f ? Float{} : s * (power * s);  // 1 - s would cancel
   return {x * s, s + (slope == 0.0f ? Float{} : x * slope * dz)};
 }
 
 Value silu(const Activation&, Float x) {
-  return gate(x, sigmoid(x), Float{} + 1.0f);
+  return gate(x, x, Float{} + 1.0f);
 }
 
 Value clipped_swiglu(const Activation& a, Float x) {
   Float g = x > a.limit ? Float{} + a.limit : x;
-  Value v = gate(g, sigmoid(a.alpha * g), Float{} + a.alpha);
+  Value v = gate(g, a.alpha * g, Float{} + a.alpha);
   return {v.y, x >= a.limit ? Float{} : v.dy};
 }
 
@@ -60,7 +58,7 @@ Value clipped_swiglu(const Activation& a, Float x) {
 Value gelu_approx(const Activation&, Float x) {
   constexpr float slope = 1.5957691216f, cubic = 0.044715f;  // 2 sqrt(2 / pi)
   Float square = x * x;
-  return gate(x, sigmoid(slope * x * (1.0f + cubic * square)), slope * (1.0f + 3 * cubic * square));
+  return gate(x, slope * x * (1.0f + cubic * square), slope * (1.0f + 3 * cubic * square));
 }
 
 Value gelu(const Activation&, Float x) {

@@ -23,8 +23,9 @@ constexpr std::array<std::string_view, 12> formats = {
     "mxfp4",
     "mxfp8",
     "nvfp4"};
-constexpr std::array<std::string_view, 10> functions = {
+constexpr std::array<std::string_view, 11> functions = {
     "projection_rows",
+    "projection_rows_normed",
     "projection",
     "projection_splits",
     "input_grad",

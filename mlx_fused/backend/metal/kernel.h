@@ -30,6 +30,7 @@ enum class Format : uint8_t {
 
 enum class Function : uint8_t {
   projection_rows,
+  projection_rows_normed,
   projection,
   projection_splits,
   input_grad,

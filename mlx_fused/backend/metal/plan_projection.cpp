@@ -45,7 +45,8 @@ void Planner::add_projection(const Parts& outputs) {
   bindings.add_segments(buffer_lora, lora_b);
   bindings.add_segments(buffer_output, outputs, true);
 
-  auto kernel = kernel_on_weights(few ? Function::projection_rows : Function::projection);
+  auto of_rows = normed ? Function::projection_rows_normed : Function::projection_rows;
+  auto kernel = kernel_on_weights(few ? of_rows : Function::projection);
   auto& constants = kernel.constants;
   constants.set(constant_has_bias, call_.has_bias);
   constants.set(constant_has_residual, residual != nullptr);
@@ -55,7 +56,6 @@ void Planner::add_projection(const Parts& outputs) {
   set_activation(constants, activation);
   constants.set(constant_keeps, activation && outputs.size() > 1);
   if (few) {
-    constants.set(constant_has_norm, normed);
     constants.set(constant_has_norm_weight, normed && call_.norm->has_weight);
     auto passes = passes_of(tokens);
     kernel.rows = ceil_div(tokens, passes);
