@@ -33,7 +33,7 @@ mx::array make(const Arrays& inputs, float eps, bool again, mx::Stream s) {
 mx::array rms_norm(
     const mx::array& x, const std::optional<mx::array>& weight, float eps, bool exports, mx::Stream s) {
   bool known = is_known(x.dtype()) && (!weight || is_known(weight->dtype()));
-  if (exports || !known || s.device != mx::Device::cpu) {
+  if (exports || !known || describe(s.device).kind != DeviceInfo::cpu) {
     return mx::fast::rms_norm(x, weight, eps, s);
   }
   check_cpu_settings();

@@ -10,6 +10,7 @@
 #include "mlx/backend/metal/device.h"
 #include "mlx/transforms.h"
 #include "mlx_fused/activate.h"
+#include "mlx_fused/norm.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/routing.h"
 
@@ -47,6 +48,14 @@ void Activate::eval_cpu(const Arrays&, Arrays&) {
 
 void ActivateGrad::eval_cpu(const Arrays&, Arrays&) {
   throw std::runtime_error("[ActivateGrad] was evaluated on the CPU.");
+}
+
+void RMSNorm::eval_cpu(const Arrays&, Arrays&) {
+  throw std::runtime_error("[RMSNorm] was evaluated on the CPU.");
+}
+
+void RMSNormGrad::eval_cpu(const Arrays&, Arrays&) {
+  throw std::runtime_error("[RMSNormGrad] was evaluated on the CPU.");
 }
 
 void check_cpu_settings() {}
