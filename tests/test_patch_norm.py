@@ -147,10 +147,7 @@ def test_transforms_on_a_gpu(on_a_gpu, monkeypatch, transform):
         grad_checkpoint(model.layers[0])
     stock = gradients(model)
     mlx_fused.patch(model)
-    if transform == "compile":
-        ours = mx.compile(lambda: gradients(model))()
-    else:
-        ours = gradients(model)
+    ours = mx.compile(lambda: gradients(model))() if transform == "compile" else gradients(model)
     for (path, a), (_, b) in zip(nn.utils.tree_flatten(ours), nn.utils.tree_flatten(stock), strict=True):
         assert mx.allclose(a, b, rtol=1e-4, atol=1e-6), path
 

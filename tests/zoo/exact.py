@@ -1,4 +1,4 @@
-"""Linear layers that compute in float64 and round once: models of them are the reference."""
+"""Linear layers and norms that compute in float64 and round once: models of them are the reference."""
 
 from contextlib import ExitStack
 from unittest.mock import patch
@@ -10,8 +10,8 @@ from mlx_lm.tuner.lora import LoRALinear
 import quantized
 
 
-def products():
-    """A context in which all models compute so. What is not a linear layer runs as it is, in float32."""
+def layers():
+    """A context in which all models have them. The rest of a model runs as it is, in float32."""
     stack = ExitStack()
     for (cls, name), function in _EXACT.items():
         stack.enter_context(patch.object(cls, name, function))
@@ -40,10 +40,17 @@ def _lora(layer, x):
     return (_sums(layer.linear, x) + layer.scale * update).astype(x.dtype)
 
 
+def _norm(layer, x):
+    z = x.astype(mx.float64)
+    scale = mx.rsqrt((z * z).mean(-1, keepdims=True) + layer.eps)
+    return (z * scale * layer.weight).astype(x.dtype)
+
+
 _EXACT = {
     (nn.Linear, "__call__"): _linear,
     (nn.QuantizedLinear, "__call__"): _linear,
     (nn.Embedding, "as_linear"): _linear,
     (nn.QuantizedEmbedding, "as_linear"): _linear,
     (LoRALinear, "__call__"): _lora,
+    (nn.RMSNorm, "__call__"): _norm,
 }

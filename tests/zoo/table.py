@@ -66,14 +66,14 @@ The tests (`tests/test_parity.py`) measure every model anew and hold the page to
 - **QLoRA**: the same model in 4 bits by groups of {group}, with adapters of rank {rank} on all linear layers
   of its blocks; the gradients are those of the adapters.
 - Every token goes to every expert, so that no choice hangs on the last bit. Where a model's code wants fewer
-  (llama4) or its attention chooses among keys, another choice would show as a difference far beyond that.
+  (llama4) or its attention chooses among keys, another choice would show as an error far beyond rounding.
 
 ## The bound
 
-Both errors are differences from the same model with exact products: its linear layers compute in float64
-and round once, and the rest of its code runs as it is. The patched model's may be at most {factor} times the
-stock model's. The roundings of the two are independent and of one size, and the model amplifies both alike.
-Where it does so much, as recurrent layers do, both are large.
+Both errors are differences from the same model with exact layers: its linear layers and RMS norms compute in
+float64 and round once, and the rest of its code runs as it is. The patched model's may be at most {factor}
+times the stock model's. The roundings of the two are independent and of one size, and the model amplifies
+both alike. Where it does so much, as recurrent layers do, both are large.
 """
 
 # Families that users know, by how the names of their models begin; any other model is among the last row's.
