@@ -48,9 +48,6 @@ class Activate : public FusedPrimitive {
  protected:
   Function composed() override;
   Arrays apply(const Arrays& inputs) override;
-  bool is_quantized() const override {
-    return false;
-  }
 
  private:
   const Activation activation_;
@@ -76,9 +73,6 @@ class ActivateGrad : public FusedPrimitive {
  protected:
   Function composed() override;
   Arrays apply(const Arrays& inputs) override;
-  bool is_quantized() const override {
-    return false;
-  }
 
  private:
   const Activation activation_;

@@ -48,7 +48,9 @@ class FusedPrimitive : public mx::Primitive {
   virtual Arrays apply(const Arrays& inputs) = 0;
 
   // Whether the function has quantized products: MLX has no vmap for them, so vmap goes example by example.
-  virtual bool is_quantized() const = 0;
+  virtual bool is_quantized() const {
+    return false;
+  }
 };
 
 // An activation as a gradient's input, made again so that the forward pass need not keep it. Only if it has a

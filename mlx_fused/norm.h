@@ -40,9 +40,6 @@ class RMSNorm : public FusedPrimitive {
  protected:
   Function composed() override;
   Arrays apply(const Arrays& inputs) override;
-  bool is_quantized() const override {
-    return false;
-  }
 
  private:
   const float eps_;
@@ -70,9 +67,6 @@ class RMSNormGrad : public FusedPrimitive {
   Function composed() override;
   Arrays apply(const Arrays& inputs) override {
     return of(inputs, eps_, of_weight_, stream());
-  }
-  bool is_quantized() const override {
-    return false;
   }
 
  private:
