@@ -132,6 +132,7 @@ def main(models: tuple, weights: tuple, quick: bool, out: Path, docs: Path | Non
     effort, tokens = (QUICK, 32) if quick else (FULL, 512)
     on_cpu = mx.default_device() == mx.cpu
     kinds = weights or KINDS
+    out.mkdir(parents=True, exist_ok=True)
     peaks = [rates(kinds, effort)]
     records = []
     for name, config in configs.items():
@@ -146,6 +147,8 @@ def main(models: tuple, weights: tuple, quick: bool, out: Path, docs: Path | Non
             del family, rivals
             gc.collect()  # torch's models are cycles
             peaks.append(rates(kinds, effort))
+            # A run takes most of an hour; one that is cut off leaves what it has.
+            (out / "models.json").write_text(json.dumps({"records": records}, indent=1))
     best = {name: max(p[name] for p in peaks) for name in peaks[0]}
     add_shares(records, best)
     console.print("Graphs, and what scaling says of a small model ...")
@@ -156,7 +159,6 @@ def main(models: tuple, weights: tuple, quick: bool, out: Path, docs: Path | Non
         "machine": machine.describe("cpu" if on_cpu else "gpu") | {"CPU used by others": neighbours.share()},
         "rates": best,
     }
-    out.mkdir(parents=True, exist_ok=True)
     (out / "models.json").write_text(json.dumps(result, indent=1))
     report_models.show(console, result)
     if docs:
