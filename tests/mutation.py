@@ -59,6 +59,7 @@ HARMLESS = {
 # Alterations after which there is no program: a pointer that is a number, half of a template's arguments.
 NO_PROGRAM = (
     "projection.metal:115 ",
+    "projection.metal:130 ",
     "projection_rows.metal:84 += to =",
     "projection_rows.metal:163 ",
     "projection_rows.metal:185 += to =",
