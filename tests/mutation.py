@@ -35,6 +35,7 @@ HARMLESS = {
     "condition dropped: column < in_features": "a chunk of zeros",
     "guard always true: mlx_fused_has_rest": "a sum of no values",
     "input_grad.metal:41 ": "which split takes which part of the same sum",
+    "projection.metal:79 condition dropped: mlx_fused_is_gated": "a column is always within the width then",
     "projection.metal:106 choice always first": "columns of a tile's partial sums that nobody reads",
     "epilogue.h:98 ": "what is of no activation stays as it is",
     "low_rank.h:89 ": "who adds which steps of the same sum",
