@@ -117,7 +117,7 @@ def _sizes_of(model: Path) -> Sizes:
         kv_heads = config.get("num_key_value_heads") or heads
         head_dim = config.get("head_dim") or hidden // heads
         # A model of experts may have no other MLP.
-        sizes = hidden, heads, kv_heads, head_dim, config.get("intermediate_size") or 4 * hidden
+        sizes = hidden, heads, kv_heads, head_dim, config.get("intermediate_size") or hidden
         if (
             not all(type(size) is int and 0 < size <= _LARGEST for size in sizes)
             or heads % kv_heads
