@@ -13,19 +13,22 @@ from mlx_fused.linear import LinearOperands
 Route: TypeAlias = Literal["composed", "fused"] | None
 Stream: TypeAlias = mx.Stream | mx.Device | mx.DeviceType | None
 Norm: TypeAlias = tuple[mx.array | None, float] | None
+_ARRAY = mx.array
 
 
 def project(
     operation, node, name, x, layers, segments, exact, route, stream,
     residual=None, alpha=1.0, activation=None, packing="in_order", norm=None,
 ) -> list[mx.array]:  # fmt: skip
-    numbers = [layer.lora_scale for layer in layers]
-    numbers += [alpha] if activation is None else activation[2:]
-    if type(norm) in (tuple, list):
-        numbers += norm[1:]
     try:
-        if mx.array in map(type, numbers):
-            raise TypeError  # the extension would take it for a number, and its gradient would be lost
+        # The extension would take an array for a number, and its gradient would be lost.
+        if type(alpha) is _ARRAY or (activation and _ARRAY in map(type, activation[2:])):
+            raise TypeError
+        if type(norm) in (tuple, list) and _ARRAY in map(type, norm[1:]):
+            raise TypeError
+        for layer in layers:
+            if type(layer.lora_scale) is _ARRAY:
+                raise TypeError
         return _ext.project(
             operation, node, name, x, norm, layers, segments, residual, alpha,
             activation, packing, exact, route, stream,
