@@ -157,9 +157,7 @@ def batched(operation: str, x: mx.array) -> tuple[mx.array, list[int] | None]:
     return mx.expand_dims(x, list(range(3 - x.ndim))) if x.ndim < 3 else mx.flatten(x, 0, -3), leading
 
 
-def unbatched(y: mx.array, leading: list[int] | None) -> mx.array:
-    if leading is None:
-        return y
+def unbatched(y: mx.array, leading: list[int]) -> mx.array:
     if len(leading) < 2:
         return mx.squeeze(y, list(range(2 - len(leading))))
     return mx.unflatten(y, 0, leading[:-1])
