@@ -136,7 +136,7 @@ def layers_of(operation: str, weight, bias, names: tuple[str, ...]) -> list[Line
         raise ValueError(
             f"[{operation}] weight must be one layer or a tuple of {count} but got {len(weight)}."
         )
-    is_several = isinstance(bias, (list, tuple))
+    is_several = bias is not None and isinstance(bias, (list, tuple))
     if bias is not None and (is_several == packed or (is_several and len(bias) != count)):
         expected = "one array" if packed else f"a tuple of {_NUMBERS[count]} arrays ({', '.join(names)})"
         got = f"a tuple of {len(bias)}" if is_several else "one array"
