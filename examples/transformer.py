@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_fused
-from mlx_fused.nn import OutputProjection, QKVProjection
+from mlx_fused.nn import GatedMLP, OutputProjection, QKVProjection
 
 DIMS, HEADS, KV_HEADS, HEAD_DIM, LAYERS, LENGTH = 64, 4, 2, 16, 2, 64  # sizes: multiples of 32, to quantize
 
@@ -28,7 +28,7 @@ class Block(nn.Module):
         self.qkv = QKVProjection(DIMS, HEADS, KV_HEADS, HEAD_DIM)
         self.output = OutputProjection(HEADS * HEAD_DIM, DIMS)
         self.rope = nn.RoPE(HEAD_DIM)
-        self.up, self.down = nn.Linear(DIMS, 2 * DIMS), nn.Linear(2 * DIMS, DIMS)
+        self.mlp = GatedMLP(DIMS, 2 * DIMS)
 
     def __call__(self, x):
         q, k, v = self.qkv(self.attention_norm(x))  # one operation; heads are split
@@ -36,7 +36,7 @@ class Block(nn.Module):
             self.rope(q), self.rope(k), v, scale=HEAD_DIM**-0.5, mask="causal"
         )
         x = self.output(y.swapaxes(1, 2).flatten(2), residual=x)  # one operation, x + ... included
-        return x + self.down(nn.gelu(self.up(self.mlp_norm(x))))
+        return self.mlp(self.mlp_norm(x), residual=x)  # two operations
 
 
 class Transformer(nn.Module):

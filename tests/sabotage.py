@@ -227,7 +227,7 @@ def sabotaged(operation, arguments, target, factor=FACTOR):
             grads[place] = (factor * grads[place].astype(mx.float32)).astype(grads[place].dtype)
         elif target.gradient:
             place = keys.index((target.gradient, None))
-            if "activation" in arguments:
+            if "activation" in arguments and arguments["x"].dtype != mx.float32:
                 wrong, cotangents = _linear(arguments, changed, cotangents)
             else:
                 wrong = function_of(operation, changed, [keys[place]])
@@ -305,12 +305,27 @@ def _named(arguments):
     return found
 
 
+_COMPONENTS = {"weight": "projection", "lora_a": "adapter", "lora_b": "adapter"}
+_GRADIENTS = {"weight": "weight", "bias": "bias", "lora_a": "A", "lora_b": "B"}
+
+
+def is_open(target, findings):
+    """Whether validation says that it could not notice this."""
+    component = _COMPONENTS.get(target.operand, target.operand)
+    kinds = {
+        None: (f"{component} in {target.segment}", f"{component} of {target.segment} in gate * up"),
+        target.operand: (f"{_GRADIENTS.get(target.operand)} of {target.segment}", target.operand),
+    }.get(target.gradient, (f"{component} of {target.segment} in {target.gradient}",))
+    return any(of[kind].verdict == "inconclusive" for of in findings.values() for kind in kinds if kind in of)
+
+
 class Outcome(NamedTuple):
     family: str
     weights: str
     adapters: bool
     honest: bool  # whether it passes as it is, and with the targets multiplied by 1
     targets: list[Target]
+    open: list[Target]  # not noticed, and said to be inconclusive
     missed: list[Target]
 
 
@@ -322,16 +337,19 @@ def judge(family, weights):
         if adapters:
             adapt(model)
         aims = targets(model)
+        findings = operations.check_operations(model, prompt()).findings
         missed = [target for target in aims if not is_noticed(model, target)]
-        honest = passes(model) and not any(is_noticed(model, target, 1.0) for target in aims)
-        outcomes.append(Outcome(family, weights, adapters, honest, aims, missed))
+        open = [target for target in missed if is_open(target, findings)]
+        honest = is_right(findings) and not any(is_noticed(model, target, 1.0) for target in aims)
+        missed = [target for target in missed if target not in open]
+        outcomes.append(Outcome(family, weights, adapters, honest, aims, open, missed))
     return outcomes
 
 
 def table_row(without, with_adapters):
     cells = [without.family, without.weights]
     for outcome in (without, with_adapters):
-        noticed = len(outcome.targets) - len(outcome.missed)
+        noticed = len(outcome.targets) - len(outcome.missed) - len(outcome.open)
         cells += ["passes" if outcome.honest else "FAILS", f"{noticed} of {len(outcome.targets)}"]
     return "| " + " | ".join(cells) + " |"
 
@@ -339,22 +357,25 @@ def table_row(without, with_adapters):
 def document(outcomes):
     """docs/design/sabotage.md."""
     count = sum(len(o.targets) for pair in outcomes for o in pair)
-    missed = sum(len(o.missed) for pair in outcomes for o in pair)
+    missed, open = (sum(len(getattr(o, of)) for pair in outcomes for o in pair) for of in ("missed", "open"))
     lines = [
         "# Sabotage of the fused operations",
         "",
         "Written by `python tests/sabotage.py`. In tiny random models of six families, patched, one thing",
-        "at a time is made 1 % wrong: the weight of q, k, v or o, a bias, the A or the B of an adapter, or",
-        "the residual, as the forward reads it; the gradient of any of these, or of the activations; and",
-        "the part of the activations' gradient that comes through one projection or one adapter. The",
-        "checks of operations in `mlx-fused validate` must fail then, and pass where nothing is wrong: on",
-        "the model as it is, and with all the same things multiplied by 1 and not by 1.01.",
+        "at a time is made 1 % wrong: the weight of q, k, v, gate or up, of what is added to the residual",
+        "or of any other linear layer, a bias, the A or the B of an adapter, or the residual, as the forward",
+        "reads it; the gradient of any of these, or of the activations; and the part of the activations'",
+        "gradient that comes through one projection or one adapter. The checks of operations in",
+        "`mlx-fused validate` must fail then, and pass where nothing is wrong: on the model as it is, and",
+        "with all the same things multiplied by 1 and not by 1.01. What they do not notice they must call",
+        "inconclusive: the gradients of gate and up are kept in 16 bits, and where these may round either",
+        "way, a small part behind them is hidden.",
         "",
         "| model | weights | honest | sabotage noticed | honest, with adapters | sabotage noticed |",
         "|---|---|---|---|---|---|",
     ]
     lines += [table_row(*pair) for pair in outcomes]
-    lines += ["", f"{count - missed} of {count} noticed."]
+    lines += ["", f"{count - missed - open} of {count} noticed, {open} inconclusive, {missed} missed."]
     return "\n".join(lines) + "\n"
 
 
@@ -363,7 +384,7 @@ def main():
     for family in FAMILIES:
         for weights in WEIGHTS:
             outcomes.append(judge(family, weights))
-            print(table_row(*outcomes[-1]), *(t for o in outcomes[-1] for t in o.missed), flush=True)
+            print(table_row(*outcomes[-1]), *(t for o in outcomes[-1] for t in o.open + o.missed), flush=True)
     DOCUMENT.write_text(document(outcomes))
 
 

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 
 import mlx.core as mx
@@ -46,7 +47,8 @@ def test_info():
     assert rows["mlx-lm"] == version("mlx-lm")
     assert rows["mlx-fused"] == mlx_fused.__version__
     assert str(mx.default_device()) in facts
-    assert "4-bit + LoRA: QKV, gradient" in table
+    assert "4-bit + LoRA: QKV, gradient" in table and "bfloat16: gate * up, gradient" in table
+    assert "4-bit: down + residual" in table and "4-bit: head" in table
     assert set(re.findall(r"\[\d+\]", table)) == set(re.findall(r"^\[\d+\]", reasons, re.MULTILINE))
 
 
@@ -96,12 +98,13 @@ def test_the_demo_does_not_start_in_vain(monkeypatch, tmp_path):
         '{"hidden_size": 64, "num_attention_heads": 4, "head_dim": 5}',
         '{"hidden_size": 64, "num_attention_heads": 4, "head_dim": true}',
         '{"hidden_size": 64000000000, "num_attention_heads": 4}',
+        '{"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 1.5}',
     ],
 )
 def test_bench_of_a_model_without_sizes(tmp_path, config):
     (tmp_path / "config.json").write_text(config)
     result = CliRunner().invoke(main, ["bench", "--model", str(tmp_path)])
-    assert result.exit_code == 2 and "must have the sizes of an attention block" in result.output
+    assert result.exit_code == 2 and "must have the sizes of a transformer block" in result.output
 
 
 def test_bench_of_a_model_too_narrow_to_quantize(tmp_path):
@@ -265,7 +268,14 @@ def test_an_interrupt_ends_a_command_as_a_shell_expects(monkeypatch, tmp_path, c
 
 # The benchmark.
 
-SMALL = calls.Sizes(hidden=128, num_heads=4, num_kv_heads=2, head_dim=64)  # twice as wide inside
+SMALL = calls.Sizes(
+    hidden=128,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,  # twice as wide inside
+    intermediate=192,
+    vocabulary=96,
+)
 
 
 @pytest.mark.parametrize("weights", calls.WEIGHTS)
@@ -282,6 +292,7 @@ def test_what_is_timed_computes_the_same(monkeypatch, weights):
 
 def test_bench_uses_the_sizes_of_a_model(tmp_path):
     sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    sizes["intermediate_size"] = 192
     model = tmp_path / "[bold]model"  # what is markup to rich
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"text_config": sizes}))
@@ -291,9 +302,9 @@ def test_bench_uses_the_sizes_of_a_model(tmp_path):
     assert result.exit_code == 0, result.output
     assert "[bold]model" in "".join(result.stderr.split())
     results = json.loads(result.stdout)
-    assert results["sizes"] == vars(SMALL)
+    assert results["sizes"] == vars(replace(SMALL, vocabulary=calls.Sizes.vocabulary))
     assert results["machine"]["mlx"] == version("mlx")
-    names = ["QKV", "output + residual", "block"]
+    names = ["QKV", "output + residual", "gate * up", "down + residual", "block"]
     assert [cell["operation"] for cell in results["cells"]] == names + [f"{name}, gradient" for name in names]
     assert all(cell["stock_s"] > 0 and cell["fused_s"] > 0 for cell in results["cells"])
     assert "speedup" in result.stderr

@@ -1,5 +1,7 @@
 """The checks of single operations: what is right passes, whatever its kind, and what is not is found."""
 
+from itertools import cycle
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import operands
 import oracle
 import projections
 import quantized
+import sabotage
 from mlx_fused.validate import bounds, formulas, operations
 from mlx_fused.validate.operations import Finding, OperationChecks, exact, read
 
@@ -19,17 +22,34 @@ dtypes = pytest.mark.parametrize("dtype", operands.DTYPES, ids=str)
 
 
 def calls(rng, form, dtype, seq=9, **options):
-    """As patched models make them: both operations, without adapters and with them."""
+    """As patched models make them: of attention's operations, without adapters and with them."""
     for ranks, rank in ((None, None), ((8, None, 3), 8)):
         qkv = projections.qkv(rng, 1, seq, 128, HEADS, form, dtype, ranks=ranks, **options)
         yield qkv.replace(split_heads=False)
         yield projections.output(rng, 1, seq, 128, 160, form, dtype, rank=rank, alpha=0.75, **options)
 
 
-def check(call, outputs=None, **options):
+def activated(rng, form, dtype, seq=9):
+    """Every activation, each with another packing or adapters."""
+    ways = cycle([(None, None), ("gate_up", None), (None, (8, 3)), ("up_gate", (4,)), ("interleaved", None)])
+    for activation, (packing, ranks) in zip(projections.ACTIVATIONS, ways, strict=False):
+        options = {"activation": activation, "packing": packing, "ranks": ranks}
+        yield projections.gated(rng, 1, seq, 128, 96, form, dtype, **options)
+        if activation in oracle.PARTS:
+            rank = ranks and ranks[0]
+            yield projections.linear(rng, 1, seq, 128, 96, form, dtype, activation=activation, rank=rank)
+
+
+def check(call, outputs=None, sabotaged=None, **options):
     """The findings, part by part, with ``outputs`` in place of what the operation gives."""
     checks = OperationChecks({id(call): "layer"})
     operation, arguments = getattr(mlx_fused, call.operation), call.keywords | options
+    if sabotaged:
+        right, (target, factor) = operation, sabotaged
+
+        def operation(**arguments):
+            return sabotage.sabotaged(right, arguments, target, factor)
+
     checks(call, operation, arguments, operation(**arguments) if outputs is None else outputs)
     assert checks.count == 1
     return checks.findings
@@ -57,27 +77,71 @@ def test_what_is_right_passes(rng, form, dtype):
 
 @dtypes
 @bases
+def test_activations_that_are_right_pass(rng, form, dtype):
+    for seq in (1, 40):
+        for call in activated(rng, form, dtype, seq):
+            findings = check(call)
+            assert largest(findings) < 0.5 and "failed" not in verdicts(findings)
+            if seq == 40 and "lora_a" not in call.arguments:
+                assert {f.verdict for f in findings["their components"].values()} == {"passed"}
+
+
+@dtypes
+def test_norms_that_are_right_pass(rng, dtype):
+    weight = (1 + 0.1 * mx.random.normal((128,), key=mx.random.key(0))).astype(dtype)
+    for seq in (1, 40):
+        every = [call for call in (*calls(rng, None, dtype, seq), *activated(rng, None, dtype, seq))]
+        for call in every:
+            if "residual" not in call.arguments:
+                for norm in ((weight, 1e-5), (None, 1e-2)):
+                    findings = check(call, norm=norm)
+                    assert largest(findings) < 0.5 and "failed" not in verdicts(findings)
+                    assert ("norm" in findings["gradients"]) == (norm[0] is not None)
+
+
+@pytest.mark.parametrize(
+    ("packing", "activation", "adapted"),
+    [(None, activation, False) for activation in projections.ACTIVATIONS]
+    + [(None, "silu", True), ("gate_up", "gelu", False), ("up_gate", "silu", True)]
+    + [("interleaved", "clipped_swiglu", False)],
+)
+def test_what_is_wrong_in_a_gate_or_a_norm_is_found(rng, packing, activation, adapted):
+    """Every operand and every gradient, as in models (see ``sabotage``), where no model has these."""
+    ranks = (8, 8) if adapted else None
+    call = projections.gated(
+        rng, 1, 40, 64, 96, activation=activation, packing=packing, ranks=ranks, scale=0.1
+    )
+    call = call.replace(norm=(1 + 0.1 * mx.random.normal((64,), key=mx.random.key(0)), 1e-5))
+    targets = list(sabotage.targets_of(call.keywords))
+    assert len(targets) == (8 if packing else 13) + adapted * (5 if packing else 10)
+    for target in targets:
+        for factor in (1.0, 1.01):
+            verdict = verdicts(check(call, sabotaged=(target, factor)))
+            assert ("failed" in verdict) == (factor != 1), target
+
+
+@dtypes
+@bases
 def test_formulas_are_those_of_the_tests(rng, form, dtype):
     arithmetic = formulas.Arithmetic()
-    for call in calls(rng, form, dtype):
+    for call in (*calls(rng, form, dtype), *activated(rng, form, dtype)):
         read_call = read(call.keywords, False)
-        for segment, terms in zip(read_call.segments, call.exact_operands[1], strict=True):
-            np.testing.assert_array_equal(segment.magnitude, np.abs(terms).sum(0))
+        if not call.packed:
+            for segment, terms in zip(read_call.segments, call.exact_operands[1], strict=True):
+                np.testing.assert_array_equal(segment.magnitude, np.abs(terms).sum(0))
         found = formulas.outputs(read_call, arithmetic)
         plain = call.replace(split_heads=True) if call.segments else call
         expected = plain.formula(*call.exact_operands)
         for e, y in zip(expected, found.values(), strict=True):
             by_row = e.transpose(0, 2, 1, 3).reshape(9, -1) if call.segments else e.reshape(9, -1)
-            np.testing.assert_allclose(sum(y.components.values()), by_row, rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(y.value, by_row, rtol=1e-12, atol=1e-12)
         given = projections.cotangents(rng, call)
         keys = call.trainable
         expected = call.gradient_formula(keys)(oracle.exact(given), *call.exact_operands)
         if call.segments:
             given = [g.transpose(0, 2, 1, 3).reshape(1, 9, -1) for g in given]
-        grads = [read_call.alpha * exact(g)[0] for g in given]
-        by_name = {
-            key: sum(e.components.values()) for key, e in formulas.gradients(read_call, grads, arithmetic)
-        }
+        grads = formulas.segment_gradients(read_call, [exact(g)[0] for g in given], arithmetic)
+        by_name = {key: e.value for key, e in formulas.gradients(read_call, grads, arithmetic)}
         for (name, place), e in zip(keys, expected, strict=True):
             if name != "residual":
                 shared = name in ("input", "x")
@@ -91,7 +155,7 @@ def test_formulas_are_those_of_the_tests(rng, form, dtype):
 @bases
 def test_the_composed_form_passes_with_its_own_roundings(rng, form, dtype, monkeypatch):
     monkeypatch.setenv("MLX_FUSED_ROUTE", "composed")
-    for call in calls(rng, form, dtype, 40):
+    for call in (*calls(rng, form, dtype, 40), *activated(rng, form, dtype, 40)):
         assert "failed" not in verdicts(check(call))
 
 
@@ -235,7 +299,8 @@ def test_the_errors_of_a_low_rank_product_are_those_of_many_numbers(rng):
     # The other way round: dy B^T is narrow, and dx as wide as A is tall.
     segment = formulas.Segment("o", *(np.full((width, wide), 1e-9) for _ in range(2)), None, b.T, a.T, 1.0)
     call = formulas.Call(np.zeros((rows, wide)), (segment,))
-    dx = dict(formulas.gradients(call, [x], arithmetic))["input", ""]
+    grads = formulas.segment_gradients(call, [x], arithmetic)
+    dx = dict(formulas.gradients(call, grads, arithmetic))["input", ""]
     results.append((off(x, a) @ b, dx))
     for actual, expected in results:
         actual = actual + next(iter(expected.components.values()))  # the projection, which is next to nothing

@@ -1,5 +1,6 @@
 """Whatever is 1 % wrong in a fused operation, validation fails; and only then."""
 
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -32,8 +33,9 @@ def test_the_page_has_every_case():
         (f"| {family}", weights) for family, weights in ALL
     ]
     total = sum(int(n) for line in lines for n in line.split() if line.startswith("| ") and n.isdigit())
-    (noticed, _, of, _) = lines[-1].split()
-    assert noticed == of and total == 2 * int(of)  # each count stands twice in "24 of 24"
+    noticed, of, inconclusive, missed = (int(n) for n in re.findall(r"\d+", lines[-1]))
+    assert missed == 0 and noticed + inconclusive == of and inconclusive < 0.02 * of
+    assert total == noticed + of  # "24 of 24"
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,9 @@ MISTAKES = {
     "q's weight": lambda: sabotage.sabotage(Target("weight", "q")),
     "k's bias": lambda: sabotage.sabotage(Target("bias", "k")),
     "the residual": lambda: sabotage.sabotage(Target("residual", "o")),
+    "gate's weight": lambda: sabotage.sabotage(Target("weight", "gate")),
+    "up's weight in the gradient of the input": lambda: sabotage.sabotage(Target("weight", "up", "x")),
+    "the head": lambda: sabotage.sabotage(Target("weight", "y")),
     "the gradient of v's B": lambda: sabotage.sabotage(Target("lora_b", "v", "lora_b")),
     "q's adapter in the gradient of the input": lambda: sabotage.sabotage(Target("lora_a", "q", "input")),
 }
@@ -89,7 +94,10 @@ MISTAKES = {
         ("llama", "bfloat16", "none"),
         ("llama", "bfloat16", "k's bias"),
         ("llama", "bfloat16", "the residual"),
+        ("llama", "bfloat16", "gate's weight"),
+        ("llama", "bfloat16", "up's weight in the gradient of the input"),
         ("qwen3", "float32", "none"),
+        ("qwen3", "float32", "the head"),
         ("qwen3", "float32", "the gradient of v's B"),
     ],
 )

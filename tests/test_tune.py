@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,14 +29,14 @@ from mlx_fused.tuning.measure import QUICK, Effort, route_of, with_gradients
 from mlx_fused.tuning.table import Timing
 from mlx_fused.validate import CannotValidate
 from tiny_models import make
-from tuned import CALLS, COMPOSED, EVEN, FUSED, OUTPUT, PLAIN, write
+from tuned import CALLS, COMPOSED, EVEN, FUSED, GATED, OUTPUT, PLAIN, write
 
 pytestmark = pytest.mark.usefixtures("route_cache")
 
 FORMATS = (None, ("affine", 4, 64), ("affine", 8, 32), ("mxfp4", 4, 32))
 KINDS = [
     kind
-    for one in (PLAIN, OUTPUT)
+    for one in (PLAIN, OUTPUT, GATED)
     for form in FORMATS
     for bias in (False, True)
     for rank in (0, 8)
@@ -108,16 +109,19 @@ def test_each_route_is_the_one_that_is_timed(kind, monkeypatch):
             results = function(first, *layers)
             graphs[os.environ["MLX_FUSED_ROUTE"]] = primitives(*results)
             per_layer = (1 + kind.bias) * kind.of_weights + 2 * any(kind.ranks)
-            assert len(results) == (1 + per_layer * len(layers) if kind.gradient else len(layers))
+            outputs = len(layers) if kind.operation == "qkv" else 1
+            assert len(results) == (1 + per_layer * len(layers) if kind.gradient else outputs)
             assert results[0].dtype == kind.dtype
 
     monkeypatch.setattr(measure, "chain", chain)
     measure.measure(kind, (3,), QUICK)
     assert set(graphs) == {"fused", "composed"}
-    name = "FusedQKVProjection" if kind.operation == "qkv" else "FusedOutputProjection"
-    name += "Grad" * kind.gradient
-    assert {n for n in graphs["fused"] if n.startswith("Fused")} == {name}
-    assert not any(n.startswith("Fused") for n in graphs["composed"])
+    names = {"qkv": "FusedQKVProjection", "linear": "FusedOutputProjection", "gated": "FusedGatedProjection"}
+    name = names[kind.operation]
+    ours = [{n for n in graphs[r] if re.match("Fused(?!Activation)", n)} for r in measure.ROUTES]
+    # The gradient of gate and up needs these, which are always made by our kernel.
+    before = {name} if kind.operation == "gated" and kind.gradient else set()
+    assert ours == [{name + "Grad" * kind.gradient} | before, before]
     assert os.environ["MLX_FUSED_ROUTE"] == "composed"
     # Also those of the other route.
     assert all(one[0].weight is not next[0].weight for one, next in pairwise(made))
@@ -168,11 +172,12 @@ def test_the_calls_of_a_quantized_model_and_of_its_lora_step(checkpoint):
     model, _ = mlx_lm.load(str(checkpoint / "model-4bit"))
     qkv = Kind(False, False, mx.float32, ("affine", 4, 32), False, 32, (64, 32, 32), (0, 0, 0))
     output = qkv._replace(in_features=64, features=(32,), ranks=(0,))
-    down = output._replace(in_features=32)
-    plain = qkv, output, down
+    gated, down = qkv._replace(features=(32, 32), ranks=(0, 0)), output._replace(in_features=32)
+    head = down._replace(features=(model.args.vocab_size,))
+    plain = qkv, output, gated, down
     adapted = [kind._replace(ranks=(8,) * len(kind.ranks)) for kind in plain]
-    expected = [kind for one in (*plain, *adapted) for kind in with_gradients(one)]
-    assert len(expected) == 12 and not any(kind.of_weights for kind in expected)
+    expected = [kind for one in (*plain, head, *adapted) for kind in with_gradients(one)]
+    assert len(expected) == 18 and not any(kind.of_weights for kind in expected)
     assert set(kinds_of(model)) == set(expected)
 
 
@@ -181,7 +186,7 @@ def test_the_calls_of_dense_models():
     plain = Kind(False, False, mx.bfloat16, None, True, 64, (64, 32, 32), (0, 0, 0))
     assert set(with_gradients(plain)) < set(found) and len(with_gradients(plain)) == 3
     assert {k.ranks[0] for k in found} == {0, 8}
-    assert {k.bias for k in found if k.operation == "output"} == {False}
+    assert {k.bias for k in found if k.operation == "linear"} == {False}
 
 
 def test_a_model_without_fused_calls_is_refused():
@@ -295,17 +300,25 @@ def test_a_model_is_routed_by_what_was_measured(checkpoint, monkeypatch):
 def test_adapters_of_a_folder_are_measured_as_they_are(quick, checkpoint):
     arguments = [str(checkpoint / "model-4bit"), "--adapter-path", str(checkpoint / "adapters")]
     assert quick(["tune", *arguments]).exit_code == 0
-    assert all(all(kind.ranks) for kind in table.read(tuning.path()).calls)
+    head = json.loads((checkpoint / "model-4bit" / "config.json").read_text())["vocab_size"]
+    found = table.read(tuning.path()).calls
+    assert {kind.features for kind in found if not all(kind.ranks)} == {(head,)}  # never adapted
 
 
 def test_without_a_model_it_measures_llamas_sizes(quick, monkeypatch):
     made = []
     monkeypatch.setattr(measure, "measure", lambda kind, *args: made.append(kind) or {1: FUSED})
     assert quick(["tune"]).exit_code == 0
-    assert {kind.in_features for kind in made} == {2048}
-    assert {kind.features for kind in made} == {(2048,), (2048, 512, 512)}
+    assert {(kind.in_features, kind.features) for kind in made} == {
+        (2048, (2048, 512, 512)),
+        (2048, (2048,)),
+        (2048, (8192, 8192)),
+        (8192, (2048,)),
+        (2048, (128256,)),
+    }
     assert list(table.read(tuning.path()).calls) == made
-    assert len(made) == 3 * 2 + 4 * 2  # dense with the gradients by weights; 4-bit; 4-bit with adapters
+    # Dense with the gradients by weights; 4-bit; 4-bit with adapters, which a head has none of.
+    assert len(made) == 3 * 5 + 2 * 5 + 2 * 4
 
 
 def test_remove(quick):

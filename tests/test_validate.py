@@ -123,9 +123,9 @@ def test_checkpoints_of_the_demo_pass(checkpoints, arguments):
     assert results["calls"]["residual"]["fused"] == results["calls"]["residual"]["total"] > 0
     layers = len(results["layers"])
     for operations in results["operations"].values():
-        # QKV, output and down of both layers, and the head, for the prompt and for one token
-        assert layers == 5 and operations["count"] == 2 * (2 * 3 + 1)
-        assert set(operations["results"]) == set("qkvoy")
+        # QKV, output, gate * up and down of both layers, and the head, for the prompt and for one token
+        assert layers == 5 and operations["count"] == 2 * (2 * 4 + 1)
+        assert set(operations["results"]) == {*"qkvoy", "gate * up"}
         findings = [f for part, of in operations.items() if part != "count" for f in of.values()]
         assert all(f["verdict"] == "passed" and f["share"] < 0.5 and f["noticeable"] == 1 for f in findings)
     float32 = results["end_to_end"]["float32"]

@@ -11,6 +11,7 @@ from mlx_fused.tuning.table import Timing
 
 PLAIN = Kind(False, False, mx.float32, None, False, 64, (64, 32, 32), (0, 0, 0))
 OUTPUT = PLAIN._replace(features=(64,), ranks=(0,))
+GATED = PLAIN._replace(features=(64, 64), ranks=(0, 0))
 FUSED, COMPOSED, EVEN = Timing.of(1.0, 2.0), Timing.of(2.0, 1.0), Timing.of(1.0, 1.01)
 CALLS = {
     PLAIN: {1: COMPOSED, 8: EVEN, 32: FUSED},

@@ -1,4 +1,4 @@
-"""``mlx-fused bench``: the projections and an attention block, stock and fused, in turns."""
+"""``mlx-fused bench``: the operations and a transformer block, stock and fused, in turns."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _TURN, _LIMIT = 0.02, 2  # seconds: the least for a turn, and after which no fur
 )
 @json_option
 def bench(model: Path | None, weights: tuple[str, ...], rows: tuple[int, ...], as_json: bool) -> None:
-    """Time the projections, and an attention block of mlx-lm, stock and fused in turns.
+    """Time the operations of attention and MLP, and a transformer block of mlx-lm, stock and fused in turns.
 
     Only the ratios mean something: other work on the machine slows down both.
     """
@@ -53,7 +53,7 @@ def bench(model: Path | None, weights: tuple[str, ...], rows: tuple[int, ...], a
     from rich.table import Table
 
     sizes = _sizes_of(model) if model else Sizes()
-    widths = sizes.hidden, sizes.num_heads * sizes.head_dim
+    widths = sizes.hidden, sizes.num_heads * sizes.head_dim, sizes.intermediate
     if any(kind.startswith("4-bit") for kind in weights) and any(width % GROUP_SIZE for width in widths):
         raise click.UsageError(f"Widths of 4-bit weights must be divisible by {GROUP_SIZE} but got {widths}.")
     needed = max(peak_memory(sizes, kind, m) for kind in weights for m in rows)
@@ -67,7 +67,8 @@ def bench(model: Path | None, weights: tuple[str, ...], rows: tuple[int, ...], a
     cells = []
     plan = [(kind, m) for kind in weights for m in rows]
     for kind, m in track(plan, "Measuring", console=out, transient=True):
-        forward = [*make_calls(sizes, kind, m), make_block(sizes, kind, m)]
+        *calls, _ = make_calls(sizes, kind, m)  # stock, a head takes many seconds on some devices
+        forward = [*calls, make_block(sizes, kind, m)]
         for call in [*forward, *(call.gradient() for call in forward)]:
             stock, fused = side_by_side(call)
             cells.append(
@@ -114,16 +115,18 @@ def _sizes_of(model: Path) -> Sizes:
         config = config.get("text_config") or config
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         kv_heads = config.get("num_key_value_heads") or heads
-        sizes = hidden, heads, kv_heads, config.get("head_dim") or hidden // heads
+        head_dim = config.get("head_dim") or hidden // heads
+        # A model of experts may have no other MLP.
+        sizes = hidden, heads, kv_heads, head_dim, config.get("intermediate_size") or hidden
         if (
             not all(type(size) is int and 0 < size <= _LARGEST for size in sizes)
             or heads % kv_heads
-            or sizes[-1] % 2
+            or head_dim % 2
         ):
             raise ValueError(sizes)
         return Sizes(*sizes)
     except (ArithmeticError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise click.BadParameter(
-            f"config.json must have the sizes of an attention block but got {error!r} in {model}.",
+            f"config.json must have the sizes of a transformer block but got {error!r} in {model}.",
             param_hint="--model",
         ) from error

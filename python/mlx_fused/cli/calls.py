@@ -1,4 +1,4 @@
-"""Calls of an attention block's two projections, each as mlx-lm's modules compute it and fused."""
+"""Calls of a transformer's layers, each as mlx-lm's modules compute it and fused."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,15 +26,18 @@ _RANK, _SCALE = 8, 20.0  # mlx-lm's defaults
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of an attention block; the defaults are Llama-3.2-1B's."""
+    """The sizes of a transformer; the defaults are Llama-3.2-1B's."""
 
     hidden: int = 2048
     num_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 64
+    intermediate: int = 8192
+    vocabulary: int = 128256
 
     def __str__(self) -> str:
-        return f"{self.hidden} wide, {self.num_heads} heads of {self.head_dim}, {self.num_kv_heads} of keys"
+        heads = f"{self.num_heads} heads of {self.head_dim}, {self.num_kv_heads} of keys"
+        return f"{self.hidden} wide, {heads}, MLP {self.intermediate} wide"
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,14 @@ class Call:
 
 
 def kinds(sizes: Sizes, weights: str) -> dict[str, Kind]:
-    """What the routes of both operations depend on besides the rows, by name, and of their gradients."""
+    """What the routes of the operations depend on besides the rows, by name, and of their gradients."""
     q_dims, kv_dims = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
     shapes = (
         ("QKV", sizes.hidden, (q_dims, kv_dims, kv_dims)),
         ("output + residual", q_dims, (sizes.hidden,)),
+        ("gate * up", sizes.hidden, (sizes.intermediate,) * 2),
+        ("down + residual", sizes.intermediate, (sizes.hidden,)),
+        ("head", sizes.hidden, (sizes.vocabulary,)),
     )
     found = {}
     for name, in_features, features in shapes:
@@ -73,18 +79,22 @@ def kinds(sizes: Sizes, weights: str) -> dict[str, Kind]:
             bias=False,
             in_features=in_features,
             features=features,
-            ranks=(_RANK * weights.endswith("LoRA"),) * len(features),
+            ranks=(_RANK * (weights.endswith("LoRA") and name != "head"),) * len(features),
         )
         found |= {name: forward, f"{name}, gradient": forward._replace(gradient=True)}
     return found
 
 
 def make_calls(sizes: Sizes, weights: str, rows: int) -> list[Call]:
-    """Both operations on ``rows`` tokens, with random weights of a kind from ``WEIGHTS``."""
+    """The operations on ``rows`` tokens, the head the last, with random weights of a kind from ``WEIGHTS``."""
     counts = (sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads)
     q_dims = sizes.num_heads * sizes.head_dim
     qkv = [_Projection(sizes.hidden, n * sizes.head_dim, weights) for n in counts]
     out = _Projection(q_dims, sizes.hidden, weights)
+    gate, up = (_Projection(sizes.hidden, sizes.intermediate, weights) for _ in range(2))
+    down = _Projection(sizes.intermediate, sizes.hidden, weights)
+    # mlx-lm adapts the layers of blocks alone.
+    head = _Projection(sizes.hidden, sizes.vocabulary, weights.removesuffix(" + LoRA"))
 
     def stock_qkv(x: mx.array) -> list[mx.array]:
         outputs = zip(qkv, counts, strict=True)
@@ -97,23 +107,33 @@ def make_calls(sizes: Sizes, weights: str, rows: int) -> list[Call]:
         num_kv_heads=sizes.num_kv_heads,
         head_dim=sizes.head_dim,
     )
-    fused_output = partial(mlx_fused.fused_output_projection_residual, weight=out.operands)
-    dtype = WEIGHTS[weights]
-    x = mx.random.normal((1, rows, sizes.hidden)).astype(dtype)
-    attended = mx.random.normal((1, rows, q_dims)).astype(dtype)
+    layers = gate.operands, up.operands
+
+    def added(name: str, width: int, layer: _Projection) -> Call:
+        fused = partial(mlx_fused.fused_output_projection_residual, weight=layer.operands)
+        inputs = [normal(width), x]
+        return Call(name, inputs, lambda a, x: [x + layer(a)], lambda a, x: [fused(a, residual=x)])
+
+    def normal(width: int) -> mx.array:
+        return mx.random.normal((1, rows, width)).astype(WEIGHTS[weights])
+
+    x = normal(sizes.hidden)
     return [
         Call("QKV", [x], stock_qkv, lambda x: list(fused_qkv(x))),
+        added("output + residual", q_dims, out),
         Call(
-            "output + residual",
-            [attended, x],
-            lambda attended, x: [x + out(attended)],
-            lambda attended, x: [fused_output(attended, residual=x)],
+            "gate * up",
+            [x],
+            lambda x: [nn.silu(gate(x)) * up(x)],
+            lambda x: [mlx_fused.fused_gated_projection(x, layers)],
         ),
+        added("down + residual", sizes.intermediate, down),
+        Call("head", [x], lambda x: [head(x)], lambda x: [mlx_fused.fused_linear(x, head.operands)]),
     ]
 
 
 def make_block(sizes: Sizes, weights: str, rows: int) -> Call:
-    """A transformer block of mlx-lm's Llama with a tiny feed-forward part, stock and patched."""
+    """A transformer block of mlx-lm's Llama, stock and patched."""
     from mlx_lm.models.llama import ModelArgs, TransformerBlock
     from mlx_lm.tuner.lora import LoRALinear
 
@@ -121,7 +141,7 @@ def make_block(sizes: Sizes, weights: str, rows: int) -> Call:
         model_type="llama",
         hidden_size=sizes.hidden,
         num_hidden_layers=1,
-        intermediate_size=64,
+        intermediate_size=sizes.intermediate,
         num_attention_heads=sizes.num_heads,
         num_key_value_heads=sizes.num_kv_heads,
         head_dim=sizes.head_dim,
@@ -136,10 +156,9 @@ def make_block(sizes: Sizes, weights: str, rows: int) -> Call:
         if weights.startswith("4-bit"):
             nn.quantize(block, **_QUANTIZATION)
         if weights.endswith("LoRA"):
-            attention = block.self_attn
-            attention.update_modules(
-                {k: LoRALinear.from_base(m) for k, m in attention.children().items() if "weight" in m}
-            )
+            for part in (block.self_attn, block.mlp):
+                layers = {k: LoRALinear.from_base(m) for k, m in part.children().items() if "weight" in m}
+                part.update_modules(layers)
         return block
 
     stock, patched = make(), make()
@@ -152,8 +171,8 @@ def make_block(sizes: Sizes, weights: str, rows: int) -> Call:
 def peak_memory(sizes: Sizes, weights: str, rows: int) -> int:
     """A lower bound of the bytes that the calls take. A block's gradient holds its scores three times."""
     q_dims, kv_dims = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
-    parameters = 2 * sizes.hidden * (q_dims + kv_dims)
-    tokens = rows * (sizes.hidden + q_dims)
+    parameters = sizes.hidden * (2 * (q_dims + kv_dims) + 3 * sizes.intermediate)
+    tokens = rows * (sizes.hidden + q_dims + sizes.intermediate)
     scores = sizes.num_heads * rows**2
     return WEIGHTS[weights].size * (parameters + tokens + 3 * scores)
 

@@ -30,9 +30,9 @@ _WEIGHTS = ("bfloat16", "4-bit", "4-bit + LoRA")
 def tune(model: str | None, adapter_path: Path | None, remove: bool, as_json: bool) -> None:
     """Measure which of MODEL's calls our kernels compute faster than MLX's operations on this machine.
 
-    MODEL is a directory or a name on the hub; without it, attention of Llama-3.2-1B's sizes. Its projections,
-    forward and backward, with and without adapters, with 1 to 2048 tokens. From the next import of mlx_fused
-    on they are routed by what was measured.
+    MODEL is a directory or a name on the hub; without it, Llama-3.2-1B's sizes. Its linear layers, those
+    of attention, of MLPs, the head and any others, forward and backward, with and without adapters, with 1 to
+    2048 tokens. From the next import of mlx_fused on they are routed by what was measured.
     """
     if remove:
         if model or adapter_path:
@@ -70,7 +70,7 @@ def _remove() -> None:
 
 def _of_llama() -> list[Kind]:
     forward = [k for weights in _WEIGHTS for k in kinds(Sizes(), weights).values() if not k.gradient]
-    return [kind for one in forward for kind in measure.with_gradients(one)]
+    return [kind for one in dict.fromkeys(forward) for kind in measure.with_gradients(one)]
 
 
 def _of_model(model: str, adapter_path: Path | None) -> list[Kind]:

@@ -13,19 +13,22 @@ from mlx_fused.linear import LinearOperands
 Route: TypeAlias = Literal["composed", "fused"] | None
 Stream: TypeAlias = mx.Stream | mx.Device | mx.DeviceType | None
 Norm: TypeAlias = tuple[mx.array | None, float] | None
+_ARRAY = mx.array
 
 
 def project(
     operation, node, name, x, layers, segments, exact, route, stream,
     residual=None, alpha=1.0, activation=None, packing="in_order", norm=None,
 ) -> list[mx.array]:  # fmt: skip
-    numbers = [layer.lora_scale for layer in layers]
-    numbers += [alpha] if activation is None else activation[2:]
-    if type(norm) in (tuple, list):
-        numbers += norm[1:]
     try:
-        if mx.array in map(type, numbers):
-            raise TypeError  # the extension would take it for a number, and its gradient would be lost
+        # The extension would take an array for a number, and its gradient would be lost.
+        if type(alpha) is _ARRAY or (activation and _ARRAY in map(type, activation[2:])):
+            raise TypeError
+        if type(norm) in (tuple, list) and _ARRAY in map(type, norm[1:]):
+            raise TypeError
+        for layer in layers:
+            if type(layer.lora_scale) is _ARRAY:
+                raise TypeError
         return _ext.project(
             operation, node, name, x, norm, layers, segments, residual, alpha,
             activation, packing, exact, route, stream,
@@ -133,7 +136,7 @@ def layers_of(operation: str, weight, bias, names: tuple[str, ...]) -> list[Line
         raise ValueError(
             f"[{operation}] weight must be one layer or a tuple of {count} but got {len(weight)}."
         )
-    is_several = isinstance(bias, (list, tuple))
+    is_several = bias is not None and isinstance(bias, (list, tuple))
     if bias is not None and (is_several == packed or (is_several and len(bias) != count)):
         expected = "one array" if packed else f"a tuple of {_NUMBERS[count]} arrays ({', '.join(names)})"
         got = f"a tuple of {len(bias)}" if is_several else "one array"
@@ -156,9 +159,7 @@ def batched(operation: str, x: mx.array) -> tuple[mx.array, list[int] | None]:
     return mx.expand_dims(x, list(range(3 - x.ndim))) if x.ndim < 3 else mx.flatten(x, 0, -3), leading
 
 
-def unbatched(y: mx.array, leading: list[int] | None) -> mx.array:
-    if leading is None:
-        return y
+def unbatched(y: mx.array, leading: list[int]) -> mx.array:
     if len(leading) < 2:
         return mx.squeeze(y, list(range(2 - len(leading))))
     return mx.unflatten(y, 0, leading[:-1])

@@ -73,7 +73,7 @@ def fused_linear(
         operation, "FusedLinear", "x", x, layers, [OF_LAYER], exact, route, stream,
         norm=norm, activation=of,
     )  # fmt: skip
-    return unbatched(y, leading)
+    return y if leading is None else unbatched(y, leading)
 
 
 def fused_gated_projection(
@@ -157,7 +157,7 @@ def fused_gated_projection(
         operation, "FusedGatedProjection", "x", x, layers, segments, exact, route, stream,
         norm=norm, activation=of, packing=_PACKINGS[packing],
     )  # fmt: skip
-    return unbatched(y, leading)
+    return y if leading is None else unbatched(y, leading)
 
 
 _ACTIVATIONS = get_args(Activation)

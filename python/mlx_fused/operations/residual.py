@@ -86,7 +86,7 @@ def fused_output_projection_residual(
             raise ValueError(f"[{operation}] residual must have shape {expected} but got {residual.shape}.")
         residual, _ = batched(operation, residual)
     (y,) = project(operation, node, "x", x, layers, [OF_LAYER], exact, route, stream, residual, alpha)
-    return unbatched(y, leading)
+    return y if leading is None else unbatched(y, leading)
 
 
 def fused_output_projection_residual_bwd(

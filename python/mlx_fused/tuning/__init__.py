@@ -11,6 +11,8 @@ import mlx.core as mx
 
 from mlx_fused import _ext
 
+OPERATIONS = {1: "linear", 2: "gated", 3: "qkv"}  # by the number of segments
+
 
 class Kind(NamedTuple):
     """All that calls must share to share a measured route, but for their rows.
@@ -22,7 +24,8 @@ class Kind(NamedTuple):
         format (tuple, optional): Mode, bits and group size of quantized weights.
         bias (bool): Whether there are biases.
         in_features (int): The length of the sums.
-        features (tuple): The output features of each segment: three for QKV, one for the output projection.
+        features (tuple): The output features of each segment: three for QKV, two for gate and up of an MLP,
+            one for any other layer, with a residual or without.
         ranks (tuple): The rank of each segment's adapter; 0 without one.
     """
 
@@ -37,7 +40,7 @@ class Kind(NamedTuple):
 
     @property
     def operation(self) -> str:
-        return "output" if len(self.features) == 1 else "qkv"
+        return OPERATIONS[len(self.features)]
 
     def __str__(self) -> str:
         mode, bits, group_size = self.format or ("", 0, 0)

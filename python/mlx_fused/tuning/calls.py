@@ -14,9 +14,7 @@ from mlx_fused.patching.projections import watching
 from mlx_fused.tuning import Kind
 from mlx_fused.tuning.measure import with_gradients
 from mlx_fused.validate.checkpoint import CannotValidate, add_adapters, unpatched
-from mlx_fused.validate.operations import input_of, layers_of
-
-_MEASURED = (mlx_fused.fused_qkv_projection, mlx_fused.fused_output_projection_residual)
+from mlx_fused.validate.operations import input_of, is_gated, layers_of
 
 
 def kinds_of(model: nn.Module) -> list[Kind]:
@@ -31,8 +29,6 @@ def kinds_of(model: nn.Module) -> list[Kind]:
     found: dict[Kind, None] = {}
 
     def record(module: nn.Module, operation: Callable, arguments: dict, outputs) -> None:
-        if operation not in _MEASURED:
-            return
         found.update(dict.fromkeys(with_gradients(_kind(arguments, outputs))))
 
     def run() -> PatchReport:
@@ -55,6 +51,10 @@ def _kind(arguments: dict, outputs: mx.array | tuple[mx.array, ...]) -> Kind:
     layers: list[LinearOperands] = layers_of(arguments)
     x = input_of(arguments)
     one = layers[0]
+    features = [layer.weight.shape[0] for layer in layers]
+    ranks = [0 if layer.lora_a is None else layer.lora_a.shape[1] for layer in layers]
+    if is_gated(arguments) and len(layers) == 1:
+        features, ranks = [features[0] // 2] * 2, ranks * 2
     return Kind(
         gradient=False,
         of_weights=False,
@@ -62,6 +62,6 @@ def _kind(arguments: dict, outputs: mx.array | tuple[mx.array, ...]) -> Kind:
         format=None if one.scales is None else (one.mode, one.bits, one.group_size),
         bias=one.bias is not None,
         in_features=x.shape[-1],
-        features=tuple(layer.weight.shape[0] for layer in layers),
-        ranks=tuple(0 if layer.lora_a is None else layer.lora_a.shape[1] for layer in layers),
+        features=tuple(features),
+        ranks=tuple(ranks),
     )

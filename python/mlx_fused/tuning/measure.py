@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -66,7 +67,9 @@ def route_of(kind: Kind, rows: int) -> str:
     function, first = _function(kind, rows)
     graph = io.StringIO()
     mx.export_to_dot(graph, *function(first, *_layers(kind)))
-    return "fused" if '"Fused' in graph.getvalue() else "composed"
+    # The activation may be ours where the products are MLX's.
+    ours = r'"Fused(?!Activation)\w+' + ("Grad" if kind.gradient else "")
+    return "fused" if re.search(ours, graph.getvalue()) else "composed"
 
 
 def has_choice(kind: Kind) -> bool:
@@ -166,12 +169,14 @@ def _routed(route: str) -> Iterator[None]:
 def _function(kind: Kind, rows: int, forward_route: str | None = None) -> tuple[Callable, mx.array]:
     """Such a call as a function of one array and the layers, and that array."""
     x = mx.random.normal((1, rows, kind.in_features)).astype(kind.dtype)
-    # As large as the results: for the output projection the residual too.
+    # As large as the results: for a layer by itself the residual too.
     others = [mx.random.normal((1, rows, n)).astype(kind.dtype) for n in kind.features]
 
     def forward(x: mx.array, *layers: LinearOperands, route: str | None = None) -> Sequence[mx.array]:
         if kind.operation == "qkv":
             return mlx_fused.fused_qkv_projection(x, layers, split_heads=False, route=route)
+        if kind.operation == "gated":
+            return [mlx_fused.fused_gated_projection(x, layers, route=route)]
         return [mlx_fused.fused_output_projection_residual(x, *layers, residual=others[0], route=route)]
 
     def gradients(cotangent: mx.array, *layers: LinearOperands) -> Sequence[mx.array]:
@@ -184,7 +189,8 @@ def _function(kind: Kind, rows: int, forward_route: str | None = None) -> tuple[
             return forward(x, *changed, route=forward_route)
 
         primals = [x, *(getattr(layers[i], name) for i, name in keys)]
-        return mx.vjp(of, primals, [cotangent, *others[1:]])[1]
+        # That of gate and up needs them, so it is timed with what makes them, the same for every route.
+        return mx.vjp(of, primals, [cotangent, *(others[1:] if kind.operation == "qkv" else [])])[1]
 
     return (gradients, others[0]) if kind.gradient else (forward, x)
 

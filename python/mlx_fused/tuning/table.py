@@ -17,7 +17,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_fused._version import __version__
-from mlx_fused.tuning import Kind
+from mlx_fused.tuning import OPERATIONS, Kind
 
 EVEN = 0.03  # closer than this, neither route is the faster
 _LARGEST = 2**31 - 1  # the largest size that an MLX shape can have
@@ -158,7 +158,7 @@ def _kind(call: dict) -> Kind:
         tuple(map(_size, _is(list, call["features"]))),
         tuple(_size(rank, least=0) for rank in _is(list, call["ranks"])),
     )
-    if len(kind.features) not in (1, 3) or len(kind.ranks) != len(kind.features):
+    if len(kind.features) not in OPERATIONS or len(kind.ranks) != len(kind.features):
         raise ValueError(f"{len(kind.features)} features and {len(kind.ranks)} ranks")
     if call["operation"] != kind.operation or (of_weights and not gradient):
         raise ValueError(f"no such call: {call['operation']}, {kind}")

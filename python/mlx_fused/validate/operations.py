@@ -177,7 +177,7 @@ def read(arguments: dict, as_mlx_lm: bool) -> Call:
 
 
 def _activation(arguments: dict) -> Activation | None:
-    name, gated, packed = arguments.get("activation"), _is_gated(arguments), len(layers_of(arguments)) == 1
+    name, gated, packed = arguments.get("activation"), is_gated(arguments), len(layers_of(arguments)) == 1
     if name is None:
         return None
     packing = arguments["packing"] if gated and packed else None
@@ -190,7 +190,7 @@ def _float32(number: float) -> float:
     return float(np.float32(number))
 
 
-def _is_gated(arguments: dict) -> bool:
+def is_gated(arguments: dict) -> bool:
     return len(layers_of(arguments)) == 2 or "packing" in arguments
 
 
@@ -199,7 +199,7 @@ def segment_names(arguments: dict) -> tuple[str, ...]:
     count = len(layers_of(arguments))
     if count > 1:
         return ("q", "k", "v") if count == 3 else ("gate", "up")
-    return ("o",) if "residual" in arguments else ("gate and up",) if _is_gated(arguments) else ("y",)
+    return ("o",) if "residual" in arguments else ("gate and up",) if is_gated(arguments) else ("y",)
 
 
 def input_of(arguments: dict) -> mx.array:
