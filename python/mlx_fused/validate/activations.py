@@ -16,7 +16,8 @@ import numpy as np
 from mlx_fused.validate.formulas import CERTAIN, FLOAT32, Arithmetic, Expected, Known, Operand
 
 _OWN = 8 * FLOAT32  # of an exponential, a quotient and some products in float32
-_SMALLEST = 2.0**-97  # of s and its slope: errors of 2^-126 where a sigmoid is 0, times the slope of what it is of
+# Of s and its slope: errors of 2^-126 where a sigmoid is 0, times the slope of what it is of.
+_SMALLEST = 2.0**-97
 
 # Of the rows of a layer that packs gate and up.
 _COLUMNS = {
@@ -71,9 +72,7 @@ class Activation(NamedTuple):
         found.steady = found.steady + np.maximum(beyond, 0) + self._own(*pre, composed=arithmetic.composed)
         return found
 
-    def gradients(
-        self, cotangent: np.ndarray, sums: list[Expected], arithmetic: Arithmetic
-    ) -> list[Operand]:
+    def gradients(self, cotangent: np.ndarray, sums: list[Expected], arithmetic: Arithmetic) -> list[Operand]:
         """The gradients of the segments' sums. They are kept in the results' dtype, and so are the sums."""
         kept = [arithmetic.kept(_known(part, arithmetic)) for part in self._parts(sums)]
         pre, bounds, spreads = (list(of) for of in zip(*kept, strict=True))
