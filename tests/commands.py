@@ -24,7 +24,8 @@ def counts(err):
 
 
 def all_fused(found):
-    return found.keys() == TITLES.keys() - {"experts"} and all(fused == total > 0 for fused, total in found.values())
+    of_parts = found.keys() == TITLES.keys() - {"experts"}
+    return of_parts and all(fused == total > 0 for fused, total in found.values())
 
 
 def train(checkpoint, folder, *more):

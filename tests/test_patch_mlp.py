@@ -284,7 +284,7 @@ def test_a_module_in_two_places_is_listed_once():
 
 def test_layers_whose_code_calls_itself_otherwise():
     class Renamed(Layer):
-        def __call__(this, x):  # noqa: N805
+        def __call__(this, x):
             return x + this.mlp(x) * this.factor
 
     layer = Renamed(Gated())

@@ -28,7 +28,6 @@ from mlx_fused.patching.registry import (
 from mlx_fused.patching.report import LayerReport, Part, switched_off
 from mlx_fused.patching.stand_in import unwrapped
 
-
 _EXPERTS = "experts are MLX's gathered products"
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_fused.validate.formulas import CERTAIN, FLOAT32, Arithmetic, Expected, Known, Operand
 
 _OWN = 8 * FLOAT32  # of an exponential, a quotient and some products in float32
-# Of s and of its slope. Errors of 2^-126 where a sigmoid is 0, times the slope of what it is of.
+# Of s and its slope: errors of 2^-126 where a sigmoid is 0, times the slope of what it is of.
 _SMALLEST = 2.0**-97
 
 # Of the rows of a layer that packs gate and up.
@@ -97,7 +97,7 @@ class Activation(NamedTuple):
 
     def _slopes(self, pre: np.ndarray, up: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
         """Of the result by each of what it is made of."""
-        s, slope, _ = _PARTS[self.name](self._cut(pre), self.alpha)
+        s, slope = _PARTS[self.name](self._cut(pre), self.alpha)
         of = (s + pre * slope) * (pre < self.limit)
         if up is None:
             return (of,)
@@ -115,7 +115,7 @@ class Activation(NamedTuple):
 
     def _own(self, pre: np.ndarray, up: np.ndarray | None = None, composed: bool = False) -> np.ndarray:
         """The errors of the activation's own steps."""
-        s, slope, _ = self._sizes(pre, composed)
+        s, slope = self._sizes(pre, composed)
         cut = np.abs(self._cut(pre))
         own = _OWN * cut * (s + cut * slope)
         return own if up is None else own * np.abs(self._factor(up))
@@ -123,16 +123,14 @@ class Activation(NamedTuple):
     def _own_of_slopes(
         self, pre: np.ndarray, up: np.ndarray | None = None, composed: bool = False
     ) -> tuple[np.ndarray, ...]:
-        s, _, parts = self._sizes(pre, composed)
-        own = _OWN * (s + np.abs(self._cut(pre)) * parts)
+        s, slope = self._sizes(pre, composed)
+        own = _OWN * (s + np.abs(self._cut(pre)) * slope)
         return (own,) if up is None else (own * np.abs(self._factor(up)), self._own(pre, composed=composed))
 
-    def _sizes(self, pre: np.ndarray, composed: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of s, its slope, and what that is made of."""
-        s, slope, parts = map(np.abs, _PARTS[self.name](self._cut(pre), self.alpha))
+    def _sizes(self, pre: np.ndarray, composed: bool) -> tuple[np.ndarray, np.ndarray]:
+        s, slope = _PARTS[self.name](self._cut(pre), self.alpha)
         # MLX's own operations add 1 to an error function that is almost -1.
-        s = np.maximum(s, 1.0 if composed else _SMALLEST)
-        return s, np.maximum(slope, _SMALLEST), np.maximum(parts, _SMALLEST)
+        return np.maximum(np.abs(s), 1.0 if composed else _SMALLEST), np.maximum(np.abs(slope), _SMALLEST)
 
     def _parts(self, sums: list[Expected]) -> list[Expected]:
         """What is expected of gate and up, or of the sum."""
@@ -186,29 +184,27 @@ def _farthest(function: Callable, values: list[np.ndarray], errors: list[np.ndar
     return np.max([np.abs(function(*end) - at) for end in _ends(values, errors)], 0)
 
 
-def _sigmoid(z: np.ndarray, slope: np.ndarray | float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _sigmoid(z: np.ndarray, slope: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(over="ignore"):
         s = 1 / (1 + np.exp(-z))
-    of = s * (1 - s) * slope
-    return s, of, np.abs(of) + s * np.abs(slope) / 8  # 1 - s is off by a roundoff of 1
+    return s, s * (1 - s) * slope
 
 
-def _gelu(x: np.ndarray, _: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    slope = np.exp(-(x**2) / 2) / sqrt(2 * pi)
-    return np.vectorize(erfc, [float])(-x / sqrt(2)) / 2, slope, slope
+def _gelu(x: np.ndarray, _: float) -> tuple[np.ndarray, np.ndarray]:
+    return np.vectorize(erfc, [float])(-x / sqrt(2)) / 2, np.exp(-(x**2) / 2) / sqrt(2 * pi)
 
 
-def _gelu_approx(x: np.ndarray, _: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _gelu_approx(x: np.ndarray, _: float) -> tuple[np.ndarray, np.ndarray]:
     c, d = sqrt(8 / pi), 0.044715
     return _sigmoid(c * (x + d * x**3), c * (1 + 3 * d * x**2))
 
 
-# s, its slope, and the size of what this is made of.
+# s and its slope.
 _PARTS = {
     "silu": lambda x, _: _sigmoid(x, 1.0),
     "gelu": _gelu,
     "gelu_approx": _gelu_approx,
-    "relu": lambda x, _: ((x > 0) * 1.0, 0 * x, 0 * x),
-    "relu2": lambda x, _: (np.maximum(x, 0), (x > 0) * 1.0, (x > 0) * 1.0),
+    "relu": lambda x, _: ((x > 0) * 1.0, 0 * x),
+    "relu2": lambda x, _: (np.maximum(x, 0), (x > 0) * 1.0),
     "clipped_swiglu": lambda x, alpha: _sigmoid(alpha * x, alpha),
 }
