@@ -7,7 +7,6 @@ import re
 import mlx.nn as nn
 from mlx.nn.layers import distributed
 
-from mlx_fused.linear import is_lora
 from mlx_fused.patching import mlp, norm, residual
 from mlx_fused.patching.formula import Unknown
 from mlx_fused.patching.projections import EMBEDDINGS
@@ -116,7 +115,9 @@ def _is_switch(layer: object) -> bool:
 
 
 def _is_linear(layer: object) -> bool:
-    return isinstance(layer, _LINEAR) or is_lora(type(layer))
+    if isinstance(layer, nn.Module) and "lora_a" in layer:  # an adapter, such as DoRA's
+        layer = layer.get("linear")
+    return isinstance(layer, _LINEAR)
 
 
 def _instead(module: nn.Module) -> str | None:

@@ -43,7 +43,7 @@ class Calls:
     """How often a part of a layer was called, and how often it ran as one operation.
 
     Under ``mx.compile`` a call counts when it is traced, not when the compiled function runs. Prints as
-    how many our kernels computed, and how many MLX's own operations: ``2/0``.
+    how many our kernels computed in one operation, and how many ran otherwise: ``2/0``.
 
     Attributes:
         total (int): All calls.
@@ -182,7 +182,10 @@ class PatchReport:
     def __repr__(self) -> str:
         if not self.modules:
             return self.summary
+        # Norms are many, and alike.
         shown = [module for module in self.modules if module.norm is None or not module.norm.fused]
+        if not shown:
+            return self.summary
         present = [name for name in PARTS if any(name in module.parts for module in shown)]
         rows = [("layer", *(text for name in present for text in (_COLUMNS[name], "calls*")))]
         for module in shown:
@@ -193,5 +196,5 @@ class PatchReport:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
         return "\n".join(
-            [self.summary, *(line.rstrip() for line in lines), "* by our kernels/by MLX's operations"]
+            [self.summary, *(line.rstrip() for line in lines), "* in one operation of ours/otherwise"]
         )
