@@ -200,7 +200,7 @@ def test_any_other_layer():
     expected, _ = router(x)
     report = mlx_fused.patch(router)
     actual, weight = router(x)
-    assert report.modules[0].linear.fused and weight is router.gate["weight"]
+    assert report.modules[0].linear.obstacle == "other is DoRALinear" and weight is router.gate["weight"]
     assert primitives(actual)["FusedLinear"] == 1 and mx.allclose(actual, expected)
     assert primitives(router.gate(x))["FusedLinear"] == 0
 
@@ -209,10 +209,11 @@ def test_nothing_is_touched_on_a_gpu_where_nothing_is_saved(monkeypatch):
     router, x = Router(), sample(3, K)
     mlx_fused.patch(router)
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
-    assert mlx_fused.patch(router).modules[0].linear.obstacle == "gate is one launch on a GPU in MLX too"
+    (report,) = mlx_fused.patch(router).modules
+    assert report.linear.obstacle == "gate is one launch on a GPU in MLX too, and 1 more"
     assert primitives(router(x)[0])["FusedLinear"] == 0
     router.gate = lora(router.gate)
-    assert mlx_fused.patch(router).modules[0].linear.fused
+    assert mlx_fused.patch(router).modules[0].linear.obstacle == "other is DoRALinear"
     assert primitives(router(x)[0])["FusedLinear"] == 1
 
 
@@ -243,7 +244,7 @@ def test_python_of_a_layer_is_bounded():
     stock = calls()
     mlx_fused.patch(layer)
     patched = calls()
-    assert patched["call"] - stock["call"] <= 115 and patched["c_call"] - stock["c_call"] <= 106
+    assert patched["call"] - stock["call"] <= 115 and patched["c_call"] - stock["c_call"] <= 110
 
 
 def test_calls_by_name():

@@ -134,7 +134,7 @@ def test_on_a_gpu_operations_get_it_unnormed(monkeypatch):
     weight, eps = seen[0][1]["norm"]
     assert eps == layer.input_layernorm.eps and mx.array_equal(weight, layer.input_layernorm.weight)
     assert mx.array_equal(seen[0][1]["input"], model.model.embed_tokens(x))
-    assert norms(y) == (NORMS, 0)  # those of the operations; nothing is normed twice
+    assert norms(y) == (NORMS - 1, 0)  # those of the operations: the head is MLX's, and its norm too
     assert mx.allclose(y, expected, rtol=1e-5, atol=1e-5)  # the head is MLX's there
 
 
@@ -154,8 +154,9 @@ def test_transforms_on_a_gpu(on_a_gpu, monkeypatch, transform):
 
 def test_code_that_reads_the_norm_gets_it(on_a_gpu):
     norm, x = norm_of(), mx.random.normal((2, 3, K))
+    expected = norm(x)
     mlx_fused.patch(norm)
-    expected, y = mlx_fused.fused_rms_norm(x, norm.weight, norm.eps), norm(x)
+    y = norm(x)
     assert type(y) is Normed and isinstance(y, mx.array)
     assert mx.array_equal(y, expected) and mx.array_equal(y * 2, expected * 2)
     assert type(y + y) is type(y.astype(mx.float16)) is type(mx.stop_gradient(y)) is mx.array
@@ -219,4 +220,38 @@ def test_a_call_by_name(on_a_gpu):
     assert type(norm(x=x)) is Normed
     with pytest.raises(TypeError):
         norm(y=x)
-    assert str(report.norms[0].norm.calls) == "1/1"
+    assert str(report.norms[0].norm.calls) == "0/2"  # on a GPU it is MLX's
+
+
+def test_many_rows_on_a_gpu_stay_mlxs(on_a_gpu):
+    norm = norm_of()
+    mlx_fused.patch(norm)
+    assert type(norm(mx.ones((600, K)))) is mx.array and type(norm(mx.ones((4, K)))) is Normed
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"eps": mx.array(1e-5)},
+        {"weight": mx.ones((K,), mx.int32)},
+        {"weight": mx.ones((K,), mx.float16)},
+    ],
+    ids=["eps", "integers", "float16"],
+)
+def test_unusual_parameters(monkeypatch, change, on_gpu):
+    if on_gpu:
+        monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    model, x = WithNorm(Gated), mx.random.normal((2, 3, K))
+    for name, value in change.items():
+        setattr(model.norm, name, value)
+    expected = model(x)
+    mlx_fused.patch(model)
+    assert mx.allclose(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_exact_reaches_every_operation():
+    model = make("llama")
+    mlx_fused.patch(model, exact=True)
+    seen, _ = seen_by(model, tokens(1, 3))
+    assert len(seen) == 4 * LAYERS + 1 and all(arguments["exact"] for _, arguments in seen)

@@ -50,6 +50,9 @@ def environment(name: str) -> str | None:
 def last_decision() -> tuple[str, str, str]:
     """Of this thread's latest call: its route, what decided that, and why."""
 
+def can_norm(x: mlx.core.array) -> bool:
+    """Whether a kernel for Metal that projects x may norm it as well."""
+
 def was_composed() -> bool:
     """Whether MLX's own operations compute this thread's latest call."""
 

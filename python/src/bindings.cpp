@@ -10,6 +10,7 @@
 #include <cstdlib>
 
 #include "mlx_fused/arguments.h"
+#include "mlx_fused/backend/metal/grid.h"
 #include "mlx_fused/norm.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/routing.h"
@@ -383,6 +384,13 @@ NB_MODULE(_ext, m) {
         return std::tuple<std::string, std::string, std::string>(name, source, reason);
       },
       "Of this thread's latest call: its route, what decided that, and why.");
+  m.def(
+      "can_norm",
+      [](const mx::array& x) {
+        return x.size() > 0 && mlx_fused::metal::can_norm(x.size() / x.shape(-1), x.shape(-1) * x.itemsize());
+      },
+      "x"_a,
+      "Whether a kernel for Metal that projects x may norm it as well.");
   m.def(
       "was_composed",
       [] { return mlx_fused::last_decision().route == mlx_fused::Route::composed; },

@@ -31,6 +31,8 @@ def fused_rms_norm(x: mx.array, weight: mx.array | None, eps: float, *, stream: 
         ValueError: If a shape or dtype is wrong. The message names the argument, what it must be and what it
             is.
     """
+    if isinstance(eps, mx.array):  # whose gradient would be lost
+        raise TypeError("[fused_rms_norm] eps must be float or int but got array.")
     try:
         return _ext.rms_norm(x, weight, eps, stream)
     except TypeError:

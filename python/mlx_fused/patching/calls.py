@@ -267,9 +267,9 @@ def read_linear(module: nn.Module, active: Active, name: str, layer: nn.Module) 
     """Raises ``NotFused`` if our operation cannot compute the layer, or has no reason to."""
     if not active.patch.options.linear:
         raise NotFused("linear=False")
+    _read_one(module, active, name, layer)
     if not saves(layer):
         raise NotFused(f"{name} is one launch on a GPU in MLX too")
-    _read_one(module, active, name, layer)
 
 
 def read_linears(module: nn.Module, active: Active, names: tuple[str, ...]) -> None:

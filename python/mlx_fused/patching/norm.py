@@ -7,7 +7,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fused._ext import alias
+from mlx_fused._ext import alias, can_norm
 from mlx_fused.operations import fused_rms_norm
 from mlx_fused.operations.call import Norm
 from mlx_fused.patching.derived import Derived
@@ -35,15 +35,19 @@ def run(norm: nn.Module, active: Active, method: Callable, x: object) -> mx.arra
         read(active, method)
         if not isinstance(x, mx.array) or x.dtype not in DTYPES or x.ndim == 0:
             raise NotFused("it is not called with one array of a type with kernels")
+        weight, eps = norm.get("weight"), norm.eps
+        if not isinstance(weight, mx.array) or weight.dtype not in DTYPES or type(eps) not in (float, int):
+            raise NotFused("its weight or eps is of a type without kernels")
     except NotFused as reason:
         counter.add(1, reason=str(reason))
         return None
-    weight, eps = norm["weight"], norm.eps
-    y = fused_rms_norm(x, weight, eps)
-    counter.add(1, 1, is_routed=False)
     if mx.default_device() != mx.gpu:
-        return y
-    y = Normed(y)
+        counter.add(1, 1, is_routed=False)
+        return fused_rms_norm(x, weight, eps)
+    counter.add(1, reason="on a GPU it is MLX's, or a part of the operation after it")
+    if not can_norm(x):
+        return None
+    y = Normed(_CALL(norm, x))
     y._origin = alias(x), (alias(weight), eps)
     return y
 
