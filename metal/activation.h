@@ -1,7 +1,7 @@
 #pragma once
 
-// Activations, elementwise, in float32, and their derivatives. Factors are written as a sigmoid or as erfc, so
-// that nothing cancels.
+// Activations, elementwise, in float32, and their derivatives. Factors are written as a sigmoid or as erfc,
+// so that nothing cancels.
 #include "common.h"
 
 namespace mlx_fused {
@@ -9,7 +9,7 @@ namespace mlx_fused {
 // The kind is fixed when a pipeline is made.
 METAL_FUNC int activation_kind() {
   return int(mlx_fused_activation_low) + 2 * int(mlx_fused_activation_mid) +
-      4 * int(mlx_fused_activation_high);
+         4 * int(mlx_fused_activation_high);
 }
 
 // A function's value and derivative.
@@ -54,7 +54,7 @@ METAL_FUNC Derived derived(float x, float alpha, float limit) {
       const float pdf = 0.398942280f * metal::precise::exp(-0.5f * x * x);
       return {x * cdf, cdf + (pdf == 0.0f ? 0.0f : x * pdf)};
     }
-    case activation_gelu_approx: {  // x (1 + tanh u) / 2 is x sigmoid(2 u)
+    case activation_gelu_approx: {                           // x (1 + tanh u) / 2 is x sigmoid(2 u)
       const float slope = 1.5957691216f, cubic = 0.044715f;  // 2 sqrt(2 / pi)
       const float square = x * x;
       return gated_by(x, slope * x * (1.0f + cubic * square), slope * (1.0f + 3.0f * cubic * square));

@@ -102,8 +102,8 @@ bool is_ours(const mx::array& a) {
   return a.has_primitive() && std::string_view(a.primitive().name()).starts_with("Fused");
 }
 
-// Evaluates by their eval_gpu the nodes of ours that `a` is made of, and `a` if it is one; `simulate` runs each
-// launch. Returns how many.
+// Evaluates by their eval_gpu the nodes of ours that `a` is made of, and `a` if it is one; `simulate` runs
+// each launch. Returns how many.
 int evaluate(mx::array a, const nb::callable& simulate) {
   if (a.status() != mx::array::Status::unscheduled || !a.has_primitive()) {
     return 0;

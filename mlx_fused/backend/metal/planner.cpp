@@ -4,8 +4,7 @@
 
 namespace mlx_fused::metal {
 
-Planner::Planner(
-    const Call& call, DType dtype, int cores, const Tensors& inputs, std::vector<float> scales)
+Planner::Planner(const Call& call, DType dtype, int cores, const Tensors& inputs, std::vector<float> scales)
     : call_(call), dtype_(dtype), cores_(cores), inputs_(inputs), scales_(std::move(scales)) {
   format_ = call.quantization                      ? format_of(*call.quantization)
             : has_transposed_weights(call, inputs) ? Format::transposed
