@@ -255,3 +255,13 @@ def test_exact_reaches_every_operation():
     mlx_fused.patch(model, exact=True)
     seen, _ = seen_by(model, tokens(1, 3))
     assert len(seen) == 4 * LAYERS + 1 and all(arguments["exact"] for _, arguments in seen)
+
+
+def test_sharded_projections_get_it_normed(on_a_gpu):
+    model = make("llama")
+    model.shard(mx.distributed.init())
+    mlx_fused.patch(model)
+    seen, _ = seen_by(model, tokens(1, 3))
+    # The norm's gradient is summed over the ranks, with that of the normed input.
+    ours = [arguments["norm"] for operation, arguments in seen if operation is mlx_fused.fused_qkv_projection]
+    assert ours == [None] * LAYERS

@@ -86,7 +86,7 @@ def kinds(sizes: Sizes, weights: str) -> dict[str, Kind]:
 
 
 def make_calls(sizes: Sizes, weights: str, rows: int) -> list[Call]:
-    """The operations on ``rows`` tokens, the head the last, with random weights of a kind from ``WEIGHTS``."""
+    """The operations on ``rows`` tokens, the head last, with random weights of a kind from ``WEIGHTS``."""
     counts = (sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads)
     q_dims = sizes.num_heads * sizes.head_dim
     qkv = [_Projection(sizes.hidden, n * sizes.head_dim, weights) for n in counts]

@@ -189,12 +189,15 @@ class PatchReport:
         present = [name for name in PARTS if any(name in module.parts for module in shown)]
         rows = [("layer", *(text for name in present for text in (_COLUMNS[name], "calls*")))]
         for module in shown:
-            parts = [module.parts.get(name) for name in present]
-            rows.append(
-                (module.name, *(text for p in parts for text in ((str(p), str(p.calls)) if p else ("", ""))))
-            )
+            cells = (_cells(name, module.parts.get(name)) for name in present)
+            rows.append((module.name, *(text for pair in cells for text in pair)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
         return "\n".join(
             [self.summary, *(line.rstrip() for line in lines), "* in one operation of ours/otherwise"]
         )
+
+
+def _cells(name: str, part: Part | None) -> tuple[str, str]:
+    """What the table says of a part and of its calls; those of experts are not counted."""
+    return ("", "") if part is None else (str(part), "" if name == "experts" else str(part.calls))
