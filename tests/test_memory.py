@@ -180,6 +180,7 @@ class Mlps:
     def kept(self):
         """What the backward pass needs of the forward's, besides its operands."""
         mx.synchronize()
+        mx.clear_cache()  # whose buffers may be larger than what is asked for
         before = mx.get_active_memory()
         loss, gradients = mx.vjp(lambda *a: [self.loss(*a)], self.adapters, [mx.array(1.0)])
         mx.eval(loss)

@@ -264,6 +264,7 @@ class Layers:
     def kept(self):
         """What the backward pass needs of the forward's, besides the weights."""
         mx.synchronize()
+        mx.clear_cache()  # whose buffers may be larger than what is asked for
         before = mx.get_active_memory()
         loss, gradients = mx.vjp(lambda *w: [self.loss(*w)], self.weights, [mx.array(1.0)])
         mx.eval(loss)
