@@ -101,8 +101,8 @@ bool is_zero(const mx::array& cotangent) {
   while (a->has_primitive() && spreads(a->primitive())) {
     a = &a->inputs()[0];
   }
-  // One that nobody else holds: during a vjp every array counts as traced.
   auto is_null = [](char byte) { return byte == 0; };
+  // A constant is held by nobody else. is_tracer() would not tell: during a vjp every array counts as traced.
   return a->size() == 1 && !a->has_primitive() && a->is_available() && a->is_donatable() &&
          std::all_of(a->data<char>(), a->data<char>() + a->itemsize(), is_null);
 }
