@@ -115,7 +115,7 @@ class Call:
         outputs = projections.run(
             module,
             fused_qkv_projection,
-            input=tokens if x.ndim == 3 else _batched(tokens),
+            input=tokens if x.ndim == 3 else tokens.reshape(1, prod(x.shape[:-1]), x.shape[-1]),
             weight=layers,
             norm=norm,
             split_heads=False,
@@ -229,10 +229,6 @@ def project_output(module: nn.Module, active: Active, name: str, layer: nn.Modul
         return y
 
     return Projected.of(layer(x), add)
-
-
-def _batched(x: mx.array) -> mx.array:
-    return x if x.ndim == 3 else x.reshape(1, prod(x.shape[:-1]), x.shape[-1])
 
 
 def alone(module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array) -> mx.array:
