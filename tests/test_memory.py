@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import mlx_fused
+from active_memory import kept
 from operands import normal
 from projections import backward, cotangents, gated, gradients, linear, output, qkv
 from test_forward import dtypes
@@ -178,16 +179,7 @@ class Mlps:
         return x.astype(mx.float32).mean()
 
     def kept(self):
-        """What the backward pass needs of the forward's, besides its operands."""
-        mx.synchronize()
-        mx.clear_cache()  # whose buffers may be larger than what is asked for
-        before = mx.get_active_memory()
-        loss, gradients = mx.vjp(lambda *a: [self.loss(*a)], self.adapters, [mx.array(1.0)])
-        mx.eval(loss)
-        mx.synchronize()
-        held = mx.get_active_memory() - before
-        mx.eval(gradients)
-        return held
+        return kept(self.loss, self.adapters)
 
     def peak(self):
         """Of a compiled step."""
@@ -226,5 +218,6 @@ def test_inference_keeps_neither_gate_nor_up(rng, transform, dtype):
             function = transform(call.function(keys))
             needed = nbytes(arrays(call)) + nbytes(call())
             assert peak(lambda f=function, c=call: f(*arrays(c)), arrays(call)) <= needed + 4096
-            held = peak(lambda c=call, k=keys, g=given: gradients(c, k[:1], g), arrays(call))
-            assert held > needed + 4096  # of a gradient, gate and up
+            if seq > 1:  # one row is no larger than what an allocation is rounded to
+                held = peak(lambda c=call, k=keys, g=given: gradients(c, k[:1], g), arrays(call))
+                assert held > needed + 4096  # of a gradient, gate and up

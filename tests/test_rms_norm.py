@@ -10,6 +10,7 @@ import pytest
 
 import mlx_fused
 import oracle
+from active_memory import kept
 from graph import output_counts, primitives
 from mlx_fused import fused_rms_norm
 from operands import DTYPES, normal
@@ -262,16 +263,7 @@ class Layers:
         return x.mean()
 
     def kept(self):
-        """What the backward pass needs of the forward's, besides the weights."""
-        mx.synchronize()
-        mx.clear_cache()  # whose buffers may be larger than what is asked for
-        before = mx.get_active_memory()
-        loss, gradients = mx.vjp(lambda *w: [self.loss(*w)], self.weights, [mx.array(1.0)])
-        mx.eval(loss)
-        mx.synchronize()
-        held = mx.get_active_memory() - before
-        mx.eval(gradients)
-        return held
+        return kept(self.loss, self.weights)
 
 
 def test_the_backward_pass_keeps_what_is_normed_alone():
