@@ -105,10 +105,10 @@ Function Attention::composed() {
 
 Arrays Attention::vjp(
     const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
-  bool of_mask = kind_.has_mask && std::ranges::find(argnums, 3) != argnums.end();
-  if (of_mask || !is_zero(cotangents[1])) {
+  if (kind_.has_mask && std::ranges::find(argnums, 3) != argnums.end()) {
     return FusedPrimitive::vjp(primals, cotangents, argnums, outputs);
   }
+  // Nothing but AttentionGrad reads the sums, whose own derivatives do not: their cotangent is always 0.
   // A custom function that consumes this output may return a cotangent of another dtype.
   Arrays inputs = {mx::astype(cotangents[0], outputs[0].dtype(), stream()), outputs[0], outputs[1]};
   inputs.insert(inputs.end(), primals.begin(), primals.end());
