@@ -17,8 +17,7 @@ mx::array seen_by_place(int queries, int keys, int window, mx::Stream s) {
   auto row = mx::expand_dims(mx::arange(keys - queries, keys, s), 1, s);
   auto col = mx::expand_dims(mx::arange(keys, s), 0, s);
   auto seen = mx::greater_equal(row, col, s);
-  return window == 0 ? seen
-                     : mx::logical_and(seen, mx::less(row, mx::add(col, mx::array(window), s), s), s);
+  return window == 0 ? seen : mx::logical_and(seen, mx::less(row, mx::add(col, mx::array(window), s), s), s);
 }
 
 // The result, in MLX's own operations.
@@ -43,8 +42,7 @@ mx::array log_sums_of_mlx(const Arrays& inputs, const AttentionKind& kind, mx::S
   if (kind.has_mask && inputs[3].dtype() != mx::bool_) {
     scores = mx::add(scores, wide(inputs[3]), s);
   } else if (kind.has_mask || kind.causal) {
-    auto seen =
-        kind.has_mask ? inputs[3] : seen_by_place(q.shape(2), k.shape(2), kind.window, s);
+    auto seen = kind.has_mask ? inputs[3] : seen_by_place(q.shape(2), k.shape(2), kind.window, s);
     scores = mx::where(seen, scores, mx::array(mx::finfo(mx::float32).min, mx::float32), s);
   }
   auto sums = mx::logsumexp(scores, 3, false, s);

@@ -19,9 +19,9 @@ struct AttentionKind {
   bool operator==(const AttentionKind&) const = default;
 };
 
-// As mx::fast::scaled_dot_product_attention gives it, and with a window: a primitive of ours on the CPU, where
-// MLX's is several operations that keep all scores; MLX's own elsewhere. `inputs` are q, k, v, the mask and
-// the sinks, as far as the kind has them, as MLX takes them.
+// As mx::fast::scaled_dot_product_attention gives it, and with a window: a primitive of ours on the CPU,
+// where MLX's is several operations that keep all scores; MLX's own elsewhere. `inputs` are q, k, v, the mask
+// and the sinks, as far as the kind has them, as MLX takes them.
 mx::array attention(const Arrays& inputs, const AttentionKind& kind, mx::Stream s);
 
 // Takes q, k, v of one dtype, the mask, [batch, heads, queries, keys], and the sinks. Gives the result and,
@@ -55,7 +55,8 @@ class Attention : public FusedPrimitive {
   const AttentionKind kind_;
 };
 
-// Takes the cotangent, both outputs of Attention and its inputs. Gives the gradients of q, k, v and the sinks.
+// Takes the cotangent, both outputs of Attention and its inputs. Gives the gradients of q, k, v and the
+// sinks.
 class AttentionGrad : public FusedPrimitive {
  public:
   AttentionGrad(mx::Stream stream, const AttentionKind& kind) : FusedPrimitive(stream), kind_(kind) {}

@@ -7,7 +7,6 @@
 #include "mlx_fused/backend/cpu/kernels.h"
 #include "mlx_fused/backend/cpu/parallel.h"
 #include "mlx_fused/backend/cpu/scratch.h"
-#include "mlx_fused/backend/cpu/sgemm.h"
 
 namespace mlx_fused::cpu {
 
@@ -15,29 +14,24 @@ namespace {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
-constexpr int64_t max_few_queries = 8;  // docs/design/thresholds.md
-constexpr int64_t min_part = 256;       // keys
-constexpr int64_t wanted_parts = 32;    // not the number of threads: the result would depend on it
+// docs/design/thresholds.md
+constexpr int64_t max_few_queries = 8;
+constexpr int64_t min_part = 256;     // keys
+constexpr int64_t wanted_tasks = 32;  // not the number of threads: the result would depend on it
+
+void multiply_by(float factor, float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    x[i] *= factor;
+  }
+}
 
 // A softmax that is not divided by its sum yet: the largest score, and the sum of e^(score - largest).
 struct Softmax {
-  float largest = -infinity, sum = 0;
+  float largest, sum;
 
-  // x = e^(x - largest); 0 if all are -inf.
-  static Softmax of(float* x, int64_t n, float sink = -infinity) {
-    Softmax s{std::max(kernels().largest(x, n), sink)};
-    if (s.largest == -infinity) {
-      // Of nothing but NaN the largest is -inf too, and the sum is to be NaN.
-      s.sum = kernels().exponentials(x, n, 0);
-      return s;
-    }
-    s.sum = kernels().exponentials(x, n, s.largest) + std::exp(sink - s.largest);
-    return s;
-  }
-
-  // Infinite if there is nothing to sum: the softmax then is e^(score - log_sum) = 0, as it is to be.
+  // Of nothing but -inf the sum is 0: the logarithm is to make e^(score - log_sum) 0 too.
   float log_sum() const {
-    return sum == 0 ? infinity : largest == -infinity ? sum : largest + std::log(sum);
+    return sum == 0 ? infinity : std::log(sum) + (largest == -infinity ? 0 : largest);
   }
 
   float factor() const {
@@ -45,47 +39,41 @@ struct Softmax {
   }
 };
 
-void multiply(float* x, int64_t n, float factor) {
-  for (int64_t i = 0; i < n; ++i) {
-    x[i] *= factor;
-  }
-}
-
-// Many queries: a task for every block of every head.
-void attend_blocks(const Attention& of, const View& out, float* log_sums) {
-  int64_t heads = of.q.heads, dim = of.q.dim, v_dim = of.v.dim, at_once = rows_per_block(of);
-  int64_t per_kv_head = heads / of.k.heads, all_heads = of.q.batch * heads;
-  int64_t blocks = (of.q.seq + at_once - 1) / at_once;
-  parallel_for(blocks * all_heads, [&](int64_t task) {
-    // The last blocks, which see most keys if causal, come first.
-    int64_t row = (blocks - 1 - task / all_heads) * at_once, head = task % heads;
-    auto b = query_block(of, task % all_heads / heads, head, row, std::min(at_once, of.q.seq - row));
-    int64_t n = b.keys();
-    float* q = scratch(Holder::task, b.rows * (dim + n + v_dim) + n * std::max(dim, v_dim));
-    float *scores = q + b.rows * dim, *o = scores + b.rows * n, *loaded = o + b.rows * v_dim;
-    load_scaled(of, b, q);
-    if (n > 0) {
-      auto k = rows_of(head_of(of.k, b.batch, head / per_kv_head), b.first, n, loaded);
-      sgemm(false, true, b.rows, n, dim, q, dim, k.data, k.ld, false, scores, n);
+// Many queries: a task for every panel of every key head.
+void attend_panels(const Attention& of, const View& out, float* log_sums) {
+  int64_t group = group_of(of), kv_heads = of.k.heads, dim = of.q.dim, v_dim = of.v.dim, queries = of.q.seq;
+  int64_t all_heads = of.q.batch * kv_heads, at_once = panel_rows(),
+          panels = (queries + at_once - 1) / at_once;
+  parallel_for(panels * all_heads, [&](int64_t task) {
+    // The last panels, which see most keys if causal, come first.
+    int64_t row = (panels - 1 - task / all_heads) * at_once;
+    int64_t batch = task % all_heads / kv_heads, kv_head = task % kv_heads;
+    auto p = panel_of(of, batch, kv_head, row, std::min(at_once, queries - row));
+    int64_t n = p.keys(), of_q = Slices::size(dim, p.cols), of_out = Slices::size(v_dim, p.cols);
+    int64_t of_mask = PanelMask::size(of, n, p.cols);
+    float* slices = scratch(Holder::task, 2 * of_q + n * p.cols + 2 * of_out + of_mask + n * (dim + v_dim));
+    float *q = slices + of_q, *scores = q + of_q, *o = scores + n * p.cols, *rows = o + of_out;
+    float *mask_memory = rows + of_out, *k = mask_memory + of_mask, *v = k + n * dim;
+    load(head_of(of.k, batch, kv_head), {.row = p.first, .rows = n, .col = 0, .cols = dim}, k, dim);
+    load(head_of(of.v, batch, kv_head), {.row = p.first, .rows = n, .col = 0, .cols = v_dim}, v, v_dim);
+    PanelMask mask(of, p, mask_memory);
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+      Slices(head_of(of.q, batch, head), p, of.scale, slices).transpose(q);
+      multiply({k, dim, 1}, n, dim, q, p.cols, scores, p.cols, false);
+      mask.apply(head, scores);
+      float largest[max_panel_cols], sums[max_panel_cols];
+      std::fill_n(largest, p.cols, sink_of(of, head));
+      kernels().softmax(scores, n, p.cols, largest, sums);
+      multiply({v, 1, v_dim}, v_dim, n, scores, p.cols, o, p.cols, false);
+      kernels().transpose(o, padded(v_dim), p.cols, p.cols, rows, padded(v_dim));
+      for (int64_t i = 0; i < p.rows; ++i) {
+        Softmax of_row{largest[i], sums[i]};
+        log_sums[(batch * of.q.heads + head) * queries + row + i] = of_row.log_sum();
+        multiply_by(of_row.factor(), rows + i * padded(v_dim), v_dim);
+      }
+      Tile t{.row = row, .rows = p.rows, .col = 0, .cols = v_dim};
+      store(head_of(out, batch, head), t, rows, padded(v_dim));
     }
-    float* factors = q;  // no more needed
-    for (int64_t i = 0; i < b.rows; ++i) {
-      float* row_scores = scores + i * n;
-      mask_scores(of, b, i, b.first, n, row_scores);
-      auto s = Softmax::of(row_scores, n, sink_of(of, head));
-      log_sums[(b.batch * heads + head) * of.q.seq + b.row + i] = s.log_sum();
-      factors[i] = s.factor();
-    }
-    if (n > 0) {
-      auto v = rows_of(head_of(of.v, b.batch, head / per_kv_head), b.first, n, loaded);
-      sgemm(false, false, b.rows, v_dim, n, scores, n, v.data, v.ld, false, o, v_dim);
-    } else {
-      std::fill_n(o, b.rows * v_dim, 0.0f);
-    }
-    for (int64_t i = 0; i < b.rows; ++i) {
-      multiply(o + i * v_dim, v_dim, factors[i]);
-    }
-    store(head_of(out, b.batch, head), {.row = row, .rows = b.rows, .col = 0, .cols = v_dim}, o, v_dim);
   });
 }
 
@@ -104,71 +92,80 @@ Rows stored_rows(const View& head, int64_t row, int64_t rows, float* to) {
   return {reinterpret_cast<char*>(to), Type::float32, head.dim};
 }
 
+// The softmax of one query's scores with some keys.
+Softmax softmax_of(float* scores, int64_t n) {
+  float largest = kernels().largest(scores, n);
+  return {largest, kernels().exponentials(scores, n, largest == -infinity ? 0 : largest)};
+}
+
 // Few queries: a task for every part of the keys of every key head, with all query heads that read it. Keys
 // and values are read once.
 void attend_few(const Attention& of, const View& out, float* log_sums) {
-  int64_t heads = of.q.heads, kv_heads = of.k.heads, per_kv_head = heads / kv_heads, queries = of.q.seq,
-          dim = of.q.dim, v_dim = of.v.dim, keys = of.k.seq, rows = per_kv_head * queries;
-  int64_t all_heads = of.q.batch * kv_heads;
-  int64_t parts = std::clamp<int64_t>(wanted_parts / all_heads, 1, std::max<int64_t>(1, keys / min_part));
+  int64_t group = group_of(of), kv_heads = of.k.heads, dim = of.q.dim, v_dim = of.v.dim, queries = of.q.seq;
+  int64_t all_heads = of.q.batch * kv_heads, rows = group * queries, keys = of.k.seq;
+  int64_t parts = std::clamp<int64_t>(wanted_tasks / all_heads, 1, std::max<int64_t>(1, keys / min_part));
   int64_t per_part = (keys + parts - 1) / parts;
-  // Of every task and row: the softmax, and what it makes of the values.
+  // Of every task and row: the softmax, and the sum of values that belongs to it.
   int64_t row_size = 2 + v_dim;
   float* results = scratch(Holder::operation, all_heads * parts * rows * row_size);
-  auto result_of = [&](int64_t task, int64_t r) { return results + (task * rows + r) * row_size; };
   parallel_for(all_heads * parts, [&](int64_t task) {
-    int64_t batch = task / parts / kv_heads, kv_head = task / parts % kv_heads;
-    int64_t begin = task % parts * per_part, end = std::min(begin + per_part, keys);
-    int64_t first = end, last = begin;
-    for (int64_t h = 0; h < per_kv_head; ++h) {
-      auto b = query_block(of, batch, kv_head * per_kv_head + h, 0, queries);
-      first = std::min(first, std::max(b.first, begin));
-      last = std::max(last, std::min(b.last, end));
+    int64_t batch = task / parts / kv_heads, kv_head = task / parts % kv_heads, head = kv_head * group;
+    auto p = panel_of(of, batch, kv_head, 0, queries);
+    int64_t begin = task % parts * per_part, first = std::max(p.first, begin);
+    int64_t n = std::max<int64_t>(0, std::min({p.last, begin + per_part, keys}) - first);
+    float* result = results + task * rows * row_size;
+    float* q = scratch(Holder::task, rows * (dim + n) + n * std::max(dim, v_dim));
+    float *scores = q + rows * dim, *loaded = scores + rows * n;
+    for (int64_t i = 0; i < group; ++i) {
+      Tile t{.row = 0, .rows = queries, .col = 0, .cols = dim};
+      load(head_of(of.q, batch, head + i), t, q + i * queries * dim, dim);
     }
-    int64_t n = std::max<int64_t>(0, last - first);
-    float* q = scratch(Holder::task, rows * (dim + n + v_dim) + n * std::max(dim, v_dim));
-    float *scores = q + rows * dim, *o = scores + rows * n, *loaded = o + rows * v_dim;
+    multiply_by(of.scale, q, rows * dim);
     if (n > 0) {
-      for (int64_t h = 0; h < per_kv_head; ++h) {
-        load_scaled(of, {batch, kv_head * per_kv_head + h, 0, queries, 0, 0}, q + h * queries * dim);
-      }
       auto k = stored_rows(head_of(of.k, batch, kv_head), first, n, loaded);
       kernels().dots(q, dim, rows, k.type, k.data, k.ld, n, dim, scores, n);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      QueryBlock b{batch, kv_head * per_kv_head + r / queries, 0, queries, 0, 0};
-      mask_scores(of, b, r % queries, first, n, scores + r * n);
-      auto s = Softmax::of(scores + r * n, n);
-      result_of(task, r)[0] = s.largest;
-      result_of(task, r)[1] = s.sum;
+      mask_row(of, batch, head + r / queries, r % queries, first, n, scores + r * n);
+      auto softmax = softmax_of(scores + r * n, n);
+      result[r * row_size] = softmax.largest;
+      result[r * row_size + 1] = softmax.sum;
     }
-    auto v = stored_rows(head_of(of.v, batch, kv_head), first, n, loaded);
-    kernels().weighted_sum(scores, n, rows, v.type, v.data, v.ld, n, v_dim, result_of(task, 0) + 2, row_size);
+    if (n > 0) {
+      auto v = stored_rows(head_of(of.v, batch, kv_head), first, n, loaded);
+      kernels().weighted_sum(scores, n, rows, v.type, v.data, v.ld, n, v_dim, result + 2, row_size);
+    }
   });
-  parallel_for(all_heads, [&](int64_t of_head) {
-    int64_t batch = of_head / kv_heads;
+  parallel_for(all_heads, [&](int64_t task) {
+    int64_t batch = task / kv_heads, head = task % kv_heads * group;
     for (int64_t r = 0; r < rows; ++r) {
-      int64_t head = of_head % kv_heads * per_kv_head + r / queries, row = r % queries;
-      Softmax all{sink_of(of, head)};
+      auto result_of = [&](int64_t part) { return results + ((task * parts + part) * rows + r) * row_size; };
+      float sink = sink_of(of, head + r / queries);
+      Softmax all{sink, 0};
       for (int64_t part = 0; part < parts; ++part) {
-        all.largest = std::max(all.largest, result_of(of_head * parts + part, r)[0]);
+        all.largest = std::max(all.largest, result_of(part)[0]);
       }
-      // Of the parts' scores alone -inf is no largest.
-      float shift = all.largest == -infinity ? 0 : all.largest;
-      all.sum = std::exp(sink_of(of, head) - shift);
+      // The parts' powers are of score - their own shift.
+      auto shift_of = [](float largest) { return largest == -infinity ? 0 : largest; };
+      float shift = shift_of(all.largest);
+      all.sum = std::exp(sink - shift);
       float* o = scratch(Holder::task, v_dim);
       std::fill_n(o, v_dim, 0.0f);
       for (int64_t part = 0; part < parts; ++part) {
-        const float* from = result_of(of_head * parts + part, r);
-        float factor = from[0] == -infinity ? 1 : std::exp(from[0] - shift);
+        const float* from = result_of(part);
+        if (from[1] == 0) {
+          continue;  // no key, or scores of -inf alone
+        }
+        float factor = std::exp(shift_of(from[0]) - shift);
         all.sum += factor * from[1];
         for (int64_t d = 0; d < v_dim; ++d) {
           o[d] += factor * from[2 + d];
         }
       }
-      multiply(o, v_dim, all.factor());
-      store(head_of(out, batch, head), {.row = row, .rows = 1, .col = 0, .cols = v_dim}, o, v_dim);
-      log_sums[(batch * heads + head) * queries + row] = all.log_sum();
+      multiply_by(all.factor(), o, v_dim);
+      Tile t{.row = r % queries, .rows = 1, .col = 0, .cols = v_dim};
+      store(head_of(out, batch, head + r / queries), t, o, v_dim);
+      log_sums[(batch * of.q.heads + head) * queries + r] = all.log_sum();
     }
   });
 }
@@ -179,7 +176,7 @@ void attend(const Attention& of, const View& out, float* log_sums) {
   if (of.q.batch * of.q.heads * of.q.seq == 0) {
     return;
   }
-  of.q.seq <= max_few_queries ? attend_few(of, out, log_sums) : attend_blocks(of, out, log_sums);
+  of.q.seq <= max_few_queries ? attend_few(of, out, log_sums) : attend_panels(of, out, log_sums);
 }
 
 }  // namespace mlx_fused::cpu

@@ -23,10 +23,10 @@ struct Mask {
 struct Attention {
   View q, k, v;  // [batch, heads, places, size]
   float scale;
-  bool causal = false;                       // a query sees the keys up to its own place
-  int64_t window = 0;                        // and of these as many, if not 0
-  std::optional<Mask> mask = {};             // instead of causal
-  std::optional<View> sinks = {};            // [1, query heads]: a score of no value, for every query
+  bool causal = false;             // a query sees the keys up to its own place
+  int64_t window = 0;              // and of these as many, if not 0
+  std::optional<Mask> mask = {};   // instead of causal
+  std::optional<View> sinks = {};  // [1, query heads]: a score of no value, for every query
 };
 
 // out = softmax(scale q k^T + mask) v, as [batch, heads, places, size], and log_sums = the logarithms of the

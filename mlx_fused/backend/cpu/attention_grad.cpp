@@ -2,27 +2,24 @@
 #include <vector>
 
 #include "mlx_fused/backend/cpu/attention_scores.h"
-#include "mlx_fused/backend/cpu/kernels.h"
 #include "mlx_fused/backend/cpu/parallel.h"
 #include "mlx_fused/backend/cpu/scratch.h"
-#include "mlx_fused/backend/cpu/sgemm.h"
 
 namespace mlx_fused::cpu {
 
 namespace {
 
-float dot(const float* a, const float* b, int64_t n) {
-  float sum = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    sum += a[i] * b[i];
-  }
-  return sum;
+// sums += weights^T times the rows of slices: of each key, over a panel's queries.
+void add_products(const Panel& p, const float* weights, const Slices& slices, float* sums, int64_t ld) {
+  slices.for_each([&](const float* slice, int64_t col, int64_t width) {
+    multiply({weights, p.cols, 1}, p.keys(), p.rows, slice, width, sums + p.first * ld + col, ld, true);
+  });
 }
 
 }  // namespace
 
-// With p the softmax, dp = dO v^T and delta = sum(dO O): ds = p (dp - delta), dv = p^T dO, dk = ds^T (scale q)
-// and dq = scale ds k. Each key head is one task, for its gradients are sums over queries.
+// With p the softmax, dp = dO v^T and delta = sum(dO O): ds = p (dp - delta), dv = p^T dO, dk = ds^T (scale
+// q) and dq = scale ds k. Each key head is one task, for its gradients are sums over queries.
 void attend_grad(
     const Attention& of,
     const View& cotangent,
@@ -32,69 +29,71 @@ void attend_grad(
     const View& dk,
     const View& dv,
     const std::optional<View>& d_sinks) {
-  int64_t heads = of.q.heads, kv_heads = of.k.heads, queries = of.q.seq, keys = of.k.seq, dim = of.q.dim,
-          v_dim = of.v.dim, at_once = rows_per_block(of);
-  // Of every query head of every example, so that their order does not depend on threads.
-  std::vector<float> sink_sums(of.q.batch * heads);
+  int64_t group = group_of(of), kv_heads = of.k.heads, queries = of.q.seq, keys = of.k.seq;
+  int64_t dim = of.q.dim, v_dim = of.v.dim, ld = padded(dim), v_ld = padded(v_dim), at_once = panel_rows();
+  // Of every query head of every example, so that the order of their sum does not depend on threads.
+  std::vector<float> of_sinks(of.q.batch * of.q.heads);
   parallel_for(of.k.batch * kv_heads, [&](int64_t task) {
-    int64_t batch = task / kv_heads, kv_head = task % kv_heads, per_kv_head = heads / kv_heads;
-    int64_t of_keys = keys * (dim + v_dim), of_rows = at_once * (2 * dim + 2 * v_dim + 2 * keys);
-    float *k_memory = scratch(Holder::task, 2 * of_keys + of_rows), *v_memory = k_memory + keys * dim;
-    float *dk_sum = k_memory + of_keys, *dv_sum = dk_sum + keys * dim;
-    float *q = dk_sum + of_keys, *q_grad = q + at_once * dim, *g = q_grad + at_once * dim;
-    float *o = g + at_once * v_dim, *scores = o + at_once * v_dim, *grads = scores + at_once * keys;
-    auto k = rows_of(head_of(of.k, batch, kv_head), 0, keys, k_memory);
-    auto v = rows_of(head_of(of.v, batch, kv_head), 0, keys, v_memory);
-    std::fill_n(dk_sum, of_keys, 0.0f);
-    for (int64_t head = kv_head * per_kv_head; head < (kv_head + 1) * per_kv_head; ++head) {
-      float sink = sink_of(of, head);
-      for (int64_t row = 0; row < queries; row += at_once) {
-        auto b = query_block(of, batch, head, row, std::min(at_once, queries - row));
-        int64_t n = b.keys();
-        Tile t{.row = row, .rows = b.rows, .col = 0, .cols = dim}, v_tile = t;
-        v_tile.cols = v_dim;
-        if (n > 0) {
-          load_scaled(of, b, q);
-          load(head_of(cotangent, batch, head), v_tile, g, v_dim);
-          load(head_of(out, batch, head), v_tile, o, v_dim);
-          const float *block_k = k.data + b.first * k.ld, *block_v = v.data + b.first * v.ld;
-          sgemm(false, true, b.rows, n, dim, q, dim, block_k, k.ld, false, scores, n);
-          sgemm(false, true, b.rows, n, v_dim, g, v_dim, block_v, v.ld, false, grads, n);
-          const float* sums = log_sums + (batch * heads + head) * queries + row;
-          for (int64_t i = 0; i < b.rows; ++i) {
-            float delta = dot(g + i * v_dim, o + i * v_dim, v_dim);
-            bool sees = mask_scores(of, b, i, b.first, n, scores + i * n);
-            kernels().softmax_grad(scores + i * n, grads + i * n, n, sums[i], delta);
-            if (!sees) {
-              std::fill_n(grads + i * n, n, 0.0f);
-            }
-            if (of.sinks) {
-              sink_sums[batch * heads + head] -= std::exp(sink - sums[i]) * delta;
-            }
+    int64_t batch = task / kv_heads, kv_head = task % kv_heads;
+    int64_t cols = std::min(at_once, padded(queries)), of_scores = keys * cols;
+    int64_t of_q = Slices::size(dim, cols), of_out = Slices::size(v_dim, cols);
+    int64_t of_keys = keys * (dim + v_dim + ld + v_ld);
+    float* q_memory = scratch(
+        Holder::task, 2 * of_q + 4 * of_out + 2 * of_scores + PanelMask::size(of, keys, cols) + of_keys);
+    float *q_panel = q_memory + of_q, *g_memory = q_panel + of_q, *g_panel = g_memory + of_out;
+    float *o_memory = g_panel + of_out, *o_panel = o_memory + of_out, *scores = o_panel + of_out;
+    float *grads = scores + of_scores, *dk_sum = grads + of_scores, *dv_sum = dk_sum + keys * ld;
+    float *k = dv_sum + keys * v_ld, *v = k + keys * dim, *mask_memory = v + keys * v_dim;
+    Tile all{.row = 0, .rows = keys, .col = 0, .cols = dim}, all_v = all;
+    all_v.cols = v_dim;
+    load(head_of(of.k, batch, kv_head), all, k, dim);
+    load(head_of(of.v, batch, kv_head), all_v, v, v_dim);
+    std::fill_n(dk_sum, keys * (ld + v_ld), 0.0f);
+    for (int64_t row = 0; row < queries; row += at_once) {
+      auto p = panel_of(of, batch, kv_head, row, std::min(at_once, queries - row));
+      int64_t n = p.keys();
+      PanelMask mask(of, p, mask_memory);
+      const float *block_k = k + p.first * dim, *block_v = v + p.first * v_dim;
+      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+        Slices q(head_of(of.q, batch, head), p, of.scale, q_memory);
+        Slices g(head_of(cotangent, batch, head), p, 1, g_memory);
+        q.transpose(q_panel);
+        g.transpose(g_panel);
+        Slices(head_of(out, batch, head), p, 1, o_memory).transpose(o_panel);
+        float deltas[max_panel_cols] = {}, sums[max_panel_cols] = {};
+        for (int64_t d = 0; d < v_dim; ++d) {
+          for (int64_t i = 0; i < p.cols; ++i) {
+            deltas[i] += g_panel[d * p.cols + i] * o_panel[d * p.cols + i];
           }
-          sgemm(true, false, n, v_dim, b.rows, scores, n, g, v_dim, true, dv_sum + b.first * v_dim, v_dim);
-          sgemm(true, false, n, dim, b.rows, grads, n, q, dim, true, dk_sum + b.first * dim, dim);
-          sgemm(false, false, b.rows, dim, n, grads, n, block_k, k.ld, false, q_grad, dim);
-          for (int64_t i = 0; i < b.rows * dim; ++i) {
-            q_grad[i] *= of.scale;
-          }
-        } else {
-          std::fill_n(q_grad, b.rows * dim, 0.0f);
         }
-        store(head_of(dq, batch, head), t, q_grad, dim);
+        int64_t of_head = batch * of.q.heads + head;
+        std::copy_n(log_sums + of_head * queries + row, p.rows, sums);
+        multiply({block_k, dim, 1}, n, dim, q_panel, p.cols, scores, p.cols, false);
+        multiply({block_v, v_dim, 1}, n, v_dim, g_panel, p.cols, grads, p.cols, false);
+        mask.apply(head, scores);
+        kernels().softmax_grad(scores, grads, n, p.cols, sums, deltas);
+        mask.clear_unseen(grads);
+        add_products(p, scores, g, dv_sum, v_ld);
+        add_products(p, grads, q, dk_sum, ld);
+        float *dq_panel = q_panel, *dq_rows = q_memory;  // the queries are no more needed
+        multiply({block_k, 1, dim}, dim, n, grads, p.cols, dq_panel, p.cols, false);
+        kernels().transpose(dq_panel, ld, p.cols, p.cols, dq_rows, ld);
+        std::transform(dq_rows, dq_rows + p.rows * ld, dq_rows, [&](float x) { return of.scale * x; });
+        store(head_of(dq, batch, head), {.row = row, .rows = p.rows, .col = 0, .cols = dim}, dq_rows, ld);
+        for (int64_t i = 0; d_sinks && i < p.rows; ++i) {
+          of_sinks[of_head] -= std::exp(sink_of(of, head) - sums[i]) * deltas[i];
+        }
       }
     }
-    Tile all{.row = 0, .rows = keys, .col = 0, .cols = dim}, v_all = all;
-    v_all.cols = v_dim;
-    store(head_of(dk, batch, kv_head), all, dk_sum, dim);
-    store(head_of(dv, batch, kv_head), v_all, dv_sum, v_dim);
+    store(head_of(dk, batch, kv_head), all, dk_sum, ld);
+    store(head_of(dv, batch, kv_head), all_v, dv_sum, v_ld);
   });
   if (d_sinks) {
-    std::vector<float> sums(heads);
-    for (size_t i = 0; i < sink_sums.size(); ++i) {
-      sums[i % heads] += sink_sums[i];
+    std::vector<float> sums(of.q.heads);
+    for (size_t i = 0; i < of_sinks.size(); ++i) {
+      sums[i % of.q.heads] += of_sinks[i];
     }
-    store(*d_sinks, {.row = 0, .rows = 1, .col = 0, .cols = heads}, sums.data(), heads);
+    store(*d_sinks, {.row = 0, .rows = 1, .col = 0, .cols = of.q.heads}, sums.data(), of.q.heads);
   }
 }
 

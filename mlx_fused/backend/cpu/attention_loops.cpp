@@ -1,6 +1,8 @@
 // Compiled once per instruction set; see vectors.h.
 #include "mlx_fused/backend/cpu/attention_loops.h"
 
+#include <utility>
+
 #include "mlx_fused/backend/cpu/exponential.h"
 
 namespace mlx_fused::cpu::MLX_FUSED_ISA {
@@ -119,6 +121,97 @@ void weighted_as(
   }
 }
 
+// `vectors` vectors of columns of scores, each column a softmax of its own. Rows are `ld` apart.
+
+template <int vectors>
+void softmax_of(float* scores, int64_t n, int64_t ld, float* largest, float* sums) {
+  Float best[vectors], sinks[vectors], shift[vectors], sum[vectors];
+  for (int v = 0; v < vectors; ++v) {
+    best[v] = sinks[v] = Float32::load(largest + v * lanes);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      best[v] = larger(Float32::load(scores + i * ld + v * lanes), best[v]);
+    }
+  }
+  for (int v = 0; v < vectors; ++v) {
+    // Of nothing but -inf every power is 0, of nothing but NaN it is NaN.
+    shift[v] = best[v] == -__builtin_inff() ? Float{} : best[v];
+    sum[v] = exp(sinks[v] - shift[v]);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      float* at = scores + i * ld + v * lanes;
+      Float power = exp(Float32::load(at) - shift[v]);
+      sum[v] += power;
+      Float32::store(at, power);
+    }
+  }
+  for (int v = 0; v < vectors; ++v) {
+    Float32::store(largest + v * lanes, best[v]);
+    Float32::store(sums + v * lanes, sum[v]);
+  }
+}
+
+template <int vectors>
+void softmax_grad_of(
+    float* scores, float* grads, int64_t n, int64_t ld, const float* log_sums, const float* deltas) {
+  for (int64_t i = 0; i < n; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      int64_t at = i * ld + v * lanes;
+      Float p = exp(Float32::load(scores + at) - Float32::load(log_sums + v * lanes));
+      Float32::store(scores + at, p);
+      Float32::store(grads + at, p * (Float32::load(grads + at) - Float32::load(deltas + v * lanes)));
+    }
+  }
+}
+
+// Calls f<vectors>(column) for strips of columns.
+#define FOR_STRIPS(cols, f)                                       \
+  for (int64_t col = 0; col < cols; col += max_vectors * lanes) { \
+    int64_t vectors = (cols - col) / lanes;                       \
+    vectors >= 3 ? f(3) : vectors == 2 ? f(2) : f(1);             \
+  }
+constexpr int max_vectors = 3;
+
+// A square of `lanes` rows and columns is transposed by exchanging ever smaller blocks beside its diagonal.
+
+template <int size, size_t... j>
+void exchange(Float& a, Float& b, std::index_sequence<j...>) {
+  Float upper = __builtin_shufflevector(a, b, (j & size ? lanes + j - size : j)...);
+  b = __builtin_shufflevector(a, b, (j & size ? lanes + j : j + size)...);
+  a = upper;
+}
+
+template <int size>
+void exchange_blocks(Float (&rows)[lanes]) {
+  if constexpr (size > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      if (!(i & size)) {
+        exchange<size>(rows[i], rows[i + size], std::make_index_sequence<lanes>());
+      }
+    }
+    exchange_blocks<size / 2>(rows);
+  }
+}
+
+void transpose_square(const float* from, int64_t ld, float* to, int64_t ld_to) {
+  Float rows[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) {
+    rows[i] = Float32::load(from + i * ld);
+  }
+  exchange_blocks<lanes / 2>(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) {
+    Float32::store(to + i * ld_to, rows[i]);
+  }
+}
+
 }  // namespace
 
 float largest(const float* x, int64_t n) {
@@ -137,7 +230,8 @@ float largest(const float* x, int64_t n) {
     }
     best = larger(larger(of[0], of[1]), larger(of[2], of[3]));
   }
-  for_each_vector(x + i, n - i, -__builtin_inff(), [&](int64_t, Float v, int64_t) { best = larger(v, best); });
+  for_each_vector(
+      x + i, n - i, -__builtin_inff(), [&](int64_t, Float v, int64_t) { best = larger(v, best); });
   float result = best[0];
   for (int j = 1; j < lanes; ++j) {
     result = best[j] > result ? best[j] : result;
@@ -155,14 +249,34 @@ float exponentials(float* x, int64_t n, float shift) {
   return sum(total);
 }
 
-void softmax_grad(float* scores, float* grads, int64_t n, float log_sum, float delta) {
+void mask_scores(const float* mask, float* scores, int64_t n) {
   for_each_vector(scores, n, 0, [&](int64_t i, Float v, int64_t count) {
-    v = exp(v - log_sum);
-    Float g = {};
-    __builtin_memcpy(&g, grads + i, count * sizeof(float));
-    store(scores + i, v, count);
-    store(grads + i, v * (g - delta), count);
+    Float m = {};
+    __builtin_memcpy(&m, mask + i, count * sizeof(float));
+    store(scores + i, m == -__builtin_inff() ? m : v + m, count);
   });
+}
+
+void softmax(float* scores, int64_t n, int64_t cols, float* largest, float* sums) {
+#define STRIP(vectors) softmax_of<vectors>(scores + col, n, cols, largest + col, sums + col)
+  FOR_STRIPS(cols, STRIP)
+#undef STRIP
+}
+
+void softmax_grad(
+    float* scores, float* grads, int64_t n, int64_t cols, const float* log_sums, const float* deltas) {
+#define STRIP(vectors) \
+  softmax_grad_of<vectors>(scores + col, grads + col, n, cols, log_sums + col, deltas + col)
+  FOR_STRIPS(cols, STRIP)
+#undef STRIP
+}
+
+void transpose(const float* from, int64_t rows, int64_t cols, int64_t ld, float* to, int64_t ld_to) {
+  for (int64_t i = 0; i < rows; i += lanes) {
+    for (int64_t j = 0; j < cols; j += lanes) {
+      transpose_square(from + i * ld + j, ld, to + j * ld_to + i, ld_to);
+    }
+  }
 }
 
 void weighted_sum(

@@ -7,7 +7,11 @@ namespace mlx_fused::cpu::MLX_FUSED_ISA {
 // See kernels.h.
 float largest(const float* x, int64_t n);
 float exponentials(float* x, int64_t n, float shift);
-void softmax_grad(float* scores, float* grads, int64_t n, float log_sum, float delta);
+void mask_scores(const float* mask, float* scores, int64_t n);
+void softmax(float* scores, int64_t n, int64_t cols, float* largest, float* sums);
+void softmax_grad(
+    float* scores, float* grads, int64_t n, int64_t cols, const float* log_sums, const float* deltas);
+void transpose(const float* from, int64_t rows, int64_t cols, int64_t ld, float* to, int64_t ld_to);
 void weighted_sum(
     const float* weights,
     int64_t ld,

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <limits>
 
-#include "mlx_fused/backend/cpu/kernels.h"
+#include "mlx_fused/backend/cpu/sgemm.h"
 
 namespace mlx_fused::cpu {
 
@@ -11,11 +11,20 @@ namespace {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
-constexpr int64_t block_rows = 128;  // docs/design/thresholds.md
+constexpr int64_t panel_vectors = 3, depth_block = 128;  // docs/design/thresholds.md
 
-// The keys that a query sees by its place alone.
+// Whether products are the library's: always or never, see sgemm.h.
+bool by_library() {
+  return sgemm_min_rows == 0;
+}
+
+// Some keys.
 struct Range {
   int64_t first, last;
+
+  bool empty() const {
+    return first >= last;
+  }
 };
 
 Range seen_by_place(const Attention& of, int64_t row) {
@@ -23,20 +32,21 @@ Range seen_by_place(const Attention& of, int64_t row) {
   if (!of.causal) {
     return {0, keys};
   }
-  int64_t last = std::max<int64_t>(0, row + 1 + keys - of.q.seq);
+  int64_t last = std::clamp<int64_t>(row + 1 + keys - of.q.seq, 0, keys);
   return {of.window > 0 ? std::max<int64_t>(0, last - of.window) : 0, last};
 }
 
-const char* mask_row(const Mask& mask, int64_t batch, int64_t head, int64_t row) {
-  return mask.data + (batch * mask.strides[0] + head * mask.strides[1] + row * mask.strides[2]) * mask.item_size();
+const char* row_of(const Mask& mask, int64_t batch, int64_t head, int64_t row) {
+  return mask.data +
+         (batch * mask.strides[0] + head * mask.strides[1] + row * mask.strides[2]) * mask.item_size();
 }
 
-// The part of a row of a mask outside of which every element has these bits.
+// What is left of a row of a mask without elements of these bits at both ends.
 template <typename Bits>
-Range without(const char* row, int64_t stride, int64_t n, Bits hidden) {
+Range without(Bits hidden, const char* row, int64_t stride, int64_t n) {
   auto is_hidden = [&](int64_t j) {
     Bits bits;
-    std::memcpy(&bits, row + j * stride * sizeof(Bits), sizeof(Bits));
+    std::memcpy(&bits, row + j * stride * int64_t(sizeof(Bits)), sizeof(Bits));
     return bits == hidden;
   };
   Range seen{0, n};
@@ -49,30 +59,82 @@ Range without(const char* row, int64_t stride, int64_t n, Bits hidden) {
   return seen;
 }
 
-// The part of a row of the mask outside of which no key is seen.
 Range seen_by_mask(const Mask& mask, const char* row, int64_t n) {
+  int64_t stride = mask.strides[3];
   if (!mask.type) {
-    return without<uint8_t>(row, mask.strides[3], n, 0);
+    return without<uint8_t>(0, row, stride, n);
   }
-  // -inf
-  switch (*mask.type) {
-    case Type::float32:
-      return without<uint32_t>(row, mask.strides[3], n, 0xff800000);
-    case Type::float16:
-      return without<uint16_t>(row, mask.strides[3], n, 0xfc00);
-    case Type::bfloat16:
-      break;
+  if (*mask.type == Type::float32) {
+    return without<uint32_t>(0xff800000, row, stride, n);  // -inf
   }
-  return without<uint16_t>(row, mask.strides[3], n, 0xff80);
+  return without<uint16_t>(*mask.type == Type::float16 ? 0xfc00 : 0xff80, row, stride, n);
 }
 
-// The scores of a query that sees no key.
-bool hide_all(const Attention& of, float* scores, int64_t n) {
-  std::fill_n(scores, n, of.sinks ? -infinity : 0.0f);
-  return false;
+// Whether a query sees no key and yet all of them alike: an added mask of -inf hides them for good.
+bool is_unseen(const Attention& of, Range seen) {
+  return seen.empty() && !(of.mask && of.mask->type);
+}
+
+float score_of_unseen(const Attention& of) {
+  return of.sinks ? -infinity : 0.0f;
+}
+
+// Adds the mask to the scores of one query. False if it is bytes that hide every key.
+bool add_mask(const Attention& of, int64_t batch, int64_t head, int64_t row, Range keys, float* scores) {
+  const Mask& mask = *of.mask;
+  const char* from = row_of(mask, batch, head, row);
+  int64_t stride = mask.strides[3], n = keys.last - keys.first;
+  if (mask.type) {
+    View v{const_cast<char*>(from), *mask.type};
+    v.dim = of.k.seq;
+    v.dim_stride = stride;
+    add_rows(v, {.row = 0, .rows = 1, .col = keys.first, .cols = n}, scores);
+    return true;
+  }
+  from += keys.first * stride;
+  auto hide = [&](int64_t stride) {
+    for (int64_t j = 0; j < n; ++j) {
+      scores[j] = from[j * stride] ? scores[j] : -infinity;
+    }
+  };
+  stride == 1 ? hide(1) : hide(stride);
+  return !seen_by_mask(mask, from - keys.first * stride, of.k.seq).empty();
 }
 
 }  // namespace
+
+int64_t panel_rows() {
+  return by_library() ? max_panel_cols : panel_vectors * kernels().lanes;
+}
+
+Panel panel_of(const Attention& of, int64_t batch, int64_t kv_head, int64_t row, int64_t rows) {
+  int64_t lanes = kernels().lanes, keys = of.k.seq, group = group_of(of);
+  Range all{keys, 0};
+  auto include = [&](Range seen) {
+    if (is_unseen(of, seen) && !of.sinks) {
+      seen = {0, keys};
+    }
+    if (!seen.empty()) {
+      all = {std::min(all.first, seen.first), std::max(all.last, seen.last)};
+    }
+  };
+  if (of.mask) {
+    int64_t heads = of.mask->strides[1] == 0 ? 1 : group, distinct = of.mask->strides[2] == 0 ? 1 : rows;
+    for (int64_t head = kv_head * group; head < kv_head * group + heads; ++head) {
+      for (int64_t i = row; i < row + distinct; ++i) {
+        include(seen_by_mask(*of.mask, row_of(*of.mask, batch, head, i), keys));
+      }
+    }
+  } else {
+    // The others see no key outside of what these see: the first, the first that sees any, and the last.
+    int64_t last = row + rows - 1;
+    for (int64_t i : {row, std::clamp(of.q.seq - keys, row, last), last}) {
+      include(seen_by_place(of, i));
+    }
+  }
+  return {
+      batch, kv_head, row, rows, (rows + lanes - 1) / lanes * lanes, std::min(all.first, all.last), all.last};
+}
 
 View head_of(const View& v, int64_t batch, int64_t head) {
   View one = v;
@@ -81,92 +143,130 @@ View head_of(const View& v, int64_t batch, int64_t head) {
   return one;
 }
 
-Matrix32 rows_of(const View& head, int64_t row, int64_t rows, float* to) {
-  // BLAS has no rows that overlap or run backwards.
-  if (head.type == Type::float32 && (head.dim_stride == 1 || head.dim == 1) && head.seq_stride >= head.dim &&
-      head.seq_stride <= std::numeric_limits<int>::max()) {
-    return {static_cast<const float*>(head.data) + row * head.seq_stride, head.seq_stride};
-  }
-  load(head, {.row = row, .rows = rows, .col = 0, .cols = head.dim}, to, head.dim);
-  return {to, head.dim};
-}
-
-int64_t rows_per_block(const Attention& of) {
-  return std::min(block_rows, of.q.seq);
-}
-
-QueryBlock query_block(const Attention& of, int64_t batch, int64_t head, int64_t row, int64_t rows) {
-  QueryBlock b{batch, head, row, rows, 0, 0};
-  int64_t keys = of.k.seq;
-  b.first = keys;
-  for (int64_t i = row; i < row + rows; ++i) {
-    Range seen = seen_by_place(of, i);
-    if (of.mask) {
-      const char* mask = mask_row(*of.mask, batch, head, i);
-      seen = seen_by_mask(*of.mask, mask, keys);
+Slices::Slices(const View& head, const Panel& p, float factor, float* memory)
+    : data_(memory), dim_(head.dim), cols_(p.cols) {
+  int64_t lanes = kernels().lanes, vectors = padded(dim_) / lanes;
+  int64_t count = by_library() ? 1 : (vectors + panel_vectors - 1) / panel_vectors;
+  width_ = count == 0 ? 0 : (vectors + count - 1) / count * lanes;
+  std::fill_n(memory, size(dim_, cols_), 0.0f);
+  for_each([&](const float*, int64_t col, int64_t width) {
+    float* slice = memory + col * cols_;
+    if (col < dim_) {
+      load(
+          head,
+          {.row = p.row, .rows = p.rows, .col = col, .cols = std::min(width, dim_ - col)},
+          slice,
+          width);
     }
-    bool sees_all = seen.first == seen.last && !of.sinks && !(of.mask && of.mask->type);
-    if (sees_all) {
-      seen = {0, keys};
-    }
-    if (seen.first < seen.last) {
-      b.first = std::min(b.first, seen.first);
-      b.last = std::max(b.last, seen.last);
-    }
-  }
-  b.first = std::min(b.first, b.last);
-  return b;
-}
-
-void load_scaled(const Attention& of, const QueryBlock& b, float* to) {
-  View head = head_of(of.q, b.batch, b.head);
-  load(head, {.row = b.row, .rows = b.rows, .col = 0, .cols = head.dim}, to, head.dim);
-  for (int64_t i = 0; i < b.rows * head.dim; ++i) {
-    to[i] *= of.scale;
+  });
+  if (factor != 1) {
+    std::transform(memory, memory + size(dim_, cols_), memory, [&](float x) { return x * factor; });
   }
 }
 
-bool mask_scores(const Attention& of, const QueryBlock& b, int64_t row, int64_t first, int64_t n, float* scores) {
-  if (of.causal) {
-    Range seen = seen_by_place(of, b.row + row);
-    if (seen.first == seen.last) {
-      return hide_all(of, scores, n);
+void Slices::transpose(float* to) const {
+  for_each([&](const float* slice, int64_t col, int64_t width) {
+    kernels().transpose(slice, cols_, width, width, to + col * cols_, cols_);
+  });
+}
+
+void multiply(
+    const Words& w,
+    int64_t n,
+    int64_t depth,
+    const float* x,
+    int64_t cols,
+    float* y,
+    int64_t ldy,
+    bool accumulate) {
+  auto data = static_cast<const float*>(w.data);
+  if (depth == 0 || n == 0) {
+    for (int64_t j = 0; j < n && !accumulate; ++j) {
+      std::fill_n(y + j * ldy, cols, 0.0f);
     }
-    int64_t before = std::clamp<int64_t>(seen.first - first, 0, n);
-    int64_t from = std::clamp<int64_t>(seen.last - first, 0, n);
-    std::fill_n(scores, before, -infinity);
-    std::fill(scores + from, scores + n, -infinity);
-  }
-  if (!of.mask) {
-    return true;
-  }
-  const Mask& mask = *of.mask;
-  int64_t stride = mask.strides[3];
-  const char* from = mask_row(mask, b.batch, b.head, b.row + row);
-  if (mask.type) {
-    View v{
-        .data = const_cast<char*>(from),
-        .type = *mask.type,
-        .dim = of.k.seq,
-        .dim_stride = stride};
-    add_rows(v, {.row = 0, .rows = 1, .col = first, .cols = n}, scores);
-    return true;
-  }
-  Range seen = seen_by_mask(mask, from, of.k.seq);
-  if (seen.first == seen.last) {
-    return hide_all(of, scores, n);
-  }
-  from += first * stride;
-  if (stride == 1) {
-    for (int64_t j = 0; j < n; ++j) {
-      scores[j] = from[j] ? scores[j] : -infinity;
-    }
+  } else if (by_library()) {
+    bool transpose = w.row_stride == 1;
+    int64_t ld = transpose ? std::max(w.word_stride, n) : std::max(w.row_stride, depth);
+    sgemm(transpose, false, n, cols, depth, data, ld, x, cols, accumulate, y, ldy);
   } else {
-    for (int64_t j = 0; j < n; ++j) {
-      scores[j] = from[j * stride] ? scores[j] : -infinity;
+    for (int64_t p = 0; p < depth; p += depth_block) {
+      Words part{data + p * w.word_stride, w.row_stride, w.word_stride};
+      int64_t words = std::min(depth_block, depth - p);
+      kernels().panel(x + p * cols, cols, part, n, words, y, ldy, accumulate || p > 0);
     }
   }
-  return true;
+}
+
+PanelMask::PanelMask(const Attention& of, const Panel& p, float* memory)
+    : of_(of), p_(p), mask_(memory), rows_(memory + padded(p.keys()) * p.cols) {}
+
+int64_t PanelMask::size(const Attention& of, int64_t keys, int64_t cols) {
+  return of.mask ? padded(keys) * (cols + kernels().lanes) : 0;
+}
+
+void PanelMask::apply(int64_t head, float* scores) {
+  if (of_.causal) {
+    hide_by_place(scores);
+  } else if (of_.mask) {
+    if (!loaded_ || of_.mask->strides[1] != 0) {
+      load(head);
+    }
+    kernels().mask_scores(mask_, scores, p_.keys() * p_.cols);
+  }
+  fill_unseen(scores, score_of_unseen(of_));
+}
+
+void PanelMask::load(int64_t head) {
+  int64_t lanes = kernels().lanes, n = p_.keys(), ld = padded(n);
+  any_unseen_ = false;
+  for (int64_t col = 0; col < p_.cols; col += lanes) {
+    std::fill_n(rows_, lanes * ld, 0.0f);
+    for (int64_t i = 0; i < std::min(lanes, p_.rows - col); ++i) {
+      bool sees = add_mask(of_, p_.batch, head, p_.row + col + i, {p_.first, p_.last}, rows_ + i * ld);
+      unseen_[col + i] = !sees;
+      any_unseen_ |= !sees;
+    }
+    kernels().transpose(rows_, lanes, ld, ld, mask_ + col, p_.cols);
+  }
+  loaded_ = true;
+}
+
+void PanelMask::hide_by_place(float* scores) {
+  for (int64_t i = 0; i < p_.rows; ++i) {
+    Range seen = seen_by_place(of_, p_.row + i);
+    unseen_[i] = seen.empty();
+    any_unseen_ |= unseen_[i];
+    for (int64_t j = p_.first; j < std::min(seen.first, p_.last); ++j) {
+      scores[(j - p_.first) * p_.cols + i] = -infinity;
+    }
+    for (int64_t j = std::max(seen.last, p_.first); j < p_.last; ++j) {
+      scores[(j - p_.first) * p_.cols + i] = -infinity;
+    }
+  }
+}
+
+void PanelMask::fill_unseen(float* columns, float value) const {
+  for (int64_t i = 0; any_unseen_ && i < p_.rows; ++i) {
+    for (int64_t j = 0; unseen_[i] && j < p_.keys(); ++j) {
+      columns[j * p_.cols + i] = value;
+    }
+  }
+}
+
+void mask_row(
+    const Attention& of, int64_t batch, int64_t head, int64_t row, int64_t first, int64_t n, float* scores) {
+  bool sees = true;
+  if (of.causal) {
+    Range seen = seen_by_place(of, row);
+    std::fill_n(scores, std::clamp<int64_t>(seen.first - first, 0, n), -infinity);
+    std::fill(scores + std::clamp<int64_t>(seen.last - first, 0, n), scores + n, -infinity);
+    sees = !seen.empty();
+  } else if (of.mask) {
+    sees = add_mask(of, batch, head, row, {first, first + n}, scores);
+  }
+  if (!sees) {
+    std::fill_n(scores, n, score_of_unseen(of));
+  }
 }
 
 float sink_of(const Attention& of, int64_t head) {
