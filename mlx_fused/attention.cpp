@@ -1,6 +1,7 @@
 #include "mlx_fused/attention.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 
 #include "mlx/fast.h"
@@ -43,7 +44,7 @@ mx::array log_sums_of_mlx(const Arrays& inputs, const AttentionKind& kind, mx::S
     scores = mx::add(scores, wide(inputs[3]), s);
   } else if (kind.has_mask || kind.causal) {
     auto seen = kind.has_mask ? inputs[3] : seen_by_place(q.shape(2), k.shape(2), kind.window, s);
-    scores = mx::where(seen, scores, mx::array(mx::finfo(mx::float32).min, mx::float32), s);
+    scores = mx::where(seen, scores, mx::array(std::numeric_limits<float>::lowest()), s);
   }
   auto sums = mx::logsumexp(scores, 3, false, s);
   if (kind.has_sinks) {

@@ -163,15 +163,7 @@ mx::array attention(
   };
   if (auto* a = mask ? std::get_if<mx::array>(&*mask) : nullptr) {
     check_promotes("mask", *a);
-    mx::Shape scores = {q.shape(0), heads, q.shape(2), k.shape(2)};
-    int missing = 4 - int(a->ndim());
-    bool fits = missing >= 0;
-    for (int i = std::max(0, missing); fits && i < 4; ++i) {
-      fits = a->shape(i - missing) == 1 || a->shape(i - missing) == scores[i];
-    }
-    if (!fits) {
-      check.fail("mask must be broadcast to ", scores, " but got ", a->shape(), ".");
-    }
+    check.broadcasts({"mask"}, *a, {q.shape(0), heads, q.shape(2), k.shape(2)});
     inputs.push_back(*a);
     kind.has_mask = true;
   } else if (mask) {

@@ -269,10 +269,10 @@ void check_all(unsigned seed) {
     for (Masking masking : all) {
       bool has_sinks = random() % 2;
       for (int64_t queries : {8, 16, 47, 48, 49, 130}) {
-        check_case({type, plain, masking, has_sinks, 1, 2, 1, queries, 130, 16, 48});
+        check_case({type, plain, masking, has_sinks, 1, 2, 1, queries, 130, 5, 20});
       }
       for (int64_t keys : {255, 257, 600}) {
-        check_case({type, plain, masking, has_sinks, 1, 2, 1, 2, keys, 16, 8});
+        check_case({type, plain, masking, has_sinks, 1, 2, 1, 2, keys, 5, 8});
       }
     }
   }
@@ -294,9 +294,8 @@ int main(int argc, char**) {
   if (argc > 1) {
     sgemm_min_rows = 0;  // as on macOS
   }
-  check_all(1);
-  std::thread other(check_all, 2);
-  check_all(3);
+  std::thread other(check_all, 1);
+  check_all(2);
   other.join();
   std::puts("attention_test: results and gradients are right");
 }

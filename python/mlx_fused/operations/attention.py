@@ -57,6 +57,8 @@ def fused_attention(
             is.
     """
     try:
+        if type(scale) is mx.array:
+            raise TypeError  # the extension would take it for a number, and its gradient would be lost
         return _ext.attention(q, k, v, scale, mask, window, sinks, stream)
     except TypeError:
         given = {"q": q, "k": k, "v": v, "scale": scale, "mask": mask, "window": window, "sinks": sinks}
