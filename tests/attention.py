@@ -11,7 +11,7 @@ from mlx_fused import fused_attention
 
 UNIT = oracle.UNIT_ROUNDOFF[mx.float32]
 OWN_ROUNDINGS = 16  # of an exponential, a logarithm, a quotient and some products
-LARGEST_POWER = 88  # of e in float32
+LARGEST_POWER, SMALLEST = 88, 2.0**-125  # of e in float32; smaller ones may be 0
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class Attention:
         relative = 2 * of_scores + lost(keys)
         relative += UNIT * (2 * np.minimum(farthest, LARGEST_POWER) + 2 * np.abs(top) + OWN_ROUNDINGS)
 
-        out, error = p @ v, (relative + lost(keys)) * (p @ np.abs(v))
+        of_p = relative * p + SMALLEST
+        out, error = p @ v, (of_p + lost(keys) * p) @ np.abs(v)
         if cotangent is None:
             return [out], [error]
         g = oracle.exact(cotangent)
@@ -116,7 +117,7 @@ class Attention:
         slope = g @ v.swapaxes(2, 3) - delta
         of_slope = lost(v_dim) * (np.abs(g) @ np.abs(v).swapaxes(2, 3)) + of_delta
         ds = np.where(unseen, 0, p * slope)
-        of_ds = np.where(unseen, 0, p * ((1 + relative) * of_slope + 2 * relative * np.abs(slope)))
+        of_ds = np.where(unseen, 0, (p + of_p) * of_slope + 2 * of_p * np.abs(slope))
         of_ds = of_ds + 2 * UNIT * np.abs(ds)
 
         def summed(weights, of_weights, factors, terms):
@@ -126,19 +127,22 @@ class Attention:
 
         def by_key(weights, of_weights, factors):
             """Summed over queries, and over the heads that read one key head."""
-            of_queries = factors.shape[1] // self.k.shape[1] * factors.shape[2] if self.k.shape[1] else 0
-            sums = summed(weights.swapaxes(2, 3), of_weights.swapaxes(2, 3), factors, of_queries)
-            return [s.reshape(s.shape[0], self.k.shape[1], -1, *s.shape[2:]).sum(2) for s in sums]
+            group = q.shape[1] // self.k.shape[1]
+            terms = group * q.shape[2]
+            sums = summed(weights.swapaxes(2, 3), of_weights.swapaxes(2, 3), factors, terms)
+            shape = (*self.k.shape[:2], group, *sums[0].shape[2:])
+            return [s.reshape(shape).sum(2) for s in sums]
 
         results = [
             (out, error),
             summed(ds, of_ds, self.scale * k, keys),
             by_key(ds, of_ds, self.scale * q),
-            by_key(p, relative * p, g),
+            by_key(p, of_p, g),
         ]
         if self.sinks is not None:
             count = q.shape[0] * q.shape[2]
-            of_sinks = of_sink * (of_delta * (1 + relative) + (relative + lost(count)) * np.abs(delta))
+            of_sinks = (relative + lost(count)) * of_sink + SMALLEST
+            of_sinks = (of_sink + of_sinks) * of_delta + of_sinks * np.abs(delta)
             results.append(((-of_sink * delta).sum((0, 2, 3)), of_sinks.sum((0, 2, 3))))
         values, errors = zip(*results, strict=True)
         return list(values), list(errors)

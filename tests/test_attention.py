@@ -45,7 +45,7 @@ def make(rng, batch, heads, lengths, mask, dtype, has_sinks=False):
         normal(rng, (batch, num_heads, queries, dim), dtype),
         normal(rng, (batch, num_kv_heads, keys, dim), dtype),
         normal(rng, (batch, num_kv_heads, keys, v_dim), dtype),
-        scale=dim**-0.5,
+        scale=max(dim, 1) ** -0.5,
         mask=masks[mask](),
         window=int(rng.integers(1, 2 * keys)) if mask == "window" else None,
         sinks=normal(rng, (num_heads,), dtype) if has_sinks else None,
@@ -75,19 +75,19 @@ def test_heads(rng, heads, dtype):
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_formula_is_that_of_mlx(rng, mask):
-    """Its results and gradients in float64 are the reference's, also of queries that see no key."""
+    """Also of queries that see no key. MLX's float64 has the exponential function of float32."""
     for lengths in ((5, 7), (7, 5)):
         for has_sinks in (False, True):
-            call = make(rng, 2, (4, 2, 3, 5), lengths, mask, mx.float64, has_sinks)
+            call = make(rng, 2, (4, 2, 4, 5), lengths, mask, mx.float64, has_sinks)
             out = call.of_mlx(*call.primals)
             cotangent = normal(rng, out.shape, mx.float64)
             grads = mx.vjp(lambda *a, c=call: [c.of_mlx(*a)], call.primals, [cotangent])[1]
             for ours, mlxs in zip(call.formula(cotangent), [out, *grads], strict=True):
                 mlxs = oracle.exact(mlxs)
-                # MLX's are NaN where all scores are -inf.
-                ours = np.where(np.isnan(mlxs), np.nan, ours)
-                assert np.isfinite(mlxs).any()
-                np.testing.assert_allclose(ours, mlxs, 1e-12, 1e-12)
+                is_number = np.isfinite(mlxs)  # not where all scores are -inf
+                assert is_number.any()
+                size = np.abs(mlxs[is_number]).max()
+                np.testing.assert_allclose(ours[is_number], mlxs[is_number], 0, 2.0**-19 * size)
 
 
 def test_the_gradients_are_differences(rng):
@@ -159,10 +159,10 @@ def test_heads_of_the_result_lie_side_by_side(rng):
     for queries in (1, 4, 20):
         out = make(rng, 2, (4, 2, 8, 8), (queries, 30), "none", mx.float32)()
         mx.eval(out)
-        before = mx.get_active_memory()
+        before = held_now()
         line = out.transpose(0, 2, 1, 3).reshape(2, queries, 32)
         mx.eval(line)
-        assert mx.get_active_memory() == before
+        assert held_now() <= before
         oracle.assert_equal(line, mx.contiguous(out).transpose(0, 2, 1, 3).reshape(2, queries, 32))
 
 
@@ -258,6 +258,13 @@ def test_one_node_each_way(rng):
     assert primitives(*grads)["FusedAttention"] == 1 and output_counts("FusedAttentionGrad", *grads) == [4]
 
 
+def held_now():
+    """Without buffers to reuse, which may be larger than what is asked for."""
+    mx.synchronize()
+    mx.clear_cache()
+    return mx.get_active_memory()
+
+
 class Layer:
     """Attention in training, of so many tokens."""
 
@@ -269,18 +276,15 @@ class Layer:
         mx.eval(self.call.primals, self.cotangent)
 
     def kept(self):
-        mx.synchronize()
-        before = mx.get_active_memory()
+        before = held_now()
         outputs, gradients = mx.vjp(lambda *a: [self.call.of(*a)], self.call.primals, [self.cotangent])
         mx.eval(outputs)
-        mx.synchronize()
-        held = mx.get_active_memory() - before
+        held = held_now() - before
         mx.eval(gradients)
         return held
 
     def peak(self):
-        mx.synchronize()
-        before = mx.get_active_memory()
+        before = held_now()
         mx.reset_peak_memory()
         mx.eval(mx.vjp(lambda *a: [self.call.of(*a)], self.call.primals, [self.cotangent]))
         return mx.get_peak_memory() - before
@@ -329,7 +333,7 @@ def test_in_threads(dtype):
 def test_other_dtypes_are_mlxs(rng):
     call = make(rng, 1, (2, 1, 4, 4), (5, 6), "window", mx.float64)
     assert "FusedAttention" not in primitives(call())
-    np.testing.assert_allclose(oracle.exact(call()), call.formula(None)[0], 1e-12)
+    np.testing.assert_allclose(oracle.exact(call()), call.formula(None)[0], 0, 2.0**-19)
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,10 @@ Rows stored_rows(const View& head, int64_t row, int64_t rows, float* to) {
   if (head.dim_stride == 1 || head.dim == 1) {
     return {element(head, row, 0), head.type, head.seq_stride};
   }
-  load(head, {.row = row, .rows = rows, .col = 0, .cols = head.dim}, to, head.dim);
-  return {reinterpret_cast<char*>(to), Type::float32, head.dim};
+  Tile t{.row = row, .rows = rows, .col = 0, .cols = head.dim};
+  head.type == Type::float32 ? load(head, t, to, head.dim)
+                             : copy(head, t, reinterpret_cast<uint16_t*>(to), head.dim);
+  return {reinterpret_cast<char*>(to), head.type, head.dim};
 }
 
 // The softmax of one query's scores with some keys.
