@@ -50,10 +50,10 @@ void attend_panels(const Attention& of, const View& out, float* log_sums) {
     int64_t batch = task % all_heads / kv_heads, kv_head = task % kv_heads;
     auto p = panel_of(of, batch, kv_head, row, std::min(at_once, queries - row));
     int64_t n = p.keys(), of_q = Slices::size(dim, p.cols), of_out = Slices::size(v_dim, p.cols);
-    int64_t of_mask = PanelMask::size(of, n, p.cols);
-    float* slices = scratch(Holder::task, 2 * of_q + n * p.cols + 2 * of_out + of_mask + n * (dim + v_dim));
-    float *q = slices + of_q, *scores = q + of_q, *o = scores + n * p.cols, *rows = o + of_out;
-    float *mask_memory = rows + of_out, *k = mask_memory + of_mask, *v = k + n * dim;
+    auto [slices, q, scores, o, rows, mask_memory, k, v] = scratch(
+        Holder::task,
+        std::array{
+            of_q, of_q, n * p.cols, of_out, of_out, PanelMask::size(of, n, p.cols), n * dim, n * v_dim});
     load(head_of(of.k, batch, kv_head), {.row = p.first, .rows = n, .col = 0, .cols = dim}, k, dim);
     load(head_of(of.v, batch, kv_head), {.row = p.first, .rows = n, .col = 0, .cols = v_dim}, v, v_dim);
     PanelMask mask(of, p, mask_memory);
@@ -116,8 +116,8 @@ void attend_few(const Attention& of, const View& out, float* log_sums) {
     int64_t begin = task % parts * per_part, first = std::max(p.first, begin);
     int64_t n = std::max<int64_t>(0, std::min({p.last, begin + per_part, keys}) - first);
     float* result = results + task * rows * row_size;
-    float* q = scratch(Holder::task, rows * (dim + n) + n * std::max(dim, v_dim));
-    float *scores = q + rows * dim, *loaded = scores + rows * n;
+    auto [q, scores, loaded] =
+        scratch(Holder::task, std::array{rows * dim, rows * n, n * std::max(dim, v_dim)});
     for (int64_t i = 0; i < group; ++i) {
       Tile t{.row = 0, .rows = queries, .col = 0, .cols = dim};
       load(head_of(of.q, batch, head + i), t, q + i * queries * dim, dim);

@@ -16,6 +16,15 @@ void add_products(const Panel& p, const float* weights, const Slices& slices, fl
   });
 }
 
+// sums += the dot products of the columns of a and b.
+void add_dots(const float* a, const float* b, int64_t rows, int64_t cols, float* sums) {
+  for (int64_t j = 0; j < rows; ++j) {
+    for (int64_t i = 0; i < cols; ++i) {
+      sums[i] += a[j * cols + i] * b[j * cols + i];
+    }
+  }
+}
+
 }  // namespace
 
 // With p the softmax, dp = dO v^T and delta = sum(dO O): ds = p (dp - delta), dv = p^T dO, dk = ds^T (scale
@@ -35,20 +44,29 @@ void attend_grad(
   std::vector<float> of_sinks(of.q.batch * of.q.heads);
   parallel_for(of.k.batch * kv_heads, [&](int64_t task) {
     int64_t batch = task / kv_heads, kv_head = task % kv_heads;
+    // As large as any panel needs them.
     int64_t cols = std::min(at_once, padded(queries)), of_scores = keys * cols;
     int64_t of_q = Slices::size(dim, cols), of_out = Slices::size(v_dim, cols);
-    int64_t of_keys = keys * (dim + v_dim + ld + v_ld);
-    float* q_memory = scratch(
-        Holder::task, 2 * of_q + 4 * of_out + 2 * of_scores + PanelMask::size(of, keys, cols) + of_keys);
-    float *q_panel = q_memory + of_q, *g_memory = q_panel + of_q, *g_panel = g_memory + of_out;
-    float *o_memory = g_panel + of_out, *o_panel = o_memory + of_out, *scores = o_panel + of_out;
-    float *grads = scores + of_scores, *dk_sum = grads + of_scores, *dv_sum = dk_sum + keys * ld;
-    float *k = dv_sum + keys * v_ld, *v = k + keys * dim, *mask_memory = v + keys * v_dim;
+    auto [q_memory, q_panel, g_memory, g_panel, o_memory, o_panel, scores, grads, mask_memory] = scratch(
+        Holder::task,
+        std::array{
+            of_q,
+            of_q,
+            of_out,
+            of_out,
+            of_out,
+            of_out,
+            of_scores,
+            of_scores,
+            PanelMask::size(of, keys, cols)});
+    auto [k, v, dk_sum, dv_sum] =
+        scratch(Holder::product, std::array{keys * dim, keys * v_dim, keys * ld, keys * v_ld});
     Tile all{.row = 0, .rows = keys, .col = 0, .cols = dim}, all_v = all;
     all_v.cols = v_dim;
     load(head_of(of.k, batch, kv_head), all, k, dim);
     load(head_of(of.v, batch, kv_head), all_v, v, v_dim);
-    std::fill_n(dk_sum, keys * (ld + v_ld), 0.0f);
+    std::fill_n(dk_sum, keys * ld, 0.0f);
+    std::fill_n(dv_sum, keys * v_ld, 0.0f);
     for (int64_t row = 0; row < queries; row += at_once) {
       auto p = panel_of(of, batch, kv_head, row, std::min(at_once, queries - row));
       int64_t n = p.keys();
@@ -61,11 +79,7 @@ void attend_grad(
         g.transpose(g_panel);
         Slices(head_of(out, batch, head), p, 1, o_memory).transpose(o_panel);
         float deltas[max_panel_cols] = {}, sums[max_panel_cols] = {};
-        for (int64_t d = 0; d < v_dim; ++d) {
-          for (int64_t i = 0; i < p.cols; ++i) {
-            deltas[i] += g_panel[d * p.cols + i] * o_panel[d * p.cols + i];
-          }
-        }
+        add_dots(g_panel, o_panel, v_dim, p.cols, deltas);
         int64_t of_head = batch * of.q.heads + head;
         std::copy_n(log_sums + of_head * queries + row, p.rows, sums);
         multiply({block_k, dim, 1}, n, dim, q_panel, p.cols, scores, p.cols, false);

@@ -218,13 +218,11 @@ void PanelMask::apply(int64_t head, float* scores) {
 
 void PanelMask::load(int64_t head) {
   int64_t lanes = kernels().lanes, n = p_.keys(), ld = padded(n);
-  any_unseen_ = false;
   for (int64_t col = 0; col < p_.cols; col += lanes) {
     std::fill_n(rows_, lanes * ld, 0.0f);
     for (int64_t i = 0; i < std::min(lanes, p_.rows - col); ++i) {
-      bool sees = add_mask(of_, p_.batch, head, p_.row + col + i, {p_.first, p_.last}, rows_ + i * ld);
-      unseen_[col + i] = !sees;
-      any_unseen_ |= !sees;
+      unseen_[col + i] =
+          !add_mask(of_, p_.batch, head, p_.row + col + i, {p_.first, p_.last}, rows_ + i * ld);
     }
     kernels().transpose(rows_, lanes, ld, ld, mask_ + col, p_.cols);
   }
@@ -235,7 +233,6 @@ void PanelMask::hide_by_place(float* scores) {
   for (int64_t i = 0; i < p_.rows; ++i) {
     Range seen = seen_by_place(of_, p_.row + i);
     unseen_[i] = seen.empty();
-    any_unseen_ |= unseen_[i];
     for (int64_t j = p_.first; j < std::min(seen.first, p_.last); ++j) {
       scores[(j - p_.first) * p_.cols + i] = -infinity;
     }
@@ -246,7 +243,7 @@ void PanelMask::hide_by_place(float* scores) {
 }
 
 void PanelMask::fill_unseen(float* columns, float value) const {
-  for (int64_t i = 0; any_unseen_ && i < p_.rows; ++i) {
+  for (int64_t i = 0; i < p_.rows; ++i) {
     for (int64_t j = 0; unseen_[i] && j < p_.keys(); ++j) {
       columns[j * p_.cols + i] = value;
     }

@@ -102,7 +102,7 @@ class PanelMask {
   const Panel& p_;
   float *mask_, *rows_;  // the mask as it is added, and some of it by query
   bool loaded_ = false;
-  bool unseen_[max_panel_cols] = {}, any_unseen_ = false;  // which queries see no key
+  bool unseen_[max_panel_cols] = {};  // which queries see no key
 };
 
 // Applies the mask to the scores of one query with n keys from `first` on, which are a row.
