@@ -1,8 +1,5 @@
 #pragma once
 
-#include <optional>
-#include <variant>
-
 #include "mlx_fused/fused_primitive.h"
 
 // Attention of arrays that are there already: softmax(scale q k^T + mask) v.
@@ -15,8 +12,6 @@ struct AttentionKind {
   int window = 0;       // and of these as many, if not 0
   bool has_mask = false;
   bool has_sinks = false;
-
-  bool operator==(const AttentionKind&) const = default;
 };
 
 // As mx::fast::scaled_dot_product_attention gives it, and with a window: a primitive of ours on the CPU,

@@ -348,6 +348,7 @@ def test_other_dtypes_are_mlxs(rng):
         ({"v": None}, TypeError, "v must be array but got NoneType"),
         ({"k": mx.ones((1, 2, 6, 5))}, ValueError, r"k must have shape \(1, 2, 6, 4\)"),
         ({"v": mx.ones((1, 1, 6, 4))}, ValueError, r"v must have shape \(1, 2, 6, 4\)"),
+        ({"k": mx.ones((1, 0, 6, 4))}, ValueError, "the number of heads of k must be at least 1 but got 0"),
         ({"q": mx.ones((1, 3, 5, 4))}, ValueError, "q must have a multiple of the 2 heads of k but got 3"),
         ({"scale": mx.array(1.0)}, TypeError, "scale must be float or int but got array"),
         ({"mask": "none"}, ValueError, "mask must be 'causal' or an array but got 'none'"),

@@ -148,9 +148,10 @@ mx::array attention(
     check.floating({name}, *a);
   }
   int heads = q.shape(1), kv_heads = k.shape(1);
+  check.positive({"the number of heads of k"}, kv_heads);
   check.shape({"k"}, k, {q.shape(0), kv_heads, k.shape(2), q.shape(3)});
   check.shape({"v"}, v, {q.shape(0), kv_heads, k.shape(2), v.shape(3)});
-  if (kv_heads == 0 ? heads > 0 : heads % kv_heads != 0) {
+  if (heads % kv_heads != 0) {
     check.fail("q must have a multiple of the ", kv_heads, " heads of k but got ", heads, ".");
   }
   mlx_fused::AttentionKind kind{.scale = scale};

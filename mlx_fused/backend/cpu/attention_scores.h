@@ -28,7 +28,7 @@ Panel panel_of(const Attention& of, int64_t batch, int64_t kv_head, int64_t row,
 
 // Query heads per key head.
 inline int64_t group_of(const Attention& of) {
-  return of.k.heads == 0 ? 0 : of.q.heads / of.k.heads;
+  return of.q.heads / of.k.heads;
 }
 
 // One head of a view of several.

@@ -30,7 +30,8 @@ def fused_attention(
 
     A query whose keys are all hidden, by a boolean mask or by its place, gets the mean of all values or, with
     ``sinks``, zeros, as in MLX; one whose scores are all minus infinity gets zeros. Other than in MLX, values
-    that are infinite or NaN may or may not reach queries that do not see their key.
+    that are infinite or NaN may or may not reach queries that do not see their key. A function that is to be
+    exported has to call MLX's.
 
     Args:
         q (array): ``[B, N, T, D]``, float32, float16 or bfloat16. Any strides.
