@@ -8,7 +8,9 @@ import numpy as np
 
 import oracle
 from mlx_fused import fused_attention
+from operands import normal
 
+MASKS = ["none", "causal", "window", "boolean", "added", "padding", "per head", "holes", "column"]
 UNIT = oracle.UNIT_ROUNDOFF[mx.float32]
 OWN_ROUNDINGS = 16  # of an exponential, a logarithm, a quotient and some products
 LARGEST_POWER, SMALLEST = 88, 2.0**-125  # of e in float32; smaller ones may be 0
@@ -83,7 +85,7 @@ class Attention:
         return q, k, v, added, unseen
 
     def _with_errors(self, cotangent, dtype):
-        """Errors of float32's sums, as in ``oracle``, carried from step to step; the result is rounded first."""
+        """With the errors of sums in float32, as in ``oracle``, from step to step. The result is rounded first."""
         q, k, v, added, unseen = self._operands
         dim, v_dim, keys = q.shape[-1], v.shape[-1], k.shape[2]
         scores, sizes = (self.scale * f(q) @ f(k).swapaxes(2, 3) for f in (lambda a: a, np.abs))
@@ -151,3 +153,38 @@ class Attention:
 def lost(terms):
     """What a sum of so many terms loses, relative to the sum of their sizes."""
     return min(terms, 8 * np.sqrt(terms)) * UNIT
+
+
+def make(rng, batch, heads, lengths, mask, dtype, has_sinks=False):
+    """A call with random operands."""
+    num_heads, num_kv_heads, dim, v_dim = heads
+    queries, keys = lengths
+    scores = (batch, num_heads, queries, keys)
+    masks = {
+        "none": lambda: None,
+        "causal": lambda: "causal",
+        "window": lambda: "causal",
+        "boolean": lambda: mx.array(rng.random((queries, keys)) < 0.6),
+        "added": lambda: mx.where(
+            mx.array(rng.random(scores) < 0.6), normal(rng, scores, dtype), mx.array(-mx.inf, dtype)
+        ),
+        "padding": lambda: mx.array(rng.random((batch, 1, 1, 1)) * keys >= np.arange(keys)),
+        "per head": lambda: normal(rng, (num_heads, 1, keys), dtype),
+        "holes": lambda: mx.array(rng.random((batch, num_heads, queries, 1)) < 0.6),
+        "column": lambda: mx.array(rng.random((keys, queries)) < 0.6).T,
+    }
+    return Attention(
+        normal(rng, (batch, num_heads, queries, dim), dtype),
+        normal(rng, (batch, num_kv_heads, keys, dim), dtype),
+        normal(rng, (batch, num_kv_heads, keys, v_dim), dtype),
+        scale=max(dim, 1) ** -0.5,
+        mask=masks[mask](),
+        window=int(rng.integers(1, 2 * keys)) if mask == "window" else None,
+        sinks=normal(rng, (num_heads,), dtype) if has_sinks else None,
+    )
+
+
+def check(rng, call):
+    out = call()
+    cotangent = normal(rng, out.shape, out.dtype)
+    call.check(out, call.gradients(cotangent), cotangent)

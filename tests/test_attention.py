@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import oracle
-from attention import Attention
+from attention import MASKS, Attention, check, make
 from graph import output_counts, primitives
 from mlx_fused import fused_attention
 from operands import DTYPES, normal
@@ -20,42 +20,6 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 LENGTHS = [(1, 1), (1, 7), (3, 1030), (8, 300), (9, 9), (20, 7), (47, 48), (48, 47), (49, 130), (150, 150)]
 # Query heads, key heads, and the sizes of queries and values.
 HEADS = [(1, 1, 64, 64), (4, 2, 5, 33), (6, 1, 1, 1), (2, 2, 80, 7), (3, 3, 7, 130), (2, 1, 256, 256)]
-MASKS = ["none", "causal", "window", "boolean", "added", "padding", "per head", "holes", "column"]
-
-
-def make(rng, batch, heads, lengths, mask, dtype, has_sinks=False):
-    """A call with random operands."""
-    num_heads, num_kv_heads, dim, v_dim = heads
-    queries, keys = lengths
-    scores = (batch, num_heads, queries, keys)
-    masks = {
-        "none": lambda: None,
-        "causal": lambda: "causal",
-        "window": lambda: "causal",
-        "boolean": lambda: mx.array(rng.random((queries, keys)) < 0.6),
-        "added": lambda: mx.where(
-            mx.array(rng.random(scores) < 0.6), normal(rng, scores, dtype), mx.array(-mx.inf, dtype)
-        ),
-        "padding": lambda: mx.array(rng.random((batch, 1, 1, 1)) * keys >= np.arange(keys)),
-        "per head": lambda: normal(rng, (num_heads, 1, keys), dtype),
-        "holes": lambda: mx.array(rng.random((batch, num_heads, queries, 1)) < 0.6),
-        "column": lambda: mx.array(rng.random((keys, queries)) < 0.6).T,
-    }
-    return Attention(
-        normal(rng, (batch, num_heads, queries, dim), dtype),
-        normal(rng, (batch, num_kv_heads, keys, dim), dtype),
-        normal(rng, (batch, num_kv_heads, keys, v_dim), dtype),
-        scale=max(dim, 1) ** -0.5,
-        mask=masks[mask](),
-        window=int(rng.integers(1, 2 * keys)) if mask == "window" else None,
-        sinks=normal(rng, (num_heads,), dtype) if has_sinks else None,
-    )
-
-
-def check(rng, call):
-    out = call()
-    cotangent = normal(rng, out.shape, out.dtype)
-    call.check(out, call.gradients(cotangent), cotangent)
 
 
 @dtypes
