@@ -85,7 +85,7 @@ class Attention:
         return q, k, v, added, unseen
 
     def _with_errors(self, cotangent, dtype):
-        """With the errors of sums in float32, as in ``oracle``, from step to step. The result is rounded first."""
+        """With the errors of float32, as in ``oracle``, from step to step. The result is rounded first."""
         q, k, v, added, unseen = self._operands
         dim, v_dim, keys = q.shape[-1], v.shape[-1], k.shape[2]
         scores, sizes = (self.scale * f(q) @ f(k).swapaxes(2, 3) for f in (lambda a: a, np.abs))
