@@ -86,7 +86,8 @@ struct Rows {
 
 Rows stored_rows(const View& head, int64_t row, int64_t rows, float* to) {
   if (head.dim_stride == 1 || head.dim == 1) {
-    return {element(head, row, 0), head.type, head.seq_stride};
+    auto data = static_cast<const char*>(head.data);
+    return {data + row * head.seq_stride * size_of(head.type), head.type, head.seq_stride};
   }
   Tile t{.row = row, .rows = rows, .col = 0, .cols = head.dim};
   head.type == Type::float32 ? load(head, t, to, head.dim)
