@@ -1,5 +1,6 @@
 """Attention as an operation of its own."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -223,7 +224,8 @@ def test_one_node_each_way(rng):
 
 
 def held_now():
-    """Without buffers to reuse, which may be larger than what is asked for."""
+    """Without garbage of other tests, and without buffers to reuse, which may be larger than needed."""
+    gc.collect()
     mx.synchronize()
     mx.clear_cache()
     return mx.get_active_memory()
