@@ -35,6 +35,17 @@ void Check::shape(const Name& name, const mx::array& a, const mx::Shape& expecte
   }
 }
 
+void Check::broadcasts(const Name& name, const mx::array& a, const mx::Shape& expected) const {
+  int more = expected.size() - a.ndim();
+  bool fits = more >= 0;
+  for (size_t i = 0; fits && i < a.ndim(); ++i) {
+    fits = a.shape(i) == 1 || a.shape(i) == expected[i + more];
+  }
+  if (!fits) {
+    fail(name, " must broadcast to ", to_string(expected), " but got ", to_string(a.shape()), ".");
+  }
+}
+
 void Check::rows(const Name& name, const mx::array& a, int expected) const {
   ndim(name, a, 2);
   if (a.shape(0) != expected) {

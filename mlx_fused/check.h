@@ -28,6 +28,7 @@ class Check {
 
   void ndim(const Name& name, const mx::array& a, int expected) const;
   void shape(const Name& name, const mx::array& a, const mx::Shape& expected) const;
+  void broadcasts(const Name& name, const mx::array& a, const mx::Shape& expected) const;
   // The array must be a matrix with this many rows.
   void rows(const Name& name, const mx::array& a, int expected) const;
   void floating(const Name& name, const mx::array& a) const;

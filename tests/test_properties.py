@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import attention
 import operands
 import oracle
 import projections
@@ -52,6 +53,25 @@ def test_output(data, seed, batch, seq, hidden_in, hidden_out, dtype, bias):
     rng = np.random.default_rng(seed)
     options = {"dtype": dtype, "bias": bias}
     check_laid_out(data, rng, projections.output(rng, batch, seq, hidden_in, hidden_out, **options))
+
+
+@given(
+    st.data(),
+    seeds,
+    st.integers(0, 2),
+    sizes,
+    sizes,
+    heads(),
+    dtypes,
+    st.sampled_from(attention.MASKS),
+    st.booleans(),
+)
+def test_attention(data, seed, batch, queries, keys, shape, dtype, mask, has_sinks):
+    rng = np.random.default_rng(seed)
+    keys = max(keys, 1) if mask == "window" else keys
+    call = attention.make(rng, batch, shape, (queries, keys), mask, dtype, has_sinks)
+    primals = [data.draw(layouts)(a) if a.size else a for a in call.primals]
+    attention.check(rng, call.with_primals(primals))
 
 
 def of_integers(seed, batch, seq, hidden, shape, packed=False):

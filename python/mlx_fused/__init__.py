@@ -11,6 +11,7 @@ check_mlx(version("mlx"))
 from mlx_fused import nn  # noqa: E402
 from mlx_fused.linear import LinearOperands  # noqa: E402
 from mlx_fused.operations import (  # noqa: E402
+    fused_attention,
     fused_gated_projection,
     fused_linear,
     fused_output_projection_residual,
@@ -27,6 +28,7 @@ use_table()
 __all__ = [
     "LinearOperands",
     "__version__",
+    "fused_attention",
     "fused_gated_projection",
     "fused_linear",
     "fused_output_projection_residual",

@@ -10,6 +10,7 @@
 #include <cstdlib>
 
 #include "mlx_fused/arguments.h"
+#include "mlx_fused/attention.h"
 #include "mlx_fused/backend/metal/grid.h"
 #include "mlx_fused/norm.h"
 #include "mlx_fused/projection.h"
@@ -128,6 +129,65 @@ mx::array rms_norm(const mx::array& x, const OptionalArray& weight, float eps, m
     check.floating({"weight"}, *weight);
   }
   return mlx_fused::rms_norm(x, weight, eps, false, mx::to_stream(s));
+}
+
+using Mask = std::optional<std::variant<std::string, mx::array>>;
+
+mx::array attention(
+    const mx::array& q,
+    const mx::array& k,
+    const mx::array& v,
+    float scale,
+    const Mask& mask,
+    const OptionalInt& window,
+    const OptionalArray& sinks,
+    mx::StreamOrDevice s) {
+  static const std::string operation = "fused_attention";
+  mlx_fused::Check check(operation);
+  for (auto& [name, a] : {std::pair("q", &q), {"k", &k}, {"v", &v}}) {
+    check.ndim({name}, *a, 4);
+    check.floating({name}, *a);
+  }
+  int heads = q.shape(1), kv_heads = k.shape(1);
+  check.positive({"the number of heads of k"}, kv_heads);
+  check.shape({"k"}, k, {q.shape(0), kv_heads, k.shape(2), q.shape(3)});
+  check.shape({"v"}, v, {q.shape(0), kv_heads, k.shape(2), v.shape(3)});
+  if (heads % kv_heads != 0) {
+    check.fail("q must have a multiple of the ", kv_heads, " heads of k but got ", heads, ".");
+  }
+  mlx_fused::AttentionKind kind{.scale = scale};
+  Arrays inputs = {q, k, v};
+  auto dtype = mx::result_type(inputs);
+  auto check_promotes = [&](const char* name, const mx::array& a) {
+    if (mx::promote_types(a.dtype(), dtype) != dtype) {
+      check.fail(name, " must be of a dtype that promotes to ", dtype, " but got ", a.dtype(), ".");
+    }
+  };
+  if (auto* a = mask ? std::get_if<mx::array>(&*mask) : nullptr) {
+    check_promotes("mask", *a);
+    check.broadcasts({"mask"}, *a, {q.shape(0), heads, q.shape(2), k.shape(2)});
+    inputs.push_back(*a);
+    kind.has_mask = true;
+  } else if (mask) {
+    kind.causal = std::get<std::string>(*mask) == "causal";
+    if (!kind.causal) {
+      check.fail("mask must be 'causal' or an array but got '", std::get<std::string>(*mask), "'.");
+    }
+  }
+  if (window) {
+    check.positive({"window"}, *window);
+    if (!kind.causal) {
+      check.fail("mask must be 'causal' where there is a window.");
+    }
+    kind.window = *window;
+  }
+  if (sinks) {
+    check_promotes("sinks", *sinks);
+    check.shape({"sinks"}, *sinks, {heads});
+    inputs.push_back(*sinks);
+    kind.has_sinks = true;
+  }
+  return mlx_fused::attention(inputs, kind, mx::to_stream(s));
 }
 
 // mlx_fused.tuning.Kind
@@ -325,6 +385,17 @@ NB_MODULE(_ext, m) {
       "segments"_a,
       "has_bias"_a,
       "route"_a,
+      "stream"_a.none());
+  m.def(
+      "attention",
+      &attention,
+      "q"_a,
+      "k"_a,
+      "v"_a,
+      "scale"_a,
+      "mask"_a.none(),
+      "window"_a.none(),
+      "sinks"_a.none(),
       "stream"_a.none());
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a, "stream"_a.none());
   m.def(

@@ -1,9 +1,14 @@
 // Evaluates the primitives on the CPU: allocates the outputs, describes every array as a view and enqueues
 // the work.
+#include <algorithm>
+
+#include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
 #include "mlx_fused/activate.h"
+#include "mlx_fused/attention.h"
 #include "mlx_fused/backend/cpu/activation.h"
+#include "mlx_fused/backend/cpu/attention.h"
 #include "mlx_fused/backend/cpu/kernels.h"
 #include "mlx_fused/backend/cpu/norm.h"
 #include "mlx_fused/backend/cpu/parallel.h"
@@ -155,6 +160,38 @@ std::vector<View> views_of_kept(const Arrays& arrays) {
   return views;
 }
 
+// Allocates [batch, heads, places, size] place by place, heads within: transposed and reshaped it is in line.
+void allocate_by_place(mx::array& a) {
+  int64_t heads = a.shape(1), places = a.shape(2), size = a.shape(3);
+  auto flags = a.flags();
+  flags.contiguous = true;
+  flags.row_contiguous = heads == 1 || places == 1;
+  flags.col_contiguous = a.size() <= 1;
+  a.set_data(
+      mx::allocator::malloc(a.nbytes()), a.size(), {places * heads * size, size, heads * size, 1}, flags);
+}
+
+cpu::Attention attention_of(const AttentionKind& kind, const mx::array* inputs) {
+  cpu::Attention of{
+      .q = view_of(inputs[0]),
+      .k = view_of(inputs[1]),
+      .v = view_of(inputs[2]),
+      .scale = kind.scale,
+      .causal = kind.causal,
+      .window = kind.window};
+  if (kind.has_mask) {
+    auto& mask = inputs[3];
+    auto& strides = mask.strides();
+    auto type = mask.dtype() == mx::bool_ ? std::nullopt : std::optional(type_of(mask));
+    of.mask = {
+        static_cast<const char*>(data_of(mask)), type, {strides[0], strides[1], strides[2], strides[3]}};
+  }
+  if (kind.has_sinks) {
+    of.sinks = view_of(inputs[3 + kind.has_mask]);
+  }
+  return of;
+}
+
 template <typename F>
 void dispatch(mx::Stream stream, const Arrays& inputs, Arrays& outputs, F work) {
   auto& encoder = mx::cpu::get_command_encoder(stream);
@@ -246,6 +283,32 @@ void RMSNormGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   auto d_weight = of_weight_ ? std::optional(view_of(outputs[1])) : std::nullopt;
   dispatch(
       stream(), inputs, outputs, [=, eps = eps_] { cpu::rms_norm_grad(g, x, weight, dx, d_weight, eps); });
+}
+
+void Attention::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  allocate_by_place(outputs[0]);
+  outputs[1].set_data(mx::allocator::malloc(outputs[1].nbytes()));
+  dispatch(
+      stream(),
+      inputs,
+      outputs,
+      [of = attention_of(kind_, inputs.data()), out = view_of(outputs[0]), sums = outputs[1].data<float>()] {
+        cpu::attend(of, out, sums);
+      });
+}
+
+void AttentionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  std::for_each_n(outputs.begin(), 3, allocate_by_place);
+  if (kind_.has_sinks) {
+    outputs[3].set_data(mx::allocator::malloc(outputs[3].nbytes()));
+  }
+  auto of = attention_of(kind_, &inputs[3]);
+  auto cotangent = view_of(inputs[0]), out = view_of(inputs[1]);
+  auto grads = views_of(outputs);
+  auto d_sinks = kind_.has_sinks ? std::optional(grads[3]) : std::nullopt;
+  dispatch(stream(), inputs, outputs, [=, sums = inputs[2].data<float>()] {
+    cpu::attend_grad(of, cotangent, out, sums, grads[0], grads[1], grads[2], d_sinks);
+  });
 }
 
 void check_cpu_settings() {

@@ -58,6 +58,33 @@ struct Kernels {
   // g = x's gradient, from that of the norm; dw += w's, unless it is null
   void (*rms_norm_grad)(
       const float* x, float* g, int64_t rows, int64_t ld, const float* w, float* dw, int64_t n, float eps);
+  // Of attention. A column of scores, of n keys, belongs to one query; cols is a multiple of lanes.
+  // scores = -inf where the mask is, else scores + mask
+  void (*mask_scores)(const float* mask, float* scores, int64_t n);
+  // scores = e^(scores - largest), sums = their sums; largest, of each column, is given as what counts beside
+  // the scores
+  void (*softmax)(float* scores, int64_t n, int64_t cols, float* largest, float* sums);
+  // scores = p = e^(scores - log_sum), grads = p (grads - delta)
+  void (*softmax_grad)(
+      float* scores, float* grads, int64_t n, int64_t cols, const float* log_sums, const float* deltas);
+  // to[j * ld_to + i] = from[i * ld + j]; rows and cols are multiples of lanes
+  void (*transpose)(const float* from, int64_t rows, int64_t cols, int64_t ld, float* to, int64_t ld_to);
+  // The same of one query, whose scores are a row.
+  float (*largest)(const float* x, int64_t n);              // -inf of none; passes over NaN
+  float (*exponentials)(float* x, int64_t n, float shift);  // x = e^(x - shift); returns their sum
+  // to[i * ld_to + d] = the sum over j < n of weights[i * ld + j] times rows[j * ld_rows + d], for i < m and
+  // d < k
+  void (*weighted_sum)(
+      const float* weights,
+      int64_t ld,
+      int64_t m,
+      Type type,
+      const void* rows,
+      int64_t ld_rows,
+      int64_t n,
+      int64_t k,
+      float* to,
+      int64_t ld_to);
   // to = n elements of a row of w from col on. col and n are multiples of 32, except n at the end of a row.
   void (*dequantize)(const Quantized& w, int64_t row, int64_t col, int64_t n, float* to);
   PackedDots packed;  // for formats whose bits divide 32

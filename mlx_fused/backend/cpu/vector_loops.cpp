@@ -1,5 +1,6 @@
 // Compiled once per instruction set; see vectors.h.
 #include "mlx_fused/backend/cpu/activation_loops.h"
+#include "mlx_fused/backend/cpu/attention_loops.h"
 #include "mlx_fused/backend/cpu/norm_loops.h"
 #include "mlx_fused/backend/cpu/panel_loops.h"
 #include "mlx_fused/backend/cpu/quantized_loops.h"
@@ -188,6 +189,13 @@ const Kernels table = {
     .derive = derive,
     .rms_norm = rms_norm,
     .rms_norm_grad = rms_norm_grad,
+    .mask_scores = mask_scores,
+    .softmax = softmax,
+    .softmax_grad = softmax_grad,
+    .transpose = transpose,
+    .largest = largest,
+    .exponentials = exponentials,
+    .weighted_sum = weighted_sum,
     .dequantize = dequantize,
     .packed = {packed_length, pack, packed_dots}};
 

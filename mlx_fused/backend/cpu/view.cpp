@@ -57,9 +57,21 @@ void write_row(const View& v, int64_t row, int64_t col, int64_t cols, const floa
   });
 }
 
+// The tile as rows of unit stride; nullopt if it is not that.
+std::optional<Strided> rows_in_line(const View& v, const Tile& t) {
+  bool is_plain = v.dim_stride == 1 && t.rows > 0 && t.cols > 0;
+  return is_plain ? strided(v, t) : std::nullopt;
+}
+
 }  // namespace
 
 void load(const View& v, const Tile& t, float* to, int64_t ld) {
+  if (auto from = rows_in_line(v, t)) {
+    for (int64_t i = 0; i < t.rows; ++i) {
+      kernels().widen(v.type, from->data + i * from->row_stride * size_of(v.type), to + i * ld, t.cols);
+    }
+    return;
+  }
   for (int64_t i = 0; i < t.rows; ++i) {
     read_row(kernels().widen, v, t.row + i, t.col, t.cols, to + i * ld);
   }
@@ -80,6 +92,12 @@ void add_rows(const View& v, const Tile& t, float* to) {
 }
 
 void store(const View& v, const Tile& t, const float* from, int64_t ld) {
+  if (auto to = rows_in_line(v, t)) {
+    for (int64_t i = 0; i < t.rows; ++i) {
+      kernels().narrow(v.type, from + i * ld, to->data + i * to->row_stride * size_of(v.type), t.cols);
+    }
+    return;
+  }
   for (int64_t i = 0; i < t.rows; ++i) {
     write_row(v, t.row + i, t.col, t.cols, from + i * ld);
   }

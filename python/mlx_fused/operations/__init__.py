@@ -1,5 +1,6 @@
 """The fused operations."""
 
+from mlx_fused.operations.attention import fused_attention
 from mlx_fused.operations.linear import fused_gated_projection, fused_linear
 from mlx_fused.operations.norm import fused_rms_norm
 from mlx_fused.operations.qkv import fused_qkv_projection, fused_qkv_projection_bwd
@@ -9,6 +10,7 @@ from mlx_fused.operations.residual import (
 )
 
 __all__ = [
+    "fused_attention",
     "fused_gated_projection",
     "fused_linear",
     "fused_output_projection_residual",

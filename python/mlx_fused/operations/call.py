@@ -67,10 +67,13 @@ def all_gradients(operation, node, names, cotangents, name, x, layers, segments,
 
 
 _KINDS = {
-    **dict.fromkeys(("weight", "bias", "scales", "biases", "lora_a", "lora_b", "residual"), mx.array),
+    **dict.fromkeys(
+        ("weight", "bias", "scales", "biases", "lora_a", "lora_b", "residual", "sinks"), mx.array
+    ),
+    "mask": (str, mx.array),
     "norm[0]": mx.array,
-    **dict.fromkeys(("group_size", "bits"), int),
-    **dict.fromkeys(("alpha", "limit", "lora_scale", "norm[1]", "eps"), (float, int)),
+    **dict.fromkeys(("group_size", "bits", "window"), int),
+    **dict.fromkeys(("alpha", "limit", "lora_scale", "norm[1]", "eps", "scale"), (float, int)),
     **dict.fromkeys(("exact", "has_bias"), bool),
     **dict.fromkeys(("mode", "route"), str),
     "stream": (mx.Stream, mx.Device, mx.DeviceType),
@@ -85,6 +88,9 @@ _OPTIONAL = {
     "group_size",
     "bits",
     "residual",
+    "mask",
+    "window",
+    "sinks",
     "route",
     "stream",
 }

@@ -1,0 +1,142 @@
+#include "mlx_fused/attention.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+
+#include "mlx/fast.h"
+#include "mlx/ops.h"
+#include "mlx/transforms.h"
+#include "mlx_fused/routing.h"
+
+namespace mlx_fused {
+
+namespace {
+
+// Which keys a query sees by its place, [queries, keys].
+mx::array seen_by_place(int queries, int keys, int window, mx::Stream s) {
+  auto row = mx::expand_dims(mx::arange(keys - queries, keys, s), 1, s);
+  auto col = mx::expand_dims(mx::arange(keys, s), 0, s);
+  auto seen = mx::greater_equal(row, col, s);
+  return window == 0 ? seen : mx::logical_and(seen, mx::less(row, mx::add(col, mx::array(window), s), s), s);
+}
+
+// Attention in MLX's own operations.
+mx::array of_mlx(const Arrays& inputs, const AttentionKind& kind, mx::Stream s) {
+  auto &q = inputs[0], &k = inputs[1];
+  auto mask = kind.has_mask ? std::optional(inputs[3]) : std::nullopt;
+  bool has_window = kind.window > 0 && kind.window < k.shape(2);
+  if (has_window) {
+    mask = seen_by_place(q.shape(2), k.shape(2), kind.window, s);
+  }
+  auto sinks = kind.has_sinks ? std::optional(inputs[3 + kind.has_mask]) : std::nullopt;
+  auto mode = kind.causal && !has_window ? "causal" : mask ? "array" : "";
+  return mx::fast::scaled_dot_product_attention(q, k, inputs[2], kind.scale, mode, mask, sinks, false, s);
+}
+
+bool has_kernels(const mx::array& q, mx::Stream s) {
+  auto dtype = q.dtype();
+  bool known = dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
+  return known && describe(s.device).kind == DeviceInfo::cpu;
+}
+
+}  // namespace
+
+mx::array attention(const Arrays& inputs, const AttentionKind& kind, mx::Stream s) {
+  auto dtype = mx::result_type({inputs[0], inputs[1], inputs[2]});
+  auto ours = inputs;
+  for (size_t i = 0; i < ours.size(); ++i) {
+    bool is_boolean = kind.has_mask && i == 3 && ours[i].dtype() == mx::bool_;
+    ours[i] = is_boolean ? ours[i] : mx::astype(ours[i], dtype, s);
+  }
+  auto &q = ours[0], &k = ours[1];
+  if (kind.has_mask) {
+    ours[3] = mx::broadcast_to(ours[3], {q.shape(0), q.shape(1), q.shape(2), k.shape(2)}, s);
+  }
+  if (!has_kernels(q, s)) {
+    return of_mlx(ours, kind, s);
+  }
+  check_cpu_settings();
+  return Attention::of(ours, kind, s)[0];
+}
+
+Arrays Attention::of(const Arrays& inputs, const AttentionKind& kind, mx::Stream s) {
+  auto primitive = std::make_shared<Attention>(s, kind);
+  return mx::array::make_arrays(
+      primitive->output_shapes(inputs), {inputs[0].dtype(), mx::float32}, primitive, inputs);
+}
+
+void Attention::eval_gpu(const Arrays&, Arrays&) {
+  throw std::runtime_error("[Attention] There are no kernels for GPUs.");
+}
+
+std::vector<mx::Shape> Attention::output_shapes(const Arrays& inputs) {
+  auto shape = inputs[0].shape();
+  mx::Shape sums(shape.begin(), shape.begin() + 3);
+  shape[3] = inputs[2].shape(3);
+  return {shape, sums};
+}
+
+Function Attention::composed() {
+  return [kind = kind_, s = stream()](const Arrays& inputs) {
+    // Where this runs, AttentionGrad is composed too, and nothing reads the sums. NaN would show it.
+    mx::Shape shape(inputs[0].shape().begin(), inputs[0].shape().end() - 1);
+    return Arrays{of_mlx(inputs, kind, s), mx::full(shape, std::numeric_limits<float>::quiet_NaN(), s)};
+  };
+}
+
+Arrays Attention::vjp(
+    const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
+  if (kind_.has_mask && std::ranges::find(argnums, 3) != argnums.end()) {
+    return FusedPrimitive::vjp(primals, cotangents, argnums, outputs);
+  }
+  // Nothing but AttentionGrad reads the sums, whose own derivatives do not: their cotangent is always 0.
+  // A custom function that consumes this output may return a cotangent of another dtype.
+  Arrays inputs = {mx::astype(cotangents[0], outputs[0].dtype(), stream()), outputs[0], outputs[1]};
+  inputs.insert(inputs.end(), primals.begin(), primals.end());
+  auto grads = AttentionGrad::of(inputs, kind_, stream());
+  Arrays wanted;
+  for (int i : argnums) {
+    wanted.push_back(grads[std::min(i, 3)]);  // there is none of a mask, before the sinks
+  }
+  return wanted;
+}
+
+Arrays AttentionGrad::of(const Arrays& inputs, const AttentionKind& kind, mx::Stream s) {
+  auto primitive = std::make_shared<AttentionGrad>(s, kind);
+  auto shapes = primitive->output_shapes(inputs);
+  std::vector dtypes(shapes.size(), inputs[0].dtype());
+  return mx::array::make_arrays(shapes, dtypes, primitive, inputs);
+}
+
+void AttentionGrad::eval_gpu(const Arrays&, Arrays&) {
+  throw std::runtime_error("[AttentionGrad] There are no kernels for GPUs.");
+}
+
+std::vector<mx::Shape> AttentionGrad::output_shapes(const Arrays& inputs) {
+  std::vector shapes = {inputs[3].shape(), inputs[4].shape(), inputs[5].shape()};
+  if (kind_.has_sinks) {
+    shapes.push_back(inputs.back().shape());
+  }
+  return shapes;
+}
+
+Function AttentionGrad::composed() {
+  return [kind = kind_, s = stream()](const Arrays& inputs) {
+    Arrays of(inputs.begin() + 3, inputs.end()), wanted(of.begin(), of.begin() + 3);
+    if (kind.has_sinks) {
+      wanted.push_back(of.back());
+    }
+    auto attention = [&](const Arrays& args) {
+      auto all = of;
+      std::copy_n(args.begin(), 3, all.begin());
+      if (kind.has_sinks) {
+        all.back() = args[3];
+      }
+      return Arrays{of_mlx(all, kind, s)};
+    };
+    return mx::vjp(attention, wanted, {inputs[0]}).second;
+  };
+}
+
+}  // namespace mlx_fused
