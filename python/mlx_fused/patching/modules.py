@@ -7,7 +7,7 @@ from functools import cache, wraps
 
 import mlx.nn as nn
 
-from mlx_fused.patching import calls, mlp, norm
+from mlx_fused.patching import attention, calls, mlp, norm
 from mlx_fused.patching.calls import Call, find_running, running
 from mlx_fused.patching.projections import NotFused
 from mlx_fused.patching.registry import (
@@ -101,6 +101,7 @@ def report(name: str, module: nn.Module, roles: Roles, active: Active) -> LayerR
 
     if roles.kind == "attention":
         add("qkv", lambda: calls.qkv_note(module, roles, active))
+        add("attention", lambda: attention.read(active, own_method(original_of(module), roles.entry)))
     if roles.kind == "mlp":
         add("mlp", lambda: mlp.read_note(module, active, own_method(original_of(module), roles.entry)))
     if roles.kind == "norm":
@@ -169,6 +170,8 @@ def _entry(original: type, roles: Roles) -> Callable:
             if y is not None:
                 return y
         call = Call(self, roles, active) if is_on and (active := _begin(self)) is not None else None
+        if call is not None and roles.kind == "attention":
+            method = attention.seeing_ours(method)
         token = running.set(call)
         try:
             return method.__get__(self, original)(*args, **kwargs)

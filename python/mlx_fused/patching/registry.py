@@ -47,7 +47,7 @@ class Roles(NamedTuple):
 
 
 _PARTS = {
-    "attention": ("qkv", "residual"),
+    "attention": ("qkv", "attention", "residual"),
     "mlp": ("mlp", "residual"),
     "norm": ("norm",),
     "experts": ("experts",),
@@ -71,6 +71,7 @@ class Options:
     mlp: bool
     linear: bool
     norm: bool
+    attention: Literal["auto"] | bool
     lora: bool
     exact: bool
 

@@ -11,6 +11,7 @@ from mlx_fused._ext import environment, was_composed
 # What of a module may be fused, and how it is called.
 TITLES = {
     "qkv": "the QKV projection",
+    "attention": "attention itself",
     "mlp": "the first half of the MLP",
     "residual": "the output projection with its residual",
     "linear": "other linear layers",
@@ -18,8 +19,15 @@ TITLES = {
     "experts": "experts",
 }
 PARTS = tuple(TITLES)
-_COLUMNS = {"qkv": "QKV", "mlp": "MLP", "residual": "output projection + residual", "linear": "other layers"}
-_COLUMNS |= {"norm": "RMS norm", "experts": "experts"}
+_COLUMNS = {
+    "qkv": "QKV",
+    "attention": "attention",
+    "mlp": "MLP",
+    "residual": "output projection + residual",
+    "linear": "other layers",
+    "norm": "RMS norm",
+    "experts": "experts",
+}
 
 _lock = Lock()
 
@@ -112,6 +120,7 @@ class LayerReport:
     Attributes:
         name (str): Its name in the model, such as ``model.layers.0.self_attn``.
         qkv (Part or None): Of attention: the projection to queries, keys and values.
+        attention (Part or None): Of attention: what is between its projections.
         mlp (Part or None): Of an MLP: the layers before the last one, with the activation.
         residual (Part or None): Of both: the last projection with the residual.
         linear (Part or None): Every other linear layer, each by itself.
@@ -121,6 +130,7 @@ class LayerReport:
 
     name: str
     qkv: Part | None = None
+    attention: Part | None = None
     mlp: Part | None = None
     residual: Part | None = None
     linear: Part | None = None

@@ -1,0 +1,109 @@
+"""Gives the code of an attention module our attention, under the name that it knows mlx-lm's by.
+
+No global is changed: while a patched module runs, its code is a copy that looks its globals up elsewhere.
+"""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from types import CodeType, FunctionType
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_fused.operations import fused_attention
+from mlx_fused.patching import projections
+from mlx_fused.patching.calls import find_running
+from mlx_fused.patching.projections import DTYPES, NotFused
+from mlx_fused.patching.registry import Active
+
+_NAME = "scaled_dot_product_attention"
+_OF_MLX = mx.fast.scaled_dot_product_attention
+
+
+class _Globals(dict):
+    """Those of a function as they are at any time, but for our attention."""
+
+    def __init__(self, of: dict, attention: Callable):
+        # What Python looks up without __missing__, such as __package__.
+        super().__init__({name: value for name, value in of.items() if name.startswith("__")})
+        self[_NAME] = attention
+        self._of = of
+
+    def __missing__(self, name: str):
+        return self._of[name]
+
+
+def seeing_ours(method: Callable) -> Callable:
+    """A copy of ``method`` that sees our attention; ``method`` itself if it does not call mlx-lm's."""
+    return _copy(method) if type(method) is FunctionType else method
+
+
+@cache
+def _copy(method: FunctionType) -> FunctionType:
+    names, codes = method.__globals__, list(_codes(method.__code__))
+    calls_it = _NAME in names and any(_NAME in code.co_names for code in codes)
+    if not calls_it or any(map(_assigns_globals, codes)):  # which a copy would do elsewhere
+        return method
+    own = _Globals(names, partial(_attend, method))
+    copy = FunctionType(codes[0], own, method.__name__, method.__defaults__, method.__closure__)
+    copy.__kwdefaults__ = method.__kwdefaults__
+    return copy
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """The code of a function and of those in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _assigns_globals(code: CodeType) -> bool:
+    return any(i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for i in dis.get_instructions(code))
+
+
+def read(active: Active, method: Callable) -> None:
+    """Raises ``NotFused`` if the attention that ``method`` calls is not to be ours."""
+    options = active.patch.options
+    if options.attention is False:
+        raise NotFused("attention=False")
+    if options.exact:
+        raise NotFused("exact=True, and MLX rounds scores")
+    if seeing_ours(method) is method:
+        raise NotFused(f"its code does not call {_NAME}")
+    # A wrapper may carry the name of what it wraps, but not its globals.
+    names = getattr(method.__globals__[_NAME], "__globals__", {})
+    if names.get("__name__") != "mlx_lm.models.base" or mx.fast.scaled_dot_product_attention is not _OF_MLX:
+        raise NotFused(f"{_NAME} was replaced")
+    if mx.default_device() == mx.gpu:
+        raise NotFused("on a GPU it is MLX's")
+
+
+def _attend(method: FunctionType, *args, **kwargs) -> mx.array:
+    """What the code of ``method`` calls."""
+    call = find_running()
+    if call is not None:
+        counter = call.active.patch.calls["attention"]
+        try:
+            read(call.active, method)
+            y = _run(call.module, *args, **kwargs)
+        except NotFused as reason:
+            counter.add(1, reason=str(reason))
+        else:
+            counter.add(1, 1, is_routed=False)
+            return y
+    return method.__globals__[_NAME](*args, **kwargs)
+
+
+def _run(module: nn.Module, queries, keys, values, cache, scale, mask, sinks=None) -> mx.array:
+    """mlx-lm's attention as one operation."""
+    if hasattr(cache, "bits"):
+        raise NotFused("its cache is quantized")
+    if not all(isinstance(x, mx.array) and x.dtype in DTYPES for x in (queries, keys, values)):
+        raise NotFused("it is not called with arrays of a type with kernels")
+    return projections.run(
+        module, fused_attention, q=queries, k=keys, v=values, scale=scale, mask=mask, sinks=sinks
+    )
