@@ -1,4 +1,4 @@
-"""Linear layers, norms and attention that compute in float64 and round once: models of them are the reference."""
+"""Layers that compute in float64 and round once: models of them are the reference."""
 
 from contextlib import ExitStack
 from math import factorial
@@ -54,10 +54,9 @@ def _attention(q, k, v, *, scale, mask=None, sinks=None):
     if isinstance(mask, str):
         mask = mx.tri(*scores.shape[2:], scores.shape[3] - scores.shape[2], mx.bool_)
     if mask is not None:
-        lowest = mx.array(-1e30, mx.float64)  # no row is all of it, so that its exponential is 0
-        scores = (
-            mx.where(mask, scores, lowest) if mask.dtype == mx.bool_ else scores + mx.maximum(mask, lowest)
-        )
+        low = mx.array(-1e30, mx.float64)  # no row is all of it, so that its exponential is 0
+        is_boolean = mask.dtype == mx.bool_
+        scores = mx.where(mask, scores, low) if is_boolean else scores + mx.maximum(mask, low)
     if sinks is not None:
         given = mx.broadcast_to(sinks.astype(mx.float64)[:, None, None], (*scores.shape[:3], 1))
         scores, v = mx.concatenate([scores, given], 3), mx.pad(v, [(0, 0), (0, 0), (0, 1), (0, 0)])
