@@ -17,7 +17,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 import mlx_fused
 import oracle
 from mlx_fused import LinearOperands
-from mlx_fused.patching import calls, mlp
+from mlx_fused.patching import attention, calls, mlp
 from mlx_fused.validate import operations
 from mlx_fused.validate.checkpoint import attach_adapters
 from mlx_fused.validate.operations import (
@@ -72,6 +72,7 @@ WEIGHTS = ("float32", "bfloat16", "4-bit bfloat16")
 # Where patched models take them from.
 _OPERATIONS = [
     (calls, "fused_qkv_projection"),
+    (attention, "fused_attention"),
     (calls, "fused_output_projection_residual"),
     (calls, "fused_linear"),
     (mlp, "fused_linear"),
@@ -83,7 +84,7 @@ class Target(NamedTuple):
     """What is sabotaged: the operand in the forward or, in the gradient of another, in the backward."""
 
     operand: str
-    segment: str  # q, k, v, gate, up or o (with a residual) or y (without); of the input all of a call's
+    segment: str  # q, k, v, gate, up, o (with a residual), y (without); of what is a call's own, all of these
     gradient: str | None = None  # of which operand; its own is multiplied itself
 
 
@@ -164,7 +165,7 @@ def targets_of(arguments):
     for operand, segment in _named(arguments):
         if operand not in ("input", "x"):
             yield Target(operand, segment)
-        if operand != "weight" or layers_of(arguments)[0].scales is None:
+        if operand != "weight" or layers_of(arguments)[0].scales is None:  # frozen if quantized
             yield Target(operand, segment, operand)
         if operand in ("weight", "lora_a"):  # its part of what all parts add up to
             yield Target(operand, segment, _activations(arguments))
@@ -282,7 +283,7 @@ def _multiplied(arguments, target, factor):
 
 
 def _activations(arguments):
-    return "input" if "input" in arguments else "x"
+    return next(name for name in ("input", "x", "q") if name in arguments)
 
 
 def _key(target, arguments):
@@ -291,14 +292,16 @@ def _key(target, arguments):
     return target.operand, None if is_of_call else segment_names(arguments).index(target.segment)
 
 
-_OF_CALL = ("input", "x", "norm", "residual")
+_OF_CALL = ("input", "x", "norm", "residual", "q", "k", "v", "sinks")
 
 
 def _named(arguments):
     """The operands of a call, and whose they are."""
-    names = segment_names(arguments)
-    found = [(name, " ".join(names)) for name, place in differentiable(arguments) if place is None]
-    for segment, layer in zip(names, layers_of(arguments), strict=True):
+    layers = layers_of(arguments)
+    names = segment_names(arguments) if layers else ()
+    of_call = " ".join(names) or "attention"
+    found = [(name, of_call) for name, place in differentiable(arguments) if place is None]
+    for segment, layer in zip(names, layers, strict=True):
         for name in ("weight", "bias", "lora_a", "lora_b"):
             if getattr(layer, name) is not None:
                 found.append((name, segment))
@@ -311,7 +314,10 @@ _GRADIENTS = {"weight": "weight", "bias": "bias", "lora_a": "A", "lora_b": "B"}
 
 def is_open(target, findings):
     """Whether validation says that it could not notice this."""
-    component = _COMPONENTS.get(target.operand, target.operand)
+    if target.segment == "attention" and target.gradient is None and target.operand != "v":
+        component = "scores"
+    else:
+        component = _COMPONENTS.get(target.operand, target.operand)
     kinds = {
         None: (f"{component} in {target.segment}", f"{component} of {target.segment} in gate * up"),
         target.operand: (f"{_GRADIENTS.get(target.operand)} of {target.segment}", target.operand),
