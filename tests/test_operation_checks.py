@@ -389,8 +389,9 @@ def test_what_is_wrong_in_attention_is_found(rng, dtype, operand):
             value = mx.concatenate([value[..., 1:], value[..., :1]], -1)
         else:
             value = 1.01 * (value.astype(mx.float32) if isinstance(value, mx.array) else value)
-        y = mlx_fused.fused_attention(**arguments | {operand: value})
-        return y.astype(arguments["q"].dtype)
+        wide = {name: arguments[name].astype(mx.float32) for name in "qkv"}
+        y = mlx_fused.fused_attention(**arguments | wide | {operand: value})
+        return y.astype(arguments["q"].dtype)  # which the operation would not give otherwise
 
     mask = "boolean" if operand == "mask" else "causal"
     call = attention.make(rng, 2, (4, 2, 32, 24), (24, 24), mask, dtype, has_sinks=True)

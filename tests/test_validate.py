@@ -23,7 +23,7 @@ import tiny_demo
 import tiny_models
 from mlx_fused import validate
 from mlx_fused.cli import main
-from mlx_fused.patching import calls, projections
+from mlx_fused.patching import attention, calls, projections
 from mlx_fused.validate import checkpoint, end_to_end
 from zoo import configs as zoo
 
@@ -96,7 +96,8 @@ def test_a_switch_that_is_off_is_to_blame_not_the_model(checkpoints, monkeypatch
 
 
 def test_the_switch_is_blamed_only_where_it_is_off(checkpoints, monkeypatch):
-    monkeypatch.setattr(projections, "DTYPES", frozenset())
+    for module in (projections, attention):
+        monkeypatch.setattr(module, "DTYPES", frozenset())
     result = run(checkpoints / "model")
     assert result.exit_code == 2
     assert "Nothing of it ran fused" in result.output and "MLX_FUSED" not in result.output
@@ -123,9 +124,9 @@ def test_checkpoints_of_the_demo_pass(checkpoints, arguments):
     assert results["calls"]["residual"]["fused"] == results["calls"]["residual"]["total"] > 0
     layers = sum("norm" not in parts for parts in results["layers"].values())
     for operations in results["operations"].values():
-        # QKV, output, gate * up and down of both layers, and the head, for the prompt and for one token
-        assert layers == 5 and operations["count"] == 2 * (2 * 4 + 1)
-        assert set(operations["results"]) == {*"qkvoy", "gate * up"}
+        # QKV, attention, output, gate * up and down of both layers, and the head, for the prompt and a token
+        assert layers == 5 and operations["count"] == 2 * (2 * 5 + 1)
+        assert set(operations["results"]) == {*"qkvoy", "gate * up", "attention"}
         findings = [f for part, of in operations.items() if part != "count" for f in of.values()]
         assert all(f["verdict"] == "passed" and f["share"] < 0.5 and f["noticeable"] == 1 for f in findings)
     float32 = results["end_to_end"]["float32"]
@@ -356,7 +357,7 @@ def test_batches_are_checked_and_single_rows_too(larger):
     def wrap(operation):
         def run(**arguments):
             outputs = operation(**arguments)
-            batch = arguments.get("input", arguments.get("x")).shape[0]
+            batch = next(arguments[name] for name in ("input", "x", "q") if name in arguments).shape[0]
             return tree_map(lambda y: 1.01 * y, outputs) if (batch > 1) == larger else outputs
 
         return run
@@ -395,7 +396,9 @@ def test_terms_are_those_of_the_fused_layers():
         assert validate.sum_terms(model, report) == terms
         nn.quantize(model, 32, 4)
         assert validate.sum_terms(model, report) == terms
-    with mlx_fused.patched(model, qkv=False, o_residual=False, mlp=False, linear=False) as report:
+    with mlx_fused.patched(
+        model, qkv=False, o_residual=False, mlp=False, linear=False, attention=False
+    ) as report:
         assert validate.sum_terms(model, report) == 0
 
 

@@ -77,11 +77,13 @@ class _Bounded(NamedTuple):
 
 
 def _expected(here: _Bounded, above: _Bounded, below: _Bounded) -> Expected:
-    """An error in all scores alike would be in the direction of the derivative by their scale."""
+    """With a component for what is wrong in all scores alike: the derivative by their scale."""
     rows = (-1, here.value.shape[-1])
     value, bound = here.value.reshape(rows), here.bound.reshape(rows)
     by_scale = (above.value - below.value).reshape(rows) / (2 * _STEP)
-    components = {WHOLE: value, "scores": by_scale}
+    components = {WHOLE: value}
+    if len(value) > 1:  # the sinks' are too few numbers to tell
+        components["scores"] = by_scale
     return Expected(0, components, np.zeros_like(value), steady=bound, activated=value)
 
 
@@ -109,7 +111,7 @@ class _Softmax:
 
     def gradients(self, g: np.ndarray, rounding: np.ndarray) -> dict[str, _Bounded]:
         of, p = self.of, self.p
-        (queries, dim), (keys, v_dim) = of.q.shape[2:], of.v.shape[2:]
+        queries, (keys, v_dim) = of.q.shape[2], of.v.shape[2:]
         parts = g * (self.output().value + rounding)
         delta, of_delta = parts.sum(-1, keepdims=True), lost(v_dim) * np.abs(parts).sum(-1, keepdims=True)
         slope = g @ of.v.swapaxes(2, 3) - delta
