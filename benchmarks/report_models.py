@@ -17,6 +17,7 @@ def show(console: Console, result: dict) -> None:
         "memory": "Peak memory, GB",
         "limits": "Share of the machine's rates reached",
         "parts": "Where the time of the patched model goes",
+        "attention": "One layer of the patched model, with either attention",
         "graphs": "Making the graph of a layer in decode, without evaluating it",
         "scaling": "Scaled time and memory of a small stock model, as parts of those of the whole",
     }
@@ -67,6 +68,10 @@ def _tables(result: dict) -> dict[str, Table]:
             [*first, *PARTS],
             [[*_what(r), *(f"{r['parts'][part]:.0%}" for part in PARTS)] for r in records if r["parts"]],
         ),
+        "attention": (
+            [*first, "ours", "MLX's", "ratio"],
+            [[*_what(r), *_layer(r["layer_s"])] for r in records],
+        ),
         "graphs": (
             ["model", "", "", "stock", "patched", "ratio"],
             [
@@ -107,6 +112,11 @@ def _shares(record: dict, rivals: list[str]) -> Iterator[str]:
     for who in ("patched", *rivals):
         share = record["share_of_peak"].get(who)
         yield f"{share:.0%}" if share is not None else ""
+
+
+def _layer(seconds: dict[str, float]) -> Iterator[str]:
+    yield from (f"{1e3 * seconds[whose]:.3g} ms" for whose in ("ours", "MLX's"))
+    yield _digits(seconds["MLX's"] / seconds["ours"])
 
 
 def _scaling_row(check: dict) -> Iterator[str]:
