@@ -1,7 +1,8 @@
 """Attention and its gradients in NumPy float64, with the rounding errors to expect.
 
-The operation sums in float32 and rounds its results once, so bounds of the worst case are narrow enough: all
-errors here are steady ones (see ``formulas``).
+The operation sums in float32 and rounds its results once, so bounds of the worst case are narrow enough: most
+errors here are steady ones (see ``formulas``). But a CPU that multiplies pairs of bfloat16 rounds what it
+multiplies with keys, values and their like.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_fused.validate.formulas import CERTAIN, FLOAT32, WHOLE, Expected
+from mlx_fused.validate.bounds import DTYPES
+from mlx_fused.validate.formulas import CERTAIN, FLOAT32, WHOLE, Expected, Shared
 
+_FEW = 8  # queries, whose result is not computed in pairs
 _STEP = 1e-3  # of the derivative by the scale
 _EXPONENTIAL = 8  # units that a power may be off, with the rounding of its argument's last operations
 
@@ -28,6 +31,7 @@ class Operands(NamedTuple):
     mask: np.ndarray  # what is added to the scores; minus infinity hides a key
     sinks: np.ndarray  # [1, heads, 1, 1], minus infinity where there are none
     group: int
+    factor_unit: float  # the unit roundoff of what is multiplied with keys, values, ..., if it is rounded
 
 
 def read(arguments: dict) -> Operands:
@@ -45,7 +49,9 @@ def read(arguments: dict) -> Operands:
         added = exact(mask)
     heads = np.full((1, q.shape[1], 1, 1), -np.inf) if sinks is None else exact(sinks).reshape(1, -1, 1, 1)
     k, v = (np.repeat(a, group, 1) for a in (k, v))
-    return Operands(q, k, v, float(np.float32(arguments["scale"])), added, heads, group)
+    dtype = mx.result_type(*(arguments[name] for name in ("q", "k", "v")))
+    unit = DTYPES[dtype].unit if dtype == mx.bfloat16 else 0.0
+    return Operands(q, k, v, float(np.float32(arguments["scale"])), added, heads, group, unit)
 
 
 def exact(array: mx.array) -> np.ndarray:
@@ -62,29 +68,33 @@ def gradients(of: Operands, cotangent: np.ndarray, result: np.ndarray) -> dict[s
     """Those of q, k, v and the sinks, by name, from the result as it was rounded: it is what is kept."""
     rounding = result - _Softmax(of, of.scale).output().value
     found = [_Softmax(of, s).gradients(cotangent, rounding) for s in _scales(of)]
-    return {name: _expected(*(each[name] for each in found)) for name in found[0]}
+    # The others' depend on scores by little.
+    return {name: _expected(*(each[name] for each in found), name in ("q", "k")) for name in found[0]}
 
 
 def _scales(of: Operands) -> tuple[float, float, float]:
     return of.scale, of.scale * (1 + _STEP), of.scale * (1 - _STEP)
 
 
-class _Bounded(NamedTuple):
-    """Numbers, and how far they may be off before they are rounded."""
+class _Sum(NamedTuple):
+    """Sums of products."""
 
     value: np.ndarray
-    bound: np.ndarray
+    bound: np.ndarray  # how far they may be off, but for what rounding one factor does
+    rounded: Shared
 
 
-def _expected(here: _Bounded, above: _Bounded, below: _Bounded) -> Expected:
+def _expected(here: _Sum, above: _Sum, below: _Sum, tells_scores: bool = True) -> Expected:
     """With a component for what is wrong in all scores alike: the derivative by their scale."""
     rows = (-1, here.value.shape[-1])
     value, bound = here.value.reshape(rows), here.bound.reshape(rows)
     by_scale = (above.value - below.value).reshape(rows) / (2 * _STEP)
     components = {WHOLE: value}
-    if len(value) > 1:  # the sinks' are too few numbers to tell
+    if tells_scores:
         components["scores"] = by_scale
-    return Expected(0, components, np.zeros_like(value), steady=bound, activated=value)
+    spread, adjoint, effect = here.rounded
+    shared = Shared(spread, lambda d: adjoint(d.reshape(here.value.shape)), effect.reshape(rows))
+    return Expected(0, components, np.zeros_like(value), [shared], bound, activated=value)
 
 
 class _Softmax:
@@ -105,38 +115,51 @@ class _Softmax:
         off = np.where(powers, of_scores + FLOAT32 * (np.abs(shown) + _EXPONENTIAL), 0).max(-1, keepdims=True)
         self.relative = 2 * off + lost(keys)
 
-    def output(self) -> _Bounded:
-        keys = self.of.k.shape[2]
-        return _Bounded(self.p @ self.of.v, (self.relative + lost(keys)) * (self.p @ np.abs(self.of.v)))
+    def output(self) -> _Sum:
+        unit = self.of.factor_unit if self.of.q.shape[2] > _FEW else 0.0
+        return self._by_query(self.p, self.relative * self.p, self.of.v, unit)
 
-    def gradients(self, g: np.ndarray, rounding: np.ndarray) -> dict[str, _Bounded]:
+    def _by_query(self, weights: np.ndarray, off: np.ndarray, factors: np.ndarray, unit: float) -> _Sum:
+        """The products of weights, which may be off, with a row of each key."""
+        bound = (off + lost(factors.shape[2]) * np.abs(weights)) @ np.abs(factors)
+        spread = unit * np.abs(weights)
+        rounded = Shared(spread, lambda d: d @ factors.swapaxes(2, 3), np.sqrt(spread**2 @ factors**2))
+        return _Sum(weights @ factors, bound, rounded)
+
+    def _by_key(self, weights: np.ndarray, off: np.ndarray, factors: np.ndarray) -> _Sum:
+        """The same with a row of each query, summed over the heads that share a key."""
+
+        def added(values: np.ndarray) -> np.ndarray:
+            return values.reshape(values.shape[0], -1, self.of.group, *values.shape[2:]).sum(2)
+
+        def adjoint(d: np.ndarray) -> np.ndarray:
+            return factors @ np.repeat(d, self.of.group, 1).swapaxes(2, 3)
+
+        turned, count = weights.swapaxes(2, 3), self.of.group * factors.shape[2]
+        bound = (off.swapaxes(2, 3) + lost(count) * np.abs(turned)) @ np.abs(factors)
+        spread = self.of.factor_unit * np.abs(weights)
+        effect = np.sqrt(added(spread.swapaxes(2, 3) ** 2 @ factors**2))
+        return _Sum(added(turned @ factors), added(bound), Shared(spread, adjoint, effect))
+
+    def gradients(self, g: np.ndarray, rounding: np.ndarray) -> dict[str, _Sum]:
         of, p = self.of, self.p
-        queries, (keys, v_dim) = of.q.shape[2], of.v.shape[2:]
+        v_dim = of.v.shape[3]
         parts = g * (self.output().value + rounding)
         delta, of_delta = parts.sum(-1, keepdims=True), lost(v_dim) * np.abs(parts).sum(-1, keepdims=True)
         slope = g @ of.v.swapaxes(2, 3) - delta
         of_slope = of_delta + lost(v_dim) * (np.abs(g) @ np.abs(of.v).swapaxes(2, 3))
         ds = p * slope
         of_ds = p * of_slope + (self.relative + 2 * FLOAT32) * np.abs(ds)
-        count = of.group * queries
-
-        def by_key(weights: np.ndarray, off: np.ndarray, factors: np.ndarray) -> _Bounded:
-            value = weights.swapaxes(2, 3) @ factors
-            bound = (off + lost(count) * np.abs(weights)).swapaxes(2, 3) @ np.abs(factors)
-            shape = (value.shape[0], -1, of.group, *value.shape[2:])
-            return _Bounded(value.reshape(shape).sum(2), bound.reshape(shape).sum(2))
-
         found = {
-            "q": _Bounded(
-                self.scale * ds @ of.k, self.scale * (of_ds + lost(keys) * np.abs(ds)) @ np.abs(of.k)
-            ),
-            "k": by_key(ds, of_ds, self.scale * of.q),
-            "v": by_key(p, self.relative * p, g),
+            "q": self._by_query(ds, of_ds, self.scale * of.k, of.factor_unit),
+            "k": self._by_key(ds, of_ds, self.scale * of.q),
+            "v": self._by_key(p, self.relative * p, g),
         }
         if np.isfinite(of.sinks).any():
-            terms = self.of_sink * delta
-            off = self.of_sink * of_delta + (self.relative + lost(g.shape[0] * queries)) * np.abs(terms)
-            found["sinks"] = _Bounded(-terms.sum((0, 2, 3)), off.sum((0, 2, 3)))
+            terms, count = self.of_sink * delta, g.shape[0] * g.shape[2]
+            off = self.of_sink * of_delta + (self.relative + lost(count)) * np.abs(terms)
+            value, none = -terms.sum((0, 2, 3)), np.zeros(of.sinks.shape[1])
+            found["sinks"] = _Sum(value, off.sum((0, 2, 3)), Shared(none, lambda d: 0 * d, none))
         return found
 
 
