@@ -1,19 +1,26 @@
 """Patched attention modules: which attention their code gets."""
 
 import copy
+import gc
 import pickle
+import subprocess
+import sys
 import types
+from pathlib import Path
+from weakref import ref
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_lm.models import base, llama
+from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
 import mlx_fused
 from graph import primitives
 from mlx_fused.patching.attention import seeing_ours
 from mlx_fused.patching.projections import watching
+from mlx_fused.patching.registry import Active
 from tiny_models import HIDDEN, LAYERS, loss, make, tokens
 
 NAME = "scaled_dot_product_attention"
@@ -146,6 +153,62 @@ def test_a_replaced_function_of_mlx_runs(monkeypatch):
     assert attentions(model(tokens(1, 3))) == (0, 0) and len(seen) == LAYERS
 
 
+def test_what_replaced_mlxs_function_before_the_import_runs():
+    script = f"""
+import mlx.core as mx
+seen, of_mlx = [], mx.fast.{NAME}
+mx.fast.{NAME} = lambda *args, **kwargs: (seen.append(1), of_mlx(*args, **kwargs))[1]
+import mlx_fused
+from tiny_models import make, tokens
+mx.set_default_device(mx.cpu)
+model = make("llama")
+mlx_fused.patch(model)
+model(tokens(1, 3))
+assert len(seen) == {LAYERS}
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent)
+
+
+def test_edits_of_the_code_are_seen(monkeypatch):
+    module = module_of()
+    layer, x = module.Attention(), mx.random.normal((1, 5, 32))
+    mlx_fused.patch(layer)
+    causal = layer(x)[0]
+    module.Attention.__call__.__kwdefaults__ = {"mask": None}
+    assert not mx.allclose(layer(x)[0], causal, rtol=1e-3, atol=1e-3)
+    model, x = make("llama"), tokens(1, 3)
+    mlx_fused.patch(model)
+    assert attentions(model(x)) == (LAYERS, 0)
+    other = lambda self, x, mask=None, cache=None: x  # noqa: E731
+    monkeypatch.setattr(llama.Attention.__call__, "__code__", other.__code__)
+    assert attentions(model(x)) == (0, 0)
+
+
+def test_nothing_is_kept_of_what_was_replaced(monkeypatch):
+    model, x, kept = make("llama"), tokens(1, 3), []
+    mlx_fused.patch(model)
+    stock = llama.Attention.__call__
+    for _ in range(2):
+        attachment = mx.ones(1)
+        kept.append(ref(hook := hooked(stock, attachment)))
+        monkeypatch.setattr(llama.Attention, "__call__", hook)
+        model(x)
+        del hook
+    monkeypatch.undo()
+    model(x)
+    mlx_fused.unpatch(model)
+    gc.collect()
+    assert [of() for of in kept] == [None, None]
+
+
+def hooked(method, attachment):
+    def hook(self, *args, **kwargs):
+        assert attachment.size and scaled_dot_product_attention
+        return method(self, *args, **kwargs)
+
+    return hook
+
+
 def test_no_other_code_sees_ours():
     model, stock, x = make("llama"), make("llama"), tokens(1, 3)
     own = llama.Attention.__call__
@@ -214,9 +277,19 @@ def test_code_that_changes_globals_runs_itself(body):
     module = module_of(body)
     layer = module.Attention()
     (report,) = mlx_fused.patch(layer).layers
-    assert not report.attention.fused and seeing_ours(module.Attention.__call__) is module.Attention.__call__
+    assert not report.attention.fused
     layer(mx.ones((1, 5, 32)))
-    assert module.count > 0
+    assert module.count > 0 and seeing_ours(Active(None), own := module.Attention.__call__) is own
+
+
+def test_a_scale_that_is_an_array_stays_mlxs():
+    module = module_of("scaled = self.scale")
+    module.Base.scale = lambda self: mx.array(0.25)
+    layer, x = module.Attention(), mx.random.normal((1, 5, 32))
+    expected = layer(x)[0]
+    report = mlx_fused.patch(layer)
+    assert mx.allclose(layer(x)[0], expected, rtol=1e-5, atol=1e-6)
+    assert report.layers[0].attention.calls.reason == "its scale is an array"
 
 
 @pytest.mark.parametrize("given", ["float64", "list", "wrong"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from types import CodeType, FunctionType
 
 import mlx.core as mx
@@ -20,7 +20,6 @@ from mlx_fused.patching.projections import DTYPES, NotFused
 from mlx_fused.patching.registry import Active
 
 _NAME = "scaled_dot_product_attention"
-_OF_MLX = mx.fast.scaled_dot_product_attention
 
 
 class _Globals(dict):
@@ -36,12 +35,18 @@ class _Globals(dict):
         return self._of[name]
 
 
-def seeing_ours(method: Callable) -> Callable:
+def seeing_ours(active: Active, method: Callable) -> Callable:
     """A copy of ``method`` that sees our attention; ``method`` itself if it does not call mlx-lm's."""
-    return _copy(method) if type(method) is FunctionType else method
+    if type(method) is not FunctionType:
+        return method
+    present = method, method.__code__, method.__defaults__, method.__kwdefaults__
+    before, copy = active.copied
+    if before is None or any(a is not b for a, b in zip(present, before, strict=True)):
+        copy = _copy(method)
+        active.copied = present, copy
+    return copy
 
 
-@cache
 def _copy(method: FunctionType) -> FunctionType:
     names, codes = method.__globals__, list(_codes(method.__code__))
     calls_it = _NAME in names and any(_NAME in code.co_names for code in codes)
@@ -72,11 +77,12 @@ def read(active: Active, method: Callable) -> None:
         raise NotFused("attention=False")
     if options.exact:
         raise NotFused("exact=True, and MLX rounds scores")
-    if seeing_ours(method) is method:
+    if seeing_ours(active, method) is method:
         raise NotFused(f"its code does not call {_NAME}")
-    # A wrapper may carry the name of what it wraps, but not its globals.
+    # A wrapper may carry the name of what it wraps, but neither its globals nor its type.
     names = getattr(method.__globals__[_NAME], "__globals__", {})
-    if names.get("__name__") != "mlx_lm.models.base" or mx.fast.scaled_dot_product_attention is not _OF_MLX:
+    is_of_mlx = type(mx.fast.scaled_dot_product_attention) is type(mx.eval)
+    if names.get("__name__") != "mlx_lm.models.base" or not is_of_mlx:
         raise NotFused(f"{_NAME} was replaced")
     if mx.default_device() == mx.gpu:
         raise NotFused("on a GPU it is MLX's")
@@ -104,6 +110,8 @@ def _run(module: nn.Module, queries, keys, values, cache, scale, mask, sinks=Non
         raise NotFused("its cache is quantized")
     if not all(isinstance(x, mx.array) and x.dtype in DTYPES for x in (queries, keys, values)):
         raise NotFused("it is not called with arrays of a type with kernels")
+    if isinstance(scale, mx.array):
+        raise NotFused("its scale is an array")
     return projections.run(
         module, fused_attention, q=queries, k=keys, v=values, scale=scale, mask=mask, sinks=sinks
     )

@@ -171,7 +171,7 @@ def _entry(original: type, roles: Roles) -> Callable:
                 return y
         call = Call(self, roles, active) if is_on and (active := _begin(self)) is not None else None
         if call is not None and roles.kind == "attention":
-            method = attention.seeing_ours(method)
+            method = attention.seeing_ours(active, method)
         token = running.set(call)
         try:
             return method.__get__(self, original)(*args, **kwargs)

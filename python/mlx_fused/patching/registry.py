@@ -88,10 +88,11 @@ class Patch:
 class Active:
     """A patch of a module, and what was read of the module's layers for it."""
 
-    __slots__ = ("_readings", "patch")
+    __slots__ = ("_readings", "copied", "patch")
 
     def __init__(self, patch: Patch):
         self.patch = patch
+        self.copied: tuple = None, None  # of the module's method: what it was, and its copy (see attention)
         self._readings: dict[object, tuple[tuple, object, str | None]] = {}
 
     def reading(self, key: object, modules: Iterable, read: Callable):
