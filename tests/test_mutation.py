@@ -17,6 +17,9 @@ def test_every_mutant_is_killed_or_harmless(file):
     assert not [o.mutant.name for o in found if not o.killed and not mutation.excuse(o)]
     # None is killed by a mistake of the tests' own, or for not being a program.
     assert {o.reason for o in found if o.killed} <= {*KINDS, "numbers"}
-    said = [mutation.table_row(file, found), *mutation.described(found)]
-    of_file = (f"| {file} |", f"- `{file}:")
-    assert said == [line for line in mutation.DOCUMENT.read_text().splitlines() if line.startswith(of_file)]
+    assert mutation.lines_of(file, found) == mutation.read_lines(mutation.DOCUMENT.read_text())[file]
+
+
+def test_the_page_is_as_it_is_written():
+    text = mutation.DOCUMENT.read_text()
+    assert mutation.document(mutation.read_lines(text)) == text
