@@ -20,6 +20,18 @@ def test_every_mutant_is_killed_or_harmless(file):
     assert mutation.lines_of(file, found) == mutation.read_lines(mutation.DOCUMENT.read_text())[file]
 
 
-def test_the_page_is_as_it_is_written():
+def test_the_page_is_of_these_mutants():
     text = mutation.DOCUMENT.read_text()
-    assert mutation.document(mutation.read_lines(text)) == text
+    lines = mutation.read_lines(text)
+    assert mutation.document(lines) == text
+    for file, (row, *harmless) in lines.items():
+        names = [mutant.name for mutant in mutation.mutants_of(file)]
+        assert int(row.split("|")[2]) == len(names)
+        assert {line.split("`")[1] for line in harmless} <= set(names)
+
+
+def test_what_is_listed_occurs():
+    text = mutation.DOCUMENT.read_text()
+    assert [what for what in mutation.HARMLESS if what not in text] == []
+    names = [m.name for file in mutation.TESTS for m in mutation.generate(mutation.KERNELS / file)]
+    assert [start for start in mutation.NO_PROGRAM if not any(n.startswith(start) for n in names)] == []
