@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <stdexcept>
 
 #include "mlx/fast.h"
 #include "mlx/ops.h"
@@ -34,12 +33,6 @@ mx::array of_mlx(const Arrays& inputs, const AttentionKind& kind, mx::Stream s) 
   return mx::fast::scaled_dot_product_attention(q, k, inputs[2], kind.scale, mode, mask, sinks, false, s);
 }
 
-bool has_kernels(const mx::array& q, mx::Stream s) {
-  auto dtype = q.dtype();
-  bool known = dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
-  return known && describe(s.device).kind == DeviceInfo::cpu;
-}
-
 }  // namespace
 
 mx::array attention(const Arrays& inputs, const AttentionKind& kind, mx::Stream s) {
@@ -53,7 +46,7 @@ mx::array attention(const Arrays& inputs, const AttentionKind& kind, mx::Stream 
   if (kind.has_mask) {
     ours[3] = mx::broadcast_to(ours[3], {q.shape(0), q.shape(1), q.shape(2), k.shape(2)}, s);
   }
-  if (!has_kernels(q, s)) {
+  if (!is_known(dtype) || describe(s.device).kind != DeviceInfo::cpu) {
     return of_mlx(ours, kind, s);
   }
   check_cpu_settings();
@@ -64,10 +57,6 @@ Arrays Attention::of(const Arrays& inputs, const AttentionKind& kind, mx::Stream
   auto primitive = std::make_shared<Attention>(s, kind);
   return mx::array::make_arrays(
       primitive->output_shapes(inputs), {inputs[0].dtype(), mx::float32}, primitive, inputs);
-}
-
-void Attention::eval_gpu(const Arrays&, Arrays&) {
-  throw std::runtime_error("[Attention] There are no kernels for GPUs.");
 }
 
 std::vector<mx::Shape> Attention::output_shapes(const Arrays& inputs) {
@@ -107,10 +96,6 @@ Arrays AttentionGrad::of(const Arrays& inputs, const AttentionKind& kind, mx::St
   auto shapes = primitive->output_shapes(inputs);
   std::vector dtypes(shapes.size(), inputs[0].dtype());
   return mx::array::make_arrays(shapes, dtypes, primitive, inputs);
-}
-
-void AttentionGrad::eval_gpu(const Arrays&, Arrays&) {
-  throw std::runtime_error("[AttentionGrad] There are no kernels for GPUs.");
 }
 
 std::vector<mx::Shape> AttentionGrad::output_shapes(const Arrays& inputs) {

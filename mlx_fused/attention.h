@@ -28,7 +28,6 @@ class Attention : public FusedPrimitive {
   static Arrays of(const Arrays& inputs, const AttentionKind& kind, mx::Stream s);
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
-  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
   Arrays vjp(
       const Arrays& primals,
       const Arrays& cotangents,
@@ -41,9 +40,6 @@ class Attention : public FusedPrimitive {
   Function composed() override;
   Arrays apply(const Arrays& inputs) override {
     return of(inputs, kind_, stream());
-  }
-  bool is_quantized() const override {
-    return false;
   }
 
  private:
@@ -59,7 +55,6 @@ class AttentionGrad : public FusedPrimitive {
   static Arrays of(const Arrays& inputs, const AttentionKind& kind, mx::Stream s);
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
-  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
   DEFINE_NAME(FusedAttentionGrad)
 
@@ -67,9 +62,6 @@ class AttentionGrad : public FusedPrimitive {
   Function composed() override;
   Arrays apply(const Arrays& inputs) override {
     return of(inputs, kind_, stream());
-  }
-  bool is_quantized() const override {
-    return false;
   }
 
  private:

@@ -108,6 +108,15 @@ def check_kinds(operation: str, given: dict[str, object], layers: list[LinearOpe
             ) from None
 
 
+def check_sizes(owner: str, sizes: dict[str, int]) -> None:
+    """Say which is no integer, or less than 1, if one is."""
+    for name, size in sizes.items():
+        if not hasattr(size, "__index__"):
+            raise TypeError(f"[{owner}] {name} must be int but got {type(size).__name__}.") from None
+        if size < 1:
+            raise ValueError(f"[{owner}] {name} must be at least 1 but got {size}.")
+
+
 def dense_layers(operation: str, weight: mx.array | tuple[mx.array, ...]) -> list[LinearOperands]:
     weights = weight if type(weight) in (list, tuple) else [weight]
     for w in weights:

@@ -15,6 +15,7 @@ from mlx_fused.operations.call import (
     Route,
     Stream,
     all_gradients,
+    check_sizes,
     dense_layers,
     layers_of,
     project,
@@ -227,10 +228,13 @@ def _segments(
             f"[{operation}] {_HEADS[given.index(None)]} must be given but got None; heads may be left out, "
             "all of them, with split_heads=False and a tuple of three weights."
         )
-    num_heads, num_kv_heads, head_dim, v_head_dim = heads = tuple(map(index, given))
+    try:
+        num_heads, num_kv_heads, head_dim, v_head_dim = heads = tuple(map(index, given))
+    except TypeError:
+        check_sizes(operation, dict(zip(_HEADS, given, strict=True)))
+        raise
     if min(heads) < 1:
-        name, value = next((n, v) for n, v in zip(_HEADS, heads, strict=True) if v < 1)
-        raise ValueError(f"[{operation}] {name} must be at least 1 but got {value}.")
+        check_sizes(operation, dict(zip(_HEADS, heads, strict=True)))
     if num_heads % num_kv_heads:
         raise ValueError(
             f"[{operation}] num_heads must be a multiple of num_kv_heads "
