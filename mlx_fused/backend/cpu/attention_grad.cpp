@@ -11,7 +11,7 @@ namespace mlx_fused::cpu {
 namespace {
 
 // docs/design/thresholds.md
-constexpr int64_t key_block = 128;
+constexpr int64_t key_block = 256;
 constexpr int64_t wanted_tasks = 8;  // not the number of threads: the result would depend on it
 
 // Of the arguments of attend_grad.

@@ -8,7 +8,7 @@ namespace mlx_fused::cpu::MLX_FUSED_ISA {
 namespace {
 
 // Words of two elements, rounded: the first is in the lower half.
-__m512i paired(Float first, Float second) {
+[[gnu::always_inline]] inline __m512i paired(Float first, Float second) {
   constexpr auto order = [] {
     struct alignas(64) {
       uint16_t of[32];
