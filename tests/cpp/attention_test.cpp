@@ -278,6 +278,9 @@ void check_all(unsigned seed) {
       for (int64_t queries : {8, 16, 47, 48, 49, 130}) {
         check_case({type, plain, masking, has_sinks, 1, 2, 1, queries, 130, 5, 20});
       }
+      // Keys beyond a block, and key heads enough for a task each.
+      check_case({type, plain, masking, has_sinks, 1, 2, 1, 51, 531, 6, 7});
+      check_case({type, plain, masking, has_sinks, 2, 4, 4, 100, 70, 6, 7});
       for (int64_t keys : {255, 257, 600}) {
         check_case({type, plain, masking, has_sinks, 1, 2, 1, 2, keys, 5, 8});
       }
