@@ -64,7 +64,12 @@ class Work:
     def draw(self, rng: np.random.Generator) -> list[np.ndarray]:
         """q, k, v and the cotangent of the result."""
         h = self.heads
-        rows = [(h.queries, self.queries), (h.keys, self.keys), (h.keys, self.keys), (h.queries, self.queries)]
+        rows = [
+            (h.queries, self.queries),
+            (h.keys, self.keys),
+            (h.keys, self.keys),
+            (h.queries, self.queries),
+        ]
         return [rng.standard_normal((1, *of, h.size), np.float32) for of in rows]
 
     def copies(self, rotated: int) -> int:
@@ -176,7 +181,17 @@ def memory(heads: Heads, tokens: int, most: int) -> dict[int, dict[str, int]]:
 def tables(result: dict) -> dict[str, report_models.Table]:
     return {
         "attention": (
-            ["dtype", "", "stock ms", "ours ms", "torch ms", "stock / ours", "torch / ours", "rate", "of peak"],
+            [
+                "dtype",
+                "",
+                "stock ms",
+                "ours ms",
+                "torch ms",
+                "stock / ours",
+                "torch / ours",
+                "rate",
+                "of peak",
+            ],
             [_times(record, result["rates"]) for record in result["records"]],
         ),
         "attention memory": (

@@ -18,7 +18,19 @@ from test_threads import in_threads
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # Queries and keys: around panels of queries, blocks of vectors, few queries and parts of their keys.
-LENGTHS = [(1, 1), (1, 7), (3, 1030), (8, 300), (9, 9), (20, 7), (47, 48), (48, 47), (49, 130), (51, 531), (150, 150)]
+LENGTHS = [
+    (1, 1),
+    (1, 7),
+    (3, 1030),
+    (8, 300),
+    (9, 9),
+    (20, 7),
+    (47, 48),
+    (48, 47),
+    (49, 130),
+    (51, 531),
+    (150, 150),
+]
 # Query heads, key heads, and the sizes of queries and values.
 HEADS = [(1, 1, 64, 64), (4, 2, 5, 33), (6, 1, 1, 1), (2, 2, 80, 7), (3, 3, 7, 130), (2, 1, 256, 256)]
 

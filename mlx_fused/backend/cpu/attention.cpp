@@ -70,7 +70,8 @@ void attend_panels(const Attention& of, std::span<const Panel> panels, const Vie
     PanelMask mask(of, p, mask_memory);
     const float *its_k = k + (p.first - first) * size, *its_v = v + (p.first - first) / of_word * v_dim;
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-      load_panel(head_of(of.q, batch, head), p, of.scale, memory, q);
+      load_rows(head_of(of.q, batch, head), p, memory);
+      make_panel(memory, dim, p, of.scale, q);
       score(of, p, its_k, q, scores);
       mask.apply(head, scores);
       float largest[max_panel_cols], sums[max_panel_cols];

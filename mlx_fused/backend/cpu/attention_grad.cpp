@@ -12,7 +12,7 @@ namespace {
 
 // docs/design/thresholds.md
 constexpr int64_t key_block = 256;
-constexpr int64_t wanted_tasks = 8;  // not the number of threads: the result would depend on it
+constexpr int64_t wanted_tasks = 16;  // not the number of threads: the result would depend on it
 
 // Of the arguments of attend_grad.
 struct Arrays {
@@ -40,27 +40,29 @@ int64_t head_size(const Attention& of, int64_t cols) {
   return 3 * panel_size(of.q.dim, cols) + 2 * panel_size(of.v.dim, cols);
 }
 
-// `rows` has room for two panels of q or of v.
+// `rows` has room for panels of q, of v and of v again.
 Head load_head(const Arrays& a, const Panel& p, int64_t index, float* memory, float* rows) {
-  View q = head_of(a.of.q, p.batch, index), g = head_of(a.cotangent, p.batch, index);
-  int64_t of_q = panel_size(q.dim, p.cols), of_g = panel_size(g.dim, p.cols);
-  float* panels = memory + of_q + of_g;
+  int64_t dim = a.of.q.dim, v_dim = a.of.v.dim, of_q = panel_size(dim, p.cols),
+          of_g = panel_size(v_dim, p.cols);
+  float *g_rows = rows + of_q, *o_rows = g_rows + of_g, *panels = memory + of_q + of_g;
+  View out = head_of(a.out, p.batch, index);
+  load_rows(head_of(a.of.q, p.batch, index), p, rows);
+  load_rows(head_of(a.cotangent, p.batch, index), p, g_rows);
+  load(out, {.row = p.row, .rows = p.rows, .col = 0, .cols = v_dim}, o_rows, v_dim);
   Head h{
       .index = index,
-      .q_slices = {q, p, rows, memory},
-      .g_slices = {g, p, rows, memory + of_q},
+      .q_slices = {rows, dim, p, memory},
+      .g_slices = {g_rows, v_dim, p, memory + of_q},
       .q = panels,
       .g = panels + of_q,
       .dq = panels + of_q + of_g};
-  load_panel(q, p, a.of.scale, rows, h.q);
-  load_panel(g, p, 1, rows, h.g);
+  make_panel(rows, dim, p, a.of.scale, h.q);
+  make_panel(g_rows, v_dim, p, 1, h.g);
   std::fill_n(h.dq, of_q, 0.0f);
-  Tile t{.row = p.row, .rows = p.rows, .col = 0, .cols = g.dim};
-  load(g, t, rows, g.dim);
-  load(head_of(a.out, p.batch, index), t, rows + of_g, g.dim);
+  Type type = p.per_word == 2 ? Type::bfloat16 : Type::float32;
   for (int64_t i = 0; i < p.rows; ++i) {
-    const float *x = rows + i * g.dim, *y = x + of_g;
-    kernels().dots(x, g.dim, 1, Type::float32, y, g.dim, 1, g.dim, &h.deltas[i], 1);
+    const float *o = o_rows + i * v_dim, *g = g_rows + i * row_words(v_dim, p);
+    kernels().dots(o, v_dim, 1, type, g, v_dim, 1, v_dim, &h.deltas[i], 1);
   }
   std::copy_n(a.log_sums + (p.batch * a.of.q.heads + index) * a.of.q.seq + p.row, p.rows, h.log_sums);
   return h;
@@ -102,12 +104,13 @@ void add_block(const Arrays& a, const Panel& p, PanelMask& mask, Head& h, const 
 
 // A panel of all heads that read a key head, block of keys by block. d_sinks, of each head, may be null.
 void add_panel(const Arrays& a, const Panel& p, const Keys& keys, float* d_sinks) {
-  int64_t group = group_of(a.of), of_rows = panel_size(std::max(a.of.q.dim, a.of.v.dim), p.cols);
+  int64_t group = group_of(a.of),
+          of_rows = panel_size(a.of.q.dim, p.cols) + 2 * panel_size(a.of.v.dim, p.cols);
   auto [heads_memory, rows, block, mask_memory] = scratch(
       Holder::task,
       std::array{
           group * head_size(a.of, p.cols),
-          2 * of_rows,
+          of_rows,
           3 * key_block * p.cols,
           PanelMask::size(a.of, key_block, p.cols)});
   std::vector<Head> heads;

@@ -174,39 +174,39 @@ void load_columns(const View& head, int64_t first, int64_t n, int64_t per_word, 
   }
 }
 
-void load_panel(const View& head, const Panel& p, float factor, float* memory, float* to) {
-  int64_t ld = padded(words(head.dim, p.per_word));
+void load_rows(const View& head, const Panel& p, float* to) {
+  int64_t ld = row_words(head.dim, p);
   Tile t{.row = p.row, .rows = p.rows, .col = 0, .cols = head.dim};
-  std::fill_n(memory, ld * p.cols, 0.0f);
+  std::fill_n(to, ld * p.cols, 0.0f);
   if (p.per_word == 2) {
-    copy(head, t, reinterpret_cast<uint16_t*>(memory), 2 * ld);
+    copy(head, t, reinterpret_cast<uint16_t*>(to), 2 * ld);
   } else {
-    load(head, t, memory, ld);
-    std::transform(memory, memory + p.rows * ld, memory, [&](float x) { return factor * x; });
+    load(head, t, to, ld);
   }
-  kernels().transpose(memory, p.cols, ld, ld, to, p.cols);
 }
 
-Slices::Slices(const View& head, const Panel& p, float* rows, float* memory)
-    : data_(memory), dim_(head.dim), depth_(words(p.cols, p.per_word)) {
-  int64_t lanes = kernels().lanes, vectors = padded(dim_) / lanes, ld = padded(dim_);
+void make_panel(const float* rows, int64_t dim, const Panel& p, float factor, float* to) {
+  int64_t ld = row_words(dim, p);
+  kernels().transpose(rows, p.cols, ld, ld, to, p.cols);
+  if (p.per_word == 1) {
+    std::transform(to, to + ld * p.cols, to, [&](float x) { return factor * x; });
+  }
+}
+
+Slices::Slices(const float* rows, int64_t dim, const Panel& p, float* memory)
+    : data_(memory), dim_(dim), depth_(words(p.cols, p.per_word)) {
+  int64_t lanes = kernels().lanes, vectors = padded(dim_) / lanes, ld = row_words(dim, p);
   int64_t count = by_library() ? 1 : (vectors + panel_vectors - 1) / panel_vectors;
   width_ = count == 0 ? 0 : (vectors + count - 1) / count * lanes;
-  std::fill_n(memory, ld * depth_, 0.0f);
-  auto pairs = reinterpret_cast<uint16_t*>(rows);
-  if (p.per_word == 2) {
-    std::fill_n(pairs, ld * p.cols, 0);
-    copy(head, {.row = p.row, .rows = p.rows, .col = 0, .cols = dim_}, pairs, ld);
-  }
   for_each([&](const float*, int64_t col, int64_t width) {
-    float* slice = memory + col * depth_;
-    int64_t cols = std::min(width, dim_ - col);
-    for (int64_t i = 0; p.per_word == 2 && i < depth_; ++i) {
-      const uint16_t* pair = pairs + 2 * i * ld + col;
-      bfloat16_kernels()->pair_rows(pair, pair + ld, slice + i * width, width);
-    }
-    if (p.per_word == 1 && cols > 0) {
-      load(head, {.row = p.row, .rows = p.rows, .col = col, .cols = cols}, slice, width);
+    for (int64_t i = 0; i < depth_; ++i) {
+      float* to = memory + col * depth_ + i * width;
+      if (p.per_word == 2) {
+        auto pair = reinterpret_cast<const uint16_t*>(rows + 2 * i * ld) + col;
+        bfloat16_kernels()->pair_rows(pair, pair + 2 * ld, to, width);
+      } else {
+        std::copy_n(rows + i * ld + col, width, to);
+      }
     }
   });
 }

@@ -58,16 +58,23 @@ inline int64_t panel_size(int64_t dim, int64_t cols) {
   return padded(dim) * cols;
 }
 
-// A panel's rows of a head as the right operand of `multiply`, words of adjacent elements: [padded, cols].
-// `memory` and `to` have room for panel_size() floats. Without pairs they are multiplied by the factor.
-void load_panel(const View& head, const Panel& p, float factor, float* memory, float* to);
+// A panel's rows of a head: words of adjacent elements, [cols, row_words], with zeros beyond what there is.
+void load_rows(const View& head, const Panel& p, float* to);
+
+inline int64_t row_words(int64_t dim, const Panel& p) {
+  return padded(words(dim, p.per_word));
+}
+
+// These rows as the right operand of `multiply`, [row_words, cols]. A factor multiplies them unless they are
+// pairs.
+void make_panel(const float* rows, int64_t dim, const Panel& p, float factor, float* to);
 
 // The same as words of adjacent rows, in slices of so many columns that each can be the right operand of
-// `multiply`: [words(cols), width] each, with zeros beyond what there is.
+// `multiply`: [words(cols), width] each.
 class Slices {
  public:
-  // `memory` has room for panel_size() floats, and if there are pairs, so has `rows`.
-  Slices(const View& head, const Panel& p, float* rows, float* memory);
+  // `memory` has room for panel_size() floats.
+  Slices(const float* rows, int64_t dim, const Panel& p, float* memory);
 
   // Calls f(slice, its first column, its width).
   template <typename F>
