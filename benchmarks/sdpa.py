@@ -251,7 +251,7 @@ def main(quick: bool, out: Path, docs: Path | None, no_torch: bool) -> None:
         "rates": {name: max(p[name] for p in peaks) for name in peaks[0]},
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "attention.json").write_text(json.dumps(result, indent=1))
+    (out / "sdpa.json").write_text(json.dumps(result, indent=1))
     found = tables(result)
     titles = {"attention": "Attention", "attention memory": "Peak memory of attention and its gradients"}
     report_models.show_tables(console, titles, found, words=2)

@@ -1,4 +1,4 @@
-"""What ``benchmarks/attention.py`` says of attention by itself."""
+"""What ``benchmarks/sdpa.py`` says of attention by itself."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,9 @@ PLACES = ("attention", "attention memory")
 @pytest.fixture
 def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    import attention
+    import sdpa
 
-    return attention
+    return sdpa
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def run(benchmark, tmp_path):
     def run():
         done = CliRunner().invoke(benchmark.main, arguments)
         assert done.exit_code == 0, done.output
-        return json.loads((tmp_path / "attention.json").read_text()), document.read_text(), done.output
+        return json.loads((tmp_path / "sdpa.json").read_text()), document.read_text(), done.output
 
     return run
 
