@@ -154,6 +154,18 @@ def test_what_is_not_finite_stays_with_those_who_see_it(rng, queries, value):
     assert mx.isnan(out[:, :, -2:]).all()  # a product of both signs
 
 
+@dtypes
+def test_a_key_that_nobody_sees_gets_no_gradient(rng, dtype):
+    call = make(rng, 1, (2, 1, 8, 8), (61, 70), "boolean", dtype)
+    call.mask[:, 33] = False
+    wrong = mx.array(call.k)
+    wrong[:, :, 33] = mx.nan
+    cotangent = normal(rng, (1, 2, 61, 8), dtype)
+    grads = [call.with_primals([call.q, k, call.v]).gradients(cotangent)[1:] for k in (call.k, wrong)]
+    assert (grads[0][0][:, :, 33] == 0).all() and (grads[0][1][:, :, 33] == 0).all()
+    oracle.assert_equal(*grads)
+
+
 @pytest.mark.parametrize("queries", [3, 60])
 def test_scores_of_minus_infinity_alone_give_zeros(rng, queries):
     call = make(rng, 1, (2, 1, 8, 8), (queries, 70), "added", mx.float32)
