@@ -15,7 +15,7 @@ constexpr int64_t max_panel_cols = 128;
 // query.
 struct Panel {
   int64_t batch, kv_head, row, rows, cols, first, last;
-  int64_t per_word;  // elements in a word, see Words below; `first` is a multiple of it
+  int64_t per_word;  // elements in a word, see below; `first` is a multiple of it
 
   int64_t keys() const {
     return last - first;
@@ -25,8 +25,8 @@ struct Panel {
 // How many queries a panel has at most.
 int64_t panel_rows();
 
-// The operands of products are words: a float32 each, or two bfloat16 where all arrays have that type and the
-// CPU multiplies pairs. Then p and ds are rounded to it too.
+// The operands of products are words: a float32 each, or two bfloat16 where the arrays have that type and the
+// CPU multiplies pairs. Then p and ds are rounded to it too (docs/design/attention.md).
 int64_t per_word(const Attention& of);
 
 inline int64_t words(int64_t n, int64_t per_word) {
@@ -102,7 +102,7 @@ void multiply(
     int64_t ldy,
     bool accumulate);
 
-// The scores of keys, one row each, from the panel of queries that load_panel made with the factor `scale`.
+// The scores of keys, one row each, from the panel of queries that make_panel made with the factor `scale`.
 // The keys are as load_rows makes them.
 void score(const Attention& of, const Panel& p, const float* keys, const float* q, float* scores);
 
