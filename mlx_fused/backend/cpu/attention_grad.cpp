@@ -12,7 +12,8 @@ namespace {
 
 // docs/design/thresholds.md
 constexpr int64_t key_block = 256;
-constexpr int64_t wanted_tasks = 16;  // not the number of threads: the result would depend on it
+constexpr int64_t heads_at_once = 4;
+constexpr int64_t wanted_tasks = 8;  // not the number of threads: the result would depend on it
 
 // Of the arguments of attend_grad.
 struct Arrays {
@@ -102,25 +103,24 @@ void add_block(const Arrays& a, const Panel& p, PanelMask& mask, Head& h, const 
   multiply(p.per_word, k, dim, words(n, p.per_word), pairs, p.cols, h.dq, p.cols, true);
 }
 
-// A panel of all heads that read a key head, block of keys by block. d_sinks, of each head, may be null.
-void add_panel(const Arrays& a, const Panel& p, const Keys& keys, float* d_sinks) {
-  int64_t group = group_of(a.of),
-          of_rows = panel_size(a.of.q.dim, p.cols) + 2 * panel_size(a.of.v.dim, p.cols);
+// A panel of some heads that read a key head, from number `first` on, block of keys by block. d_sinks, of
+// each head, may be null.
+void add_panel(const Arrays& a, const Panel& p, int64_t first, const Keys& keys, float* d_sinks) {
+  int64_t group = std::min(heads_at_once, group_of(a.of) - first);
+  int64_t of_head = head_size(a.of, p.cols);
+  int64_t of_rows = panel_size(a.of.q.dim, p.cols) + 2 * panel_size(a.of.v.dim, p.cols);
   auto [heads_memory, rows, block, mask_memory] = scratch(
       Holder::task,
-      std::array{
-          group * head_size(a.of, p.cols),
-          of_rows,
-          3 * key_block * p.cols,
-          PanelMask::size(a.of, key_block, p.cols)});
+      std::array{group * of_head, of_rows, 3 * key_block * p.cols, PanelMask::size(a.of, key_block, p.cols)});
   std::vector<Head> heads;
   for (int64_t i = 0; i < group; ++i) {
-    heads.push_back(load_head(a, p, p.kv_head * group + i, heads_memory + i * head_size(a.of, p.cols), rows));
+    int64_t index = p.kv_head * group_of(a.of) + first + i;
+    heads.push_back(load_head(a, p, index, heads_memory + i * of_head, rows));
   }
   Panel part = p;
-  for (int64_t first = p.first; first < p.last; first += key_block) {
-    part.first = first;
-    part.last = std::min(first + key_block, p.last);
+  for (int64_t key = p.first; key < p.last; key += key_block) {
+    part.first = key;
+    part.last = std::min(key + key_block, p.last);
     PanelMask mask(a.of, part, mask_memory);
     for (Head& h : heads) {
       add_block(a, part, mask, h, keys, block);
@@ -129,7 +129,8 @@ void add_panel(const Arrays& a, const Panel& p, const Keys& keys, float* d_sinks
   for (Head& h : heads) {
     store_panel(head_of(a.dq, p.batch, h.index), p, h.dq, [&](int64_t) { return a.of.scale; }, rows);
     for (int64_t i = 0; d_sinks && i < p.rows; ++i) {
-      d_sinks[h.index - heads[0].index] -= std::exp(sink_of(a.of, h.index) - h.log_sums[i]) * h.deltas[i];
+      d_sinks[first + h.index - heads[0].index] -=
+          std::exp(sink_of(a.of, h.index) - h.log_sums[i]) * h.deltas[i];
     }
   }
 }
@@ -160,7 +161,10 @@ void add_part(
   }
   Keys keys{.k = k, .k_columns = of_word == 2 ? columns : k, .v = v, .dk = dk, .dv = dv};
   for (int64_t row = part * rows; row < queries; row += parts * rows) {
-    add_panel(a, panel_of(a.of, batch, kv_head, row, std::min(rows, queries - row)), keys, d_sinks);
+    Panel p = panel_of(a.of, batch, kv_head, row, std::min(rows, queries - row));
+    for (int64_t first = 0; first < group_of(a.of); first += heads_at_once) {
+      add_panel(a, p, first, keys, d_sinks);
+    }
   }
 }
 
