@@ -18,7 +18,19 @@ from test_threads import in_threads
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # Queries and keys: around panels of queries, blocks of vectors, few queries and parts of their keys.
-LENGTHS = [(1, 1), (1, 7), (3, 1030), (8, 300), (9, 9), (20, 7), (47, 48), (48, 47), (49, 130), (150, 150)]
+LENGTHS = [
+    (1, 1),
+    (1, 7),
+    (3, 1030),
+    (8, 300),
+    (9, 9),
+    (20, 7),
+    (47, 48),
+    (48, 47),
+    (49, 130),
+    (51, 531),
+    (150, 150),
+]
 # Query heads, key heads, and the sizes of queries and values.
 HEADS = [(1, 1, 64, 64), (4, 2, 5, 33), (6, 1, 1, 1), (2, 2, 80, 7), (3, 3, 7, 130), (2, 1, 256, 256)]
 
@@ -140,6 +152,18 @@ def test_what_is_not_finite_stays_with_those_who_see_it(rng, queries, value):
     out, expected = call.with_primals([call.q, wrong, call.v])(), call()
     oracle.assert_equal(out[:, :, :-2], expected[:, :, :-2])
     assert mx.isnan(out[:, :, -2:]).all()  # a product of both signs
+
+
+@dtypes
+def test_a_key_that_nobody_sees_gets_no_gradient(rng, dtype):
+    call = make(rng, 1, (2, 1, 8, 8), (61, 70), "boolean", dtype)
+    call.mask[:, 33] = False
+    wrong = mx.array(call.k)
+    wrong[:, :, 33] = mx.nan
+    cotangent = normal(rng, (1, 2, 61, 8), dtype)
+    grads = [call.with_primals([call.q, k, call.v]).gradients(cotangent)[1:] for k in (call.k, wrong)]
+    assert (grads[0][0][:, :, 33] == 0).all() and (grads[0][1][:, :, 33] == 0).all()
+    oracle.assert_equal(*grads)
 
 
 @pytest.mark.parametrize("queries", [3, 60])
@@ -264,15 +288,15 @@ def test_the_backward_pass_keeps_no_scores():
 
 def test_any_number_of_threads_gives_the_same_bits():
     code = """
-import hashlib, mlx.core as mx, numpy as np, mlx_fused
+import hashlib, itertools, mlx.core as mx, numpy as np, mlx_fused
 rng = np.random.default_rng(0)
-normal = lambda *shape: mx.array(rng.standard_normal(shape), dtype=mx.float32)
-for queries in (2, 200):
-    call = lambda *a: [mlx_fused.fused_attention(*a[:3], scale=0.3, mask="causal", sinks=a[3])]
-    primals = [normal(2, 4, queries, 16), normal(2, 2, 900, 16), normal(2, 2, 900, 24), normal(4)]
-    (y,), grads = mx.vjp(call, primals, [normal(2, 4, queries, 24)])
+call = lambda *a: [mlx_fused.fused_attention(*a[:3], scale=0.3, mask="causal", sinks=a[3])]
+for dtype, queries, heads in itertools.product((mx.float32, mx.bfloat16), (2, 200), (1, 2, 8)):
+    normal = lambda *shape: mx.array(rng.standard_normal(shape)).astype(dtype)
+    primals = [normal(2, 8, queries, 16), normal(2, heads, 900, 16), normal(2, heads, 900, 24), normal(8)]
+    (y,), grads = mx.vjp(call, primals, [normal(2, 8, queries, 24)])
     for a in (y, *grads):
-        print(hashlib.sha256(np.array(a).tobytes()).hexdigest())
+        print(hashlib.sha256(np.array(a.astype(mx.float32)).tobytes()).hexdigest())
 """
     runs = [
         subprocess.run(
@@ -284,7 +308,7 @@ for queries in (2, 200):
         ).stdout
         for threads in ("1", "2", "7")
     ]
-    assert runs[0].count("\n") == 10 and len(set(runs)) == 1
+    assert runs[0].count("\n") == 60 and len(set(runs)) == 1
 
 
 @dtypes

@@ -19,7 +19,7 @@ struct Mask {
   }
 };
 
-// What is attended to. The last query is at the place of the last key.
+// What is attended to. All arrays but masks have one type. The last query is at the place of the last key.
 struct Attention {
   View q, k, v;  // [batch, heads, places, size]
   float scale;

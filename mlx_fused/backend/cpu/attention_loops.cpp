@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "mlx_fused/backend/cpu/exponential.h"
+#include "mlx_fused/backend/cpu/column_loops.h"
 
 namespace mlx_fused::cpu::MLX_FUSED_ISA {
 
@@ -32,10 +32,6 @@ void store(float* to, Float v, int64_t n) {
   } else {
     __builtin_memcpy(to, &v, n * sizeof(float));
   }
-}
-
-Float larger(Float a, Float b) {
-  return a > b ? a : b;
 }
 
 // The sum of weights times rows for rows_m rows of weights and `vectors` vectors of columns.
@@ -125,21 +121,8 @@ void weighted_as(
 
 template <int vectors>
 void softmax_of(float* scores, int64_t n, int64_t ld, float* largest, float* sums) {
-  Float best[vectors], sinks[vectors], shift[vectors], sum[vectors];
-  for (int v = 0; v < vectors; ++v) {
-    best[v] = sinks[v] = Float32::load(largest + v * lanes);
-  }
-  for (int64_t i = 0; i < n; ++i) {
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      best[v] = larger(Float32::load(scores + i * ld + v * lanes), best[v]);
-    }
-  }
-  for (int v = 0; v < vectors; ++v) {
-    // Of nothing but -inf every power is 0, of nothing but NaN it is NaN.
-    shift[v] = best[v] == -__builtin_inff() ? Float{} : best[v];
-    sum[v] = exp(sinks[v] - shift[v]);
-  }
+  Float shift[vectors], sum[vectors];
+  start_softmax(scores, n, ld, largest, shift, sum);
   for (int64_t i = 0; i < n; ++i) {
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
@@ -150,7 +133,6 @@ void softmax_of(float* scores, int64_t n, int64_t ld, float* largest, float* sum
     }
   }
   for (int v = 0; v < vectors; ++v) {
-    Float32::store(largest + v * lanes, best[v]);
     Float32::store(sums + v * lanes, sum[v]);
   }
 }

@@ -131,6 +131,20 @@ struct BFloat16Kernels {
   // The scales, and the biases if there are any, of n groups from `group` on. Fills whole vectors of 16.
   void (*scales)(const Quantized& w, int64_t row, int64_t group, int64_t n, float* scales, float* biases);
   PackedDots packed;  // as that of Kernels but for mxfp8; x must hold what bfloat16 can
+  // Of attention. to[i] = the word of a[i] and b[i], or of a[i] and 0 if b is null
+  void (*pair_rows)(const uint16_t* a, const uint16_t* b, float* to, int64_t n);
+  // As those of Kernels, but rounded to bfloat16. The powers of keys 2 j and 2 j + 1 are the words of row j.
+  decltype(Kernels::softmax) softmax;
+  // p and its gradient ds replace scores and grads, as rows of cols elements; pairs has also ds, as powers
+  // are by softmax.
+  void (*softmax_grad)(
+      float* scores,
+      float* grads,
+      float* pairs,
+      int64_t n,
+      int64_t cols,
+      const float* log_sums,
+      const float* deltas);
 };
 
 // Null if the CPU has no such instructions, or MLX_FUSED_MAX_ISA does not allow them.
