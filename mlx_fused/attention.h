@@ -20,7 +20,8 @@ struct AttentionKind {
 mx::array attention(const Arrays& inputs, const AttentionKind& kind, mx::Stream s);
 
 // Takes q, k, v of one dtype, the mask, [batch, heads, queries, keys], and the sinks. Gives the result and,
-// for the gradient, the logarithms of the softmax's sums.
+// for the gradient, what the softmax of each query is made with, two float32: not their one logarithm, which
+// large scores, such as those of a mask of large negative numbers, would swallow.
 class Attention : public FusedPrimitive {
  public:
   Attention(mx::Stream stream, const AttentionKind& kind) : FusedPrimitive(stream), kind_(kind) {}

@@ -106,7 +106,7 @@ class Attention:
         # Relative, of every p: the scores', and that of the powers' arguments and their sum.
         farthest = np.where(np.isfinite(scores), top - scores, 0).max(-1, initial=0, keepdims=True)
         relative = 2 * of_scores + lost(keys)
-        relative += UNIT * (2 * np.minimum(farthest, LARGEST_POWER) + 2 * np.abs(top) + OWN_ROUNDINGS)
+        relative += UNIT * (2 * np.minimum(farthest, LARGEST_POWER) + OWN_ROUNDINGS)
 
         of_p = relative * p + SMALLEST
         # What p and ds lose before they are multiplied: a CPU may multiply pairs of bfloat16.

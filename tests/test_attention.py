@@ -229,6 +229,43 @@ def test_the_gradient_of_a_mask(rng):
     assert float(mx.abs(grads[0] - grads[1]).max()) < 2.0**-17 * float(mx.abs(grads[1]).max())
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("queries", [4, 12, 70])
+def test_the_gradient_of_queries_that_large_numbers_hide_all_keys_from(rng, dtype, queries):
+    """As padding does where a mask adds ``finfo.min``: all scores are that, and no power is more than another."""
+    call = make(rng, 2, (4, 2, 16, 24), (queries, queries), "none", dtype)
+    lowest = mx.array(mx.finfo(dtype).min, dtype)
+    call.mask = mx.where((mx.arange(queries) > queries // 3)[:, None], mx.array(0, dtype), lowest)
+    check(rng, call)
+
+
+def test_a_checkpoint_of_a_mask_keeps_no_scores(rng):
+    """It asks for the gradient of all arguments."""
+    for mask in ("boolean", "per head"):
+        call = make(rng, 1, (4, 2, 6, 5), (10, 12), mask, mx.float32)
+        attention = mx.checkpoint(lambda q, k, v, m: fused_attention(q, k, v, scale=0.3, mask=m))
+        function = lambda *qkv: (attention(*qkv, call.mask) ** 3).sum()  # noqa: E731
+        plain = lambda *qkv: (fused_attention(*qkv, scale=0.3, mask=call.mask) ** 3).sum()  # noqa: E731
+        grads, expected = (mx.grad(f, argnums=(0, 1, 2))(*call.primals[:3]) for f in (function, plain))
+        nodes = primitives(*grads)
+        assert nodes["FusedAttentionGrad"] == 1 and nodes["Matmul"] == nodes["Softmax"] == 0
+        assert all(mx.array_equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
+def test_a_shapeless_function_is_not_given_other_arrays(rng):
+    call = make(rng, 1, (4, 2, 6, 5), (8, 8), "boolean", mx.float32)
+    function = mx.compile(lambda q, k, v: fused_attention(q, k, v, scale=0.3, mask=call.mask), shapeless=True)
+    q, k, v = call.primals[:3]
+    mx.eval(function(q, k, v))
+    for other, message in (
+        ((mx.concatenate([q, q]), k, v), "k must have shape"),
+        ((q, mx.concatenate([k, k], 1)[:, :3], mx.concatenate([v, v], 1)[:, :3]), "multiple of the 3 heads"),
+        ((mx.concatenate([q, q], 2), k, v), "mask must broadcast|mask has another shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mx.eval(function(*other))
+
+
 def test_operands_of_several_dtypes(rng):
     call = make(rng, 1, (4, 2, 6, 5), (10, 12), "added", mx.bfloat16, has_sinks=True)
     q, k, v, sinks = call.primals
@@ -258,7 +295,7 @@ def held_now():
 class Layer:
     """Attention in training, of so many tokens."""
 
-    heads, kept_per_token = (8, 2, 16, 24), 8 * (24 + 1) * 4  # the result and a number per head
+    heads, kept_per_token = (8, 2, 16, 24), 8 * (24 + 2) * 4  # the result and two numbers per head
 
     def __init__(self, tokens):
         self.call = make(np.random.default_rng(0), 1, self.heads, (tokens, tokens), "causal", mx.float32)

@@ -32,18 +32,22 @@ void multiply_by(float factor, float* x, int64_t n) {
 struct Softmax {
   float largest, sum;
 
-  // Of nothing but -inf the sum is 0: the logarithm is to make e^(score - log_sum) 0 too.
-  float log_sum() const {
-    return sum == 0 ? infinity : std::log(sum) + (largest == -infinity ? 0 : largest);
+  // With these, p = factor e^(score - shift), which is 0 for scores of nothing but -inf.
+  float shift() const {
+    return largest == -infinity ? 0 : largest;
   }
-
   float factor() const {
     return sum == 0 ? 0 : 1 / sum;
+  }
+
+  void store(float* to) const {
+    to[0] = shift();
+    to[1] = factor();
   }
 };
 
 // Consecutive panels of one key head, whose keys and values are converted once.
-void attend_panels(const Attention& of, std::span<const Panel> panels, const View& out, float* log_sums) {
+void attend_panels(const Attention& of, std::span<const Panel> panels, const View& out, float* softmaxes) {
   int64_t group = group_of(of), dim = of.q.dim, v_dim = of.v.dim, first = of.k.seq, last = 0, cols = 0,
           most = 0;
   for (const Panel& p : panels) {
@@ -83,14 +87,15 @@ void attend_panels(const Attention& of, std::span<const Panel> panels, const Vie
       auto factor = [&](int64_t i) { return Softmax{largest[i], sums[i]}.factor(); };
       store_panel(head_of(out, batch, head), p, o, factor, memory);
       for (int64_t i = 0; i < p.rows; ++i) {
-        log_sums[(batch * of.q.heads + head) * of.q.seq + p.row + i] = Softmax{largest[i], sums[i]}.log_sum();
+        int64_t index = (batch * of.q.heads + head) * of.q.seq + p.row + i;
+        Softmax{largest[i], sums[i]}.store(softmaxes + 2 * index);
       }
     }
   }
 }
 
 // Many queries: tasks of some panels of every key head. How many does not change any result.
-void attend_many(const Attention& of, const View& out, float* log_sums) {
+void attend_many(const Attention& of, const View& out, float* softmaxes) {
   int64_t kv_heads = of.k.heads, queries = of.q.seq, all_heads = of.q.batch * kv_heads;
   int64_t rows = panel_rows(), count = (queries + rows - 1) / rows;
   int64_t at_once = std::max<int64_t>(1, count * all_heads / wanted_tasks());
@@ -103,7 +108,7 @@ void attend_many(const Attention& of, const View& out, float* log_sums) {
       int64_t batch = task % all_heads / kv_heads, row = i * rows;
       panels.push_back(panel_of(of, batch, task % kv_heads, row, std::min(rows, queries - row)));
     }
-    attend_panels(of, panels, out, log_sums);
+    attend_panels(of, panels, out, softmaxes);
   });
 }
 
@@ -133,7 +138,7 @@ Softmax softmax_of(float* scores, int64_t n) {
 
 // Few queries: a task for every part of the keys of every key head, with all query heads that read it. Keys
 // and values are read once.
-void attend_few(const Attention& of, const View& out, float* log_sums) {
+void attend_few(const Attention& of, const View& out, float* softmaxes) {
   int64_t group = group_of(of), kv_heads = of.k.heads, dim = of.q.dim, v_dim = of.v.dim, queries = of.q.seq;
   int64_t all_heads = of.q.batch * kv_heads, rows = group * queries, keys = of.k.seq;
   int64_t parts = std::clamp<int64_t>(few_tasks / all_heads, 1, std::max<int64_t>(1, keys / min_part));
@@ -179,8 +184,7 @@ void attend_few(const Attention& of, const View& out, float* log_sums) {
         all.largest = std::max(all.largest, result_of(part)[0]);
       }
       // The parts' powers are of score - their own shift.
-      auto shift_of = [](float largest) { return largest == -infinity ? 0 : largest; };
-      float shift = shift_of(all.largest);
+      float shift = all.shift();
       all.sum = std::exp(sink - shift);
       float* o = scratch(Holder::task, v_dim);
       std::fill_n(o, v_dim, 0.0f);
@@ -189,7 +193,7 @@ void attend_few(const Attention& of, const View& out, float* log_sums) {
         if (from[1] == 0) {
           continue;  // no key, or scores of -inf alone
         }
-        float factor = std::exp(shift_of(from[0]) - shift);
+        float factor = std::exp(from[0] - shift);
         all.sum += factor * from[1];
         for (int64_t d = 0; d < v_dim; ++d) {
           o[d] += factor * from[2 + d];
@@ -198,18 +202,18 @@ void attend_few(const Attention& of, const View& out, float* log_sums) {
       multiply_by(all.factor(), o, v_dim);
       Tile t{.row = r % queries, .rows = 1, .col = 0, .cols = v_dim};
       store(head_of(out, batch, head + r / queries), t, o, v_dim);
-      log_sums[(batch * of.q.heads + head) * queries + r] = all.log_sum();
+      all.store(softmaxes + 2 * ((batch * of.q.heads + head) * queries + r));
     }
   });
 }
 
 }  // namespace
 
-void attend(const Attention& of, const View& out, float* log_sums) {
+void attend(const Attention& of, const View& out, float* softmaxes) {
   if (of.q.batch * of.q.heads * of.q.seq == 0) {
     return;
   }
-  of.q.seq <= max_few_queries ? attend_few(of, out, log_sums) : attend_many(of, out, log_sums);
+  of.q.seq <= max_few_queries ? attend_few(of, out, softmaxes) : attend_many(of, out, softmaxes);
 }
 
 }  // namespace mlx_fused::cpu

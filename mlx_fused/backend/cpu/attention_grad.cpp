@@ -19,7 +19,7 @@ constexpr int64_t wanted_tasks = 8;  // not the number of threads: the result wo
 struct Arrays {
   const Attention& of;
   const View &cotangent, &out;
-  const float* log_sums;
+  const float* softmaxes;
   const View& dq;
 };
 
@@ -34,7 +34,7 @@ struct Head {
   int64_t index;
   Slices q_slices, g_slices;
   float *q, *g, *dq;
-  float deltas[max_panel_cols] = {}, log_sums[max_panel_cols] = {};
+  float deltas[max_panel_cols] = {}, shifts[max_panel_cols] = {}, factors[max_panel_cols] = {};
 };
 
 int64_t head_size(const Attention& of, int64_t cols) {
@@ -65,7 +65,11 @@ Head load_head(const Arrays& a, const Panel& p, int64_t index, float* memory, fl
     const float *o = o_rows + i * v_dim, *g = g_rows + i * row_words(v_dim, p);
     kernels().dots(o, v_dim, 1, type, g, v_dim, 1, v_dim, &h.deltas[i], 1);
   }
-  std::copy_n(a.log_sums + (p.batch * a.of.q.heads + index) * a.of.q.seq + p.row, p.rows, h.log_sums);
+  const float* softmaxes = a.softmaxes + 2 * ((p.batch * a.of.q.heads + index) * a.of.q.seq + p.row);
+  for (int64_t i = 0; i < p.rows; ++i) {
+    h.shifts[i] = softmaxes[2 * i];
+    h.factors[i] = softmaxes[2 * i + 1];
+  }
   return h;
 }
 
@@ -88,13 +92,13 @@ void add_block(const Arrays& a, const Panel& p, PanelMask& mask, Head& h, const 
   mask.apply(h.index, scores);
   mask.clear_unseen(grads, h.deltas);
   if (p.per_word == 2) {
-    bfloat16_kernels()->softmax_grad(scores, grads, pairs, n, p.cols, h.log_sums, h.deltas);
+    bfloat16_kernels()->softmax_grad(scores, grads, pairs, n, p.cols, {h.shifts, h.factors}, h.deltas);
     for (int64_t j = 0; p.rows % 2 != 0 && j < n; ++j) {  // of no query, in the last one's word
       reinterpret_cast<uint16_t*>(scores)[j * p.cols + p.rows] = 0;
       reinterpret_cast<uint16_t*>(grads)[j * p.cols + p.rows] = 0;
     }
   } else {
-    kernels().softmax_grad(scores, grads, n, p.cols, h.log_sums, h.deltas);
+    kernels().softmax_grad(scores, grads, n, p.cols, {h.shifts, h.factors}, h.deltas);
     pairs = grads;
   }
   add_products(p, scores, h.g_slices, keys.dv, v_dim);
@@ -130,7 +134,7 @@ void add_panel(const Arrays& a, const Panel& p, int64_t first, const Keys& keys,
     store_panel(head_of(a.dq, p.batch, h.index), p, h.dq, [&](int64_t) { return a.of.scale; }, rows);
     for (int64_t i = 0; d_sinks && i < p.rows; ++i) {
       d_sinks[first + h.index - heads[0].index] -=
-          std::exp(sink_of(a.of, h.index) - h.log_sums[i]) * h.deltas[i];
+          std::exp(sink_of(a.of, h.index) - h.shifts[i]) * h.factors[i] * h.deltas[i];
     }
   }
 }
@@ -176,12 +180,12 @@ void attend_grad(
     const Attention& of,
     const View& cotangent,
     const View& out,
-    const float* log_sums,
+    const float* softmaxes,
     const View& dq,
     const View& dk,
     const View& dv,
     const std::optional<View>& d_sinks) {
-  Arrays a{of, cotangent, out, log_sums, dq};
+  Arrays a{of, cotangent, out, softmaxes, dq};
   int64_t kv_heads = of.k.heads, group = group_of(of), all_heads = of.k.batch * kv_heads, keys = of.k.seq;
   int64_t panels = (of.q.seq + panel_rows() - 1) / panel_rows();
   int64_t parts =

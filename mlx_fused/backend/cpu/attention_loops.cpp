@@ -139,12 +139,12 @@ void softmax_of(float* scores, int64_t n, int64_t ld, float* largest, float* sum
 
 template <int vectors>
 void softmax_grad_of(
-    float* scores, float* grads, int64_t n, int64_t ld, const float* log_sums, const float* deltas) {
+    float* scores, float* grads, int64_t n, int64_t ld, const Shares& shares, const float* deltas) {
   for (int64_t i = 0; i < n; ++i) {
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       int64_t at = i * ld + v * lanes;
-      Float p = exp(Float32::load(scores + at) - Float32::load(log_sums + v * lanes));
+      Float p = share(Float32::load(scores + at), shares, v * lanes);
       Float32::store(scores + at, p);
       Float32::store(grads + at, p * (Float32::load(grads + at) - Float32::load(deltas + v * lanes)));
     }
@@ -246,9 +246,9 @@ void softmax(float* scores, int64_t n, int64_t cols, float* largest, float* sums
 }
 
 void softmax_grad(
-    float* scores, float* grads, int64_t n, int64_t cols, const float* log_sums, const float* deltas) {
+    float* scores, float* grads, int64_t n, int64_t cols, const Shares& shares, const float* deltas) {
 #define STRIP(vectors) \
-  softmax_grad_of<vectors>(scores + col, grads + col, n, cols, log_sums + col, deltas + col)
+  softmax_grad_of<vectors>(scores + col, grads + col, n, cols, shares.from(col), deltas + col)
   FOR_STRIPS(cols, STRIP)
 #undef STRIP
 }

@@ -55,14 +55,14 @@ void softmax_grad_of(
     float* pairs,
     int64_t n,
     int64_t ld,
-    const float* log_sums,
+    const Shares& shares,
     const float* deltas) {
   // Key by key: p and ds are written where scores and grads have been read.
   auto key = [&](int64_t i, Float(&ds)[vectors]) {
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       int64_t at = i * ld + v * lanes;
-      Float p = exp(Float32::load(scores + at) - Float32::load(log_sums + v * lanes));
+      Float p = share(Float32::load(scores + at), shares, v * lanes);
       ds[v] = p * (Float32::load(grads + at) - Float32::load(deltas + v * lanes));
       write((uint16_t*)scores + at, rounded(p));
       write((uint16_t*)grads + at, rounded(ds[v]));
@@ -111,15 +111,15 @@ void softmax_grad_pairs(
     float* pairs,
     int64_t n,
     int64_t cols,
-    const float* log_sums,
+    const Shares& shares,
     const float* deltas) {
   switch (cols / lanes) {
     case 3:
-      return softmax_grad_of<3>(scores, grads, pairs, n, cols, log_sums, deltas);
+      return softmax_grad_of<3>(scores, grads, pairs, n, cols, shares, deltas);
     case 2:
-      return softmax_grad_of<2>(scores, grads, pairs, n, cols, log_sums, deltas);
+      return softmax_grad_of<2>(scores, grads, pairs, n, cols, shares, deltas);
     case 1:
-      return softmax_grad_of<1>(scores, grads, pairs, n, cols, log_sums, deltas);
+      return softmax_grad_of<1>(scores, grads, pairs, n, cols, shares, deltas);
   }
 }
 

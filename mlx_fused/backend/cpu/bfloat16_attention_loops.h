@@ -13,7 +13,7 @@ void softmax_grad_pairs(
     float* pairs,
     int64_t n,
     int64_t cols,
-    const float* log_sums,
+    const Shares& shares,
     const float* deltas);
 
 }  // namespace mlx_fused::cpu::MLX_FUSED_ISA

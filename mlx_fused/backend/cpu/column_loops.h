@@ -39,6 +39,11 @@ void start_softmax(
   }
 }
 
+// p of a vector of scores, of the columns from `col` on.
+Float share(Float scores, const Shares& shares, int64_t col) {
+  return exp(scores - Float32::load(shares.shifts + col)) * Float32::load(shares.factors + col);
+}
+
 }  // namespace
 
 }  // namespace mlx_fused::cpu::MLX_FUSED_ISA

@@ -20,6 +20,15 @@ struct PackedDots {
   void (*dots)(const float* x, int64_t m, const Quantized& w, int64_t row, int64_t n, float* y, int64_t ldy);
 };
 
+// Of columns of scores: p = factor e^(score - shift).
+struct Shares {
+  const float *shifts, *factors;
+
+  Shares from(int64_t col) const {
+    return {shifts + col, factors + col};
+  }
+};
+
 // The vector loops, a table of functions per instruction set. All rows have unit stride.
 struct Kernels {
   // y[i * ldy + j] = the dot product of row i of x and row j of w, both of length k, for i < m and j < n
@@ -64,9 +73,9 @@ struct Kernels {
   // scores = e^(scores - largest), sums = their sums; largest, of each column, is given as what counts beside
   // the scores
   void (*softmax)(float* scores, int64_t n, int64_t cols, float* largest, float* sums);
-  // scores = p = e^(scores - log_sum), grads = p (grads - delta)
+  // scores = p, grads = p (grads - delta)
   void (*softmax_grad)(
-      float* scores, float* grads, int64_t n, int64_t cols, const float* log_sums, const float* deltas);
+      float* scores, float* grads, int64_t n, int64_t cols, const Shares& shares, const float* deltas);
   // to[j * ld_to + i] = from[i * ld + j]; rows and cols are multiples of lanes
   void (*transpose)(const float* from, int64_t rows, int64_t cols, int64_t ld, float* to, int64_t ld_to);
   // The same of one query, whose scores are a row.
@@ -143,7 +152,7 @@ struct BFloat16Kernels {
       float* pairs,
       int64_t n,
       int64_t cols,
-      const float* log_sums,
+      const Shares& shares,
       const float* deltas);
 };
 

@@ -25,7 +25,7 @@ def fused_attention(
 
     Equivalent to ``mx.fast.scaled_dot_product_attention``. Scores are never rounded: they are computed and
     summed in float32, and the result is rounded once. Of the scores nothing is kept: the backward pass keeps
-    ``q``, ``k``, ``v``, the result, and four bytes for each query of each head, and computes them again. On
+    ``q``, ``k``, ``v``, the result, and eight bytes for each query of each head, and computes them again. On
     GPUs this is MLX's own.
 
     A query whose keys are all hidden, by a boolean mask or by its place, gets the mean of all values or, with
