@@ -202,7 +202,7 @@ Arrays check_arguments(
       // A gate has as many rows as what it is multiplied with.
       auto& weight = layers.at(call.epilogue.activation.gated ? 0 : i).weight;
       check.ndim({"weight", index(i)}, weight, 2);
-      segments[i].features = weight.shape(0);
+      segments[i].features = weight.shape(0) / (packed ? segments.size() : 1);
     }
     if (segments.size() > 1) {
       check.positive({"the rows of weight", index(i)}, segments[i].features);

@@ -17,6 +17,15 @@ namespace mlx_fused {
 // or unset, as in choose_route.
 Arrays project(Arrays inputs, Call call, const std::optional<std::string>& route, mx::Stream stream);
 
+// residual + alpha product as one operation, which is called as in `names`. nullopt if `product` is not the
+// output of a linear layer that is still to be evaluated, or the residual's shape or dtype is another.
+std::optional<mx::array> add_product(
+    const Call& names,
+    const mx::array& product,
+    const mx::array& residual,
+    float alpha,
+    const std::optional<std::string>& route);
+
 // The wanted gradients of a call, in the order of call.wanted. They have the cotangents' dtype, except those
 // of adapters, which are float32.
 Arrays project_grad(
@@ -61,6 +70,9 @@ class Projection : public FusedPrimitive {
   std::optional<mx::array> made_again(const mx::array& output) override;
   const char* name() const override {
     return call_.node.c_str();
+  }
+  const Call& call() const {
+    return call_;
   }
 
  protected:

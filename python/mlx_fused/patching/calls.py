@@ -7,25 +7,37 @@ Any other runs its own layer.
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from functools import partial
-from math import prod
-from threading import get_ident
 from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import sum_gradients
 
-from mlx_fused._ext import alias, identity, is_same
+from mlx_fused._ext import Kind, alias, is_same, project, running
 from mlx_fused.linear import is_lora, type_name
-from mlx_fused.operations import fused_linear, fused_output_projection_residual, fused_qkv_projection
-from mlx_fused.patching import projections
+from mlx_fused.operations import fused_linear, fused_qkv_projection
+from mlx_fused.operations.call import batched, unbatched
+from mlx_fused.operations.linear import linear_operation
+from mlx_fused.operations.qkv import qkv_operation
+from mlx_fused.patching import projections, residual
 from mlx_fused.patching.norm import unnormed
-from mlx_fused.patching.projections import DTYPES, EMBEDDINGS, NotFused, Together
+from mlx_fused.patching.projections import DTYPES, EMBEDDINGS, NotFused, Operation, Together, is_watched
 from mlx_fused.patching.registry import Active, Roles, active_of
-from mlx_fused.patching.residual import Projected
+from mlx_fused.patching.residual import Product, Projected
 from mlx_fused.patching.stand_in import StandIn, module_of
+
+# By whether every step is rounded. Heads are not split: the model's code expects the plain outputs and splits
+# them itself.
+_QKV = {
+    exact: Operation(
+        fused_qkv_projection, qkv_operation(exact), {"split_heads": False, "exact": exact}
+    )
+    for exact in (False, True)
+}
+_LINEAR = {
+    exact: Operation(fused_linear, linear_operation(exact=exact), {"exact": exact}) for exact in (False, True)
+}
 
 
 class Call:
@@ -33,13 +45,12 @@ class Call:
 
     def __init__(self, module: nn.Module, roles: Roles, active: Active):
         self.module, self.roles, self.active = module, roles, active
-        self.thread, self.has_ended = get_ident(), False
         self.stand_ins: dict[str, StandIn] = {}
         self.counted: set[str] = set()  # "qkv", "residual"
         self.unknown: dict[str, str] = {}  # parts with a layer of a type that the operations do not know
         self.input = None
         self.outputs: dict[str, mx.array] = {}
-        self.identities: dict[str, tuple] = {}  # of the layers that the outputs were computed with
+        self.kinds: dict[str, Kind] = {}  # of the layers that the outputs were computed with
         self.adapters_apart = False
 
     def stand_in(self, owner: nn.Module, name: str, layer: nn.Module) -> nn.Module | StandIn:
@@ -76,8 +87,7 @@ class Call:
 
     def _run(self, run, name: str, layer: nn.Module, x: mx.array) -> mx.array:
         """The call of a stand-in."""
-        is_running = running.get() is self and not self.has_ended and self.thread == get_ident()
-        if not is_running or not isinstance(x, mx.array):
+        if running() is not self or not isinstance(x, mx.array):
             return layer(x)
         return run(name, layer, x)
 
@@ -87,7 +97,7 @@ class Call:
             self._project_all(x, name)
         y = self.outputs.pop(name, None)
         # The model's code may change a layer before it calls it, which makes its output invalid.
-        if y is None or (name in self.identities and identity(layer) != self.identities[name]):
+        if y is None or (name in self.kinds and not self.kinds[name].is_of(layer)):
             return alone(self.module, self.active, name, layer, x)
         if not (self.adapters_apart and "lora_a" in layer):
             return y
@@ -107,25 +117,16 @@ class Call:
             calls.add(1, reason=str(reason))
             return
         self.adapters_apart = together.adapters_apart is not None
-        layers = tuple(projections.operands(module[name], not self.adapters_apart) for name in names)
-        # Heads are not split here: the model's code expects the plain outputs and splits them itself.
+        layers = tuple(map(module.__getitem__, names))
+        if self.adapters_apart:
+            layers = tuple(layer.get("linear", layer) for layer in layers)
         tokens, norm = unnormed(x)
         if together.group is not None:
             tokens, norm = sum_gradients(together.group)(x), None
-        outputs = projections.run(
-            module,
-            fused_qkv_projection,
-            input=tokens if x.ndim == 3 else tokens.reshape(1, prod(x.shape[:-1]), x.shape[-1]),
-            weight=layers,
-            norm=norm,
-            split_heads=False,
-            exact=self.active.patch.options.exact,
-        )
+        outputs = _QKV[self.active.patch.options.exact](module, layers, tokens, norm)
         calls.add(1, 1)
-        if x.ndim != 3:
-            outputs = [y.reshape((*x.shape[:-1], y.shape[-1])) for y in outputs]
-        self.outputs = dict(zip(names, outputs, strict=True))
-        self.identities = {name: identity(module[name]) for name in names if name != first}
+        self.outputs = dict(zip(names, outputs))
+        self.kinds = {name: Kind(module[name], with_arrays=True) for name in names if name != first}
 
     def _add(self, name: str, layer: nn.Module, x: mx.array) -> mx.array:
         self.counted.add("residual")
@@ -147,18 +148,7 @@ class Call:
     def end(self) -> None:
         for part in self.unknown.keys() - self.counted:
             self.active.patch.calls[part].add(1, reason=self.unknown[part])
-        self.has_ended = True
         self.stand_ins.clear()  # they lead back to the call, whose arrays would wait for garbage collection
-
-
-# Per thread. A call inside another call restores the outer one when it ends.
-running: ContextVar[Call | None] = ContextVar("mlx_fused_running_call", default=None)
-
-
-def find_running() -> Call | None:
-    call = running.get()
-    # A copy of this context may be run by another thread, or after the call has ended.
-    return call if call and not call.has_ended and call.thread == get_ident() else None
 
 
 def read_qkv(module: nn.Module, roles: Roles, active: Active) -> Together:
@@ -211,24 +201,14 @@ def project_output(module: nn.Module, active: Active, name: str, layer: nn.Modul
         calls.add(1, reason=str(reason))
         return alone(module, active, name, layer, x)
     calls.add(1)
-    # The operation runs later, when the residual is added. Changes in place until then must not affect it.
-    kept, x = projections.operands(layer), alias(x)
-
-    def add(residual: mx.array, alpha: float) -> mx.array:
-        y = projections.run(
-            module,
-            fused_output_projection_residual,
-            x=x,
-            weight=kept,
-            residual=residual,
-            alpha=alpha,
-            exact=options.exact,
-            route="fused" if options.o_residual is True else None,
-        )
-        calls.add(fused=1)
-        return y
-
-    return Projected.of(layer(x), add)
+    # The operation runs later, when the residual is added, with the product's arrays.
+    made = _LINEAR[options.exact].made
+    rows, leading = (x, None) if x.ndim == 3 else batched(made.name, x)
+    (y,) = project(made, rows, None, (layer,), None, 1.0, None)
+    operation = residual.OPERATIONS[options.exact, options.o_residual is True]
+    arguments = operation.arguments(rows, (layer,)) if is_watched() else {}
+    product = Product(y, operation, calls, module, arguments)
+    return Projected.of(y if leading is None else unbatched(y, leading), ((product, 1.0),))
 
 
 def alone(module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array) -> mx.array:
@@ -249,14 +229,8 @@ def linear(module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx
     if x.dtype not in DTYPES or x.ndim == 0:
         raise NotFused(f"its input is {x.dtype} {x.shape}")
     x, norm = unnormed(x)
-    return projections.run(
-        module,
-        fused_linear,
-        x=x,
-        weight=projections.operands(layer),
-        norm=norm,
-        exact=active.patch.options.exact,
-    )
+    (y,) = _LINEAR[active.patch.options.exact](module, (layer,), x, norm)
+    return y
 
 
 def read_linear(module: nn.Module, active: Active, name: str, layer: nn.Module) -> None:

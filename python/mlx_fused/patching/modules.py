@@ -7,8 +7,9 @@ from functools import cache, wraps
 
 import mlx.nn as nn
 
+from mlx_fused._ext import running, set_running
 from mlx_fused.patching import calls, mlp, norm
-from mlx_fused.patching.calls import Call, find_running, running
+from mlx_fused.patching.calls import Call
 from mlx_fused.patching.projections import NotFused
 from mlx_fused.patching.registry import (
     Active,
@@ -130,7 +131,7 @@ class _Slot:
             if name in vars(module):
                 return vars(module)[name]
             raise AttributeError(f"{type(module).__name__} has no {name}")
-        call = find_running()
+        call = running()
         # Asked by code outside of the call, or by another module that is called inside it, it is itself.
         return layer if call is None else call.stand_in(module, name, layer)
 
@@ -169,11 +170,11 @@ def _entry(original: type, roles: Roles) -> Callable:
             if y is not None:
                 return y
         call = Call(self, roles, active) if is_on and (active := _begin(self)) is not None else None
-        token = running.set(call)
+        before = set_running(call)
         try:
             return method.__get__(self, original)(*args, **kwargs)
         finally:
-            running.reset(token)
+            set_running(before)
             if call is not None:
                 call.end()
                 _end(self)
@@ -202,7 +203,7 @@ def _end(module: nn.Module) -> None:
 def _storing(original: type) -> Callable:
     def __setitem__(self, key, value):
         # The model's code may store a stand-in in a module. Stand-ins are only for this call.
-        original.__setitem__(self, key, value if find_running() is None else unwrapped(value))
+        original.__setitem__(self, key, value if running() is None else unwrapped(value))
 
     return __setitem__
 
