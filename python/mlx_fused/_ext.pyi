@@ -6,6 +6,28 @@ from collections.abc import Mapping, Sequence
 
 import mlx.core
 
+from mlx_fused.patching.stand_in import (
+    <lambda> as __contains__,
+    <lambda> as __delattr__,
+    <lambda> as __delitem__,
+    <lambda> as __dir__,
+    <lambda> as __eq__,
+    <lambda> as __getitem__,
+    <lambda> as __hash__,
+    <lambda> as __ior__,
+    <lambda> as __iter__,
+    <lambda> as __len__,
+    <lambda> as __ne__,
+    <lambda> as __or__,
+    <lambda> as __repr__,
+    <lambda> as __reversed__,
+    <lambda> as __ror__,
+    <lambda> as __setattr__,
+    <lambda> as __setitem__,
+    <lambda> as __sizeof__,
+    <lambda> as __str__
+)
+
 
 class Operation:
     """An operation without its arrays."""
@@ -63,16 +85,8 @@ class Kind:
 
     def __init__(self, *modules, with_arrays: bool = False) -> None: ...
 
-    def is_of(self, *args) -> bool:
-        """Whether these modules are still, or also, what those were."""
-
-def running() -> object:
-    """What this thread has set; None if nothing."""
-
-def set_running(value: object | None) -> object:
-    """
-    Returns what it was. The caller keeps the value, and sets back what was there before that ends.
-    """
+    def is_of(self, *modules) -> bool:
+        """Whether these modules are what those were."""
 
 def is_same(a: mlx.core.array, b: mlx.core.array) -> bool:
     """Whether two Python arrays are the same MLX array."""
@@ -90,3 +104,43 @@ def can_norm(x: mlx.core.array) -> bool:
 
 def was_composed() -> bool:
     """Whether MLX's own operations compute this thread's latest call."""
+
+class StandIn:
+    """
+    Replaces a layer of a running module: its call is ``run(call, name, layer, x)`` and, if given, ``as_linear`` another one; all else is the layer's.
+    """
+
+    def __call__(self, /, *args, **kwargs):
+        """Call self as a function."""
+
+    def __getattribute__(self, name, /):
+        """Return getattr(self, name)."""
+
+    def __init__(self, layer: object, call: object, name: object, run: object | None, as_linear: object | None = None) -> None: ...
+
+class Slot:
+    """
+    The attribute of a layer in a patched class: outside of calls the layer. Inside it is a StandIn if the layer's type is one of ``types``, else what ``stand_in`` of the running call returns.
+    """
+
+    def __get__(self, instance, owner=None, /):
+        """Return an attribute of instance, which is of type owner."""
+
+    def __set__(self, instance, value, /):
+        """Set an attribute of instance to value."""
+
+    def __delete__(self, instance, /):
+        """Delete an attribute of instance."""
+
+    def __init__(self, name: object, run: object | None, types: object) -> None: ...
+
+def run_as(call: object | None, module: object, function: object, args: tuple, kwargs: dict) -> object:
+    """
+    ``function(*args, **kwargs)``, during which ``call`` is this thread's running call, of ``module``.
+    """
+
+def running() -> object:
+    """This thread's running call; None if there is none."""
+
+def layer_of(value: object | None) -> object:
+    """The layer that a stand-in replaces; anything else is itself."""

@@ -400,5 +400,6 @@ NB_MODULE(_ext, m) {
       "The measured route of such calls; None if the built-in table decides.");
 
   bind_patching(m);
+  bind_stand_ins(m);
   bind_internals(m);
 }

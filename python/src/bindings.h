@@ -16,5 +16,8 @@ mlx_fused::Activation activation_of(const std::optional<ActivationTuple>& given)
 // What patching asks of modules and arrays.
 void bind_patching(nanobind::module_& m);
 
+// What stands in for the layers of a running module.
+void bind_stand_ins(nanobind::module_& m);
+
 // Submodule _internals: what the library's own tests look into.
 void bind_internals(nanobind::module_& m);

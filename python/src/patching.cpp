@@ -2,10 +2,13 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
+#include <bit>
+#include <cstdint>
 #include <cstdlib>
-#include <string>
+#include <cstring>
 #include <string_view>
-#include <utility>
+#include <vector>
 
 #include "mlx/array.h"
 #include "mlx_fused/backend/metal/grid.h"
@@ -24,55 +27,74 @@ const mx::array* array_of(nb::handle value) {
   return value.type().is(type) || nb::isinstance<mx::array>(value) ? nb::inst_ptr<mx::array>(value) : array;
 }
 
-// What modules are made of, as bytes to compare. Objects that the bytes name by their address are held, so
-// that no other one can take it.
-class KindWriter {
+// What modules are made of, as words to compare: kept in a Kind, or compared with those that are.
+class Words {
  public:
-  KindWriter(std::string& kind, nb::object* held, bool with_ids)
-      : kind_(kind), held_(held), with_ids_(with_ids) {
-    kind_.clear();
+  explicit Words(const nb::args& modules, bool with_ids) : with_ids_(with_ids) {
+    for (auto module : modules) {
+      add(module);
+    }
+  }
+
+  // Whether the modules are made of the same.
+  Words(const nb::args& modules, const Words& kept) : with_ids_(kept.with_ids_), kept_(&kept) {
+    for (auto module : modules) {
+      add(module);
+    }
+  }
+
+  bool are_alike() const {
+    return alike_ && next_ == kept_->words_.size();
+  }
+
+ private:
+  void append(uint64_t word) {
+    if (!kept_) {
+      words_.push_back(word);
+    } else if (alike_) {
+      alike_ = next_ < kept_->words_.size() && kept_->words_[next_++] == word;
+    }
+  }
+
+  void append(const void* address) {
+    append(reinterpret_cast<uint64_t>(address));
+  }
+
+  void append(std::string_view text) {
+    append(text.size());
+    for (; !text.empty(); text.remove_prefix(std::min<size_t>(text.size(), sizeof(uint64_t)))) {
+      uint64_t word = 0;
+      std::memcpy(&word, text.data(), std::min(text.size(), sizeof word));
+      append(word);
+    }
   }
 
   void add(nb::handle value) {
     PyDict_Check(value.ptr()) && !PyDict_CheckExact(value.ptr()) ? add_module(value) : add_value(value);
   }
 
- private:
-  template <typename T>
-  void append(T value) {
-    kind_.append(reinterpret_cast<const char*>(&value), sizeof value);
-  }
-
-  void append(std::string_view text) {
-    append(text.size());
-    kind_.append(text);
-  }
-
   void add_value(nb::handle value) {
     append(value.type().ptr());
     if (auto* array = array_of(value)) {
-      append(array->dtype().val());
-      append(array->ndim());
+      append(uint64_t(array->dtype().val()) << 32 | array->ndim());
       append(with_ids_ ? array->id() : 0);
       for (auto size : array->shape()) {
-        append(size);
+        append(uint64_t(size));
       }
-    } else if (PyBool_Check(value.ptr())) {
-      append(value.ptr());
     } else if (PyFloat_Check(value.ptr())) {
-      append(PyFloat_AsDouble(value.ptr()));
+      append(std::bit_cast<uint64_t>(PyFloat_AS_DOUBLE(value.ptr())));
     } else if (PyUnicode_Check(value.ptr())) {
-      append(std::string_view(nb::cast<const char*>(value)));
-    } else if (PyLong_Check(value.ptr())) {
+      append(text_of(value));
+    } else if (PyLong_CheckExact(value.ptr())) {
       int overflow = 0;
-      append(PyLong_AsLongLongAndOverflow(value.ptr(), &overflow));
+      append(uint64_t(PyLong_AsLongLongAndOverflow(value.ptr(), &overflow)));
       if (overflow) {
-        append(std::string_view(nb::str(value).c_str()));
+        append(text_of(nb::str(value)));
       }
     } else {
       append(value.ptr());
-      if (held_) {
-        *held_ = nb::make_tuple(*held_, value);
+      if (!kept_) {
+        held_.push_back(nb::borrow(value));  // so that no other one can take its address
       }
     }
   }
@@ -82,72 +104,47 @@ class KindWriter {
     append(module.type().ptr());
     auto settings = nb::steal(PyObject_GenericGetDict(module.ptr(), nullptr));
     for (auto items : {module, nb::handle(settings)}) {
+      append(uint64_t(PyDict_GET_SIZE(items.ptr())));
       PyObject *key, *value;
       for (Py_ssize_t at = 0; PyDict_Next(items.ptr(), &at, &key, &value);) {
-        append(nb::hash(key));
+        append(uint64_t(nb::hash(key)));
         items.is(module) ? add(value) : add_value(value);
       }
     }
   }
 
-  std::string& kind_;
-  nb::object* held_;
+  static std::string_view text_of(nb::handle text) {
+    Py_ssize_t size;
+    auto* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
+    return data ? std::string_view(data, size) : throw nb::python_error();
+  }
+
   const bool with_ids_;
+  const Words* const kept_ = nullptr;
+  bool alike_ = true;
+  size_t next_ = 0;
+  std::vector<uint64_t> words_;
+  std::vector<nb::object> held_;
 };
-
-void write(std::string& kind, nb::object* held, const nb::args& modules, bool with_ids) {
-  KindWriter writer(kind, held, with_ids);
-  for (auto module : modules) {
-    writer.add(module);
-  }
-}
-
-// What modules are at a time.
-class Kind {
- public:
-  Kind(const nb::args& modules, bool with_arrays) : with_arrays_(with_arrays) {
-    write(kind_, &held_, modules, with_arrays);
-  }
-
-  bool is_of(const nb::args& modules) const {
-    thread_local std::string present;
-    write(present, nullptr, modules, with_arrays_);
-    return present == kind_;
-  }
-
- private:
-  const bool with_arrays_;
-  std::string kind_;
-  nb::object held_ = nb::none();
-};
-
-// Of each thread. Owned by whoever set it, who sets it back.
-thread_local PyObject* running = Py_None;
 
 }  // namespace
 
 void bind_patching(nb::module_& m) {
-  nb::class_<Kind>(
+  nb::class_<Words>(
       m,
       "Kind",
       "What modules are, but for the values of their arrays: types, dtypes, shapes and settings; "
       "``with_arrays`` also which MLX arrays they hold.")
       .def(
           "__init__",
-          [](Kind* self, nb::args modules, bool with_arrays) { new (self) Kind(modules, with_arrays); },
+          [](Words* self, nb::args modules, bool with_arrays) { new (self) Words(modules, with_arrays); },
           "modules"_a,
           "with_arrays"_a = false)
       .def(
           "is_of",
-          [](const Kind& self, nb::args modules) { return self.is_of(modules); },
-          "Whether these modules are still, or also, what those were.");
-  m.def(
-      "running", [] { return nb::borrow(running); }, "What this thread has set; None if nothing.");
-  m.def(
-      "set_running",
-      [](nb::handle value) { return nb::borrow(std::exchange(running, value.ptr())); },
-      "value"_a.none(),
-      "Returns what it was. The caller keeps the value, and sets back what was there before that ends.");
+          [](const Words& self, nb::args modules) { return Words(modules, self).are_alike(); },
+          "modules"_a,
+          "Whether these modules are what those were.");
   m.def(
       "is_same",
       [](const mx::array& a, const mx::array& b) { return a.id() == b.id(); },

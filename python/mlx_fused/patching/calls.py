@@ -7,6 +7,7 @@ Any other runs its own layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import sum_gradients
 
-from mlx_fused._ext import Kind, alias, is_same, project, running
+from mlx_fused._ext import Kind, alias, is_same, project
 from mlx_fused.linear import is_lora, type_name
 from mlx_fused.operations import fused_linear, fused_qkv_projection
 from mlx_fused.operations.call import batched, unbatched
@@ -22,10 +23,10 @@ from mlx_fused.operations.linear import linear_operation
 from mlx_fused.operations.qkv import qkv_operation
 from mlx_fused.patching import projections, residual
 from mlx_fused.patching.norm import unnormed
-from mlx_fused.patching.projections import DTYPES, EMBEDDINGS, NotFused, Operation, Together, is_watched
+from mlx_fused.patching.projections import DTYPES, EMBEDDINGS, KNOWN, NotFused, Operation, Together, is_watched
 from mlx_fused.patching.registry import Active, Roles, active_of
 from mlx_fused.patching.residual import Product, Projected
-from mlx_fused.patching.stand_in import StandIn, module_of
+from mlx_fused.patching.stand_in import StandIn
 
 # By whether every step is rounded. Heads are not split: the model's code expects the plain outputs and splits
 # them itself.
@@ -45,51 +46,32 @@ class Call:
 
     def __init__(self, module: nn.Module, roles: Roles, active: Active):
         self.module, self.roles, self.active = module, roles, active
-        self.stand_ins: dict[str, StandIn] = {}
-        self.counted: set[str] = set()  # "qkv", "residual"
         self.unknown: dict[str, str] = {}  # parts with a layer of a type that the operations do not know
         self.input = None
         self.outputs: dict[str, mx.array] = {}
         self.kinds: dict[str, Kind] = {}  # of the layers that the outputs were computed with
         self.adapters_apart = False
 
-    def stand_in(self, owner: nn.Module, name: str, layer: nn.Module) -> nn.Module | StandIn:
-        """What the attribute ``name`` of ``owner`` is in this call."""
-        if owner is not self.module:
+    def stand_in(
+        self, owner: nn.Module, name: str, run: Callable | None, layer: nn.Module
+    ) -> nn.Module | StandIn:
+        """What the attribute ``name`` of ``owner`` is in this call, where the layer's type does not tell."""
+        is_own = owner is self.module
+        if type(layer) in EMBEDDINGS:
             # A model reads the embedding of its child, as its head.
-            is_head = type(layer) in EMBEDDINGS and any(child is owner for child in self.module.values())
-            if not is_head or (active := active_of(owner)) is None:
+            is_head = is_own or any(child is owner for child in self.module.values())
+            if not is_head or (active := self.active if is_own else active_of(owner)) is None:
                 return layer
-            return StandIn(layer, layer, partial(self.run_linear, owner, active, name, layer))
-        stand_in = self.stand_ins.get(name)
-        if stand_in is not None and module_of(stand_in) is layer:
-            return stand_in
-        stand_in = self._make_stand_in(name, layer)
-        if stand_in is not layer:
-            self.stand_ins[name] = stand_in
-        return stand_in
-
-    def _make_stand_in(self, name: str, layer: nn.Module) -> nn.Module | StandIn:
-        roles = self.roles
-        if name in roles.inputs:
-            part, run = "qkv", self._project
-        elif name == roles.output:
-            part, run = "residual", self._add
-        elif type(layer) in EMBEDDINGS:
-            return StandIn(layer, layer, partial(self.run_linear, self.module, self.active, name, layer))
-        else:
-            run = partial(self.run_linear, self.module, self.active)
-            return StandIn(layer, partial(self._run, run, name, layer)) if saves(layer) else layer
-        if not projections.is_known(layer):
-            self.unknown.setdefault(part, f"{name} is {type_name(layer)}")
+            return StandIn(layer, self, name, None, partial(self.run_linear, owner, active, name, layer))
+        if not is_own or (run is None and not saves(layer)):
             return layer
-        return StandIn(layer, partial(self._run, run, name, layer))
-
-    def _run(self, run, name: str, layer: nn.Module, x: mx.array) -> mx.array:
-        """The call of a stand-in."""
-        if running() is not self or not isinstance(x, mx.array):
-            return layer(x)
-        return run(name, layer, x)
+        if run is None:
+            return StandIn(layer, self, name, Call._linear)
+        if not projections.is_known(layer):
+            self.unknown.setdefault(self.roles.part(name), f"{name} is {type_name(layer)}")
+            return layer
+        KNOWN.add(type(layer))
+        return StandIn(layer, self, name, run)
 
     def _project(self, name: str, layer: nn.Module, x: mx.array) -> mx.array:
         """The call of the projection of queries, keys or values."""
@@ -108,7 +90,7 @@ class Call:
     def _project_all(self, x: mx.array, first: str) -> None:
         self.input, self.outputs = alias(x), {}  # an alias, since `x += 1` changes x in place
         module, names, calls = self.module, self.roles.inputs, self.active.patch.calls["qkv"]
-        self.counted.add("qkv")
+        self.unknown.pop("qkv", None)  # counted now
         try:
             if x.dtype not in DTYPES:
                 raise NotFused(f"its input is {x.dtype}")
@@ -129,8 +111,11 @@ class Call:
         self.kinds = {name: Kind(module[name], with_arrays=True) for name in names if name != first}
 
     def _add(self, name: str, layer: nn.Module, x: mx.array) -> mx.array:
-        self.counted.add("residual")
+        self.unknown.pop("residual", None)
         return project_output(self.module, self.active, name, layer, x)
+
+    def _linear(self, name: str, layer: nn.Module, x: mx.array) -> mx.array:
+        return self.run_linear(self.module, self.active, name, layer, x)
 
     def run_linear(
         self, module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array
@@ -146,9 +131,8 @@ class Call:
         return y
 
     def end(self) -> None:
-        for part in self.unknown.keys() - self.counted:
-            self.active.patch.calls[part].add(1, reason=self.unknown[part])
-        self.stand_ins.clear()  # they lead back to the call, whose arrays would wait for garbage collection
+        for part, reason in self.unknown.items():
+            self.active.patch.calls[part].add(1, reason=reason)
 
 
 def read_qkv(module: nn.Module, roles: Roles, active: Active) -> Together:

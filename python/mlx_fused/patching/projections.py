@@ -19,7 +19,7 @@ from mlx_fused.operations.call import Norm, batched, unbatched
 DTYPES = frozenset({mx.float32, mx.float16, mx.bfloat16})
 _PLAIN = (nn.Linear, nn.QuantizedLinear)
 _SHARDED = (AllToShardedLinear, QuantizedAllToShardedLinear)
-_KNOWN = frozenset((*_PLAIN, *_SHARDED))
+KNOWN = {*_PLAIN, *_SHARDED}  # and mlx-lm's LoRALinear, when one was seen
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
 
@@ -36,7 +36,7 @@ class Together(NamedTuple):
 
 def is_known(module: nn.Module) -> bool:
     """Whether the operations compute exactly what the class of ``module`` does. Subclasses may differ."""
-    return type(module) in _KNOWN or is_lora(type(module))
+    return type(module) in KNOWN or is_lora(type(module))
 
 
 def operands(module: nn.Module) -> LinearOperands:
