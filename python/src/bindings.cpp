@@ -40,7 +40,7 @@ using LinearTuple = std::tuple<
     float>;
 
 // The present operands of a linear layer, or of an adapter around one: modules are dictionaries of arrays and
-// modules.
+// modules, and their attributes are settings.
 mlx_fused::Linear linear_of_module(nb::handle module) {
   // Interned once: this runs for every layer of every call.
   static PyObject* const linear = PyUnicode_InternFromString("linear");
@@ -48,24 +48,29 @@ mlx_fused::Linear linear_of_module(nb::handle module) {
   static PyObject* const bias = PyUnicode_InternFromString("bias");
   static PyObject* const scales = PyUnicode_InternFromString("scales");
   static PyObject* const biases = PyUnicode_InternFromString("biases");
+  static PyObject* const group_size = PyUnicode_InternFromString("group_size");
+  static PyObject* const bits = PyUnicode_InternFromString("bits");
+  static PyObject* const mode = PyUnicode_InternFromString("mode");
   static PyObject* const lora_a = PyUnicode_InternFromString("lora_a");
   static PyObject* const lora_b = PyUnicode_InternFromString("lora_b");
+  static PyObject* const scale = PyUnicode_InternFromString("scale");
   auto item = [](nb::handle module, PyObject* name) -> OptionalArray {
     nb::handle value = PyDict_GetItemWithError(module.ptr(), name);
     return value.is_valid() && !value.is_none() ? OptionalArray(nb::cast<mx::array&>(value)) : std::nullopt;
   };
+  auto setting = [](nb::handle module, PyObject* name) { return nb::getattr(module, nb::handle(name)); };
   auto a = item(module, lora_a);
   nb::handle base = a ? nb::handle(PyDict_GetItemWithError(module.ptr(), linear)) : module;
   mlx_fused::Linear layer{item(base, weight).value(), item(base, bias), item(base, scales), item(base, biases)};
   if (layer.scales) {
-    layer.group_size = nb::cast<OptionalInt>(base.attr("group_size"));
-    layer.bits = nb::cast<OptionalInt>(base.attr("bits"));
-    layer.mode = nb::cast<const char*>(base.attr("mode"));
+    layer.group_size = nb::cast<OptionalInt>(setting(base, group_size));
+    layer.bits = nb::cast<OptionalInt>(setting(base, bits));
+    layer.mode = nb::cast<const char*>(setting(base, mode));
   }
   if (a) {
     layer.lora_a = std::move(a);
     layer.lora_b = item(module, lora_b);
-    layer.lora_scale = nb::cast<float>(module.attr("scale"));
+    layer.lora_scale = nb::cast<float>(setting(module, scale));
   }
   return layer;
 }
@@ -73,6 +78,7 @@ mlx_fused::Linear linear_of_module(nb::handle module) {
 // Each is LinearOperands or a module.
 mlx_fused::Linears linears(const nb::sequence& layers) {
   mlx_fused::Linears result;
+  result.reserve(3);
   for (auto layer : layers) {
     if (PyDict_Check(layer.ptr())) {
       result.push_back(linear_of_module(layer));

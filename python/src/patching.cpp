@@ -1,6 +1,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
 
 #include <algorithm>
 #include <bit>
@@ -8,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string_view>
+#include <variant>
 #include <vector>
 
 #include "mlx/array.h"
@@ -21,10 +23,9 @@ using namespace nb::literals;
 
 namespace {
 
-const mx::array* array_of(nb::handle value) {
+bool is_array(nb::handle value) {
   static const nb::handle type = nb::type<mx::array>();
-  const mx::array* array = nullptr;
-  return value.type().is(type) || nb::isinstance<mx::array>(value) ? nb::inst_ptr<mx::array>(value) : array;
+  return value.type().is(type) || nb::isinstance<mx::array>(value);
 }
 
 // What modules are made of, as words to compare: kept in a Kind, or compared with those that are.
@@ -75,21 +76,22 @@ class Words {
 
   void add_value(nb::handle value) {
     append(value.type().ptr());
-    if (auto* array = array_of(value)) {
-      append(uint64_t(array->dtype().val()) << 32 | array->ndim());
-      append(with_ids_ ? array->id() : 0);
-      for (auto size : array->shape()) {
-        append(uint64_t(size));
-      }
-    } else if (PyFloat_Check(value.ptr())) {
-      append(std::bit_cast<uint64_t>(PyFloat_AS_DOUBLE(value.ptr())));
-    } else if (PyUnicode_Check(value.ptr())) {
-      append(text_of(value));
-    } else if (PyLong_CheckExact(value.ptr())) {
+    if (PyLong_CheckExact(value.ptr())) {
       int overflow = 0;
       append(uint64_t(PyLong_AsLongLongAndOverflow(value.ptr(), &overflow)));
       if (overflow) {
         append(text_of(nb::str(value)));
+      }
+    } else if (PyFloat_CheckExact(value.ptr())) {
+      append(std::bit_cast<uint64_t>(PyFloat_AS_DOUBLE(value.ptr())));
+    } else if (PyUnicode_CheckExact(value.ptr())) {
+      append(text_of(value));
+    } else if (!PyBool_Check(value.ptr()) && is_array(value)) {
+      auto& array = *nb::inst_ptr<mx::array>(value);
+      append(uint64_t(array.dtype().val()) << 32 | array.ndim());
+      append(with_ids_ ? array.id() : 0);
+      for (auto size : array.shape()) {
+        append(uint64_t(size));
       }
     } else {
       append(value.ptr());
@@ -156,6 +158,44 @@ void bind_patching(nb::module_& m) {
       [](const mx::array& a) { return a; },
       "a"_a,
       "A second Python object for the same MLX array. It keeps its value when ``a`` is changed in place.");
+  m.def(
+      "of_class",
+      [](nb::handle cls, const mx::array& a) {
+        auto made = nb::inst_alloc(cls);
+        new (nb::inst_ptr<mx::array>(made)) mx::array(a);
+        nb::inst_mark_ready(made);
+        return made;
+      },
+      "cls"_a,
+      "a"_a,
+      "An alias of a subclass of array.");
+  m.def(
+      "has_kernels",
+      [](nb::handle x) {
+        if (!is_array(x)) {
+          return false;
+        }
+        auto& array = *nb::inst_ptr<mx::array>(x);
+        auto type = array.dtype();
+        return array.ndim() > 0 && (type == mx::float32 || type == mx::float16 || type == mx::bfloat16);
+      },
+      "x"_a.none(),
+      "Whether it is an array with axes, of a type with kernels.");
+  m.def(
+      "is_gpu",
+      [](const std::variant<mx::Device, mx::Device::DeviceType>& device) {
+        return std::visit([](auto& d) { return d == mx::Device::gpu; }, device);
+      },
+      "device"_a);
+  m.def(
+      "add_to",
+      [](nb::handle object, nb::handle name, int count) {
+        nb::setattr(object, name, nb::getattr(object, name) + nb::int_(count));
+      },
+      "object"_a,
+      "name"_a,
+      "count"_a,
+      "Adds to a number that other threads count too.");
   m.def(
       "environment",
       [](const char* name) -> std::optional<std::string> {

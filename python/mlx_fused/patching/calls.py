@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import sum_gradients
 
-from mlx_fused._ext import Kind, alias, is_same, project
+from mlx_fused._ext import Kind, alias, has_kernels, is_gpu, is_same, project
 from mlx_fused.linear import is_lora, type_name
 from mlx_fused.operations import fused_linear, fused_qkv_projection
 from mlx_fused.operations.call import batched, unbatched
@@ -23,8 +23,8 @@ from mlx_fused.operations.linear import linear_operation
 from mlx_fused.operations.qkv import qkv_operation
 from mlx_fused.patching import projections, residual
 from mlx_fused.patching.norm import unnormed
-from mlx_fused.patching.projections import DTYPES, EMBEDDINGS, KNOWN, NotFused, Operation, Together, is_watched
-from mlx_fused.patching.registry import Active, Roles, active_of
+from mlx_fused.patching.projections import EMBEDDINGS, KNOWN, NotFused, Operation, Together, is_watched
+from mlx_fused.patching.registry import Active, Patch, Roles, active_of
 from mlx_fused.patching.residual import Product, Projected
 from mlx_fused.patching.stand_in import StandIn
 
@@ -92,7 +92,7 @@ class Call:
         module, names, calls = self.module, self.roles.inputs, self.active.patch.calls["qkv"]
         self.unknown.pop("qkv", None)  # counted now
         try:
-            if x.dtype not in DTYPES:
+            if not has_kernels(x):
                 raise NotFused(f"its input is {x.dtype}")
             together = read_qkv(module, self.roles, self.active)
         except NotFused as reason:
@@ -141,16 +141,18 @@ def read_qkv(module: nn.Module, roles: Roles, active: Active) -> Together:
     Raises:
         NotFused: If it cannot compute them.
     """
-    patch = active.patch
+    if vars(module).get("is_kv_shared_layer"):
+        raise NotFused("it takes keys and values from another layer")
+    layers = tuple(map(module.get, roles.inputs))
+    return active.reading("qkv", layers, partial(_read_qkv, roles.inputs, layers, active.patch))
+
+
+def _read_qkv(names: tuple[str, ...], layers: tuple, patch: Patch) -> Together:
     if not patch.options.qkv:
         raise NotFused("qkv=False")
     if patch.obstacles.qkv:
         raise NotFused(patch.obstacles.qkv)
-    if vars(module).get("is_kv_shared_layer"):
-        raise NotFused("it takes keys and values from another layer")
-    layers = [module.get(name) for name in roles.inputs]
-    lora, exact = patch.options.lora, patch.options.exact
-    return active.reading("qkv", layers, lambda: projections.read_together(roles.inputs, layers, lora, exact))
+    return projections.read_together(names, layers, patch.options.lora, patch.options.exact)
 
 
 def qkv_note(module: nn.Module, roles: Roles, active: Active) -> str | None:
@@ -178,7 +180,7 @@ def project_output(module: nn.Module, active: Active, name: str, layer: nn.Modul
     """The output projection of ``x``, to which the residual is added as a part of the operation."""
     options, calls = active.patch.options, active.patch.calls["residual"]
     try:
-        if x.dtype not in DTYPES or x.ndim == 0:
+        if not has_kernels(x):
             raise NotFused(f"its input is {x.dtype} {x.shape}")
         read_output(module, active, name)
     except NotFused as reason:
@@ -210,7 +212,7 @@ def linear(module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx
         NotFused: If our operation cannot compute it.
     """
     read_linear(module, active, name, layer)
-    if x.dtype not in DTYPES or x.ndim == 0:
+    if not has_kernels(x):
         raise NotFused(f"its input is {x.dtype} {x.shape}")
     x, norm = unnormed(x)
     (y,) = _LINEAR[active.patch.options.exact](module, (layer,), x, norm)
@@ -240,7 +242,7 @@ def read_linears(module: nn.Module, active: Active, names: tuple[str, ...]) -> N
 
 def saves(layer: nn.Module) -> bool:
     """Whether our operation may be faster than the layer's own code."""
-    if mx.default_device() != mx.gpu:
+    if not is_gpu(mx.default_device()):
         return True
     # On a GPU it saves the launches of an adapter or of the bias of quantized weights, and nothing else.
     return is_lora(type(layer)) or (isinstance(layer, nn.QuantizedLinear) and "bias" in layer)

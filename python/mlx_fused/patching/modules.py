@@ -7,7 +7,7 @@ from functools import cache, wraps
 
 import mlx.nn as nn
 
-from mlx_fused._ext import Slot, run_as, running
+from mlx_fused._ext import Slot, add_to, run_as, running
 from mlx_fused.patching import calls, mlp, norm
 from mlx_fused.patching.calls import Call
 from mlx_fused.patching.projections import KNOWN, NotFused
@@ -147,32 +147,34 @@ def _entry(original: type, roles: Roles) -> Callable:
             y = instead(self, active, method, x)
             if y is not None:
                 return y
-        call = Call(self, roles, active) if is_on and (active := _begin(self)) is not None else None
+        state, active = _begin(self) if is_on else (None, None)
+        call = Call(self, roles, active) if active is not None else None
         try:
             return run_as(call, self, method.__get__(self, original), args, kwargs)
         finally:
             if call is not None:
                 call.end()
-                _end(self)
+                _end(self, state)
 
     return call
 
 
-def _begin(module: nn.Module) -> Active | None:
-    """Registers a call, which keeps the present patch until it ends; None to run the model's own code."""
-    with lock:
-        state = states.get(id(module))
-        if state is None or state.active is None:
-            return None
-        state.running += 1
-        return state.active
+def _begin(module: nn.Module) -> tuple[State | None, Active | None]:
+    """Registers a call, which keeps the present patch until it ends; without one it runs the model's own code."""
+    state = states.get(id(module))
+    if state is None:
+        return None, None
+    # Before the patch is read: from here on the class stays. No lock, which would cost more than the rest.
+    add_to(state, "running", 1)
+    if (active := state.active) is None:
+        _end(module, state)
+    return state, active
 
 
-def _end(module: nn.Module) -> None:
-    with lock:
-        state = states[id(module)]
-        state.running -= 1
-        if state.active is None:
+def _end(module: nn.Module, state: State) -> None:
+    add_to(state, "running", -1)
+    if state.active is None:
+        with lock:
             _end_patching(module)
 
 

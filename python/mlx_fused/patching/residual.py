@@ -17,7 +17,7 @@ from functools import cache
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fused._ext import add_product
+from mlx_fused._ext import add_product, of_class
 from mlx_fused.operations import fused_output_projection_residual
 from mlx_fused.operations.call import batched, unbatched
 from mlx_fused.operations.residual import residual_operation
@@ -69,7 +69,7 @@ class Projected(Derived):
 
     @classmethod
     def of(cls, y: mx.array, origin: tuple[tuple[Product, float], ...], alpha: float = 1.0) -> Projected:
-        self = cls(y)
+        self = of_class(cls, y)
         self._origin, self._alpha = origin, alpha
         return self
 
