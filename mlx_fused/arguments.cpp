@@ -205,8 +205,10 @@ Arrays check_arguments(
     if (segments[i].features == 0) {
       // A gate has as many rows as what it is multiplied with.
       auto& weight = layers.at(call.epilogue.activation.gated ? 0 : i).weight;
-      check.ndim({"weight", index(i)}, weight, 2);
-      segments[i].features = weight.shape(0) / (packed ? segments.size() : 1);
+      if (!packed) {
+        check.ndim({"weight", index(i)}, weight, 2);
+      }
+      segments[i].features = weight.ndim() == 0 ? 0 : weight.shape(0) / (packed ? segments.size() : 1);
     }
     if (segments.size() > 1) {
       check.positive({"the rows of weight", index(i)}, segments[i].features);

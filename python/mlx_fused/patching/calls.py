@@ -15,7 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import sum_gradients
 
-from mlx_fused._ext import Kind, alias, has_kernels, is_gpu, is_same, project
+from mlx_fused import _ext
+from mlx_fused._ext import Kind, alias, has_kernels, is_gpu, is_same
 from mlx_fused.linear import is_lora, type_name
 from mlx_fused.operations import fused_linear, fused_qkv_projection
 from mlx_fused.operations.call import batched, unbatched
@@ -112,7 +113,8 @@ class Call:
 
     def _add(self, name: str, layer: nn.Module, x: mx.array) -> mx.array:
         self.unknown.pop("residual", None)
-        return project_output(self.module, self.active, name, layer, x)
+        reason = why_not(read_output, self.module, self.active, name)
+        return project_output(self.module, self.active, name, layer, x, reason)
 
     def _linear(self, name: str, layer: nn.Module, x: mx.array) -> mx.array:
         return self.run_linear(self.module, self.active, name, layer, x)
@@ -161,6 +163,15 @@ def qkv_note(module: nn.Module, roles: Roles, active: Active) -> str | None:
     return apart and f"adapters apart: {apart}"
 
 
+def why_not(read: Callable, *args) -> str | None:
+    """Why ``read`` says that something is not fused; None if it does not."""
+    try:
+        read(*args)
+    except NotFused as reason:
+        return str(reason)
+    return None
+
+
 def read_output(module: nn.Module, active: Active, name: str) -> None:
     """Raises ``NotFused`` if the output projection and the residual cannot be one operation."""
     patch = active.patch
@@ -176,21 +187,22 @@ def _read_one(module: nn.Module, active: Active, name: str, layer: nn.Module) ->
     active.reading(name, (layer,), lambda: projections.read(name, layer, options.lora, options.exact))
 
 
-def project_output(module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array) -> mx.array:
-    """The output projection of ``x``, to which the residual is added as a part of the operation."""
+def project_output(
+    module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array, reason: str | None = None
+) -> mx.array:
+    """The output projection of ``x``, to which the residual is added as a part of the operation; by itself if
+    there is a reason against that."""
     options, calls = active.patch.options, active.patch.calls["residual"]
-    try:
-        if not has_kernels(x):
-            raise NotFused(f"its input is {x.dtype} {x.shape}")
-        read_output(module, active, name)
-    except NotFused as reason:
-        calls.add(1, reason=str(reason))
+    if reason is None and not has_kernels(x):
+        reason = f"its input is {x.dtype} {x.shape}"
+    if reason is not None:
+        calls.add(1, 0, reason)
         return alone(module, active, name, layer, x)
     calls.add(1)
     # The operation runs later, when the residual is added, with the product's arrays.
     made = _LINEAR[options.exact].made
     rows, leading = (x, None) if x.ndim == 3 else batched(made.name, x)
-    (y,) = project(made, rows, None, (layer,), None, 1.0, None)
+    (y,) = _ext.project(made, rows, None, (layer,), None, 1.0, None)
     operation = residual.OPERATIONS[options.exact, options.o_residual is True]
     arguments = operation.arguments(rows, (layer,)) if is_watched() else {}
     product = Product(y, operation, calls, module, arguments)

@@ -55,7 +55,7 @@ def run(mlp: nn.Module, active: Active, method: Callable, x: object) -> mx.array
     patch = active.patch
     counter = patch.calls["mlp"]
     try:
-        recipe, operation = read(mlp, active, method)
+        recipe, operation, obstacle = read(mlp, active, method)
         if not has_kernels(x):
             raise NotFused("it is not called with one array of a type with kernels")
     except NotFused as reason:
@@ -67,20 +67,21 @@ def run(mlp: nn.Module, active: Active, method: Callable, x: object) -> mx.array
     x, norm = unnormed(x)
     (hidden,) = operation(mlp, tuple(map(mlp.__getitem__, recipe.hidden)), x, norm)
     counter.add(1, 1)
-    return calls.project_output(mlp, active, recipe.down, mlp[recipe.down], hidden)
+    return calls.project_output(mlp, active, recipe.down, mlp[recipe.down], hidden, obstacle)
 
 
-def read(mlp: nn.Module, active: Active, method: Callable) -> tuple[Recipe, Operation]:
-    """What the MLP computes, and the operation of its first half, if our operation can compute its first half.
+def read(mlp: nn.Module, active: Active, method: Callable) -> tuple[Recipe, Operation, str | None]:
+    """What the MLP computes, the operation of its first half, and why its last layer is not one with the
+    residual.
 
     Raises:
-        NotFused: If it cannot.
+        NotFused: If our operation cannot compute that half.
     """
     options = active.patch.options
     if not options.mlp:
         raise NotFused("mlp=False")
 
-    def read() -> tuple[Recipe, Operation]:
+    def read() -> tuple[Recipe, Operation, str | None]:
         try:
             recipe = recipe_of(mlp, method)
         except Unknown as reason:
@@ -93,14 +94,15 @@ def read(mlp: nn.Module, active: Active, method: Callable) -> tuple[Recipe, Oper
             raise NotFused(f"{recipe.hidden[0]} is {type(layers[0]).__name__}")
         make = gated_operation if recipe.function is fused_gated_projection else linear_operation
         settings = recipe.settings | {"exact": options.exact}
-        return recipe, Operation(recipe.function, make(**settings), settings)
+        obstacle = calls.why_not(calls.read_output, mlp, active, recipe.down)
+        return recipe, Operation(recipe.function, make(**settings), settings), obstacle
 
     return active.reading("mlp", (mlp, method), read)
 
 
 def read_note(mlp: nn.Module, active: Active, method: Callable) -> str:
     """What is fused, for the report."""
-    recipe, _ = read(mlp, active, method)
+    recipe, *_ = read(mlp, active, method)
     return recipe.settings["activation"]
 
 

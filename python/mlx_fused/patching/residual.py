@@ -17,7 +17,8 @@ from functools import cache
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fused._ext import add_product, of_class
+from mlx_fused import _ext
+from mlx_fused._ext import of_class
 from mlx_fused.operations import fused_output_projection_residual
 from mlx_fused.operations.call import batched, unbatched
 from mlx_fused.operations.residual import residual_operation
@@ -52,7 +53,7 @@ class Product:
         """``residual + alpha * product``; None if that cannot be one operation."""
         function, made, _ = self._operation
         rows, leading = (residual, None) if residual.ndim == 3 else batched(made.name, residual)
-        y = add_product(made, self._array, rows, alpha)
+        y = _ext.add_product(made, self._array, rows, alpha)
         if y is None:
             return None
         self._calls.add(0, 1)
