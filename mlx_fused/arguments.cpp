@@ -44,7 +44,7 @@ struct LayerCheck {
   const Linear& layer;
   const int in_features, features;
   const int index;  // in a tuple of layers, -1 if there is one layer
-  Add& add;  // called with a role and an array
+  Add& add;         // called with a role and an array
 
   // In the order of input_slots.
   void add_all() {

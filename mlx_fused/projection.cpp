@@ -272,29 +272,6 @@ Arrays project(Arrays inputs, Call call, const std::optional<std::string>& route
   return activates ? Arrays{outputs[0]} : outputs;
 }
 
-std::optional<mx::array> add_product(
-    const Call& names,
-    const mx::array& product,
-    const mx::array& residual,
-    float alpha,
-    const std::optional<std::string>& route) {
-  auto* layer = product.has_primitive() ? dynamic_cast<Projection*>(&product.primitive()) : nullptr;
-  if (!layer || layer->call().segments.size() != 1 || layer->call().epilogue != Epilogue{.exact = names.epilogue.exact} ||
-      residual.shape() != product.shape() || residual.dtype() != product.dtype()) {
-    return std::nullopt;
-  }
-  auto call = layer->call();
-  call.operation = names.operation;
-  call.node = names.node;
-  call.epilogue.has_residual = true;
-  call.epilogue.alpha = alpha;
-  // Those of a composed projection are more.
-  auto inputs = product.inputs().begin();
-  Arrays all(inputs, inputs + input_slots(layer->call()).size());
-  all.push_back(residual);
-  return project(std::move(all), std::move(call), route, layer->stream())[0];
-}
-
 Arrays project_grad(
     const Arrays& inputs, const GradCall& call, const std::optional<std::string>& route, mx::Stream stream) {
   auto work = workload(inputs, call);

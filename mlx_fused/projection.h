@@ -17,15 +17,6 @@ namespace mlx_fused {
 // or unset, as in choose_route.
 Arrays project(Arrays inputs, Call call, const std::optional<std::string>& route, mx::Stream stream);
 
-// residual + alpha product as one operation, which is called as in `names`. nullopt if `product` is not the
-// output of a linear layer that is still to be evaluated, or the residual's shape or dtype is another.
-std::optional<mx::array> add_product(
-    const Call& names,
-    const mx::array& product,
-    const mx::array& residual,
-    float alpha,
-    const std::optional<std::string>& route);
-
 // The wanted gradients of a call, in the order of call.wanted. They have the cotangents' dtype, except those
 // of adapters, which are float32.
 Arrays project_grad(

@@ -96,6 +96,17 @@ def alias(a: mlx.core.array) -> mlx.core.array:
     A second Python object for the same MLX array. It keeps its value when ``a`` is changed in place.
     """
 
+def of_class(cls: object, a: mlx.core.array) -> object:
+    """An alias of a subclass of array."""
+
+def has_kernels(x: object | None) -> bool:
+    """Whether it is an array with axes, of a type with kernels."""
+
+def is_gpu(device: mlx.core.Device | mlx.core.DeviceType) -> bool: ...
+
+def add_to(object: object, name: object, count: int) -> None:
+    """Adds to a number that other threads count too."""
+
 def environment(name: str) -> str | None:
     """The value of an environment variable; faster than os.environ."""
 

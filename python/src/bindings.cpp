@@ -61,7 +61,8 @@ mlx_fused::Linear linear_of_module(nb::handle module) {
   auto setting = [](nb::handle module, PyObject* name) { return nb::getattr(module, nb::handle(name)); };
   auto a = item(module, lora_a);
   nb::handle base = a ? nb::handle(PyDict_GetItemWithError(module.ptr(), linear)) : module;
-  mlx_fused::Linear layer{item(base, weight).value(), item(base, bias), item(base, scales), item(base, biases)};
+  mlx_fused::Linear layer{
+      item(base, weight).value(), item(base, bias), item(base, scales), item(base, biases)};
   if (layer.scales) {
     layer.group_size = nb::cast<OptionalInt>(setting(base, group_size));
     layer.bits = nb::cast<OptionalInt>(setting(base, bits));
@@ -88,8 +89,7 @@ mlx_fused::Linears linears(const nb::sequence& layers) {
     if (!nb::try_cast(layer, operands) || !operands) {
       throw nb::type_error("a layer must be LinearOperands or a module");
     }
-    result.push_back(
-        std::apply([](auto&... of) { return mlx_fused::Linear{std::move(of)...}; }, *operands));
+    result.push_back(std::apply([](auto&... of) { return mlx_fused::Linear{std::move(of)...}; }, *operands));
   }
   return result;
 }
@@ -152,7 +152,23 @@ Arrays project(
 
 OptionalArray add_product(
     const Operation& operation, const mx::array& product, const mx::array& residual, float alpha) {
-  return mlx_fused::add_product(operation.call, product, residual, alpha, operation.route);
+  auto* layer =
+      product.has_primitive() ? dynamic_cast<mlx_fused::Projection*>(&product.primitive()) : nullptr;
+  bool is_alike = residual.shape() == product.shape() && residual.dtype() == product.dtype();
+  if (!layer || !is_alike || layer->call().segments.size() != 1 ||
+      layer->call().epilogue != mlx_fused::Epilogue{.exact = operation.call.epilogue.exact}) {
+    return std::nullopt;
+  }
+  auto call = layer->call();
+  call.operation = operation.call.operation;
+  call.node = operation.call.node;
+  call.epilogue.has_residual = true;
+  call.epilogue.alpha = alpha;
+  // A composed projection has more inputs than those of its call.
+  auto inputs = product.inputs().begin();
+  Arrays all(inputs, inputs + input_slots(layer->call()).size());
+  all.push_back(residual);
+  return mlx_fused::project(std::move(all), std::move(call), operation.route, layer->stream())[0];
 }
 
 Arrays all_gradients(
@@ -169,8 +185,7 @@ Arrays all_gradients(
   mlx_fused::Products products(stream, operation.route);
   auto primals = mlx_fused::check_arguments(
       check, operation.input, input, std::nullopt, linears(layers), std::nullopt, call, products);
-  return mlx_fused::all_gradients(
-      check, names, cotangents, primals, call, has_bias, operation.route, stream);
+  return mlx_fused::all_gradients(check, names, cotangents, primals, call, has_bias, operation.route, stream);
 }
 
 mx::array rms_norm(const mx::array& x, const OptionalArray& weight, float eps, mx::StreamOrDevice s) {
@@ -337,7 +352,8 @@ NB_MODULE(_ext, m) {
       "residual"_a.none(),
       "alpha"_a,
       "stream"_a.none(),
-      "What an operation gives for these arrays. A layer is LinearOperands or a module, which is read as it is "
+      "What an operation gives for these arrays. A layer is LinearOperands or a module, which is read as it "
+      "is "
       "now.");
   m.def(
       "add_product",
@@ -346,7 +362,8 @@ NB_MODULE(_ext, m) {
       "product"_a,
       "residual"_a,
       "alpha"_a,
-      "``residual + alpha * product`` as one operation; None if ``product`` is not a linear layer's output that "
+      "``residual + alpha * product`` as one operation; None if ``product`` is not a linear layer's output "
+      "that "
       "is still to be evaluated, or the residual is not like it.");
   m.def(
       "all_gradients",

@@ -116,10 +116,9 @@ PyObject* get_slot(PyObject* self, PyObject* module, PyObject*) {
     return before.inc_ref().ptr();
   }
   try {
-    nb::object made =
-        is_own && PySet_Contains(types.ptr(), layer.type().ptr()) == 1
-            ? nb::cast(StandIn{nb::borrow(layer), nb::borrow(running->call), name, run, {}})
-            : running->call.attr("stand_in")(nb::handle(module), name, run, layer);
+    nb::object made = is_own && PySet_Contains(types.ptr(), layer.type().ptr()) == 1
+                          ? nb::cast(StandIn{nb::borrow(layer), nb::borrow(running->call), name, run, {}})
+                          : running->call.attr("stand_in")(nb::handle(module), name, run, layer);
     if (is_own && nb::isinstance<StandIn>(made)) {
       running->stand_ins[name] = made;
     }
@@ -171,9 +170,12 @@ void bind_stand_ins(nb::module_& m) {
       "``as_linear`` another one; all else is the layer's.")
       .def(
           "__init__",
-          [](StandIn* self, nb::object layer, nb::object call, nb::object name, nb::object run, nb::object as) {
-            new (self) StandIn{layer, call, name, run, as.is_none() ? nb::object() : as};
-          },
+          [](StandIn* self,
+             nb::object layer,
+             nb::object call,
+             nb::object name,
+             nb::object run,
+             nb::object as) { new (self) StandIn{layer, call, name, run, as.is_none() ? nb::object() : as}; },
           "layer"_a,
           "call"_a,
           "name"_a,
@@ -183,7 +185,8 @@ void bind_stand_ins(nb::module_& m) {
       m,
       "Slot",
       nb::type_slots(of_slot),
-      "The attribute of a layer in a patched class: outside of calls the layer. Inside it is a StandIn if the "
+      "The attribute of a layer in a patched class: outside of calls the layer. Inside it is a StandIn if "
+      "the "
       "layer's type is one of ``types``, else what ``stand_in`` of the running call returns.")
       .def(
           "__init__",

@@ -146,9 +146,8 @@ def fused_gated_projection(
         packed = layers[0].weight
         rows = packed.shape[0] if isinstance(packed, mx.array) and packed.ndim else 0
         if rows % 2:
-            raise ValueError(
-                f"[{operation.name}] weight must have an even number of rows, gate's and up's, but got {rows}."
-            )
+            must = "weight must have an even number of rows, gate's and up's,"
+            raise ValueError(f"[{operation.name}] {must} but got {rows}.")
     x, leading = batched(operation.name, x)
     (y,) = project(operation, x, layers, stream, norm=norm)
     return y if leading is None else unbatched(y, leading)

@@ -202,8 +202,9 @@ def fused_qkv_projection_bwd(
     name = "fused_qkv_projection_bwd"
     layers = dense_layers(name, weight)
     segments = _segments(name, num_heads, num_kv_heads, head_dim, v_head_dim, True)
+    operation = _operation(name, segments, False, route)
     d_input, *of_segments = all_gradients(
-        _operation(name, segments, False, route), ["dq", "dk", "dv"], [dq, dk, dv], input, layers, has_bias, stream
+        operation, ["dq", "dk", "dv"], [dq, dk, dv], input, layers, has_bias, stream
     )
     d_weight, d_bias = of_segments[:3], of_segments[3:]
     form = partial(mx.concatenate, stream=stream) if len(layers) == 1 else tuple

@@ -130,7 +130,5 @@ def fused_output_projection_residual_bwd(
     name = "fused_output_projection_residual_bwd"
     operation = operation_of(name, "FusedOutputProjection", "x", [OF_LAYER], False, route)
     layers = dense_layers(name, [weight])
-    d_x, d_weight, *d_bias = all_gradients(
-        operation, ["d_output"], [d_output], x, layers, has_bias, stream
-    )
+    d_x, d_weight, *d_bias = all_gradients(operation, ["d_output"], [d_output], x, layers, has_bias, stream)
     return d_x, d_weight, *(d_bias or (None,)), d_output

@@ -32,9 +32,7 @@ from mlx_fused.patching.stand_in import StandIn
 # By whether every step is rounded. Heads are not split: the model's code expects the plain outputs and splits
 # them itself.
 _QKV = {
-    exact: Operation(
-        fused_qkv_projection, qkv_operation(exact), {"split_heads": False, "exact": exact}
-    )
+    exact: Operation(fused_qkv_projection, qkv_operation(exact), {"split_heads": False, "exact": exact})
     for exact in (False, True)
 }
 _LINEAR = {
@@ -108,7 +106,7 @@ class Call:
             tokens, norm = sum_gradients(together.group)(x), None
         outputs = _QKV[self.active.patch.options.exact](module, layers, tokens, norm)
         calls.add(1, 1)
-        self.outputs = dict(zip(names, outputs))
+        self.outputs = dict(zip(names, outputs, strict=True))
         self.kinds = {name: Kind(module[name], with_arrays=True) for name in names if name != first}
 
     def _add(self, name: str, layer: nn.Module, x: mx.array) -> mx.array:

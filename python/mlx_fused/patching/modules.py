@@ -160,7 +160,7 @@ def _entry(original: type, roles: Roles) -> Callable:
 
 
 def _begin(module: nn.Module) -> tuple[State | None, Active | None]:
-    """Registers a call, which keeps the present patch until it ends; without one it runs the model's own code."""
+    """Registers a call, which keeps the present patch until it ends; None to run the model's own code."""
     state = states.get(id(module))
     if state is None:
         return None, None

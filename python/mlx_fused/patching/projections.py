@@ -40,7 +40,7 @@ def is_known(module: nn.Module) -> bool:
 
 
 def operands(module: nn.Module) -> LinearOperands:
-    """The present operands of a layer that was read. A later change of an array in place does not reach them."""
+    """The present operands of a layer that was read. A later change in place does not reach them."""
     layer = LinearOperands.of_base(module["linear"] if is_lora(type(module)) else module)
     layer = layer.with_lora(module) if is_lora(type(module)) else layer
     return LinearOperands(*(alias(value) if isinstance(value, mx.array) else value for value in layer))

@@ -99,7 +99,7 @@ class Projected(Derived):
     __rmul__ = __mul__
 
     def _is_like(self, other: mx.array) -> bool:
-        """Whether the sum has a chance to be an operation. With three axes that compares the shapes itself."""
+        """Whether the sum may be an operation. With three axes the extension compares the shapes."""
         ndim = self.ndim
         return other.ndim == ndim and (ndim == 3 or other.shape == self.shape)
 
