@@ -71,6 +71,7 @@ FAMILIES = {
 QUANTIZATION = {"group_size": 32, "bits": 4}
 WEIGHTS = ("float32", "bfloat16", "4-bit bfloat16")
 
+
 class Target(NamedTuple):
     """What is sabotaged: the operand in the forward or, in the gradient of another, in the backward."""
 
@@ -127,8 +128,8 @@ def wrapped(wrap):
     """Let patched models run ``wrap`` of each operation, as the function that users call."""
 
     def tell(module, function, arguments):
-        outputs = wrap(function)(**arguments)
-        projections.tell(module, function, arguments, outputs)
+        outputs = (made := wrap(function))(**arguments)
+        projections.tell(module, made, arguments, outputs)
         return outputs
 
     def run(operation, module, layers, x, norm=None):
