@@ -125,7 +125,7 @@ def _shares(record: dict, rivals: list[str]) -> Iterator[str]:
 
 def _layer(seconds: dict[str, float]) -> Iterator[str]:
     yield from (f"{1e3 * seconds[whose]:.3g} ms" for whose in ("ours", "MLX's"))
-    yield _digits(seconds["MLX's"] / seconds["ours"])
+    yield digits(seconds["MLX's"] / seconds["ours"])
 
 
 def _scaling_row(check: dict) -> Iterator[str]:

@@ -62,6 +62,9 @@ class Projection : public FusedPrimitive {
   const char* name() const override {
     return call_.node.c_str();
   }
+  const Call& call() const {
+    return call_;
+  }
 
  protected:
   Function composed() override;

@@ -17,7 +17,8 @@ from mlx_lm.models.switch_layers import SwitchLinear
 import mlx_fused
 import oracle
 from mlx_fused import LinearOperands
-from mlx_fused.patching import attention, calls, mlp
+from mlx_fused.operations.call import batched, unbatched
+from mlx_fused.patching import attention, calls, projections, residual
 from mlx_fused.validate import operations
 from mlx_fused.validate.checkpoint import attach_adapters
 from mlx_fused.validate.operations import (
@@ -69,15 +70,6 @@ FAMILIES = {
 }
 QUANTIZATION = {"group_size": 32, "bits": 4}
 WEIGHTS = ("float32", "bfloat16", "4-bit bfloat16")
-# Where patched models take them from.
-_OPERATIONS = [
-    (calls, "fused_qkv_projection"),
-    (attention, "fused_attention"),
-    (calls, "fused_output_projection_residual"),
-    (calls, "fused_linear"),
-    (mlp, "fused_linear"),
-    (mlp, "fused_gated_projection"),
-]
 
 
 class Target(NamedTuple):
@@ -133,15 +125,32 @@ def adapt(model):
 
 @contextmanager
 def wrapped(wrap):
-    """Let patched models run ``wrap`` of each operation."""
-    correct = [(module, name, getattr(module, name)) for module, name in _OPERATIONS]
-    for module, name, operation in correct:
-        setattr(module, name, wrap(operation))
-    try:
+    """Let patched models run ``wrap`` of each operation, as the function that users call."""
+
+    def tell(module, function, arguments):
+        outputs = (made := wrap(function))(**arguments)
+        projections.tell(module, made, arguments, outputs)
+        return outputs
+
+    def run(operation, module, layers, x, norm=None):
+        rows, leading = (x, None) if x.ndim == 3 else batched("", x)
+        outputs = oracle.leaves(
+            tell(module, operation.function, operation.arguments(rows, layers, norm=norm))
+        )
+        return outputs if leading is None else [unbatched(y, leading) for y in outputs]
+
+    def plus(product, residual, alpha):
+        product._calls.add(0, 1)
+        arguments = product._arguments | {"residual": residual, "alpha": alpha}
+        return tell(product._module, product._operation.function, arguments)
+
+    with (
+        mock.patch.object(projections.Operation, "__call__", run),
+        mock.patch.object(residual.Product, "plus", plus),
+        mock.patch.object(attention, "fused_attention", wrap(mlx_fused.fused_attention)),
+        mock.patch.object(calls, "is_watched", lambda: True),
+    ):
         yield
-    finally:
-        for module, name, operation in correct:
-            setattr(module, name, operation)
 
 
 def targets(model):

@@ -13,5 +13,11 @@ using ActivationTuple = std::tuple<std::string, bool, float, float>;
 
 mlx_fused::Activation activation_of(const std::optional<ActivationTuple>& given);
 
+// What patching asks of modules and arrays.
+void bind_patching(nanobind::module_& m);
+
+// What stands in for the layers of a running module.
+void bind_stand_ins(nanobind::module_& m);
+
 // Submodule _internals: what the library's own tests look into.
 void bind_internals(nanobind::module_& m);

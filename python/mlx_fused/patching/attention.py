@@ -13,10 +13,10 @@ from types import CodeType, FunctionType
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_fused._ext import has_kernels, is_gpu, running
 from mlx_fused.operations import fused_attention
 from mlx_fused.patching import projections
-from mlx_fused.patching.calls import find_running
-from mlx_fused.patching.projections import DTYPES, NotFused
+from mlx_fused.patching.projections import NotFused
 from mlx_fused.patching.registry import Active
 
 _NAME = "scaled_dot_product_attention"
@@ -84,13 +84,13 @@ def read(active: Active, method: Callable) -> None:
     is_of_mlx = type(mx.fast.scaled_dot_product_attention) is type(mx.eval)
     if names.get("__name__") != "mlx_lm.models.base" or not is_of_mlx:
         raise NotFused(f"{_NAME} was replaced")
-    if mx.default_device() == mx.gpu:
+    if is_gpu(mx.default_device()):
         raise NotFused("on a GPU it is MLX's")
 
 
 def _attend(method: FunctionType, *args, **kwargs) -> mx.array:
     """What the code of ``method`` calls."""
-    call = find_running()
+    call = running()
     if call is not None:
         counter = call.active.patch.calls["attention"]
         try:
@@ -108,7 +108,7 @@ def _run(module: nn.Module, queries, keys, values, cache, scale, mask, sinks=Non
     """mlx-lm's attention as one operation."""
     if hasattr(cache, "bits"):
         raise NotFused("its cache is quantized")
-    if not all(isinstance(x, mx.array) and x.dtype in DTYPES for x in (queries, keys, values)):
+    if not (has_kernels(queries) and has_kernels(keys) and has_kernels(values)):
         raise NotFused("it is not called with arrays of a type with kernels")
     if isinstance(scale, mx.array):
         raise NotFused("its scale is an array")

@@ -13,7 +13,7 @@ from weakref import ref
 
 import mlx.nn as nn
 
-from mlx_fused._ext import kind
+from mlx_fused._ext import Kind
 from mlx_fused.patching.projections import NotFused
 from mlx_fused.patching.report import PARTS, Calls
 
@@ -93,7 +93,7 @@ class Active:
     def __init__(self, patch: Patch):
         self.patch = patch
         self.copied: tuple = None, None  # of the module's method: what it was, and its copy (see attention)
-        self._readings: dict[object, tuple[tuple, object, str | None]] = {}
+        self._readings: dict[object, tuple[Kind, object, str | None]] = {}
 
     def reading(self, key: object, modules: Iterable, read: Callable):
         """What ``read`` returns for ``modules``, which it need not do again for modules of the same kind.
@@ -101,9 +101,9 @@ class Active:
         Raises:
             NotFused: If ``read`` did.
         """
-        present = kind(*modules)
         before, result, reason = self._readings.get(key, (None, None, None))
-        if present != before:
+        if before is None or not before.is_of(*modules):
+            present = Kind(*modules)
             try:
                 result, reason = read(), None
             except NotFused as error:

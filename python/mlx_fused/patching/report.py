@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from threading import Lock
 
-from mlx_fused._ext import environment, was_composed
+from mlx_fused._ext import add_to, environment, was_composed
 
 # What of a module may be fused, and how it is called.
 TITLES = {
@@ -28,8 +27,6 @@ _COLUMNS = {
     "norm": "RMS norm",
     "experts": "experts",
 }
-
-_lock = Lock()
 
 _OFF = dict.fromkeys(("0", "false", "off", "no"), True) | dict.fromkeys(("1", "true", "on", "yes", ""), False)
 
@@ -66,12 +63,15 @@ class Calls:
 
     def add(self, total: int = 0, fused: int = 0, reason: str | None = None, is_routed: bool = True) -> None:
         """Count calls; and for fused ones, where routing sent this thread's latest operation."""
-        composed = fused and is_routed and was_composed()
-        with _lock:  # several threads may call the model
-            self.total += total
-            self.fused += fused
-            self.composed += composed
-            self.reason = reason or self.reason
+        # Several threads may call the model.
+        if total:
+            add_to(self, "total", total)
+        if fused:
+            add_to(self, "fused", fused)
+            if is_routed and was_composed():
+                add_to(self, "composed", fused)
+        if reason:
+            self.reason = reason
 
     @property
     def share(self) -> str:
