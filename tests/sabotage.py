@@ -218,7 +218,8 @@ def sabotaged(operation, arguments, target, factor=FACTOR):
     operands = differentiable(arguments)
     keys = list(operands)
     honest = function_of(operation, arguments, keys)
-    changed = _multiplied(_in_float32(arguments), target, factor)
+    # Attention computes otherwise in float32, and its gradient reads its result.
+    changed = _multiplied(_in_float32(arguments) if layers_of(arguments) else arguments, target, factor)
 
     @mx.custom_function
     def run(*values):

@@ -39,11 +39,11 @@ def seeing_ours(active: Active, method: Callable) -> Callable:
     """A copy of ``method`` that sees our attention; ``method`` itself if it does not call mlx-lm's."""
     if type(method) is not FunctionType:
         return method
-    present = method, method.__code__, method.__defaults__, method.__kwdefaults__
-    before, copy = active.copied
-    if before is None or any(a is not b for a, b in zip(present, before, strict=True)):
+    of, code, defaults, keywords, copy = active.copied
+    is_same = of is method and code is method.__code__
+    if not is_same or defaults is not method.__defaults__ or keywords is not method.__kwdefaults__:
         copy = _copy(method)
-        active.copied = present, copy
+        active.copied = method, method.__code__, method.__defaults__, method.__kwdefaults__, copy
     return copy
 
 
@@ -72,13 +72,17 @@ def _assigns_globals(code: CodeType) -> bool:
 
 def read(active: Active, method: Callable) -> None:
     """Raises ``NotFused`` if the attention that ``method`` calls is not to be ours."""
+    if seeing_ours(active, method) is method:
+        raise NotFused(f"its code does not call {_NAME}")
+    _check(active, method)
+
+
+def _check(active: Active, method: FunctionType) -> None:
     options = active.patch.options
     if options.attention is False:
         raise NotFused("attention=False")
     if options.exact:
         raise NotFused("exact=True, and MLX rounds scores")
-    if seeing_ours(active, method) is method:
-        raise NotFused(f"its code does not call {_NAME}")
     # A wrapper may carry the name of what it wraps, but neither its globals nor its type.
     names = getattr(method.__globals__[_NAME], "__globals__", {})
     is_of_mlx = type(mx.fast.scaled_dot_product_attention) is type(mx.eval)
@@ -94,7 +98,7 @@ def _attend(method: FunctionType, *args, **kwargs) -> mx.array:
     if call is not None:
         counter = call.active.patch.calls["attention"]
         try:
-            read(call.active, method)
+            _check(call.active, method)
             y = _run(call.module, *args, **kwargs)
         except NotFused as reason:
             counter.add(1, reason=str(reason))

@@ -92,7 +92,9 @@ class Active:
 
     def __init__(self, patch: Patch):
         self.patch = patch
-        self.copied: tuple = None, None  # of the module's method: what it was, and its copy (see attention)
+        self.copied: tuple = (
+            None,
+        ) * 5  # the module's method, what it was made of, and its copy (see attention)
         self._readings: dict[object, tuple[Kind, object, str | None]] = {}
 
     def reading(self, key: object, modules: Iterable, read: Callable):
