@@ -273,6 +273,11 @@ def test_a_shapeless_function_is_not_given_other_arrays(rng):
             mx.eval(function(*other))
 
 
+def test_a_window_wider_than_any_array(rng):
+    call = make(rng, 1, (4, 2, 6, 5), (10, 12), "causal", mx.float32)
+    assert mx.array_equal(replace(call, window=2**40)(), call())
+
+
 def test_operands_of_several_dtypes(rng):
     call = make(rng, 1, (4, 2, 6, 5), (10, 12), "added", mx.bfloat16, has_sinks=True)
     q, k, v, sinks = call.primals
@@ -397,6 +402,7 @@ def test_other_dtypes_are_mlxs(rng):
         ({"window": 3}, ValueError, "mask must be 'causal' where there is a window"),
         ({"mask": "causal", "window": 0}, ValueError, "window must be"),
         ({"window": 1.5}, TypeError, "window must be int but got float"),
+        ({"mask": "causal", "window": True}, TypeError, "window must be int but got bool"),
         ({"sinks": mx.ones(3)}, ValueError, r"sinks must have shape \(4,\) but got \(3,\)"),
         ({"sinks": 1.0}, TypeError, "sinks must be array but got float"),
         ({"stream": "cpu"}, TypeError, "stream must be Stream or Device or DeviceType but got str"),

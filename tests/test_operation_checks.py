@@ -355,12 +355,12 @@ def test_a_finding_keeps_the_worst():
     assert finding.layer == "d" and finding.verdict == "failed"
 
 
-MASKS = ["none", "causal", "boolean", "added", "padding"]
+MASKS = ["none", "causal", "boolean", "added", "padding", "holes"]
 
 
 def attentions(rng, dtype, has_sinks):
     for mask in MASKS:
-        for lengths in ((1, 30), (24, 24), (5, 40)):
+        for lengths in ((1, 30), (24, 24), (5, 40), (24, 9)):
             yield attention.make(rng, 2, (4, 2, 32, 24), lengths, mask, dtype, has_sinks)
 
 

@@ -9,6 +9,8 @@ import mlx.core as mx
 from mlx_fused import _ext
 from mlx_fused.operations.call import Stream, check_kinds
 
+_MANY = 2**31 - 1  # keys, more than any array has
+
 
 def fused_attention(
     q: mx.array,
@@ -60,6 +62,10 @@ def fused_attention(
     try:
         if type(scale) is mx.array:
             raise TypeError  # the extension would take it for a number, and its gradient would be lost
+        if type(window) is bool:
+            raise TypeError("[fused_attention] window must be int but got bool.")
+        if type(window) is int:
+            window = min(window, _MANY)
         return _ext.attention(q, k, v, scale, mask, window, sinks, stream)
     except TypeError:
         given = {"q": q, "k": k, "v": v, "scale": scale, "mask": mask, "window": window, "sinks": sinks}

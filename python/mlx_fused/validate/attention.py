@@ -18,7 +18,7 @@ from mlx_fused.validate.formulas import CERTAIN, FLOAT32, WHOLE, Expected, Share
 
 _FEW = 8  # queries, whose result is not computed in pairs
 _STEP = 1e-3  # of the derivative by the scale
-_EXPONENTIAL = 8  # units that a power may be off, with the rounding of its argument's last operations
+_LARGEST_POWER = 104  # e to minus that is 0; and so are units that a power may be off
 
 
 class Operands(NamedTuple):
@@ -29,6 +29,7 @@ class Operands(NamedTuple):
     v: np.ndarray
     scale: float
     mask: np.ndarray  # what is added to the scores; minus infinity hides a key
+    unseeing: np.ndarray  # which queries see no key by a boolean mask or by place: all scores are the same
     sinks: np.ndarray  # [1, heads, 1, 1], minus infinity where there are none
     group: int
     factor_unit: float  # the unit roundoff of what is multiplied with keys, values, ..., if it is rounded
@@ -47,11 +48,13 @@ def read(arguments: dict) -> Operands:
         added = np.where(np.array(mask), 0.0, -np.inf)
     else:
         added = exact(mask)
+    by_bytes = isinstance(mask, str) or (mask is not None and mask.dtype == mx.bool_)
+    unseeing = by_bytes & np.isinf(added).all(-1, keepdims=True)
     heads = np.full((1, q.shape[1], 1, 1), -np.inf) if sinks is None else exact(sinks).reshape(1, -1, 1, 1)
     k, v = (np.repeat(a, group, 1) for a in (k, v))
     dtype = mx.result_type(*(arguments[name] for name in ("q", "k", "v")))
     unit = DTYPES[dtype].unit if dtype == mx.bfloat16 else 0.0
-    return Operands(q, k, v, float(np.float32(arguments["scale"])), added, heads, group, unit)
+    return Operands(q, k, v, float(np.float32(arguments["scale"])), added, unseeing, heads, group, unit)
 
 
 def exact(array: mx.array) -> np.ndarray:
@@ -104,15 +107,21 @@ class _Softmax:
         self.of, self.scale = of, scale
         keys, dim = of.k.shape[2:]
         dots, sizes = of.q @ of.k.swapaxes(2, 3), np.abs(of.q) @ np.abs(of.k).swapaxes(2, 3)
-        scores = scale * dots + of.mask
+        # With sinks a query that sees no key sees them alone, else all keys alike.
+        alike = -np.inf if np.isfinite(of.sinks).any() else 0.0
+        scores = np.where(of.unseeing, alike, scale * dots + of.mask)
         top = np.maximum(scores.max(-1, initial=-np.inf, keepdims=True), of.sinks)
         shown = np.where(np.isfinite(top), top, 0.0)
         powers, of_sink = np.exp(scores - shown), np.exp(of.sinks - shown)
         total = powers.sum(-1, keepdims=True) + of_sink
+        total = np.where(total == 0, 1, total)  # of scores of minus infinity alone, whose result is 0
         self.p, self.of_sink = powers / total, of_sink / total
         # Of a power, relative to it: what its score may be off, and the exponential.
-        of_scores = (lost(dim) + 2 * FLOAT32) * scale * sizes + FLOAT32 * np.abs(np.where(powers, scores, 0))
-        off = np.where(powers, of_scores + FLOAT32 * (np.abs(shown) + _EXPONENTIAL), 0).max(-1, keepdims=True)
+        sizes = abs(scale) * sizes
+        of_scores = (lost(dim) + 2 * FLOAT32) * sizes
+        # Adding a mask loses no more than what is added to it.
+        of_scores = of_scores + np.minimum(FLOAT32 * np.abs(np.where(powers, scores, 0)), sizes)
+        off = np.where(powers, of_scores + FLOAT32 * _LARGEST_POWER, 0).max(-1, initial=0, keepdims=True)
         self.relative = 2 * off + lost(keys)
 
     def output(self) -> _Sum:
@@ -148,8 +157,8 @@ class _Softmax:
         delta, of_delta = parts.sum(-1, keepdims=True), lost(v_dim) * np.abs(parts).sum(-1, keepdims=True)
         slope = g @ of.v.swapaxes(2, 3) - delta
         of_slope = of_delta + lost(v_dim) * (np.abs(g) @ np.abs(of.v).swapaxes(2, 3))
-        ds = p * slope
-        of_ds = p * of_slope + (self.relative + 2 * FLOAT32) * np.abs(ds)
+        ds = np.where(of.unseeing, 0, p * slope)
+        of_ds = np.where(of.unseeing, 0, p * of_slope) + (self.relative + 2 * FLOAT32) * np.abs(ds)
         found = {
             "q": self._by_query(ds, of_ds, self.scale * of.k, of.factor_unit),
             "k": self._by_key(ds, of_ds, self.scale * of.q),
