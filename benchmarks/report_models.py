@@ -17,7 +17,7 @@ def show(console: Console, result: dict) -> None:
         "memory": "Peak memory, GB",
         "limits": "Share of the machine's rates reached",
         "parts": "Where the time of the patched model goes",
-        "attention": "One layer of the patched model, with either attention",
+        "layers": "One layer of the patched model, with either attention",
         "graphs": "Making the graph of a layer in decode, without evaluating it",
         "scaling": "Scaled time and memory of a small stock model, as parts of those of the whole",
     }
@@ -77,7 +77,7 @@ def _tables(result: dict) -> dict[str, Table]:
             [*first, *PARTS],
             [[*_what(r), *(f"{r['parts'][part]:.0%}" for part in PARTS)] for r in records if r["parts"]],
         ),
-        "attention": (
+        "layers": (
             [*first, "ours", "MLX's", "ratio"],
             [[*_what(r), *_layer(r["layer_s"])] for r in records],
         ),

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-PLACES = ("models", "memory", "limits", "parts", "attention", "graphs", "scaling")
+PLACES = ("models", "memory", "limits", "parts", "layers", "graphs", "scaling")
 
 
 @pytest.fixture
