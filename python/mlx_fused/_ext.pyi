@@ -6,28 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import mlx.core
 
-from mlx_fused.patching.stand_in import (
-    <lambda> as __contains__,
-    <lambda> as __delattr__,
-    <lambda> as __delitem__,
-    <lambda> as __dir__,
-    <lambda> as __eq__,
-    <lambda> as __getitem__,
-    <lambda> as __hash__,
-    <lambda> as __ior__,
-    <lambda> as __iter__,
-    <lambda> as __len__,
-    <lambda> as __ne__,
-    <lambda> as __or__,
-    <lambda> as __repr__,
-    <lambda> as __reversed__,
-    <lambda> as __ror__,
-    <lambda> as __setattr__,
-    <lambda> as __setitem__,
-    <lambda> as __sizeof__,
-    <lambda> as __str__
-)
-
 
 class Operation:
     """An operation without its arrays."""
@@ -128,6 +106,44 @@ class StandIn:
         """Return getattr(self, name)."""
 
     def __init__(self, layer: object, call: object, name: object, run: object | None, as_linear: object | None = None) -> None: ...
+
+    def __contains__(self, *args): ...
+
+    def __delattr__(self, *args): ...
+
+    def __delitem__(self, *args): ...
+
+    def __dir__(self, *args): ...
+
+    def __eq__(self, *args): ...
+
+    def __getitem__(self, *args): ...
+
+    def __ior__(self, *args): ...
+
+    def __iter__(self, *args): ...
+
+    def __len__(self, *args): ...
+
+    def __ne__(self, *args): ...
+
+    def __or__(self, *args): ...
+
+    def __repr__(self, *args): ...
+
+    def __reversed__(self, *args): ...
+
+    def __ror__(self, *args): ...
+
+    def __setattr__(self, *args): ...
+
+    def __setitem__(self, *args): ...
+
+    def __sizeof__(self, *args): ...
+
+    def __str__(self, *args): ...
+
+    def __hash__(self): ...
 
 class Slot:
     """

@@ -12,7 +12,16 @@ from mlx_fused._ext import StandIn, layer_of
 
 
 def _forward(name: str) -> Callable:
-    return lambda self, *args: getattr(layer_of(self), name)(*map(layer_of, args))
+    def forward(self, *args):
+        return getattr(layer_of(self), name)(*map(layer_of, args))
+
+    return _named(forward, name)
+
+
+def _named(method: Callable, name: str) -> Callable:
+    """As if it were the class's own, which stubs take it for."""
+    method.__name__, method.__qualname__, method.__module__ = name, f"StandIn.{name}", StandIn.__module__
+    return method
 
 
 # Special methods that Python looks up in the type, not in the object.
@@ -22,7 +31,7 @@ for _name in (
     *("__setattr__", "__setitem__", "__sizeof__", "__str__"),
 ):
     setattr(StandIn, _name, _forward(_name))
-StandIn.__hash__ = lambda self: hash(layer_of(self))
+StandIn.__hash__ = _named(lambda self: hash(layer_of(self)), "__hash__")
 
 
 def unwrapped(value, seen: tuple = ()):
