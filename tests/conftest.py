@@ -1,6 +1,7 @@
 import fcntl
 import os
 import platform
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,9 @@ from hypothesis import settings
 
 # What this machine's user has measured must not decide about a test.
 os.environ["MLX_FUSED_CACHE"] = os.devnull
+
+# What a shell runs in the background ignores interrupts, and so would the processes that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The simulator runs on x86-64 Linux alone; elsewhere `make test-metal` has the real GPU.
 SIMULATED = [

@@ -386,7 +386,7 @@ def test_after_ctrl_c_the_file_is_as_it_was(route_cache):
     assert tune.stdout.readline() == "begun\n"
     time.sleep(0.3)  # anywhere within
     tune.send_signal(signal.SIGINT)
-    _, err = tune.communicate()
+    _, err = tune.communicate(timeout=300)
     assert tune.returncode == 130 and "Aborted!" in err and "Traceback" not in err
     assert path.read_bytes() == before
     assert sorted(p.name for p in route_cache.iterdir()) == ["routes.json", "routes.json.lock"]
