@@ -88,8 +88,8 @@ mx::array attention(const Arrays& inputs, const AttentionKind& kind, mx::Stream 
   return Attention::of(ours, kind, s)[0];
 }
 
-Arrays Attention::of(const Arrays& inputs, const AttentionKind& kind, mx::Stream s) {
-  auto primitive = std::make_shared<Attention>(s, kind);
+Arrays Attention::of(const Arrays& inputs, const AttentionKind& kind, mx::Stream s, bool differentiated) {
+  auto primitive = std::make_shared<Attention>(s, kind, differentiated);
   return mx::array::make_arrays(
       primitive->output_shapes(inputs), {inputs[0].dtype(), mx::float32}, primitive, inputs);
 }
@@ -114,6 +114,7 @@ Function Attention::composed() {
 
 Arrays Attention::vjp(
     const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
+  differentiated_ = true;
   // Nothing but AttentionGrad reads the softmaxes, whose own derivatives do not: their cotangent is always 0.
   // A custom function that consumes this output may return a cotangent of another dtype.
   Arrays inputs = {mx::astype(cotangents[0], outputs[0].dtype(), stream()), outputs[0], outputs[1]};

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <atomic>
+
 #include "mlx_fused/fused_primitive.h"
 
 // Attention of arrays that are there already: softmax(scale q k^T + mask) v.
@@ -24,9 +26,11 @@ mx::array attention(const Arrays& inputs, const AttentionKind& kind, mx::Stream 
 // large scores, such as those of a mask of large negative numbers, would swallow.
 class Attention : public FusedPrimitive {
  public:
-  Attention(mx::Stream stream, const AttentionKind& kind) : FusedPrimitive(stream), kind_(kind) {}
+  Attention(mx::Stream stream, const AttentionKind& kind, bool differentiated = false)
+      : FusedPrimitive(stream), kind_(kind), differentiated_(differentiated) {}
 
-  static Arrays of(const Arrays& inputs, const AttentionKind& kind, mx::Stream s);
+  static Arrays of(
+      const Arrays& inputs, const AttentionKind& kind, mx::Stream s, bool differentiated = false);
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   Arrays vjp(
@@ -40,11 +44,12 @@ class Attention : public FusedPrimitive {
  protected:
   Function composed() override;
   Arrays apply(const Arrays& inputs) override {
-    return of(inputs, kind_, stream());
+    return of(inputs, kind_, stream(), differentiated_);
   }
 
  private:
   const AttentionKind kind_;
+  std::atomic<bool> differentiated_;  // vjp, which sets it, is called before evaluation
 };
 
 // Takes the cotangent, both outputs of Attention and its inputs. Gives the gradients of q, k, v and the

@@ -184,6 +184,13 @@ def test_large_scores(rng):
             check(rng, call.with_primals([call.q * factor, *call.primals[1:]]))
 
 
+@pytest.mark.parametrize("queries", [1, 8, 9, 60])
+def test_shares_sum_to_one_in_the_gradient_of_large_scores(rng, queries):
+    q, k, v = (normal(rng, (1, 2, n, 64)) for n in (queries, 40, 40))
+    dv = mx.grad(lambda v: fused_attention(300 + q, 300 + k, v, scale=0.125).sum())(v)
+    np.testing.assert_allclose(oracle.exact(dv).sum(2), queries, rtol=80 * oracle.UNIT_ROUNDOFF[mx.float32])
+
+
 def loss(attention, mask, sinks):
     return lambda q, k, v: (attention(q, k, v, scale=0.3, mask=mask, sinks=sinks) ** 3).sum()
 

@@ -23,8 +23,12 @@ def peak(function, arrays):
     mx.clear_cache()
     mx.reset_peak_memory()
     held = mx.get_active_memory()
-    outputs = function()
-    mx.eval(outputs)
+    limit = mx.set_memory_limit(0)  # so that evaluation waits for what it began, whatever the machine's load
+    try:
+        outputs = function()
+        mx.eval(outputs)
+    finally:
+        mx.set_memory_limit(limit)
     return mx.get_peak_memory() - held + nbytes(arrays)
 
 

@@ -18,7 +18,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make
 
 import mlx_fused
 from graph import primitives
-from mlx_fused.patching.attention import seeing_ours
+from mlx_fused.patching import attention, copied
 from mlx_fused.patching.projections import watching
 from mlx_fused.patching.registry import Active
 from tiny_models import HIDDEN, LAYERS, loss, make, tokens
@@ -279,7 +279,7 @@ def test_code_that_changes_globals_runs_itself(body):
     (report,) = mlx_fused.patch(layer).layers
     assert not report.attention.fused
     layer(mx.ones((1, 5, 32)))
-    assert module.count > 0 and seeing_ours(Active(None), own := module.Attention.__call__) is own
+    assert module.count > 0 and copied.seeing(Active(None), own := module.Attention.__call__, attention.ours) is own
 
 
 def test_a_scale_that_is_an_array_stays_mlxs():

@@ -19,6 +19,7 @@ from mlx_fused.operations import (  # noqa: E402
     fused_qkv_projection,
     fused_qkv_projection_bwd,
     fused_rms_norm,
+    fused_rope,
 )
 from mlx_fused.patching import patch, patched, unpatch  # noqa: E402
 from mlx_fused.tuning import use_table  # noqa: E402
@@ -36,6 +37,7 @@ __all__ = [
     "fused_qkv_projection",
     "fused_qkv_projection_bwd",
     "fused_rms_norm",
+    "fused_rope",
     "nn",
     "patch",
     "patched",

@@ -35,6 +35,8 @@ def attention(q: mlx.core.array, k: mlx.core.array, v: mlx.core.array, scale: fl
 
 def rms_norm(x: mlx.core.array, weight: mlx.core.array | None, eps: float, stream: mlx.core.Stream | mlx.core.ThreadLocalStream | mlx.core.Device | mlx.core.DeviceType | None) -> mlx.core.array: ...
 
+def rope(x: mlx.core.array, dims: int, traditional: bool, base: float | None, scale: float, offset: int | mlx.core.array, freqs: mlx.core.array | None, stream: mlx.core.Stream | mlx.core.ThreadLocalStream | mlx.core.Device | mlx.core.DeviceType | None) -> mlx.core.array: ...
+
 def difference(layers: Sequence) -> str | None:
     """
     Why one operation cannot compute these layers of the same input; None if it can.

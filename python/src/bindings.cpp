@@ -11,6 +11,7 @@
 #include "mlx_fused/attention.h"
 #include "mlx_fused/norm.h"
 #include "mlx_fused/projection.h"
+#include "mlx_fused/rope.h"
 #include "mlx_fused/routing.h"
 #include "mlx_fused/tuned_routes.h"
 #include "python/src/bindings.h"
@@ -202,6 +203,51 @@ mx::array rms_norm(const mx::array& x, const OptionalArray& weight, float eps, m
   return mlx_fused::rms_norm(x, weight, eps, false, mx::to_stream(s));
 }
 
+mx::array rope(
+    const mx::array& x,
+    int dims,
+    bool traditional,
+    const std::optional<float>& base,
+    float scale,
+    const std::variant<int, mx::array>& offset,
+    const OptionalArray& freqs,
+    mx::StreamOrDevice s) {
+  static const std::string operation = "fused_rope";
+  mlx_fused::Check check(operation);
+  check.floating({"x"}, x);
+  if (x.ndim() < 3) {
+    check.fail("x must have at least 3 dimensions but got ", x.ndim(), ".");
+  }
+  if (dims <= 0 || dims % 2 != 0 || dims > x.shape(-1)) {
+    check.fail("dims must be even, greater than 0 and at most ", x.shape(-1), " but got ", dims, ".");
+  }
+  if (base && freqs) {
+    check.fail("base must be left out where freqs is given but got ", *base, ".");
+  }
+  mlx_fused::RopeKind kind{
+      .dims = dims, .traditional = traditional, .base = base.value_or(10000), .scale = scale};
+  Arrays inputs = {x};
+  if (auto* places = std::get_if<mx::array>(&offset)) {
+    if (!mx::issubdtype(places->dtype(), mx::integer)) {
+      check.fail("offset must be integers but got ", places->dtype(), ".");
+    }
+    if (places->ndim() > 1 || (places->size() != 1 && places->size() != size_t(x.shape(0)))) {
+      check.fail("offset must have shape () or (", x.shape(0), ",) but got ", places->shape(), ".");
+    }
+    inputs.push_back(*places);
+    kind.has_offsets = true;
+  } else {
+    kind.offset = std::get<int>(offset);
+  }
+  if (freqs) {
+    check.shape({"freqs"}, *freqs, {dims / 2});
+    check.floating({"freqs"}, *freqs);
+    inputs.push_back(*freqs);
+    kind.has_freqs = true;
+  }
+  return mlx_fused::rope(std::move(inputs), kind, mx::to_stream(s));
+}
+
 using Mask = std::optional<std::variant<std::string, mx::array>>;
 
 mx::array attention(
@@ -378,6 +424,17 @@ NB_MODULE(_ext, m) {
       "sinks"_a.none(),
       "stream"_a.none());
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a, "stream"_a.none());
+  m.def(
+      "rope",
+      &rope,
+      "x"_a,
+      "dims"_a,
+      "traditional"_a,
+      "base"_a.none(),
+      "scale"_a,
+      "offset"_a,
+      "freqs"_a.none(),
+      "stream"_a.none());
   m.def(
       "difference",
       [](const nb::sequence& layers) { return mlx_fused::difference(linears(layers)); },

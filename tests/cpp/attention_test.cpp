@@ -84,7 +84,7 @@ class Test {
   }
 
   void run() {
-    attend(of_, out_->view, softmaxes_.data());
+    attend(of_, out_->view, softmaxes_.data(), random_() % 2 > 0);
     auto d_sinks = c_.has_sinks ? std::optional(d_sinks_.view) : std::nullopt;
     attend_grad(of_, g_->view, out_->view, softmaxes_.data(), dq_->view, dk_->view, dv_->view, d_sinks);
     std::vector<Result> of_sinks(c_.heads);

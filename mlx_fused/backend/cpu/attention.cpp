@@ -209,11 +209,12 @@ void attend_few(const Attention& of, const View& out, float* softmaxes) {
 
 }  // namespace
 
-void attend(const Attention& of, const View& out, float* softmaxes) {
+void attend(const Attention& of, const View& out, float* softmaxes, bool for_gradient) {
   if (of.q.batch * of.q.heads * of.q.seq == 0) {
     return;
   }
-  of.q.seq <= max_few_queries ? attend_few(of, out, softmaxes) : attend_many(of, out, softmaxes);
+  bool few = of.q.seq <= max_few_queries && !for_gradient;
+  few ? attend_few(of, out, softmaxes) : attend_many(of, out, softmaxes);
 }
 
 }  // namespace mlx_fused::cpu

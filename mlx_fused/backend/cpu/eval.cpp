@@ -13,8 +13,10 @@
 #include "mlx_fused/backend/cpu/norm.h"
 #include "mlx_fused/backend/cpu/parallel.h"
 #include "mlx_fused/backend/cpu/projection.h"
+#include "mlx_fused/backend/cpu/rope.h"
 #include "mlx_fused/norm.h"
 #include "mlx_fused/projection.h"
+#include "mlx_fused/rope.h"
 #include "mlx_fused/routing.h"
 
 namespace mlx_fused {
@@ -285,6 +287,28 @@ void RMSNormGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
       stream(), inputs, outputs, [=, eps = eps_] { cpu::rms_norm_grad(g, x, weight, dx, d_weight, eps); });
 }
 
+void Rope::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  allocate(outputs);
+  cpu::Rotation by{
+      .dims = kind_.dims,
+      .traditional = kind_.traditional,
+      .base = kind_.base,
+      .scale = kind_.scale,
+      .offsets = nullptr,
+      .offset_stride = 0,
+      .offset = kind_.offset};
+  if (kind_.has_offsets) {
+    by.offsets = inputs[1].data<int32_t>();
+    by.offset_stride = inputs[1].size() > 1 ? inputs[1].strides(0) : 0;
+  }
+  if (kind_.has_freqs) {
+    by.freqs = view_of(inputs.back());
+  }
+  dispatch(stream(), inputs, outputs, [x = view_of(inputs[0]), out = view_of(outputs[0]), by] {
+    cpu::rotate(x, out, by);
+  });
+}
+
 void Attention::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   allocate_by_place(outputs[0]);
   outputs[1].set_data(mx::allocator::malloc(outputs[1].nbytes()));
@@ -294,7 +318,8 @@ void Attention::eval_cpu(const Arrays& inputs, Arrays& outputs) {
       outputs,
       [of = attention_of(kind_, inputs.data()),
        out = view_of(outputs[0]),
-       softmaxes = outputs[1].data<float>()] { cpu::attend(of, out, softmaxes); });
+       softmaxes = outputs[1].data<float>(),
+       differentiated = differentiated_.load()] { cpu::attend(of, out, softmaxes, differentiated); });
 }
 
 void AttentionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {

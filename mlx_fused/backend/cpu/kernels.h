@@ -67,6 +67,10 @@ struct Kernels {
   // g = x's gradient, from that of the norm; dw += w's, unless it is null
   void (*rms_norm_grad)(
       const float* x, float* g, int64_t rows, int64_t ld, const float* w, float* dw, int64_t n, float eps);
+  // Of rope. The cosines and sines of place * turns[i], in turns
+  void (*circle)(const double* turns, double place, int64_t n, float* cosines, float* sines);
+  // Rotates pairs of x, each of which is two neighbours, or one of the first half and one of the second.
+  void (*rotate)(float* x, int64_t pairs, bool neighbours, const float* cosines, const float* sines);
   // Of attention. A column of scores, of n keys, belongs to one query; cols is a multiple of lanes.
   // scores = -inf where the mask is, else scores + mask
   void (*mask_scores)(const float* mask, float* scores, int64_t n);

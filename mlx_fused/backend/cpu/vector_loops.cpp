@@ -4,6 +4,7 @@
 #include "mlx_fused/backend/cpu/norm_loops.h"
 #include "mlx_fused/backend/cpu/panel_loops.h"
 #include "mlx_fused/backend/cpu/quantized_loops.h"
+#include "mlx_fused/backend/cpu/rope_loops.h"
 #include "mlx_fused/backend/cpu/vectors.h"
 
 namespace mlx_fused::cpu::MLX_FUSED_ISA {
@@ -189,6 +190,8 @@ const Kernels table = {
     .derive = derive,
     .rms_norm = rms_norm,
     .rms_norm_grad = rms_norm_grad,
+    .circle = circle,
+    .rotate = rotate,
     .mask_scores = mask_scores,
     .softmax = softmax,
     .softmax_grad = softmax_grad,

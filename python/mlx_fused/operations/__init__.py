@@ -8,6 +8,7 @@ from mlx_fused.operations.residual import (
     fused_output_projection_residual,
     fused_output_projection_residual_bwd,
 )
+from mlx_fused.operations.rope import fused_rope
 
 __all__ = [
     "fused_attention",
@@ -18,4 +19,5 @@ __all__ = [
     "fused_qkv_projection",
     "fused_qkv_projection_bwd",
     "fused_rms_norm",
+    "fused_rope",
 ]

@@ -64,13 +64,14 @@ def all_gradients(operation: _ext.Operation, names, cotangents, x, layers, has_b
 
 _KINDS = {
     **dict.fromkeys(
-        ("weight", "bias", "scales", "biases", "lora_a", "lora_b", "residual", "sinks"), mx.array
+        ("weight", "bias", "scales", "biases", "lora_a", "lora_b", "residual", "sinks", "freqs"), mx.array
     ),
     "mask": (str, mx.array),
     "norm[0]": mx.array,
-    **dict.fromkeys(("group_size", "bits", "window"), int),
-    **dict.fromkeys(("alpha", "limit", "lora_scale", "norm[1]", "eps", "scale"), (float, int)),
-    **dict.fromkeys(("exact", "has_bias"), bool),
+    "offset": (int, mx.array),
+    **dict.fromkeys(("group_size", "bits", "window", "dims"), int),
+    **dict.fromkeys(("alpha", "limit", "lora_scale", "norm[1]", "eps", "scale", "base"), (float, int)),
+    **dict.fromkeys(("exact", "has_bias", "traditional"), bool),
     **dict.fromkeys(("mode", "route"), str),
     "stream": (mx.Stream, mx.Device, mx.DeviceType),
 }
@@ -87,6 +88,8 @@ _OPTIONAL = {
     "mask",
     "window",
     "sinks",
+    "base",
+    "freqs",
     "route",
     "stream",
 }

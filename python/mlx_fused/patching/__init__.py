@@ -28,6 +28,7 @@ def patch(
     mlp: bool = True,
     linear: bool = True,
     norm: bool = True,
+    rope: bool = True,
     attention: Literal["auto"] | bool = "auto",
     lora: bool = True,
     exact: bool = False,
@@ -35,8 +36,8 @@ def patch(
 ) -> PatchReport:
     """Run the linear layers of ``model`` as fused operations, where possible.
 
-    The class of every module that has linear layers, and of every RMS norm, becomes a subclass of its own
-    class, and nothing else changes: parameters keep their names, and LoRA conversion, quantization, saving
+    The class of every module that has linear layers, of every RMS norm and of rotary positions becomes a
+    subclass of its own class, and nothing else changes: parameters keep their names, and LoRA conversion, quantization, saving
     and loading work as before. What cannot be fused runs the model's own code. Patching a patched model only
     replaces its options. With the environment variable ``MLX_FUSED=0`` every call runs the model's own code.
 
@@ -55,6 +56,8 @@ def patch(
             faster. Default: ``True``.
         norm (bool): Compute every ``mlx.nn.RMSNorm`` by our operation; on a GPU, for few tokens, inside the
             operation after it. Default: ``True``.
+        rope (bool): Compute rotary positions by our operation, where the code of a module that is nothing
+            else calls ``mx.fast.rope``; on a GPU they stay MLX's. Default: ``True``.
         attention (bool or str): Compute attention itself, where a module calls mlx-lm's
             ``scaled_dot_product_attention``, by our operation: ``"auto"`` where that is expected to be
             faster, on a CPU; ``True`` where there are kernels of ours, which is the same today; ``False``
@@ -72,7 +75,7 @@ def patch(
         TypeError: If ``model`` is not an ``mlx.nn.Module``.
         ValueError: If an option or the environment variable ``MLX_FUSED`` has an unknown value.
     """
-    report = _patch(model, Options(qkv, o_residual, mlp, linear, norm, attention, lora, exact))
+    report = _patch(model, Options(qkv, o_residual, mlp, linear, norm, rope, attention, lora, exact))
     if verbose:
         print(report, file=sys.stderr)
     return report
@@ -102,6 +105,7 @@ def patched(
     mlp: bool = True,
     linear: bool = True,
     norm: bool = True,
+    rope: bool = True,
     attention: Literal["auto"] | bool = "auto",
     lora: bool = True,
     exact: bool = False,
@@ -117,7 +121,7 @@ def patched(
     _check(model)
     before = [(module, roles_of(module), patch_of(module)) for module in model.modules()]
     try:
-        yield _patch(model, Options(qkv, o_residual, mlp, linear, norm, attention, lora, exact))
+        yield _patch(model, Options(qkv, o_residual, mlp, linear, norm, rope, attention, lora, exact))
     finally:
         for module, roles, earlier in before:
             if earlier is None:
@@ -132,7 +136,7 @@ def _patch(model: nn.Module, options: Options) -> PatchReport:
         value = getattr(options, name)
         if not isinstance(value, bool) and value != "auto":
             raise ValueError(f"{name} must be 'auto', True or False but got {value!r}.")
-    for name in ("qkv", "mlp", "linear", "norm", "lora", "exact"):
+    for name in ("qkv", "mlp", "linear", "norm", "rope", "lora", "exact"):
         if not isinstance(value := getattr(options, name), bool):
             raise ValueError(f"{name} must be True or False but got {value!r}.")
     switched_off()  # raises if MLX_FUSED has an unknown value

@@ -1,79 +1,33 @@
-"""Gives the code of an attention module our attention, under the name that it knows mlx-lm's by.
-
-No global is changed: while a patched module runs, its code is a copy that looks its globals up elsewhere.
-"""
+"""Gives the code of an attention module our attention, under the name that it knows mlx-lm's by."""
 
 from __future__ import annotations
 
-import dis
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from types import CodeType, FunctionType
+from types import FunctionType
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fused._ext import has_kernels, is_gpu, running
 from mlx_fused.operations import fused_attention
-from mlx_fused.patching import projections
+from mlx_fused.patching import copied, projections
 from mlx_fused.patching.projections import NotFused
 from mlx_fused.patching.registry import Active
 
 _NAME = "scaled_dot_product_attention"
 
 
-class _Globals(dict):
-    """Those of a function as they are at any time, but for our attention."""
-
-    def __init__(self, of: dict, attention: Callable):
-        # What Python looks up without __missing__, such as __package__.
-        super().__init__({name: value for name, value in of.items() if name.startswith("__")})
-        self[_NAME] = attention
-        self._of = of
-
-    def __missing__(self, name: str):
-        return self._of[name]
-
-
-def seeing_ours(active: Active, method: Callable) -> Callable:
-    """A copy of ``method`` that sees our attention; ``method`` itself if it does not call mlx-lm's."""
-    if type(method) is not FunctionType:
-        return method
-    of, code, defaults, keywords, copy = active.copied
-    is_same = of is method and code is method.__code__
-    if not is_same or defaults is not method.__defaults__ or keywords is not method.__kwdefaults__:
-        copy = _copy(method)
-        active.copied = method, method.__code__, method.__defaults__, method.__kwdefaults__, copy
-    return copy
-
-
-def _copy(method: FunctionType) -> FunctionType:
-    names, codes = method.__globals__, list(_codes(method.__code__))
-    calls_it = _NAME in names and any(_NAME in code.co_names for code in codes)
-    if not calls_it or any(map(_assigns_globals, codes)):  # which a copy would do elsewhere
-        return method
-    own = _Globals(names, partial(_attend, method))
-    copy = FunctionType(codes[0], own, method.__name__, method.__defaults__, method.__closure__)
-    copy.__kwdefaults__ = method.__kwdefaults__
-    return copy
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    """The code of a function and of those in it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
-def _assigns_globals(code: CodeType) -> bool:
-    return any(i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for i in dis.get_instructions(code))
+def ours(active: Active, method: FunctionType) -> dict[str, object]:
+    """What the code of ``method`` is to see; nothing if it does not call mlx-lm's."""
+    calls_it = _NAME in method.__globals__ and _NAME in copied.read_globals(method)
+    return {_NAME: partial(_attend, method)} if calls_it else {}
 
 
 def read(active: Active, method: Callable) -> None:
     """Raises ``NotFused`` if the attention that ``method`` calls is not to be ours."""
-    if seeing_ours(active, method) is method:
-        raise NotFused(f"its code does not call {_NAME}")
+    if copied.seeing(active, method, ours) is method:
+        raise NotFused(f"its __call__ does not call mlx-lm's {_NAME}")
     _check(active, method)
 
 

@@ -7,7 +7,7 @@ import re
 import mlx.nn as nn
 from mlx.nn.layers import distributed
 
-from mlx_fused.patching import mlp, norm, residual
+from mlx_fused.patching import mlp, norm, residual, rope
 from mlx_fused.patching.formula import Unknown
 from mlx_fused.patching.projections import EMBEDDINGS
 from mlx_fused.patching.registry import Obstacles, Roles, original_of, own_method, roles_of
@@ -81,6 +81,8 @@ def _heads(modules: dict[str, nn.Module]) -> dict[int, tuple[str, ...]]:
 def _roles(module: nn.Module, heads: tuple[str, ...]) -> Roles:
     if norm.is_norm(module):
         return Roles("__call__", "norm", (), None, ())
+    if rope.is_rope(module):
+        return Roles("__call__", "rope", (), None, ())
     entry = next((name for name in _ENTRIES if hasattr(module, name)), None)
     linears = [name for name, layer in module.items() if _is_linear(layer)]
     inputs = next((names for names in _INPUTS if all(name in module for name in names)), ())

@@ -8,7 +8,7 @@ from functools import cache, wraps
 import mlx.nn as nn
 
 from mlx_fused._ext import Slot, add_to, run_as, running
-from mlx_fused.patching import attention, calls, mlp, norm
+from mlx_fused.patching import attention, calls, copied, mlp, norm, rope
 from mlx_fused.patching.calls import Call
 from mlx_fused.patching.projections import KNOWN, NotFused
 from mlx_fused.patching.registry import (
@@ -107,6 +107,8 @@ def report(name: str, module: nn.Module, roles: Roles, active: Active) -> LayerR
         add("mlp", lambda: mlp.read_note(module, active, own_method(original_of(module), roles.entry)))
     if roles.kind == "norm":
         add("norm", lambda: norm.read(active, own_method(original_of(module), roles.entry)))
+    if roles.kind == "rope":
+        add("rope", lambda: rope.read(active, own_method(original_of(module), roles.entry)))
     if "residual" in roles.parts:
         add("residual", lambda: calls.read_output(module, active, roles.output))
     if roles.kind == "experts":
@@ -143,6 +145,10 @@ def _entry(original: type, roles: Roles) -> Callable:
     def call(self, *args, **kwargs):
         method = original.__dict__.get(name) or own_method(original, name)
         is_on = not switched_off()
+        if roles.kind == "rope":  # which has no layers
+            active = active_of(self) if is_on else None
+            method = method if active is None else copied.seeing(active, method, rope.ours)
+            return method.__get__(self, original)(*args, **kwargs)
         if instead and is_on and (active := active_of(self)) is not None:
             x = args[0] if len(args) == 1 and not kwargs else _only(method, args, kwargs)
             y = instead(self, active, method, x)
@@ -151,7 +157,7 @@ def _entry(original: type, roles: Roles) -> Callable:
         state, active = _begin(self) if is_on else (None, None)
         call = Call(self, roles, active) if active is not None else None
         if call is not None and roles.kind == "attention":
-            method = attention.seeing_ours(active, method)
+            method = copied.seeing(active, method, attention.ours)
         try:
             return run_as(call, self, method.__get__(self, original), args, kwargs)
         finally:

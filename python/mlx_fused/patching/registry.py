@@ -22,7 +22,7 @@ class Roles(NamedTuple):
     """What a module's layers are for, by their names."""
 
     entry: str | None  # the method that calls them
-    kind: Literal["attention", "mlp", "norm", "experts"] | None
+    kind: Literal["attention", "mlp", "norm", "rope", "experts"] | None
     inputs: tuple[str, ...]  # of queries, keys and values; empty if the module does not have all three
     output: str | None  # what the module returns the output of
     others: tuple[str, ...]
@@ -50,6 +50,7 @@ _PARTS = {
     "attention": ("qkv", "attention", "residual"),
     "mlp": ("mlp", "residual"),
     "norm": ("norm",),
+    "rope": ("rope",),
     "experts": ("experts",),
     None: (),
 }
@@ -71,6 +72,7 @@ class Options:
     mlp: bool
     linear: bool
     norm: bool
+    rope: bool
     attention: Literal["auto"] | bool
     lora: bool
     exact: bool
@@ -92,9 +94,7 @@ class Active:
 
     def __init__(self, patch: Patch):
         self.patch = patch
-        self.copied: tuple = (
-            None,
-        ) * 5  # the module's method, what it was made of, and its copy (see attention)
+        self.copied: tuple = (None,) * 5  # the module's method, what it was made of, and its copy
         self._readings: dict[object, tuple[Kind, object, str | None]] = {}
 
     def reading(self, key: object, modules: Iterable, read: Callable):

@@ -15,6 +15,7 @@ TITLES = {
     "residual": "the output projection with its residual",
     "linear": "other linear layers",
     "norm": "the RMS norm",
+    "rope": "rotary positions",
     "experts": "experts",
 }
 PARTS = tuple(TITLES)
@@ -25,6 +26,7 @@ _COLUMNS = {
     "residual": "output projection + residual",
     "linear": "other layers",
     "norm": "RMS norm",
+    "rope": "rope",
     "experts": "experts",
 }
 
@@ -115,7 +117,7 @@ class Part:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One module with linear layers, or an RMS norm. A part that it does not have is ``None``.
+    """One module with linear layers, an RMS norm or rotary positions. A part that it does not have is ``None``.
 
     Attributes:
         name (str): Its name in the model, such as ``model.layers.0.self_attn``.
@@ -125,6 +127,7 @@ class LayerReport:
         residual (Part or None): Of both: the last projection with the residual.
         linear (Part or None): Every other linear layer, each by itself.
         norm (Part or None): Of an RMS norm: itself.
+        rope (Part or None): Of rotary positions: themselves.
         experts (Part or None): Of a mixture's experts: their layers, which are never fused.
     """
 
@@ -135,6 +138,7 @@ class LayerReport:
     residual: Part | None = None
     linear: Part | None = None
     norm: Part | None = None
+    rope: Part | None = None
     experts: Part | None = None
 
     @property
@@ -146,13 +150,14 @@ class LayerReport:
 @dataclass(frozen=True, repr=False)
 class PatchReport:
     """What :func:`mlx_fused.patch` did, module by module; prints as a table,
-    in which norms are left out if they are fused.
+    in which norms and rotary positions are left out if they are fused.
 
     What is fused, and why the rest is not, was determined when ``patch`` was called; calls are counted as
     they happen.
 
     Attributes:
-        modules (tuple): A :class:`LayerReport` for each module with linear layers and each RMS norm.
+        modules (tuple): A :class:`LayerReport` for each module with linear layers, RMS norm and rotary
+            positions.
     """
 
     modules: tuple[LayerReport, ...]
@@ -192,8 +197,8 @@ class PatchReport:
     def __repr__(self) -> str:
         if not self.modules:
             return self.summary
-        # Norms are many, and alike.
-        shown = [module for module in self.modules if module.norm is None or not module.norm.fused]
+        # These are many, and alike.
+        shown = [m for m in self.modules if (part := m.norm or m.rope) is None or not part.fused]
         if not shown:
             return self.summary
         present = [name for name in PARTS if any(name in module.parts for module in shown)]

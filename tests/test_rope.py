@@ -1,0 +1,309 @@
+"""Rotary positions."""
+
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import oracle
+from graph import primitives
+from mlx_fused import fused_rope
+from operands import DTYPES, normal
+from test_threads import in_threads
+
+BASE = 10000.0
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+ways = pytest.mark.parametrize("traditional", [False, True], ids=["halves", "neighbours"])
+# Heads or none, one place and more than are worked on at once, all of a head and less, one pair.
+SHAPES = [
+    ((2, 3, 5, 64), 64),
+    ((2, 3, 5, 64), 22),
+    ((1, 32, 1, 128), 128),
+    ((2, 2, 300, 32), 32),
+    ((3, 7, 10), 6),
+    ((1, 1, 4, 2), 2),
+    ((2, 1, 3, 256), 256),
+]
+FAR = [0, 7, 1_000_000, -3]
+
+
+def angles(places, dims, base=BASE, scale=1.0, freqs=None):
+    """[..., dims / 2]"""
+    half = dims // 2
+    frequency = base ** (-np.arange(half) / half) if freqs is None else 1 / freqs
+    return scale * places[..., None] * frequency
+
+
+def formula(x, dims, traditional, angle):
+    """``angle`` is [batch or 1, places, dims / 2]; x is [batch, (heads,) places, head_dim]."""
+    if x.ndim == 4:
+        angle = angle[:, None]
+    x, half = x.copy(), dims // 2
+    first, second = np.s_[..., 0:dims:2], np.s_[..., 1:dims:2]
+    if not traditional:
+        first, second = np.s_[..., :half], np.s_[..., half:dims]
+    a, b, c, s = x[first], x[second], np.cos(angle), np.sin(angle)
+    x[first], x[second] = a * c - b * s, a * s + b * c
+    return x
+
+
+def places_of(x, offset=0):
+    return (np.reshape(offset, (-1, 1)) + np.arange(x.shape[-2])).astype(np.float64)
+
+
+def check(x, dims, traditional, offset=0, **options):
+    """Rounded once, from what float32 makes of two products with a sine that is off by two roundings."""
+    y = fused_rope(x, dims, traditional=traditional, offset=offset, **options)
+    freqs = options.pop("freqs", None)
+    given = {k: float(np.float32(v)) for k, v in options.items()}  # scale and base, as float32
+    angle = angles(places_of(x, oracle.exact(offset)), dims, freqs=oracle.exact(freqs), **given)
+    wide = oracle.exact(x)
+    size = formula(np.abs(wide), dims, traditional, 0 * angle)
+    partner = formula(np.abs(wide), dims, traditional, 0 * angle + np.pi / 2)
+    assert y.shape == x.shape and y.dtype == x.dtype
+    error = 4 * oracle.UNIT_ROUNDOFF[mx.float32] * (size + np.abs(partner))
+    oracle.assert_rounded(y, formula(wide, dims, traditional, angle), error)
+
+
+@dtypes
+@ways
+@pytest.mark.parametrize("offset", FAR)
+@pytest.mark.parametrize(("shape", "dims"), SHAPES, ids=str)
+def test_values(rng, shape, dims, offset, traditional, dtype):
+    check(normal(rng, shape, dtype), dims, traditional, offset)
+
+
+@ways
+@pytest.mark.parametrize("options", [{"base": 500000.0}, {"scale": 0.125}, {"base": 7.5, "scale": -3.0}], ids=str)
+def test_base_and_scale(rng, options, traditional):
+    check(normal(rng, (2, 3, 9, 64)), 64, traditional, 1234, **options)
+
+
+@dtypes
+@ways
+def test_frequencies(rng, traditional, dtype):
+    freqs = mx.array(rng.uniform(0.5, 1e4, 32), dtype=dtype)
+    for given in (freqs, mx.repeat(freqs, 2)[::-2]):
+        check(normal(rng, (2, 3, 9, 64)), 64, traditional, 77, freqs=given)
+
+
+def test_infinite_frequencies_do_not_rotate(rng):
+    x = normal(rng, (1, 2, 5, 8))
+    y = fused_rope(x, 8, freqs=mx.array([1.0, mx.inf, 2.0, mx.inf]))
+    oracle.assert_equal(y[..., [1, 3, 5, 7]], x[..., [1, 3, 5, 7]])
+    assert not mx.array_equal(y, x)
+
+
+@ways
+@pytest.mark.parametrize("kind", [mx.int32, mx.int64, mx.uint8], ids=str)
+def test_offsets_of_a_batch(rng, kind, traditional):
+    x = normal(rng, (3, 2, 4, 16))
+    offsets = mx.array([5, 0, 200], kind)
+    for given in (offsets, offsets[:1], offsets[2], mx.array([5, 9, 0, 9, 200, 9], kind)[::2]):
+        check(x, 16, traditional, given)
+
+
+VIEWS = {
+    "heads apart": lambda x: x.swapaxes(1, 2),
+    "turned": lambda x: x.transpose(3, 2, 1, 0),
+    "a window": lambda x: x[:, 1:, :, 2:],
+    "reversed": lambda x: x[:, ::-1, ::-1, ::-1],
+    "every other": lambda x: x[:, ::2, :, ::2],
+    "broadcast": lambda x: mx.broadcast_to(x[:1, :, :1], x.shape),
+}
+
+
+@dtypes
+@ways
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_layouts(rng, view, traditional, dtype):
+    """A layout makes no difference, to any bit."""
+    x = view(normal(rng, (8, 6, 6, 8), dtype))
+    dims = x.shape[-1] // 2 * 2
+    call = [fused_rope(a, dims, traditional=traditional, offset=3) for a in (x, mx.contiguous(x))]
+    oracle.assert_equal(*call)
+    check(x, dims, traditional, 3)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 8), (1, 0, 3, 8), (1, 2, 0, 8), (2, 0, 8)], ids=str)
+def test_of_nothing(shape):
+    x = mx.ones(shape)
+    assert fused_rope(x, 8).shape == shape
+    assert mx.grad(lambda x: fused_rope(x, 8).sum())(x).shape == shape
+
+
+def test_not_a_number_stays_in_its_pair(rng):
+    x = normal(rng, (1, 2, 5, 8))
+    expected = fused_rope(x, 6)
+    for value in (mx.nan, mx.inf, -mx.inf):
+        wrong = mx.array(x)
+        wrong[0, 1, 2, 4] = value
+        y, pair = np.array(fused_rope(wrong, 6)), np.zeros(x.shape, bool)
+        pair[0, 1, 2, [1, 4]] = True
+        assert not np.isfinite(y[pair]).any()
+        np.testing.assert_array_equal(y[~pair], np.array(expected)[~pair])
+
+
+@dtypes
+@ways
+@pytest.mark.parametrize("dims", [64, 22])
+def test_gradient_is_the_cotangent_rotated_back(rng, dims, traditional, dtype):
+    x, g = normal(rng, (2, 3, 5, 64), dtype), normal(rng, (2, 3, 5, 64), dtype)
+    offsets = mx.array([4, 90])
+    (d_x,) = mx.vjp(lambda x: [fused_rope(x, dims, traditional=traditional, offset=offsets)], [x], [g])[1]
+    angle = angles(places_of(x, np.array(offsets)), dims)
+    wide = oracle.exact(g)
+    size = 4 * oracle.UNIT_ROUNDOFF[mx.float32] * 2 * np.abs(wide).max()
+    assert d_x.dtype == dtype
+    oracle.assert_rounded(d_x, formula(wide, dims, traditional, -angle), size)
+    # What the formula rotates back is what it rotated.
+    back = formula(formula(wide, dims, traditional, angle), dims, traditional, -angle)
+    np.testing.assert_allclose(back, wide, rtol=0, atol=1e-12)
+
+
+def test_the_formula_of_the_gradient(rng):
+    """By differences of the rotation's."""
+    x, g = rng.standard_normal((1, 1, 2, 6)), rng.standard_normal((1, 1, 2, 6))
+    angle = angles(places_of(x, 3), 6)
+    expected, step = formula(g, 6, True, -angle), 1e-6
+    for at in np.ndindex(x.shape):
+        ends = []
+        for moved in (-step, step):
+            other = x.copy()
+            other[at] += moved
+            ends.append((g * formula(other, 6, True, angle)).sum())
+        assert abs((ends[1] - ends[0]) / (2 * step) - expected[at]) < 1e-8
+
+
+def loss(rope, x, freqs, offset):
+    return (rope(x, freqs, offset) ** 3 * mx.arange(x.shape[-1])).sum()
+
+
+def ours(x, freqs, offset):
+    return fused_rope(x, 8, freqs=freqs, offset=offset)
+
+
+def mlxs(x, freqs, offset):
+    return mx.fast.rope(x, 8, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
+
+
+TRANSFORMS = {
+    "grad": lambda f, o: lambda x, w: mx.grad(f)(x, w, o),
+    "compile of grad": lambda f, o: lambda x, w: mx.compile(mx.grad(f))(x, w, o),
+    "grad of compile": lambda f, o: lambda x, w: mx.grad(mx.compile(f))(x, w, o),
+    "grad of checkpoint": lambda f, o: lambda x, w: mx.grad(mx.checkpoint(f))(x, w, o),
+    "of the frequencies": lambda f, o: lambda x, w: mx.grad(f, 1)(x, w, o),
+    "of both": lambda f, o: lambda x, w: mx.grad(f, (0, 1))(x, w, o),
+    "grad of grad": lambda f, o: mx.grad(lambda x, w: (mx.grad(f)(x, w, o) ** 2).sum()),
+    "jvp": lambda f, o: lambda x, w: mx.jvp(lambda x, w: f(x, w, o), [x, w], [2 * x, w])[1],
+    "jvp of grad": lambda f, o: lambda x, w: mx.jvp(lambda x: mx.grad(f)(x, w, o), [x], [x + 1])[1],
+    "vmap": lambda f, o: lambda x, w: mx.vmap(lambda x: f(x, w, o), 1)(mx.stack([x, 2 * x], 1)),
+    "vmap of grad": lambda f, o: lambda x, w: mx.vmap(mx.grad(lambda x: f(x, w, o)))(mx.stack([x, 2 * x])),
+    "vmap of frequencies": lambda f, o: lambda x, w: mx.vmap(lambda w: f(x, w, o))(mx.stack([w, 2 * w])),
+}
+
+
+@pytest.mark.parametrize("offset", [3, mx.array(3), mx.array([3, 40])], ids=["int", "array", "batch"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_are_those_of_mlxs(rng, transform, offset):
+    x, freqs = normal(rng, (2, 3, 5, 10)), mx.array(rng.uniform(0.5, 100, 4), dtype=mx.float32)
+    results = []
+    for rope in (ours, mlxs):
+        results.append(oracle.leaves(transform(lambda *a, f=rope: loss(f, *a), offset)(x, freqs)))
+    for a, b in zip(*results, strict=True):
+        size = float(mx.abs(b).max())
+        assert size > 0 and float(mx.abs(a - b).max()) < 2.0**-16 * size
+
+
+def test_compiled_without_shapes_takes_other_lengths(rng):
+    """MLX's own cannot be compiled so."""
+
+    def both(x):
+        return mx.value_and_grad(lambda x: (fused_rope(x, 8, offset=2) ** 2 * x).sum())(x)
+
+    compiled = mx.compile(both, shapeless=True)
+    for length in (3, 1, 70):
+        x = normal(rng, (1, 2, length, 8))
+        oracle.assert_equal(compiled(x)[1], both(x)[1])
+
+
+def test_equal_rotations_merge_and_others_do_not(rng):
+    x = normal(rng, (1, 2, 3, 8))
+    kinds = [{}, {}, {"offset": 1}, {"base": 5.0}, {"scale": 2.0}, {"traditional": True}]
+
+    def rotations(x):
+        return sum(fused_rope(x, 8, **kind) for kind in kinds) + fused_rope(x, 6)
+
+    compiled = mx.compile(rotations)(x)
+    assert primitives(compiled)["FusedRope"] == 6
+    oracle.assert_equal(compiled, rotations(x))
+
+
+def test_one_node_each_way(rng):
+    x = normal(rng, (1, 2, 3, 8))
+    mx.eval(x)
+    assert primitives(fused_rope(x, 8)) == {"FusedRope": 1}
+    gradient = mx.grad(lambda x: (2 * fused_rope(x, 8)).sum())(x)
+    assert primitives(gradient)["FusedRope"] == 1
+
+
+@dtypes
+def test_in_threads(dtype):
+    def work(rng):
+        for shape in ((1, 8, 1, 64), (2, 4, 300, 32)):
+            check(normal(rng, shape, dtype), 32, False, 9)
+
+    in_threads(work)
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    code = """
+import hashlib, mlx.core as mx, numpy as np, mlx_fused
+x = mx.array(np.random.default_rng(0).standard_normal((2, 4, 300, 64)), dtype=mx.float32)
+print(hashlib.sha256(np.array(mlx_fused.fused_rope(x, 64, offset=5)).tobytes()).hexdigest())
+"""
+    run = [sys.executable, "-c", code]
+    hashes = {
+        subprocess.run(run, env={"MLX_FUSED_NUM_THREADS": n}, capture_output=True, check=True).stdout
+        for n in ("1", "2", "7")
+    }
+    assert len(hashes) == 1
+
+
+def test_what_is_mlxs(rng):
+    with mx.stream(mx.cpu):
+        for x in (normal(rng, (1, 2, 3, 8), mx.float64), normal(rng, (1, 2, 2, 3, 8))):
+            assert "FusedRope" not in primitives(fused_rope(x, 8))
+            expected = mx.fast.rope(x, 8, traditional=False, base=BASE, scale=1.0, offset=0)
+            oracle.assert_equal(fused_rope(x, 8), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": mx.ones((3, 8))}, ValueError, "x must have at least 3 dimensions but got 2"),
+        ({"x": mx.ones((1, 3, 8), mx.int32)}, ValueError, "x must be float32, float16 or bfloat16 but got"),
+        ({"x": None}, TypeError, "x must be array but got NoneType"),
+        ({"dims": 7}, ValueError, "dims must be even, greater than 0 and at most 8 but got 7"),
+        ({"dims": 0}, ValueError, "dims must be even, greater than 0 and at most 8 but got 0"),
+        ({"dims": 10}, ValueError, "dims must be even, greater than 0 and at most 8 but got 10"),
+        ({"dims": 8.0}, TypeError, "dims must be int but got float"),
+        ({"base": mx.array(2.0)}, TypeError, "base must be float or int but got array"),
+        ({"base": 2.0, "freqs": mx.ones(4)}, ValueError, "base must be left out where freqs is given but got 2"),
+        ({"freqs": mx.ones(3)}, ValueError, r"freqs must have shape \(4,\) but got \(3,\)"),
+        ({"freqs": mx.ones(4, mx.int32)}, ValueError, "freqs must be float32"),
+        ({"freqs": [1.0]}, TypeError, "freqs must be array but got list"),
+        ({"offset": 1.0}, TypeError, "offset must be int or array but got float"),
+        ({"offset": mx.array(1.0)}, ValueError, "offset must be integers but got float32"),
+        ({"offset": mx.array([1, 2])}, ValueError, r"offset must have shape \(\) or \(1,\) but got \(2\)"),
+        ({"offset": mx.array([[1]])}, ValueError, r"offset must have shape \(\) or \(1,\) but got \(1,1\)"),
+        ({"scale": "1"}, TypeError, "scale must be float or int but got str"),
+        ({"traditional": 1}, TypeError, "traditional must be bool but got int"),
+        ({"stream": "cpu"}, TypeError, "stream must be Stream or Device or DeviceType but got str"),
+    ],
+)
+def test_errors(changes, error, message):
+    with pytest.raises(error, match=rf"\[fused_rope\] {message}"):
+        fused_rope(**{"x": mx.ones((1, 3, 8)), "dims": 8} | changes)
