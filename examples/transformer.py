@@ -27,14 +27,12 @@ class Block(nn.Module):
         self.attention_norm, self.mlp_norm = nn.RMSNorm(DIMS), nn.RMSNorm(DIMS)
         self.qkv = QKVProjection(DIMS, HEADS, KV_HEADS, HEAD_DIM)
         self.output = OutputProjection(HEADS * HEAD_DIM, DIMS)
-        self.rope = nn.RoPE(HEAD_DIM)
         self.mlp = GatedMLP(DIMS, 2 * DIMS)
 
     def __call__(self, x):
         q, k, v = self.qkv(self.attention_norm(x))  # one operation; heads are split
-        y = mx.fast.scaled_dot_product_attention(
-            self.rope(q), self.rope(k), v, scale=HEAD_DIM**-0.5, mask="causal"
-        )
+        q, k = (mlx_fused.fused_rope(a, HEAD_DIM) for a in (q, k))
+        y = mlx_fused.fused_attention(q, k, v, scale=HEAD_DIM**-0.5, mask="causal")  # or window=32 with it
         x = self.output(y.swapaxes(1, 2).flatten(2), residual=x)  # one operation, x + ... included
         return self.mlp(self.mlp_norm(x), residual=x)  # two operations
 

@@ -49,7 +49,8 @@ Arrays Rope::vjp(
   if (argnums != std::vector{0}) {
     return FusedPrimitive::vjp(primals, cotangents, argnums, outputs);
   }
-  // The cotangent is rotated back. A custom function that consumes the output may return one of another dtype.
+  // The cotangent is rotated back. A custom function that consumes the output may return one of another
+  // dtype.
   auto inputs = primals;
   inputs[0] = mx::astype(cotangents[0], primals[0].dtype(), stream());
   auto back = kind_;

@@ -31,5 +31,6 @@ def test_every_layer_is_alike_and_has_the_fused_products_less():
     # Seven projections of 2 + 6 products each, and attention's.
     assert (stock["QuantizedMatmul"], stock["Matmul"]) == (7 * 2, 6 + 7 * 6)
     assert (patched["QuantizedMatmul"], patched["Matmul"]) == (0, 0)
-    # 10 of projections and the activation, attention both ways, and of each norm forward, backward and again.
-    assert patched["mlx-fused's"] == 10 + 2 + 2 * 3
+    # 10 of projections and the activation, attention and two rotations both ways, and of each norm
+    # forward, backward and again.
+    assert patched["mlx-fused's"] == 10 + 2 + 2 * 2 + 2 * 3

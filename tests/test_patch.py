@@ -31,7 +31,7 @@ def test_report_lists_every_layer():
     summary, *lines, last = str(report).splitlines()
     assert summary == (
         "mlx-fused: fused QKV 1 of 2, attention 2 of 2, MLP 2 of 2, output projection + residual 4 of 4, "
-        "other layers 1 of 1, RMS norm 5 of 5"
+        "other layers 1 of 1, RMS norm 5 of 5, rope 2 of 2"
     )
     assert [re.split("  +", line) for line in lines] == [
         [
@@ -116,7 +116,7 @@ def test_only_the_class_changes():
     assert isinstance(model.layers[0].self_attn, type(make("qwen3").layers[0].self_attn))
     changed = {type(m) for m, cls in zip(model.modules(), classes, strict=True) if type(m) is not cls}
     layer = model.layers[0]
-    patched = model, layer.self_attn, layer.mlp, layer.input_layernorm
+    patched = model, layer.self_attn, layer.mlp, layer.input_layernorm, layer.self_attn.rope
     assert changed == {type(m) for m in patched}  # one for all layers
     mlx_fused.unpatch(model)
     assert snapshot(model) == before
@@ -157,7 +157,7 @@ def test_the_environment_turns_it_off(monkeypatch):
         monkeypatch.setenv("MLX_FUSED", off)
         assert mx.array_equal(model(tokens(1, 3)), stock)
         assert report.layers[0].qkv.calls.total == report.layers[0].residual.calls.total == 0
-        assert report.summary.endswith(f"RMS norm 5 of 5; MLX_FUSED={off} keeps all of it off")
+        assert report.summary.endswith(f"rope 2 of 2; MLX_FUSED={off} keeps all of it off")
     for nonsense in ("2", "offf", " ", "none"):
         monkeypatch.setenv("MLX_FUSED", nonsense)
         for use in (lambda: model(tokens(1, 3)), lambda: mlx_fused.patch(model)):
@@ -166,7 +166,7 @@ def test_the_environment_turns_it_off(monkeypatch):
     for on in ("1", "", "true", "on", "yes", "Yes"):
         monkeypatch.setenv("MLX_FUSED", on)
         assert fused(model(tokens(1, 3))) == (LAYERS, 0)
-        assert report.summary.endswith("RMS norm 5 of 5")
+        assert report.summary.endswith("rope 2 of 2")
     monkeypatch.delenv("MLX_FUSED")
     assert fused(model(tokens(1, 3))) == (LAYERS, 0)
 

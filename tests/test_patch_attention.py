@@ -84,6 +84,7 @@ def test_quantized_caches_get_what_they_had():
     assert attentions(model(tokens(1, 3), caches)) == (0, 0)
     assert report.layers[0].attention.calls.reason == "its cache is quantized"
     assert str(report.layers[0].attention.calls) == "0/1"
+    assert "fused, but a call was not: its cache is quantized" in str(report)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,15 @@ def test_code_without_it(name):
     (report, *_) = mlx_fused.patch(make(name)).layers
     by_itself = name == "gemma2"  # with a softcap
     assert report.attention.fused == (not by_itself)
-    assert not by_itself or report.attention.obstacle == f"its code does not call {NAME}"
+    assert not by_itself or report.attention.obstacle == f"its __call__ does not call mlx-lm's {NAME}"
+
+
+def test_code_that_calls_mlxs_own_under_that_name():
+    def __call__(self, x):
+        return mx.fast.scaled_dot_product_attention(x, x, x, scale=1.0)
+
+    own = types.FunctionType(__call__.__code__, globals() | {NAME: base.scaled_dot_product_attention})
+    assert copied.seeing(Active(None), own, attention.ours) is own
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -279,7 +288,10 @@ def test_code_that_changes_globals_runs_itself(body):
     (report,) = mlx_fused.patch(layer).layers
     assert not report.attention.fused
     layer(mx.ones((1, 5, 32)))
-    assert module.count > 0 and copied.seeing(Active(None), own := module.Attention.__call__, attention.ours) is own
+    assert (
+        module.count > 0
+        and copied.seeing(Active(None), own := module.Attention.__call__, attention.ours) is own
+    )
 
 
 def test_a_scale_that_is_an_array_stays_mlxs():

@@ -76,7 +76,9 @@ def test_values(rng, shape, dims, offset, traditional, dtype):
 
 
 @ways
-@pytest.mark.parametrize("options", [{"base": 500000.0}, {"scale": 0.125}, {"base": 7.5, "scale": -3.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"base": 500000.0}, {"scale": 0.125}, {"base": 7.5, "scale": -3.0}], ids=str
+)
 def test_base_and_scale(rng, options, traditional):
     check(normal(rng, (2, 3, 9, 64)), 64, traditional, 1234, **options)
 
@@ -291,7 +293,11 @@ def test_what_is_mlxs(rng):
         ({"dims": 10}, ValueError, "dims must be even, greater than 0 and at most 8 but got 10"),
         ({"dims": 8.0}, TypeError, "dims must be int but got float"),
         ({"base": mx.array(2.0)}, TypeError, "base must be float or int but got array"),
-        ({"base": 2.0, "freqs": mx.ones(4)}, ValueError, "base must be left out where freqs is given but got 2"),
+        (
+            {"base": 2.0, "freqs": mx.ones(4)},
+            ValueError,
+            "base must be left out where freqs is given but got 2",
+        ),
         ({"freqs": mx.ones(3)}, ValueError, r"freqs must have shape \(4,\) but got \(3,\)"),
         ({"freqs": mx.ones(4, mx.int32)}, ValueError, "freqs must be float32"),
         ({"freqs": [1.0]}, TypeError, "freqs must be array but got list"),

@@ -67,10 +67,12 @@ void check_all(unsigned seed) {
   std::mt19937 random(seed);
   for (Type type : types) {
     for (Layout layout : layouts) {
-      for (auto [head_dim, dims] : {std::pair<int64_t, int64_t>{2, 2}, {64, 64}, {64, 22}, {7, 6}, {35, 34}}) {
+      for (auto [head_dim, dims] :
+           {std::pair<int64_t, int64_t>{2, 2}, {64, 64}, {64, 22}, {7, 6}, {35, 34}}) {
         for (bool traditional : {false, true}) {
           check_case(
-              random, {type, layout, 2, 3, 2, head_dim, dims, traditional, random() % 2 > 0, random() % 2 > 0});
+              random,
+              {type, layout, 2, 3, 2, head_dim, dims, traditional, random() % 2 > 0, random() % 2 > 0});
         }
       }
     }

@@ -32,8 +32,8 @@ struct Attention {
 // out = softmax(scale q k^T + mask) v, as [batch, heads, places, size], and for each
 // query what its softmax is made with, [batch, heads, queries, 2]: a shift and a factor, p = factor e^(score
 // - shift). A query that sees no key because of bytes or of its place sees all of them alike, as in MLX,
-// unless there are sinks; one whose scores are all -inf gets 0. For a gradient, scores are summed in the order
-// in which attend_grad makes them again: of large ones, the softmax would not sum to 1 there.
+// unless there are sinks; one whose scores are all -inf gets 0. For a gradient, scores are summed in the
+// order in which attend_grad makes them again: of large ones, the softmax would not sum to 1 there.
 void attend(const Attention& of, const View& out, float* softmaxes, bool for_gradient);
 
 // The gradients where `cotangent` is that of out: of q, k and v and, if wanted, of the sinks.

@@ -55,7 +55,7 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(mlx_fused.__version__, prog_name="mlx-fused")
 def main() -> None:
-    """Fused projections of transformer layers for MLX."""
+    """Fused operations of transformer layers for MLX."""
 
 
 for command in (info, bench, tune, validate, demo):

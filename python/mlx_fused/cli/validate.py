@@ -68,8 +68,8 @@ def validate(model: str, adapter_path: Path | None, prompt: str | None, tokens: 
     try:
         loaded, tokenizer = checks.load(model, adapter_path)
         ids = tokenizer.encode(checks.PROMPT if prompt is None else prompt)
-        if len(ids) < 2:
-            raise click.BadParameter("It takes two tokens at least.", param_hint="--prompt")
+        if len(ids) < 3:
+            raise click.BadParameter("It takes three tokens at least.", param_hint="--prompt")
         with Progress(console=out, transient=True) as progress:
             task = progress.add_task("Validating")
             measured = checks.validate(

@@ -30,6 +30,10 @@ def fused_attention(
     ``q``, ``k``, ``v``, the result, and eight bytes for each query of each head, and computes them again. On
     GPUs this is MLX's own.
 
+    The backward pass takes the sum of ``dO * O`` of the rounded result, as FlashAttention does: in 16 bits,
+    gradients of queries and keys that cancel, such as those of a bias of all keys, are off by its rounding.
+    ``vmap``, ``jvp`` and the gradient of a mask run MLX's operations, which keep all scores.
+
     A query whose keys are all hidden, by a boolean mask or by its place, gets the mean of all values or, with
     ``sinks``, zeros, as in MLX; one whose scores are all minus infinity gets zeros. Other than in MLX, values
     that are infinite or NaN may or may not reach queries that do not see their key. A function that is to be

@@ -56,12 +56,13 @@ class Calls:
         total (int): All calls.
         fused (int): Those that ran as one operation.
         composed (int): Of these, how many routing gave to MLX's own operations.
+        reason (str or None): Why the latest call that patching left to the model's own code was.
     """
 
     total: int = 0
     fused: int = 0
     composed: int = 0
-    reason: str | None = None  # of the latest call that patching left to the model's own code
+    reason: str | None = None
 
     def add(self, total: int = 0, fused: int = 0, reason: str | None = None, is_routed: bool = True) -> None:
         """Count calls; and for fused ones, where routing sent this thread's latest operation."""
@@ -215,4 +216,9 @@ class PatchReport:
 
 def _cells(name: str, part: Part | None) -> tuple[str, str]:
     """What the table says of a part and of its calls; those of experts are not counted."""
-    return ("", "") if part is None else (str(part), "" if name == "experts" else str(part.calls))
+    if part is None:
+        return "", ""
+    # Of a part that is not fused at all, its state gives the reason.
+    otherwise = part.fused and part.calls.fallen_back > 0 and part.calls.reason
+    state = f"{part}, but a call was not: {part.calls.reason}" if otherwise else str(part)
+    return state, "" if name == "experts" else str(part.calls)
