@@ -58,16 +58,13 @@ def tuned_route(kind: tuple[bool, bool, mlx.core.Dtype, tuple[str, int, int] | N
 
 class Kind:
     """
-    What modules are, but for the values of their arrays: types, dtypes, shapes and settings; ``with_arrays`` also which MLX arrays they hold.
+    What modules are, but for the values of their arrays: types, dtypes, shapes and settings.
     """
 
-    def __init__(self, *modules, with_arrays: bool = False) -> None: ...
+    def __init__(self, *modules) -> None: ...
 
     def is_of(self, *modules) -> bool:
         """Whether these modules are what those were."""
-
-def is_same(a: mlx.core.array, b: mlx.core.array) -> bool:
-    """Whether two Python arrays are the same MLX array."""
 
 def alias(a: mlx.core.array) -> mlx.core.array:
     """
@@ -83,16 +80,18 @@ def has_kernels(x: object | None) -> bool:
 def is_gpu(device: mlx.core.Device | mlx.core.DeviceType) -> bool: ...
 
 def add_to(object: object, name: object, count: int) -> None:
-    """Adds to a number that other threads count too."""
+    """Adds to an attribute, a number that other threads count too."""
+
+def count(calls: object, total: int, fused: int, reason: object | None = None, is_routed: bool = True) -> None:
+    """
+    Counts calls; and for fused ones, where routing sent this thread's latest operation. The reason is why a call was not fused.
+    """
 
 def environment(name: str) -> str | None:
     """The value of an environment variable; faster than os.environ."""
 
 def can_norm(x: mlx.core.array) -> bool:
     """Whether a kernel for Metal that projects x may norm it as well."""
-
-def was_composed() -> bool:
-    """Whether MLX's own operations compute this thread's latest call."""
 
 class StandIn:
     """
@@ -168,6 +167,16 @@ def run_as(call: object | None, module: object, function: object, args: tuple, k
 
 def running() -> object:
     """This thread's running call; None if there is none."""
+
+def is_new_input(x: mlx.core.array) -> bool:
+    """
+    Whether the running call has not asked this of ``x`` last. Then nothing is shared any more.
+    """
+
+def share(name: object, output: object) -> None:
+    """
+    What the stand-in of this name returns if it is called once with the latest new input, and its layer is what it is now: an output, or a function of the layer and the input that returns it.
+    """
 
 def layer_of(value: object | None) -> object:
     """The layer that a stand-in replaces; anything else is itself."""

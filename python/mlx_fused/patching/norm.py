@@ -7,8 +7,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fused._ext import alias, can_norm, has_kernels, is_gpu, of_class
-from mlx_fused.operations import fused_rms_norm
+from mlx_fused._ext import alias, can_norm, count, has_kernels, is_gpu, of_class, rms_norm
 from mlx_fused.operations.call import Norm
 from mlx_fused.patching.derived import Derived
 from mlx_fused.patching.projections import NotFused
@@ -30,21 +29,20 @@ def is_norm(module: nn.Module) -> bool:
 
 def run(norm: nn.Module, active: Active, method: Callable, x: object) -> mx.array | None:
     """The norm of ``x``; None if its own code must run."""
-    counter = active.patch.calls["norm"]
+    counter, weight, eps = active.patch.calls["norm"], norm.get("weight"), norm.eps
     try:
         read(active, method)
         if not has_kernels(x):
             raise NotFused("it is not called with one array of a type with kernels")
-        weight, eps = norm.get("weight"), norm.eps
         if not has_kernels(weight) or type(eps) not in (float, int):
             raise NotFused("its weight or eps is of a type without kernels")
     except NotFused as reason:
-        counter.add(1, reason=str(reason))
+        count(counter, 1, 0, str(reason))
         return None
     if not is_gpu(mx.default_device()):
-        counter.add(1, 1, None, False)
-        return fused_rms_norm(x, weight, eps)
-    counter.add(1, reason="on a GPU it is MLX's, or a part of the operation after it")
+        count(counter, 1, 1, None, False)
+        return rms_norm(x, weight, eps, None)
+    count(counter, 1, 0, "on a GPU it is MLX's, or a part of the operation after it")
     if not can_norm(x):
         return None
     y = of_class(Normed, _CALL(norm, x))

@@ -97,8 +97,8 @@ class Active:
         ) * 5  # the module's method, what it was made of, and its copy (see attention)
         self._readings: dict[object, tuple[Kind, object, str | None]] = {}
 
-    def reading(self, key: object, modules: Iterable, read: Callable):
-        """What ``read`` returns for ``modules``, which it need not do again for modules of the same kind.
+    def reading(self, key: object, modules: Iterable, read: Callable, *args):
+        """What ``read(*args)`` returns for ``modules``, not done again for modules of the same kind.
 
         Raises:
             NotFused: If ``read`` did.
@@ -107,7 +107,7 @@ class Active:
         if before is None or not before.is_of(*modules):
             present = Kind(*modules)
             try:
-                result, reason = read(), None
+                result, reason = read(*args), None
             except NotFused as error:
                 result, reason = None, str(error)
             self._readings[key] = present, result, reason

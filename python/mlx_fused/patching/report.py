@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from mlx_fused._ext import add_to, environment, was_composed
+from mlx_fused._ext import environment
 
 # What of a module may be fused, and how it is called.
 TITLES = {
@@ -60,18 +60,6 @@ class Calls:
     fused: int = 0
     composed: int = 0
     reason: str | None = None  # of the latest call that patching left to the model's own code
-
-    def add(self, total: int = 0, fused: int = 0, reason: str | None = None, is_routed: bool = True) -> None:
-        """Count calls; and for fused ones, where routing sent this thread's latest operation."""
-        # Several threads may call the model.
-        if total:
-            add_to(self, "total", total)
-        if fused:
-            add_to(self, "fused", fused)
-            if is_routed and was_composed():
-                add_to(self, "composed", fused)
-        if reason:
-            self.reason = reason
 
     @property
     def share(self) -> str:

@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fused import _ext
-from mlx_fused._ext import of_class
+from mlx_fused._ext import count, of_class
 from mlx_fused.operations import fused_output_projection_residual
 from mlx_fused.operations.call import batched, unbatched
 from mlx_fused.operations.residual import residual_operation
@@ -56,7 +56,7 @@ class Product:
         y = _ext.add_product(made, self._array, rows, alpha)
         if y is None:
             return None
-        self._calls.add(0, 1)
+        count(self._calls, 0, 1)
         if self._arguments:
             tell(self._module, function, self._arguments | {"residual": rows, "alpha": alpha}, y)
         return y if leading is None else unbatched(y, leading)
@@ -76,7 +76,10 @@ class Projected(Derived):
 
     def __add__(self, other):
         origin = self._origin
-        if origin is None or not isinstance(other, mx.array) or not self._is_like(other):
+        if origin is None or not isinstance(other, mx.array):
+            return super().__add__(other)
+        # With three axes the extension compares the shapes.
+        if not (self.ndim == other.ndim == 3 or self.shape == other.shape):
             return super().__add__(other)
         if type(other) is Projected and other._origin is not None:
             return Projected.of(super().__add__(other), (*self._scaled(), *other._scaled()))
@@ -97,11 +100,6 @@ class Projected(Derived):
         return Projected.of(product, self._origin, mx.array(other, self.dtype).item())
 
     __rmul__ = __mul__
-
-    def _is_like(self, other: mx.array) -> bool:
-        """Whether the sum may be an operation. With three axes the extension compares the shapes."""
-        ndim = self.ndim
-        return other.ndim == ndim and (ndim == 3 or other.shape == self.shape)
 
     def _scaled(self) -> Iterator[tuple[Product, float]]:
         return ((product, factor * self._alpha) for product, factor in self._origin)
