@@ -140,14 +140,13 @@ def wrapped(wrap):
         )
         return outputs if leading is None else [unbatched(y, leading) for y in outputs]
 
-    def plus(product, residual, alpha):
-        count(product._calls, 0, 1)
-        arguments = product._arguments | {"residual": residual, "alpha": alpha}
-        return tell(product._module, product._operation.function, arguments)
+    def plus(product, operation, calls, module, arguments, residual, alpha):
+        count(calls, 0, 1)
+        return tell(module, operation.function, arguments | {"residual": residual, "alpha": alpha})
 
     with (
         mock.patch.object(projections.Operation, "__call__", run),
-        mock.patch.object(residual.Product, "plus", plus),
+        mock.patch.object(residual, "plus", plus),
         mock.patch.object(attention, "fused_attention", wrap(mlx_fused.fused_attention)),
         mock.patch.object(calls, "watcher_of_thread", lambda: True),
     ):

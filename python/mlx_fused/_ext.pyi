@@ -71,8 +71,8 @@ def alias(a: mlx.core.array) -> mlx.core.array:
     A second Python object for the same MLX array. It keeps its value when ``a`` is changed in place.
     """
 
-def of_class(cls: object, a: mlx.core.array) -> object:
-    """An alias of a subclass of array."""
+def of_class(cls: object, a: mlx.core.array, origin: object) -> object:
+    """An alias of a subclass of Derived."""
 
 def has_kernels(x: object | None) -> bool:
     """Whether it is an array with axes, of a type with kernels."""
@@ -173,9 +173,9 @@ def is_new_input(x: mlx.core.array) -> bool:
     Whether the running call has not asked this of ``x`` last. Then nothing is shared any more.
     """
 
-def share(name: object, output: object) -> None:
+def share(names: tuple, outputs: list, own: object) -> object:
     """
-    What the stand-in of this name returns if it is called once with the latest new input, and its layer is what it is now: an output, or a function of the layer and the input that returns it.
+    What stand-ins of these names return if they are called once with the latest new input, and their layers are what they are now: outputs, or functions of the layer and the input that return them. Returns that of the name ``own``.
     """
 
 def layer_of(value: object | None) -> object:

@@ -61,15 +61,17 @@ void bind_patching(nb::module_& m) {
       "A second Python object for the same MLX array. It keeps its value when ``a`` is changed in place.");
   m.def(
       "of_class",
-      [](nb::handle cls, const mx::array& a) {
+      [](nb::handle cls, const mx::array& a, nb::handle origin) {
         auto made = nb::inst_alloc(cls);
         new (nb::inst_ptr<mx::array>(made)) mx::array(a);
         nb::inst_mark_ready(made);
+        nb::setattr(made, "_origin", origin);
         return made;
       },
       "cls"_a,
       "a"_a,
-      "An alias of a subclass of array.");
+      "origin"_a,
+      "An alias of a subclass of Derived.");
   m.def(
       "has_kernels",
       [](nb::handle x) {

@@ -252,14 +252,24 @@ void bind_stand_ins(nb::module_& m) {
       "Whether the running call has not asked this of ``x`` last. Then nothing is shared any more.");
   m.def(
       "share",
-      [](nb::handle name, const nb::object& output) {
-        nb::handle layer = PyDict_GetItemWithError(running->module.ptr(), name.ptr());
-        running->shared.push_back({nb::borrow(name), Words(std::array{layer}, true), output});
+      [](const nb::tuple& names, const nb::list& outputs, nb::handle own) {
+        nb::object result;
+        for (size_t i = 0; i < names.size(); ++i) {
+          if (names[i].is(own)) {
+            result = outputs[i];
+            continue;
+          }
+          nb::handle layer = PyDict_GetItemWithError(running->module.ptr(), nb::handle(names[i]).ptr());
+          running->shared.push_back({names[i], Words(std::array{layer}, true), outputs[i]});
+        }
+        return result;
       },
-      "name"_a,
-      "output"_a,
-      "What the stand-in of this name returns if it is called once with the latest new input, and its layer "
-      "is what it is now: an output, or a function of the layer and the input that returns it.");
+      "names"_a,
+      "outputs"_a,
+      "own"_a,
+      "What stand-ins of these names return if they are called once with the latest new input, and their "
+      "layers are what they are now: outputs, or functions of the layer and the input that return them. "
+      "Returns that of the name ``own``.");
   m.def(
       "layer_of",
       [](nb::handle value) {

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.nn.layers.distributed import sum_gradients
 
 from mlx_fused import _ext
-from mlx_fused._ext import count, has_kernels, is_gpu, is_new_input, share
+from mlx_fused._ext import count, has_kernels, is_gpu, is_new_input, of_class, share
 from mlx_fused.linear import is_lora, type_name
 from mlx_fused.operations import fused_linear, fused_qkv_projection
 from mlx_fused.operations.call import batched, unbatched
@@ -26,7 +26,7 @@ from mlx_fused.patching import projections, residual
 from mlx_fused.patching.norm import unnormed
 from mlx_fused.patching.projections import EMBEDDINGS, KNOWN, NotFused, Operation, Together, watcher_of_thread
 from mlx_fused.patching.registry import Active, Patch, Roles, active_of
-from mlx_fused.patching.residual import Product, Projected
+from mlx_fused.patching.residual import Projected
 from mlx_fused.patching.stand_in import StandIn
 
 # By whether every step is rounded. Heads are not split: the model's code expects the plain outputs and splits
@@ -75,13 +75,10 @@ class Call:
         outputs = self._project_all(x) if is_new_input(x) else None
         if outputs is None:
             return alone(self.module, self.active, name, layer, x)
-        for other, y in outputs.items():
-            if other != name:
-                share(other, y)
-        y = outputs[name]
-        return y(layer, x) if isinstance(y, partial) else y
+        y = share(self.roles.inputs, outputs, name)
+        return y(layer, x) if type(y) is partial else y
 
-    def _project_all(self, x: mx.array) -> dict[str, mx.array | Callable] | None:
+    def _project_all(self, x: mx.array) -> list[mx.array | Callable] | None:
         module, names, calls = self.module, self.roles.inputs, self.active.patch.calls["qkv"]
         self.unknown.pop("qkv", None)  # counted now
         try:
@@ -100,11 +97,9 @@ class Call:
         outputs = _QKV[self.active.patch.options.exact](module, layers, tokens, norm)
         count(calls, 1, 1)
         if together.adapters_apart is not None:
-            outputs = [
-                partial(_adapted, y) if "lora_a" in layer else y
-                for y, layer in zip(outputs, whole, strict=True)
-            ]
-        return dict(zip(names, outputs, strict=True))
+            both = zip(outputs, whole, strict=True)
+            return [partial(_adapted, y) if "lora_a" in layer else y for y, layer in both]
+        return outputs
 
     def _add(self, name: str, layer: nn.Module, x: mx.array) -> mx.array:
         self.unknown.pop("residual", None)
@@ -166,17 +161,12 @@ def qkv_note(module: nn.Module, roles: Roles, active: Active) -> str | None:
 
 def output_obstacle(module: nn.Module, active: Active, name: str) -> str | None:
     """Why the output projection and the residual cannot be one operation; None if they can."""
+    layer = module.get(name)
     try:
-        read_output(module, active, name)
+        active.reading("residual", (layer,), _read_output, name, layer, active.patch)
     except NotFused as reason:
         return str(reason)
     return None
-
-
-def read_output(module: nn.Module, active: Active, name: str) -> None:
-    """Raises ``NotFused`` if the output projection and the residual cannot be one operation."""
-    layer = module.get(name)
-    active.reading("residual", (layer,), _read_output, name, layer, active.patch)
 
 
 def _read_output(name: str, layer: nn.Module | None, patch: Patch) -> None:
@@ -206,8 +196,8 @@ def project_output(
     (y,) = _ext.project(made, rows, None, (layer,), None, 1.0, None)
     operation = residual.OPERATIONS[options.exact, options.o_residual is True]
     arguments = operation.arguments(rows, (layer,)) if watcher_of_thread() else {}
-    product = Product(y, operation, calls, module, arguments)
-    return Projected.of(y if leading is None else unbatched(y, leading), ((product, 1.0),))
+    origin = ((partial(residual.plus, y, operation, calls, module, arguments), 1.0),)
+    return of_class(Projected, y if leading is None else unbatched(y, leading), origin)
 
 
 def alone(module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array) -> mx.array:

@@ -107,7 +107,9 @@ def report(name: str, module: nn.Module, roles: Roles, active: Active) -> LayerR
     if roles.kind == "norm":
         add("norm", lambda: norm.read(active, own_method(original_of(module), roles.entry)))
     if "residual" in roles.parts:
-        add("residual", lambda: calls.read_output(module, active, roles.output))
+        parts["residual"] = Part(
+            calls.output_obstacle(module, active, roles.output), calls=active.patch.calls["residual"]
+        )
     if roles.kind == "experts":
         parts["experts"] = Part(_EXPERTS)
     if roles.alone:

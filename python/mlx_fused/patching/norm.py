@@ -45,9 +45,7 @@ def run(norm: nn.Module, active: Active, method: Callable, x: object) -> mx.arra
     count(counter, 1, 0, "on a GPU it is MLX's, or a part of the operation after it")
     if not can_norm(x):
         return None
-    y = of_class(Normed, _CALL(norm, x))
-    y._origin = alias(x), (alias(weight), eps)
-    return y
+    return of_class(Normed, _CALL(norm, x), (alias(x), (alias(weight), eps)))
 
 
 def read(active: Active, method: Callable) -> None:

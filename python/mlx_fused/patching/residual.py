@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import mlx.core as mx
@@ -38,41 +38,37 @@ OPERATIONS = {
 }
 
 
-class Product:
-    """A projection that is still to be added."""
+def plus(
+    product: mx.array,
+    operation: Operation,
+    calls: Calls,
+    module: nn.Module,
+    arguments: dict,
+    residual: mx.array,
+    alpha: float,
+) -> mx.array | None:
+    """``residual + alpha * product``, a projection that is still to be added; None if that cannot be one
+    operation. ``arguments`` are for a watcher of ``module``."""
+    made = operation.made
+    rows, leading = (residual, None) if residual.ndim == 3 else batched(made.name, residual)
+    y = _ext.add_product(made, product, rows, alpha)
+    if y is None:
+        return None
+    count(calls, 0, 1)
+    if arguments:
+        tell(module, operation.function, arguments | {"residual": rows, "alpha": alpha}, y)
+    return y if leading is None else unbatched(y, leading)
 
-    __slots__ = ("_arguments", "_array", "_calls", "_module", "_operation")
 
-    def __init__(
-        self, array: mx.array, operation: Operation, calls: Calls, module: nn.Module, arguments: dict
-    ):
-        self._array, self._operation, self._calls = array, operation, calls
-        self._module, self._arguments = module, arguments  # for a watcher
-
-    def plus(self, residual: mx.array, alpha: float) -> mx.array | None:
-        """``residual + alpha * product``; None if that cannot be one operation."""
-        function, made, _ = self._operation
-        rows, leading = (residual, None) if residual.ndim == 3 else batched(made.name, residual)
-        y = _ext.add_product(made, self._array, rows, alpha)
-        if y is None:
-            return None
-        count(self._calls, 0, 1)
-        if self._arguments:
-            tell(self._module, function, self._arguments | {"residual": rows, "alpha": alpha}, y)
-        return y if leading is None else unbatched(y, leading)
+# Of a residual and a factor.
+Plus = Callable[[mx.array, float], mx.array | None]
 
 
 class Projected(Derived):
     """The output of a projection. ``+`` computes the projection and the addition as one operation."""
 
-    _origin: tuple[tuple[Product, float], ...] | None  # what it is the sum of, with factors
+    _origin: tuple[tuple[Plus, float], ...] | None  # of the projections that it is the sum of, and factors
     _alpha = 1.0  # the factor of all of them
-
-    @classmethod
-    def of(cls, y: mx.array, origin: tuple[tuple[Product, float], ...], alpha: float = 1.0) -> Projected:
-        self = of_class(cls, y)
-        self._origin, self._alpha = origin, alpha
-        return self
 
     def __add__(self, other):
         origin = self._origin
@@ -82,10 +78,10 @@ class Projected(Derived):
         if not (self.ndim == other.ndim == 3 or self.shape == other.shape):
             return super().__add__(other)
         if type(other) is Projected and other._origin is not None:
-            return Projected.of(super().__add__(other), (*self._scaled(), *other._scaled()))
+            return of_class(Projected, super().__add__(other), (*self._scaled(), *other._scaled()))
         y = other
-        for product, factor in reversed(origin):
-            y = product.plus(y, factor * self._alpha)
+        for plus, factor in reversed(origin):
+            y = plus(y, factor * self._alpha)
             if y is None:
                 return super().__add__(other)
         return y
@@ -97,12 +93,14 @@ class Projected(Derived):
         if type(other) not in (int, float) or self._origin is None or self._alpha != 1:
             return product
         # MLX rounds a Python number to the array's dtype.
-        return Projected.of(product, self._origin, mx.array(other, self.dtype).item())
+        scaled = of_class(Projected, product, self._origin)
+        scaled._alpha = mx.array(other, self.dtype).item()
+        return scaled
 
     __rmul__ = __mul__
 
-    def _scaled(self) -> Iterator[tuple[Product, float]]:
-        return ((product, factor * self._alpha) for product, factor in self._origin)
+    def _scaled(self) -> Iterator[tuple[Plus, float]]:
+        return ((plus, factor * self._alpha) for plus, factor in self._origin)
 
 
 @cache
