@@ -87,8 +87,13 @@ def count(calls: object, total: int, fused: int, reason: object | None = None, i
     Counts calls; and for fused ones, where routing sent this thread's latest operation. The reason is why a call was not fused.
     """
 
-def environment(name: str) -> str | None:
-    """The value of an environment variable; faster than os.environ."""
+def switched_off() -> bool:
+    """Whether ``MLX_FUSED`` makes patched models run their own code."""
+
+def own_method(cls: object, name: object) -> object:
+    """
+    The method of an unpatched class as it is now: others may have replaced it (grad_checkpoint does).
+    """
 
 def can_norm(x: mlx.core.array) -> bool:
     """Whether a kernel for Metal that projects x may norm it as well."""

@@ -3,8 +3,12 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/variant.h>
 
+#include <algorithm>
+#include <cctype>
 #include <cstdint>
 #include <cstdlib>
+#include <map>
+#include <string>
 #include <variant>
 
 #include "mlx/array.h"
@@ -40,6 +44,31 @@ void count(nb::handle calls, int total, int fused, nb::handle reason, bool is_ro
   if (!reason.is_none()) {
     nb::setattr(calls, "reason", reason);
   }
+}
+
+bool switched_off() {
+  static const std::map<std::string, bool> words = {
+      {"0", true},
+      {"false", true},
+      {"off", true},
+      {"no", true},
+      {"1", false},
+      {"true", false},
+      {"on", false},
+      {"yes", false},
+      {"", false}};
+  auto* value = std::getenv("MLX_FUSED");
+  if (!value) {
+    return false;
+  }
+  std::string word(value);
+  std::ranges::transform(word, word.begin(), [](unsigned char letter) { return std::tolower(letter); });
+  if (!words.contains(word)) {
+    auto message =
+        "MLX_FUSED must be unset or one of '0', 'false', 'off', 'no', '1', 'true', 'on', 'yes' but got '";
+    throw nb::value_error((message + std::string(value) + "'.").c_str());
+  }
+  return words.at(word);
 }
 
 }  // namespace
@@ -107,14 +136,16 @@ void bind_patching(nb::module_& m) {
       "is_routed"_a = true,
       "Counts calls; and for fused ones, where routing sent this thread's latest operation. The reason is "
       "why a call was not fused.");
+  m.def("switched_off", &switched_off, "Whether ``MLX_FUSED`` makes patched models run their own code.");
   m.def(
-      "environment",
-      [](const char* name) -> std::optional<std::string> {
-        auto value = std::getenv(name);
-        return value ? std::optional<std::string>(value) : std::nullopt;
+      "own_method",
+      [](nb::handle cls, nb::handle name) {
+        nb::handle method = _PyType_Lookup(reinterpret_cast<PyTypeObject*>(cls.ptr()), name.ptr());
+        return method.is_valid() ? nb::borrow(method) : throw nb::attribute_error(nb::str(name).c_str());
       },
+      "cls"_a,
       "name"_a,
-      "The value of an environment variable; faster than os.environ.");
+      "The method of an unpatched class as it is now: others may have replaced it (grad_checkpoint does).");
   m.def(
       "can_norm",
       [](const mx::array& x) {

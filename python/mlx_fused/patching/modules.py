@@ -7,7 +7,7 @@ from functools import cache, wraps
 
 import mlx.nn as nn
 
-from mlx_fused._ext import Slot, add_to, environment, run_as, running
+from mlx_fused._ext import Slot, add_to, own_method, run_as, running, switched_off
 from mlx_fused.patching import attention, calls, mlp, norm
 from mlx_fused.patching.calls import Call
 from mlx_fused.patching.projections import KNOWN, NotFused
@@ -20,12 +20,11 @@ from mlx_fused.patching.registry import (
     State,
     lock,
     original_of,
-    own_method,
     patch_of,
     roles_of,
     states,
 )
-from mlx_fused.patching.report import LayerReport, Part, switched_off
+from mlx_fused.patching.report import LayerReport, Part
 from mlx_fused.patching.stand_in import unwrapped
 
 _EXPERTS = "experts are MLX's gathered products"
@@ -142,9 +141,8 @@ def _entry(original: type, roles: Roles) -> Callable:
 
     @wraps(getattr(original, name))
     def call(self, *args, **kwargs):
-        method = original.__dict__.get(name) or own_method(original, name)
-        is_on = environment("MLX_FUSED") is None or not switched_off()
-        state = states.get(id(self)) if is_on else None
+        method = own_method(original, name)
+        state = None if switched_off() else states.get(id(self))
         if state is None:
             return run_as(None, self, method.__get__(self, original), args, kwargs)
         if instead and (active := state.active) is not None:

@@ -152,11 +152,3 @@ def roles_of(module: nn.Module) -> Roles | None:
 def original_of(module: nn.Module) -> type:
     """The class that ``module`` had before it was patched."""
     return vars(type(module)).get("_mlx_fused_original", type(module))
-
-
-def own_method(original: type, name: str):
-    """The method of an unpatched class as it is now: others may have replaced it (grad_checkpoint does)."""
-    for cls in original.__mro__:
-        if (method := cls.__dict__.get(name)) is not None:
-            return method
-    raise AttributeError(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from mlx_fused._ext import environment
+from mlx_fused._ext import switched_off
 
 # What of a module may be fused, and how it is called.
 TITLES = {
@@ -27,20 +27,6 @@ _COLUMNS = {
     "norm": "RMS norm",
     "experts": "experts",
 }
-
-_OFF = dict.fromkeys(("0", "false", "off", "no"), True) | dict.fromkeys(("1", "true", "on", "yes", ""), False)
-
-
-def switched_off() -> bool:
-    """Whether ``MLX_FUSED`` makes patched models run their own code."""
-    value = environment("MLX_FUSED")
-    if value is None:
-        return False
-    try:
-        return _OFF[value.lower()]
-    except KeyError:
-        allowed = ", ".join(repr(word) for word in _OFF if word)
-        raise ValueError(f"MLX_FUSED must be unset or one of {allowed} but got {value!r}.") from None
 
 
 @dataclass
