@@ -56,7 +56,7 @@ PyObject* only(PyObject* args, PyObject* kwargs) {
 // What is shared of a layer for an input; it is handed out once.
 nb::object take_shared(nb::handle name, nb::handle layer, const mx::array& x) {
   auto& all = running->shared;
-  auto found = std::ranges::find_if(all, [&](auto& one) { return one.name.is(name); });
+  auto found = std::ranges::find_if(all, [&](auto& one) { return one.name.equal(name); });
   if (found == all.end() || running->input->id() != x.id()) {
     return {};
   }
@@ -255,7 +255,7 @@ void bind_stand_ins(nb::module_& m) {
       [](const nb::tuple& names, const nb::list& outputs, nb::handle own) {
         nb::object result;
         for (size_t i = 0; i < names.size(); ++i) {
-          if (names[i].is(own)) {
+          if (names[i].equal(own)) {
             result = outputs[i];
             continue;
           }

@@ -116,7 +116,7 @@ def _run(module: nn.Module, queries, keys, values, cache, scale, mask, sinks=Non
     if isinstance(scale, mx.array):
         raise NotFused("its scale is an array")
     y = fused_attention(q=queries, k=keys, v=values, scale=scale, mask=mask, sinks=sinks)
-    if watcher_of_thread():
+    if watcher_of_thread() is not None:
         given = {"q": queries, "k": keys, "v": values, "scale": scale, "mask": mask, "sinks": sinks}
         tell(module, fused_attention, given, y)
     return y

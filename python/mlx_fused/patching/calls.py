@@ -195,7 +195,7 @@ def project_output(
     rows, leading = (x, None) if x.ndim == 3 else batched(made.name, x)
     (y,) = _ext.project(made, rows, None, (layer,), None, 1.0, None)
     operation = residual.OPERATIONS[options.exact, options.o_residual is True]
-    arguments = operation.arguments(rows, (layer,)) if watcher_of_thread() else {}
+    arguments = operation.arguments(rows, (layer,)) if watcher_of_thread() is not None else {}
     origin = ((partial(residual.plus, y, operation, calls, module, arguments), 1.0),)
     return of_class(Projected, y if leading is None else unbatched(y, leading), origin)
 

@@ -29,11 +29,12 @@ def is_norm(module: nn.Module) -> bool:
 
 def run(norm: nn.Module, active: Active, method: Callable, x: object) -> mx.array | None:
     """The norm of ``x``; None if its own code must run."""
-    counter, weight, eps = active.patch.calls["norm"], norm.get("weight"), norm.eps
+    counter = active.patch.calls["norm"]
     try:
         read(active, method)
         if not has_kernels(x):
             raise NotFused("it is not called with one array of a type with kernels")
+        weight, eps = norm.get("weight"), norm.eps
         if not has_kernels(weight) or type(eps) not in (float, int):
             raise NotFused("its weight or eps is of a type without kernels")
     except NotFused as reason:

@@ -129,7 +129,7 @@ class Operation(NamedTuple):
         """Run it for ``module``, with the present arrays of layers that were read."""
         rows, leading = (x, None) if x.ndim == 3 else batched(self.made.name, x)
         outputs = _ext.project(self.made, rows, norm, layers, None, 1.0, None)
-        if watcher_of_thread():
+        if watcher_of_thread() is not None:
             result = outputs[0] if len(outputs) == 1 else tuple(outputs)
             tell(module, self.function, self.arguments(rows, layers, norm=norm), result)
         return outputs if leading is None else [unbatched(y, leading) for y in outputs]
