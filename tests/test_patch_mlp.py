@@ -247,7 +247,7 @@ def test_python_of_a_layer_is_bounded():
     stock = calls()
     mlx_fused.patch(layer)
     patched = calls()
-    assert patched["call"] - stock["call"] <= 54 and patched["c_call"] - stock["c_call"] <= 34
+    assert patched["call"] - stock["call"] <= 15 and patched["c_call"] - stock["c_call"] <= 24
 
 
 def test_calls_by_name():
