@@ -77,7 +77,8 @@ def of_class(cls: object, a: mlx.core.array, origin: object) -> object:
 def has_kernels(x: object | None) -> bool:
     """Whether it is an array with axes, of a type with kernels."""
 
-def is_gpu(device: mlx.core.Device | mlx.core.DeviceType) -> bool: ...
+def on_gpu() -> bool:
+    """Whether the default device is a GPU."""
 
 def add_to(object: object, name: object, count: int) -> None:
     """Adds to an attribute, a number that other threads count too."""

@@ -1,7 +1,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/variant.h>
 
 #include <algorithm>
 #include <cctype>
@@ -9,7 +8,6 @@
 #include <cstdlib>
 #include <map>
 #include <string>
-#include <variant>
 
 #include "mlx/array.h"
 #include "mlx_fused/backend/metal/grid.h"
@@ -114,11 +112,9 @@ void bind_patching(nb::module_& m) {
       "x"_a.none(),
       "Whether it is an array with axes, of a type with kernels.");
   m.def(
-      "is_gpu",
-      [](const std::variant<mx::Device, mx::Device::DeviceType>& device) {
-        return std::visit([](auto& d) { return d == mx::Device::gpu; }, device);
-      },
-      "device"_a);
+      "on_gpu",
+      [] { return mx::default_device() == mx::Device::gpu; },
+      "Whether the default device is a GPU.");
   m.def(
       "add_to",
       &add_to,

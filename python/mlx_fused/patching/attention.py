@@ -13,7 +13,8 @@ from types import CodeType, FunctionType
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fused._ext import count, has_kernels, is_gpu, running
+from mlx_fused import _ext
+from mlx_fused._ext import count, has_kernels, running
 from mlx_fused.operations import fused_attention
 from mlx_fused.patching.projections import NotFused, tell, watcher_of_thread
 from mlx_fused.patching.registry import Active
@@ -87,7 +88,7 @@ def _check(active: Active, method: FunctionType) -> None:
     is_of_mlx = type(mx.fast.scaled_dot_product_attention) is type(mx.eval)
     if names.get("__name__") != "mlx_lm.models.base" or not is_of_mlx:
         raise NotFused(f"{_NAME} was replaced")
-    if is_gpu(mx.default_device()):
+    if _ext.on_gpu():
         raise NotFused("on a GPU it is MLX's")
 
 

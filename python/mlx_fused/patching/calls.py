@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.nn.layers.distributed import sum_gradients
 
 from mlx_fused import _ext
-from mlx_fused._ext import count, has_kernels, is_gpu, is_new_input, of_class, share
+from mlx_fused._ext import count, has_kernels, is_new_input, of_class, share
 from mlx_fused.linear import is_lora, type_name
 from mlx_fused.operations import fused_linear, fused_qkv_projection
 from mlx_fused.operations.call import batched, unbatched
@@ -246,7 +246,7 @@ def read_linears(module: nn.Module, active: Active, names: tuple[str, ...]) -> N
 
 def saves(layer: nn.Module) -> bool:
     """Whether our operation may be faster than the layer's own code."""
-    if not is_gpu(mx.default_device()):
+    if not _ext.on_gpu():
         return True
     # On a GPU it saves the launches of an adapter or of the bias of quantized weights, and nothing else.
     return is_lora(type(layer)) or (isinstance(layer, nn.QuantizedLinear) and "bias" in layer)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fused._ext import alias, can_norm, count, has_kernels, is_gpu, of_class, rms_norm
+from mlx_fused import _ext
+from mlx_fused._ext import alias, can_norm, count, has_kernels, of_class, rms_norm
 from mlx_fused.operations.call import Norm
 from mlx_fused.patching.derived import Derived
 from mlx_fused.patching.projections import NotFused
@@ -40,7 +41,7 @@ def run(norm: nn.Module, active: Active, method: Callable, x: object) -> mx.arra
     except NotFused as reason:
         count(counter, 1, 0, str(reason))
         return None
-    if not is_gpu(mx.default_device()):
+    if not _ext.on_gpu():
         count(counter, 1, 1, None, False)
         return rms_norm(x, weight, eps, None)
     count(counter, 1, 0, "on a GPU it is MLX's, or a part of the operation after it")
