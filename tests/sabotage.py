@@ -140,7 +140,7 @@ def wrapped(wrap):
         )
         return outputs if leading is None else [unbatched(y, leading) for y in outputs]
 
-    def plus(product, operation, calls, module, arguments, residual, alpha):
+    def plus(product, operation, calls, module, arguments, shape, residual, alpha):
         count(calls, 0, 1)
         return tell(module, operation.function, arguments | {"residual": residual, "alpha": alpha})
 

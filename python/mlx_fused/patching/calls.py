@@ -196,8 +196,9 @@ def project_output(
     (y,) = _ext.project(made, rows, None, (layer,), None, 1.0, None)
     operation = residual.OPERATIONS[options.exact, options.o_residual is True]
     arguments = operation.arguments(rows, (layer,)) if watcher_of_thread() is not None else {}
-    origin = ((partial(residual.plus, y, operation, calls, module, arguments), 1.0),)
-    return of_class(Projected, y if leading is None else unbatched(y, leading), origin)
+    whole, shape = (y, None) if leading is None else (unbatched(y, leading), (*leading, y.shape[-1]))
+    origin = ((partial(residual.plus, y, operation, calls, module, arguments, shape), 1.0),)
+    return of_class(Projected, whole, origin)
 
 
 def alone(module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array) -> mx.array:

@@ -44,13 +44,18 @@ def plus(
     calls: Calls,
     module: nn.Module,
     arguments: dict,
+    shape: tuple[int, ...] | None,
     residual: mx.array,
     alpha: float,
 ) -> mx.array | None:
     """``residual + alpha * product``, a projection that is still to be added; None if that cannot be one
-    operation. ``arguments`` are for a watcher of ``module``."""
-    made = operation.made
-    rows, leading = (residual, None) if residual.ndim == 3 else batched(made.name, residual)
+    operation. ``arguments`` are for a watcher of ``module``; ``shape`` is what the sum is to have, if it has
+    not three axes as the product."""
+    made, rows, leading = operation.made, residual, None
+    if shape is not None:
+        if residual.shape != shape:
+            return None
+        rows, leading = batched(made.name, residual)
     y = _ext.add_product(made, product, rows, alpha)
     if y is None:
         return None
@@ -74,10 +79,9 @@ class Projected(Derived):
         origin = self._origin
         if origin is None or not isinstance(other, mx.array):
             return super().__add__(other)
-        # With three axes the extension compares the shapes.
-        if not (self.ndim == other.ndim == 3 or self.shape == other.shape):
-            return super().__add__(other)
         if type(other) is Projected and other._origin is not None:
+            if self.shape != other.shape:
+                return super().__add__(other)
             return of_class(Projected, super().__add__(other), (*self._scaled(), *other._scaled()))
         y = other
         for plus, factor in reversed(origin):
