@@ -17,6 +17,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 import mlx_fused
 import oracle
 from mlx_fused import LinearOperands
+from mlx_fused._ext import count
 from mlx_fused.operations.call import batched, unbatched
 from mlx_fused.patching import attention, calls, projections, residual
 from mlx_fused.validate import operations
@@ -139,16 +140,15 @@ def wrapped(wrap):
         )
         return outputs if leading is None else [unbatched(y, leading) for y in outputs]
 
-    def plus(product, residual, alpha):
-        product._calls.add(0, 1)
-        arguments = product._arguments | {"residual": residual, "alpha": alpha}
-        return tell(product._module, product._operation.function, arguments)
+    def plus(product, operation, calls, module, arguments, shape, residual, alpha):
+        count(calls, 0, 1)
+        return tell(module, operation.function, arguments | {"residual": residual, "alpha": alpha})
 
     with (
         mock.patch.object(projections.Operation, "__call__", run),
-        mock.patch.object(residual.Product, "plus", plus),
+        mock.patch.object(residual, "plus", plus),
         mock.patch.object(attention, "fused_attention", wrap(mlx_fused.fused_attention)),
-        mock.patch.object(calls, "is_watched", lambda: True),
+        mock.patch.object(calls, "watcher_of_thread", lambda: True),
     ):
         yield
 

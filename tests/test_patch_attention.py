@@ -18,6 +18,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make
 
 import mlx_fused
 from graph import primitives
+from mlx_fused import _ext
 from mlx_fused.patching import attention, copied
 from mlx_fused.patching.projections import watching
 from mlx_fused.patching.registry import Active
@@ -113,7 +114,7 @@ def test_the_environment_switches_it_off(monkeypatch):
 
 def test_on_a_gpu_it_is_mlxs(monkeypatch):
     model, x = make("llama"), tokens(1, 3)
-    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(_ext, "on_gpu", lambda: True)
     report = mlx_fused.patch(model, attention=True)
     assert {layer.attention.obstacle for layer in report.layers} == {"on a GPU it is MLX's"}
     assert attentions(model(x)) == (0, 0)

@@ -11,6 +11,7 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 import mlx_fused
 from graph import primitives
 from mlps import Gated, K, N, Packed
+from mlx_fused import _ext
 from mlx_fused.patching.norm import Normed, unnormed
 from mlx_fused.patching.projections import watching
 from tiny_models import LAYERS, assert_same, loss, make, tokens
@@ -21,7 +22,7 @@ NORMS = 2 * LAYERS + 1  # of a llama
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """As far as patching sees."""
-    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(_ext, "on_gpu", lambda: True)
 
 
 def norms(*arrays):
@@ -126,7 +127,7 @@ def test_on_a_gpu_operations_get_it_unnormed(monkeypatch):
     model, x = make("llama"), tokens(1, 3)
     mlx_fused.patch(model)
     expected = model(x)
-    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(_ext, "on_gpu", lambda: True)
     seen, y = seen_by(model, x)
     normed = [operation.__name__ for operation, arguments in seen if arguments.get("norm")]
     assert normed == ["fused_qkv_projection", "fused_gated_projection"] * LAYERS
@@ -241,7 +242,7 @@ def test_many_rows_on_a_gpu_stay_mlxs(on_a_gpu):
 )
 def test_unusual_parameters(monkeypatch, change, on_gpu):
     if on_gpu:
-        monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+        monkeypatch.setattr(_ext, "on_gpu", lambda: True)
     model, x = WithNorm(Gated), mx.random.normal((2, 3, K))
     for name, value in change.items():
         setattr(model.norm, name, value)

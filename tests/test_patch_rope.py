@@ -10,6 +10,7 @@ from mlx_lm.models import rope_utils
 
 import mlx_fused
 from graph import primitives
+from mlx_fused import _ext
 from tiny_models import LAYERS, loss, make, tokens
 
 DIMS = 16
@@ -107,7 +108,7 @@ def test_off_by_environment(monkeypatch):
 def test_on_a_gpu_it_is_mlxs(monkeypatch):
     rope, x = rope_of("plain"), mx.random.normal((1, 2, 5, DIMS))
     report = mlx_fused.patch(rope)
-    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(_ext, "on_gpu", lambda: True)
     assert primitives(rope(x))["FusedRope"] == 0
     assert report.parts[0].calls.reason == "on a GPU it is MLX's"
 

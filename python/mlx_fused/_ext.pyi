@@ -60,41 +60,46 @@ def tuned_route(kind: tuple[bool, bool, mlx.core.Dtype, tuple[str, int, int] | N
 
 class Kind:
     """
-    What modules are, but for the values of their arrays: types, dtypes, shapes and settings; ``with_arrays`` also which MLX arrays they hold.
+    What modules are, but for the values of their arrays: types, dtypes, shapes and settings.
     """
 
-    def __init__(self, *modules, with_arrays: bool = False) -> None: ...
+    def __init__(self, *modules) -> None: ...
 
     def is_of(self, *modules) -> bool:
         """Whether these modules are what those were."""
-
-def is_same(a: mlx.core.array, b: mlx.core.array) -> bool:
-    """Whether two Python arrays are the same MLX array."""
 
 def alias(a: mlx.core.array) -> mlx.core.array:
     """
     A second Python object for the same MLX array. It keeps its value when ``a`` is changed in place.
     """
 
-def of_class(cls: object, a: mlx.core.array) -> object:
-    """An alias of a subclass of array."""
+def of_class(cls: object, a: mlx.core.array, origin: object) -> object:
+    """An alias of a subclass of Derived."""
 
 def has_kernels(x: object | None) -> bool:
     """Whether it is an array with axes, of a type with kernels."""
 
-def is_gpu(device: mlx.core.Device | mlx.core.DeviceType) -> bool: ...
+def on_gpu() -> bool:
+    """Whether the default device is a GPU."""
 
 def add_to(object: object, name: object, count: int) -> None:
-    """Adds to a number that other threads count too."""
+    """Adds to an attribute, a number that other threads count too."""
 
-def environment(name: str) -> str | None:
-    """The value of an environment variable; faster than os.environ."""
+def count(calls: object, total: int, fused: int, reason: object | None = None, is_routed: bool = True) -> None:
+    """
+    Counts calls; and for fused ones, where routing sent this thread's latest operation. The reason is why a call was not fused.
+    """
+
+def switched_off() -> bool:
+    """Whether ``MLX_FUSED`` makes patched models run their own code."""
+
+def own_method(cls: object, name: object) -> object:
+    """
+    The method of an unpatched class as it is now: others may have replaced it (grad_checkpoint does).
+    """
 
 def can_norm(x: mlx.core.array) -> bool:
     """Whether a kernel for Metal that projects x may norm it as well."""
-
-def was_composed() -> bool:
-    """Whether MLX's own operations compute this thread's latest call."""
 
 class StandIn:
     """
@@ -170,6 +175,16 @@ def run_as(call: object | None, module: object, function: object, args: tuple, k
 
 def running() -> object:
     """This thread's running call; None if there is none."""
+
+def is_new_input(x: mlx.core.array) -> bool:
+    """
+    Whether the running call has not asked this of ``x`` last. Then nothing is shared any more.
+    """
+
+def share(names: tuple, outputs: list, own: object) -> object:
+    """
+    What stand-ins of these names return if they are called once with the latest new input, and their layers are what they are now: outputs, or functions of the layer and the input that return them. Returns that of the name ``own``.
+    """
 
 def layer_of(value: object | None) -> object:
     """The layer that a stand-in replaces; anything else is itself."""

@@ -1,20 +1,33 @@
 #include <nanobind/nanobind.h>
 
+#include <algorithm>
+#include <array>
+#include <optional>
 #include <utility>
+#include <vector>
 
 #include "mlx/array.h"
 #include "python/src/bindings.h"
+#include "python/src/kind.h"
 
-namespace mx = mlx::core;
-namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace {
+
+// The output of a layer that was computed together with another one's, or a function of the layer and x that
+// returns it. It holds while the layer is what it was, with the same arrays.
+struct Shared {
+  nb::object name;
+  Words layer;
+  nb::object output;
+};
 
 // The running call of a patched module, and what stands in for its layers, by name. Each thread has its own.
 struct Running {
   nb::handle call, module;
   nb::dict stand_ins;
+  std::optional<mx::array> input;  // of what is shared; a copy, since `x += 1` changes x in place
+  std::vector<Shared> shared;
 };
 
 thread_local Running* running = nullptr;
@@ -40,14 +53,30 @@ PyObject* only(PyObject* args, PyObject* kwargs) {
   return named ? PyDict_GetItemString(kwargs, "x") : PyTuple_GET_ITEM(args, 0);
 }
 
+// What is shared of a layer for an input; it is handed out once.
+nb::object take_shared(nb::handle name, nb::handle layer, const mx::array& x) {
+  auto& all = running->shared;
+  auto found = std::ranges::find_if(all, [&](auto& one) { return one.name.equal(name); });
+  if (found == all.end() || running->input->id() != x.id()) {
+    return {};
+  }
+  auto shared = std::move(*found);
+  all.erase(found);
+  return shared.layer.are_of(std::array{layer}) ? shared.output : nb::object();
+}
+
 PyObject* call_stand_in(PyObject* self, PyObject* args, PyObject* kwargs) {
   // The layer may be replaced in the module meanwhile, and the stand-in with it.
   auto [layer, call, name, run, as_linear] = stand_in_of(self);
   auto* x = only(args, kwargs);
   // Called later, or from another thread, it is the layer.
-  bool runs = running && running->call.is(call) && !run.is_none() && x && nb::isinstance<mx::array>(x);
+  bool runs = running && running->call.is(call) && !run.is_none() && x && is_array(x);
   if (!runs) {
     return PyObject_Call(layer.ptr(), args, kwargs);
+  }
+  if (auto output = take_shared(name, layer, *nb::inst_ptr<mx::array>(x)); output.is_valid()) {
+    PyObject* both[] = {layer.ptr(), x};
+    return is_array(output) ? output.release().ptr() : PyObject_Vectorcall(output.ptr(), both, 2, nullptr);
   }
   PyObject* all[] = {call.ptr(), name.ptr(), layer.ptr(), x};
   return PyObject_Vectorcall(run.ptr(), all, 4, nullptr);
@@ -148,7 +177,7 @@ PyType_Slot of_slot[] = {
     {0, nullptr}};
 
 nb::object run_as(nb::handle call, nb::handle module, nb::handle function, nb::tuple args, nb::dict kwargs) {
-  Running own{call, module, {}};
+  Running own{call, module};
   auto* before = std::exchange(running, call.is_none() ? nullptr : &own);
   auto* result = PyObject_Call(function.ptr(), args.ptr(), kwargs.ptr());
   running = before;
@@ -209,6 +238,38 @@ void bind_stand_ins(nb::module_& m) {
       "running",
       [] { return running ? nb::borrow(running->call) : nb::none(); },
       "This thread's running call; None if there is none.");
+  m.def(
+      "is_new_input",
+      [](const mx::array& x) {
+        bool is_new = !running->input || running->input->id() != x.id();
+        if (is_new) {
+          running->input = x;
+          running->shared.clear();
+        }
+        return is_new;
+      },
+      "x"_a,
+      "Whether the running call has not asked this of ``x`` last. Then nothing is shared any more.");
+  m.def(
+      "share",
+      [](const nb::tuple& names, const nb::list& outputs, nb::handle own) {
+        nb::object result;
+        for (size_t i = 0; i < names.size(); ++i) {
+          if (names[i].equal(own)) {
+            result = outputs[i];
+            continue;
+          }
+          nb::handle layer = PyDict_GetItemWithError(running->module.ptr(), nb::handle(names[i]).ptr());
+          running->shared.push_back({names[i], Words(std::array{layer}, true), outputs[i]});
+        }
+        return result;
+      },
+      "names"_a,
+      "outputs"_a,
+      "own"_a,
+      "What stand-ins of these names return if they are called once with the latest new input, and their "
+      "layers are what they are now: outputs, or functions of the layer and the input that return them. "
+      "Returns that of the name ``own``.");
   m.def(
       "layer_of",
       [](nb::handle value) {

@@ -9,10 +9,11 @@ from types import FunctionType
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fused._ext import has_kernels, is_gpu, running
+from mlx_fused import _ext
+from mlx_fused._ext import count, has_kernels, running
 from mlx_fused.operations import fused_attention
-from mlx_fused.patching import copied, projections
-from mlx_fused.patching.projections import NotFused
+from mlx_fused.patching import copied
+from mlx_fused.patching.projections import NotFused, tell, watcher_of_thread
 from mlx_fused.patching.registry import Active
 
 _NAME = "scaled_dot_product_attention"
@@ -42,7 +43,7 @@ def _check(active: Active, method: FunctionType) -> None:
     is_of_mlx = type(mx.fast.scaled_dot_product_attention) is type(mx.eval)
     if names.get("__name__") != "mlx_lm.models.base" or not is_of_mlx:
         raise NotFused(f"{_NAME} was replaced")
-    if is_gpu(mx.default_device()):
+    if _ext.on_gpu():
         raise NotFused("on a GPU it is MLX's")
 
 
@@ -55,9 +56,9 @@ def _attend(method: FunctionType, *args, **kwargs) -> mx.array:
             _check(call.active, method)
             y = _run(call.module, *args, **kwargs)
         except NotFused as reason:
-            counter.add(1, reason=str(reason))
+            count(counter, 1, 0, str(reason))
         else:
-            counter.add(1, 1, is_routed=False)
+            count(counter, 1, 1, None, False)
             return y
     return method.__globals__[_NAME](*args, **kwargs)
 
@@ -70,6 +71,8 @@ def _run(module: nn.Module, queries, keys, values, cache, scale, mask, sinks=Non
         raise NotFused("it is not called with arrays of a type with kernels")
     if isinstance(scale, mx.array):
         raise NotFused("its scale is an array")
-    return projections.run(
-        module, fused_attention, q=queries, k=keys, v=values, scale=scale, mask=mask, sinks=sinks
-    )
+    y = fused_attention(q=queries, k=keys, v=values, scale=scale, mask=mask, sinks=sinks)
+    if watcher_of_thread() is not None:
+        given = {"q": queries, "k": keys, "v": values, "scale": scale, "mask": mask, "sinks": sinks}
+        tell(module, fused_attention, given, y)
+    return y

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.nn.layers.distributed import sum_gradients
 
 from mlx_fused import _ext
-from mlx_fused._ext import Kind, alias, has_kernels, is_gpu, is_same
+from mlx_fused._ext import count, has_kernels, is_new_input, of_class, share
 from mlx_fused.linear import is_lora, type_name
 from mlx_fused.operations import fused_linear, fused_qkv_projection
 from mlx_fused.operations.call import batched, unbatched
@@ -24,9 +24,9 @@ from mlx_fused.operations.linear import linear_operation
 from mlx_fused.operations.qkv import qkv_operation
 from mlx_fused.patching import projections, residual
 from mlx_fused.patching.norm import unnormed
-from mlx_fused.patching.projections import EMBEDDINGS, KNOWN, NotFused, Operation, Together, is_watched
+from mlx_fused.patching.projections import EMBEDDINGS, KNOWN, NotFused, Operation, Together, watcher_of_thread
 from mlx_fused.patching.registry import Active, Patch, Roles, active_of
-from mlx_fused.patching.residual import Product, Projected
+from mlx_fused.patching.residual import Projected
 from mlx_fused.patching.stand_in import StandIn
 
 # By whether every step is rounded. Heads are not split: the model's code expects the plain outputs and splits
@@ -41,15 +41,13 @@ _LINEAR = {
 
 
 class Call:
-    """One running call of a module, with the projections of its latest input."""
+    """One running call of a module."""
+
+    __slots__ = ("active", "module", "roles", "unknown")
 
     def __init__(self, module: nn.Module, roles: Roles, active: Active):
         self.module, self.roles, self.active = module, roles, active
         self.unknown: dict[str, str] = {}  # parts with a layer of a type that the operations do not know
-        self.input = None
-        self.outputs: dict[str, mx.array] = {}
-        self.kinds: dict[str, Kind] = {}  # of the layers that the outputs were computed with
-        self.adapters_apart = False
 
     def stand_in(
         self, owner: nn.Module, name: str, run: Callable | None, layer: nn.Module
@@ -73,21 +71,14 @@ class Call:
         return StandIn(layer, self, name, run)
 
     def _project(self, name: str, layer: nn.Module, x: mx.array) -> mx.array:
-        """The call of the projection of queries, keys or values."""
-        if self.input is None or not is_same(x, self.input):
-            self._project_all(x, name)
-        y = self.outputs.pop(name, None)
-        # The model's code may change a layer before it calls it, which makes its output invalid.
-        if y is None or (name in self.kinds and not self.kinds[name].is_of(layer)):
+        """The call of the projection of queries, keys or values that is not shared yet."""
+        outputs = self._project_all(x) if is_new_input(x) else None
+        if outputs is None:
             return alone(self.module, self.active, name, layer, x)
-        if not (self.adapters_apart and "lora_a" in layer):
-            return y
-        # Runs the adapter's own code on a copy of the layer whose base layer returns the known product.
-        copy = SimpleNamespace(**vars(layer), **{**layer, "linear": lambda _: y})
-        return type(layer).__call__(copy, x)
+        y = share(self.roles.inputs, outputs, name)
+        return y(layer, x) if type(y) is partial else y
 
-    def _project_all(self, x: mx.array, first: str) -> None:
-        self.input, self.outputs = alias(x), {}  # an alias, since `x += 1` changes x in place
+    def _project_all(self, x: mx.array) -> list[mx.array | Callable] | None:
         module, names, calls = self.module, self.roles.inputs, self.active.patch.calls["qkv"]
         self.unknown.pop("qkv", None)  # counted now
         try:
@@ -95,23 +86,24 @@ class Call:
                 raise NotFused(f"its input is {x.dtype}")
             together = read_qkv(module, self.roles, self.active)
         except NotFused as reason:
-            calls.add(1, reason=str(reason))
-            return
-        self.adapters_apart = together.adapters_apart is not None
-        layers = tuple(map(module.__getitem__, names))
-        if self.adapters_apart:
+            count(calls, 1, 0, str(reason))
+            return None
+        layers = whole = tuple(map(module.__getitem__, names))
+        if together.adapters_apart is not None:
             layers = tuple(layer.get("linear", layer) for layer in layers)
         tokens, norm = unnormed(x)
         if together.group is not None:
             tokens, norm = sum_gradients(together.group)(x), None
         outputs = _QKV[self.active.patch.options.exact](module, layers, tokens, norm)
-        calls.add(1, 1)
-        self.outputs = dict(zip(names, outputs, strict=True))
-        self.kinds = {name: Kind(module[name], with_arrays=True) for name in names if name != first}
+        count(calls, 1, 1)
+        if together.adapters_apart is not None:
+            both = zip(outputs, whole, strict=True)
+            return [partial(_adapted, y) if "lora_a" in layer else y for y, layer in both]
+        return outputs
 
     def _add(self, name: str, layer: nn.Module, x: mx.array) -> mx.array:
         self.unknown.pop("residual", None)
-        reason = why_not(read_output, self.module, self.active, name)
+        reason = output_obstacle(self.module, self.active, name)
         return project_output(self.module, self.active, name, layer, x, reason)
 
     def _linear(self, name: str, layer: nn.Module, x: mx.array) -> mx.array:
@@ -125,14 +117,14 @@ class Call:
         try:
             y = linear(module, active, name, layer, x)
         except NotFused as reason:
-            calls.add(1, reason=str(reason))
+            count(calls, 1, 0, str(reason))
             return layer.as_linear(x) if type(layer) in EMBEDDINGS else layer(x)
-        calls.add(1, 1)
+        count(calls, 1, 1)
         return y
 
     def end(self) -> None:
         for part, reason in self.unknown.items():
-            self.active.patch.calls[part].add(1, reason=reason)
+            count(self.active.patch.calls[part], 1, 0, reason)
 
 
 def read_qkv(module: nn.Module, roles: Roles, active: Active) -> Together:
@@ -144,7 +136,7 @@ def read_qkv(module: nn.Module, roles: Roles, active: Active) -> Together:
     if vars(module).get("is_kv_shared_layer"):
         raise NotFused("it takes keys and values from another layer")
     layers = tuple(map(module.get, roles.inputs))
-    return active.reading("qkv", layers, partial(_read_qkv, roles.inputs, layers, active.patch))
+    return active.reading("qkv", layers, _read_qkv, roles.inputs, layers, active.patch)
 
 
 def _read_qkv(names: tuple[str, ...], layers: tuple, patch: Patch) -> Together:
@@ -155,34 +147,35 @@ def _read_qkv(names: tuple[str, ...], layers: tuple, patch: Patch) -> Together:
     return projections.read_together(names, layers, patch.options.lora, patch.options.exact)
 
 
+def _adapted(y: mx.array, layer: nn.Module, x: mx.array) -> mx.array:
+    """The output of an adapter's own code, around a layer with the output ``y``."""
+    copy = SimpleNamespace(**vars(layer), **{**layer, "linear": lambda _: y})
+    return type(layer).__call__(copy, x)
+
+
 def qkv_note(module: nn.Module, roles: Roles, active: Active) -> str | None:
     """What there is to know of a fused QKV projection."""
     apart = read_qkv(module, roles, active).adapters_apart
     return apart and f"adapters apart: {apart}"
 
 
-def why_not(read: Callable, *args) -> str | None:
-    """Why ``read`` says that something is not fused; None if it does not."""
+def output_obstacle(module: nn.Module, active: Active, name: str) -> str | None:
+    """Why the output projection and the residual cannot be one operation; None if they can."""
+    layer = module.get(name)
     try:
-        read(*args)
+        active.reading("residual", (layer,), _read_output, name, layer, active.patch)
     except NotFused as reason:
         return str(reason)
     return None
 
 
-def read_output(module: nn.Module, active: Active, name: str) -> None:
-    """Raises ``NotFused`` if the output projection and the residual cannot be one operation."""
-    patch = active.patch
-    if patch.options.o_residual is False:
+def _read_output(name: str, layer: nn.Module | None, patch: Patch) -> None:
+    options = patch.options
+    if options.o_residual is False:
         raise NotFused("o_residual=False")
     if patch.obstacles.residual:
         raise NotFused(patch.obstacles.residual)
-    _read_one(module, active, name, module.get(name))
-
-
-def _read_one(module: nn.Module, active: Active, name: str, layer: nn.Module) -> None:
-    options = active.patch.options
-    active.reading(name, (layer,), lambda: projections.read(name, layer, options.lora, options.exact))
+    projections.read(name, layer, options.lora, options.exact)
 
 
 def project_output(
@@ -194,17 +187,18 @@ def project_output(
     if reason is None and not has_kernels(x):
         reason = f"its input is {x.dtype} {x.shape}"
     if reason is not None:
-        calls.add(1, 0, reason)
+        count(calls, 1, 0, reason)
         return alone(module, active, name, layer, x)
-    calls.add(1)
+    count(calls, 1, 0)
     # The operation runs later, when the residual is added, with the product's arrays.
     made = _LINEAR[options.exact].made
     rows, leading = (x, None) if x.ndim == 3 else batched(made.name, x)
     (y,) = _ext.project(made, rows, None, (layer,), None, 1.0, None)
     operation = residual.OPERATIONS[options.exact, options.o_residual is True]
-    arguments = operation.arguments(rows, (layer,)) if is_watched() else {}
-    product = Product(y, operation, calls, module, arguments)
-    return Projected.of(y if leading is None else unbatched(y, leading), ((product, 1.0),))
+    arguments = operation.arguments(rows, (layer,)) if watcher_of_thread() is not None else {}
+    whole, shape = (y, None) if leading is None else (unbatched(y, leading), (*leading, y.shape[-1]))
+    origin = ((partial(residual.plus, y, operation, calls, module, arguments, shape), 1.0),)
+    return of_class(Projected, whole, origin)
 
 
 def alone(module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array) -> mx.array:
@@ -233,7 +227,8 @@ def read_linear(module: nn.Module, active: Active, name: str, layer: nn.Module) 
     """Raises ``NotFused`` if our operation cannot compute the layer, or has no reason to."""
     if not active.patch.options.linear:
         raise NotFused("linear=False")
-    _read_one(module, active, name, layer)
+    options = active.patch.options
+    active.reading(name, (layer,), projections.read, name, layer, options.lora, options.exact)
     if not saves(layer):
         raise NotFused(f"{name} is one launch on a GPU in MLX too")
 
@@ -252,7 +247,7 @@ def read_linears(module: nn.Module, active: Active, names: tuple[str, ...]) -> N
 
 def saves(layer: nn.Module) -> bool:
     """Whether our operation may be faster than the layer's own code."""
-    if not is_gpu(mx.default_device()):
+    if not _ext.on_gpu():
         return True
     # On a GPU it saves the launches of an adapter or of the bias of quantized weights, and nothing else.
     return is_lora(type(layer)) or (isinstance(layer, nn.QuantizedLinear) and "bias" in layer)

@@ -7,10 +7,11 @@ import re
 import mlx.nn as nn
 from mlx.nn.layers import distributed
 
+from mlx_fused._ext import own_method
 from mlx_fused.patching import mlp, norm, residual, rope
 from mlx_fused.patching.formula import Unknown
 from mlx_fused.patching.projections import EMBEDDINGS
-from mlx_fused.patching.registry import Obstacles, Roles, original_of, own_method, roles_of
+from mlx_fused.patching.registry import Obstacles, Roles, original_of, roles_of
 
 # The names that models give to the projections of queries, keys and values, to the output projection, and to
 # the method that calls them; and the modules that stand instead of the three, with the reason to report.

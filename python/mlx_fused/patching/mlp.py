@@ -11,7 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fused._ext import has_kernels
+from mlx_fused._ext import count, has_kernels
 from mlx_fused.operations import fused_gated_projection, fused_linear
 from mlx_fused.operations.linear import gated_operation, linear_operation
 from mlx_fused.patching import calls, formula, projections
@@ -52,25 +52,24 @@ def recipe_of(mlp: nn.Module, method: Callable) -> Recipe:
 def run(mlp: nn.Module, active: Active, method: Callable, x: object) -> mx.array | None:
     """The output of ``mlp``, to which the residual is added as a part of the operation; None if its own code
     must run."""
-    patch = active.patch
-    counter = patch.calls["mlp"]
+    counter = active.patch.calls["mlp"]
     try:
-        recipe, operation, obstacle = read(mlp, active, method)
+        recipe, operation, obstacle = active.reading("mlp", (mlp, method), _read, mlp, active, method)
         if not has_kernels(x):
             raise NotFused("it is not called with one array of a type with kernels")
     except NotFused as reason:
-        counter.add(1, reason=str(reason))
+        count(counter, 1, 0, str(reason))
         return None
     if recipe.first is not None:
         first = mlp[recipe.first]
         x = calls.alone(mlp, active, recipe.first, first, x) if projections.is_known(first) else first(x)
     x, norm = unnormed(x)
     (hidden,) = operation(mlp, tuple(map(mlp.__getitem__, recipe.hidden)), x, norm)
-    counter.add(1, 1)
+    count(counter, 1, 1)
     return calls.project_output(mlp, active, recipe.down, mlp[recipe.down], hidden, obstacle)
 
 
-def read(mlp: nn.Module, active: Active, method: Callable) -> tuple[Recipe, Operation, str | None]:
+def _read(mlp: nn.Module, active: Active, method: Callable) -> tuple[Recipe, Operation, str | None]:
     """What the MLP computes, the operation of its first half, and why its last layer is not one with the
     residual.
 
@@ -80,29 +79,25 @@ def read(mlp: nn.Module, active: Active, method: Callable) -> tuple[Recipe, Oper
     options = active.patch.options
     if not options.mlp:
         raise NotFused("mlp=False")
-
-    def read() -> tuple[Recipe, Operation, str | None]:
-        try:
-            recipe = recipe_of(mlp, method)
-        except Unknown as reason:
-            raise NotFused(f"{type(mlp).__name__} {reason}") from None
-        layers = [mlp.get(name) for name in recipe.hidden]
-        together = projections.read_together(recipe.hidden, layers, options.lora, options.exact)
-        if together.adapters_apart:
-            raise NotFused(together.adapters_apart)
-        if together.group is not None:
-            raise NotFused(f"{recipe.hidden[0]} is {type(layers[0]).__name__}")
-        make = gated_operation if recipe.function is fused_gated_projection else linear_operation
-        settings = recipe.settings | {"exact": options.exact}
-        obstacle = calls.why_not(calls.read_output, mlp, active, recipe.down)
-        return recipe, Operation(recipe.function, make(**settings), settings), obstacle
-
-    return active.reading("mlp", (mlp, method), read)
+    try:
+        recipe = recipe_of(mlp, method)
+    except Unknown as reason:
+        raise NotFused(f"{type(mlp).__name__} {reason}") from None
+    layers = [mlp.get(name) for name in recipe.hidden]
+    together = projections.read_together(recipe.hidden, layers, options.lora, options.exact)
+    if together.adapters_apart:
+        raise NotFused(together.adapters_apart)
+    if together.group is not None:
+        raise NotFused(f"{recipe.hidden[0]} is {type(layers[0]).__name__}")
+    make = gated_operation if recipe.function is fused_gated_projection else linear_operation
+    settings = recipe.settings | {"exact": options.exact}
+    obstacle = calls.output_obstacle(mlp, active, recipe.down)
+    return recipe, Operation(recipe.function, make(**settings), settings), obstacle
 
 
 def read_note(mlp: nn.Module, active: Active, method: Callable) -> str:
     """What is fused, for the report."""
-    recipe, *_ = read(mlp, active, method)
+    recipe, *_ = active.reading("mlp", (mlp, method), _read, mlp, active, method)
     return recipe.settings["activation"]
 
 

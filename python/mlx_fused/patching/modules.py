@@ -7,7 +7,7 @@ from functools import cache, wraps
 
 import mlx.nn as nn
 
-from mlx_fused._ext import Slot, add_to, run_as, running
+from mlx_fused._ext import Slot, add_to, own_method, run_as, running, switched_off
 from mlx_fused.patching import attention, calls, copied, mlp, norm, rope
 from mlx_fused.patching.calls import Call
 from mlx_fused.patching.projections import KNOWN, NotFused
@@ -18,15 +18,13 @@ from mlx_fused.patching.registry import (
     Patch,
     Roles,
     State,
-    active_of,
     lock,
     original_of,
-    own_method,
     patch_of,
     roles_of,
     states,
 )
-from mlx_fused.patching.report import LayerReport, Part, switched_off
+from mlx_fused.patching.report import LayerReport, Part
 from mlx_fused.patching.stand_in import unwrapped
 
 _EXPERTS = "experts are MLX's gathered products"
@@ -110,7 +108,9 @@ def report(name: str, module: nn.Module, roles: Roles, active: Active) -> LayerR
     if roles.kind == "rope":
         add("rope", lambda: rope.read(active, own_method(original_of(module), roles.entry)))
     if "residual" in roles.parts:
-        add("residual", lambda: calls.read_output(module, active, roles.output))
+        parts["residual"] = Part(
+            calls.output_obstacle(module, active, roles.output), calls=active.patch.calls["residual"]
+        )
     if roles.kind == "experts":
         parts["experts"] = Part(_EXPERTS)
     if roles.alone:
@@ -143,48 +143,36 @@ def _entry(original: type, roles: Roles) -> Callable:
 
     @wraps(getattr(original, name))
     def call(self, *args, **kwargs):
-        method = original.__dict__.get(name) or own_method(original, name)
-        is_on = not switched_off()
-        if roles.kind == "rope":  # which has no layers
-            active = active_of(self) if is_on else None
-            method = method if active is None else copied.seeing(active, method, rope.ours)
-            return method.__get__(self, original)(*args, **kwargs)
-        if instead and is_on and (active := active_of(self)) is not None:
+        method = own_method(original, name)
+        state = None if switched_off() else states.get(id(self))
+        if state is None:
+            return run_as(None, self, method.__get__(self, original), args, kwargs)
+        if roles.kind == "rope" and (active := state.active) is not None:  # which has no layers
+            return copied.seeing(active, method, rope.ours).__get__(self, original)(*args, **kwargs)
+        if instead and (active := state.active) is not None:
             x = args[0] if len(args) == 1 and not kwargs else _only(method, args, kwargs)
             y = instead(self, active, method, x)
             if y is not None:
                 return y
-        state, active = _begin(self) if is_on else (None, None)
-        call = Call(self, roles, active) if active is not None else None
-        if call is not None and roles.kind == "attention":
-            method = copied.seeing(active, method, attention.ours)
+        call = None
+        # Before the patch is read: from here on the class stays. No lock, which costs more than the rest.
+        add_to(state, "running", 1)
         try:
+            # A call keeps the present patch until it ends.
+            if (active := state.active) is not None:
+                call = Call(self, roles, active)
+                if roles.kind == "attention":
+                    method = copied.seeing(active, method, attention.ours)
             return run_as(call, self, method.__get__(self, original), args, kwargs)
         finally:
-            if call is not None:
+            if call is not None and call.unknown:
                 call.end()
-                _end(self, state)
+            add_to(state, "running", -1)
+            if state.active is None:
+                with lock:
+                    _end_patching(self)
 
     return call
-
-
-def _begin(module: nn.Module) -> tuple[State | None, Active | None]:
-    """Registers a call, which keeps the present patch until it ends; None to run the model's own code."""
-    state = states.get(id(module))
-    if state is None:
-        return None, None
-    # Before the patch is read: from here on the class stays. No lock, which would cost more than the rest.
-    add_to(state, "running", 1)
-    if (active := state.active) is None:
-        _end(module, state)
-    return state, active
-
-
-def _end(module: nn.Module, state: State) -> None:
-    add_to(state, "running", -1)
-    if state.active is None:
-        with lock:
-            _end_patching(module)
 
 
 def _storing(original: type) -> Callable:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fused._ext import alias, can_norm, has_kernels, is_gpu, of_class
-from mlx_fused.operations import fused_rms_norm
+from mlx_fused import _ext
+from mlx_fused._ext import alias, can_norm, count, has_kernels, of_class, rms_norm
 from mlx_fused.operations.call import Norm
 from mlx_fused.patching.derived import Derived
 from mlx_fused.patching.projections import NotFused
@@ -39,17 +39,15 @@ def run(norm: nn.Module, active: Active, method: Callable, x: object) -> mx.arra
         if not has_kernels(weight) or type(eps) not in (float, int):
             raise NotFused("its weight or eps is of a type without kernels")
     except NotFused as reason:
-        counter.add(1, reason=str(reason))
+        count(counter, 1, 0, str(reason))
         return None
-    if not is_gpu(mx.default_device()):
-        counter.add(1, 1, None, False)
-        return fused_rms_norm(x, weight, eps)
-    counter.add(1, reason="on a GPU it is MLX's, or a part of the operation after it")
+    if not _ext.on_gpu():
+        count(counter, 1, 1, None, False)
+        return rms_norm(x, weight, eps, None)
+    count(counter, 1, 0, "on a GPU it is MLX's, or a part of the operation after it")
     if not can_norm(x):
         return None
-    y = of_class(Normed, _CALL(norm, x))
-    y._origin = alias(x), (alias(weight), eps)
-    return y
+    return of_class(Normed, _CALL(norm, x), (alias(x), (alias(weight), eps)))
 
 
 def read(active: Active, method: Callable) -> None:

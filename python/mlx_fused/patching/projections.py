@@ -87,6 +87,7 @@ def read(name: str, module: nn.Module | None, lora: bool, exact: bool) -> None:
 # Called with (module, operation, its arguments by name, its result).
 Watcher = Callable[[nn.Module, Callable, dict, object], None]
 _watcher: ContextVar[Watcher | None] = ContextVar("mlx_fused_watcher", default=None)
+watcher_of_thread = _watcher.get
 
 
 @contextmanager
@@ -104,19 +105,8 @@ def watching(watcher: Watcher) -> Iterator[None]:
         _watcher.reset(token)
 
 
-def run(module: nn.Module, operation: Callable, **arguments):
-    """Run ``operation`` for ``module``."""
-    outputs = operation(**arguments)
-    tell(module, operation, arguments, outputs)
-    return outputs
-
-
-def is_watched() -> bool:
-    return _watcher.get() is not None
-
-
 def tell(module: nn.Module, operation: Callable, arguments: dict, outputs) -> None:
-    if (watcher := _watcher.get()) is not None:
+    if (watcher := watcher_of_thread()) is not None:
         watcher(module, operation, arguments, outputs)
 
 
@@ -139,7 +129,7 @@ class Operation(NamedTuple):
         """Run it for ``module``, with the present arrays of layers that were read."""
         rows, leading = (x, None) if x.ndim == 3 else batched(self.made.name, x)
         outputs = _ext.project(self.made, rows, norm, layers, None, 1.0, None)
-        if is_watched():
+        if watcher_of_thread() is not None:
             result = outputs[0] if len(outputs) == 1 else tuple(outputs)
             tell(module, self.function, self.arguments(rows, layers, norm=norm), result)
         return outputs if leading is None else [unbatched(y, leading) for y in outputs]

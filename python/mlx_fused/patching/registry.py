@@ -97,8 +97,8 @@ class Active:
         self.copied: tuple = (None,) * 5  # the module's method, what it was made of, and its copy
         self._readings: dict[object, tuple[Kind, object, str | None]] = {}
 
-    def reading(self, key: object, modules: Iterable, read: Callable):
-        """What ``read`` returns for ``modules``, which it need not do again for modules of the same kind.
+    def reading(self, key: object, modules: Iterable, read: Callable, *args):
+        """What ``read(*args)`` returns for ``modules``, not done again for modules of the same kind.
 
         Raises:
             NotFused: If ``read`` did.
@@ -107,7 +107,7 @@ class Active:
         if before is None or not before.is_of(*modules):
             present = Kind(*modules)
             try:
-                result, reason = read(), None
+                result, reason = read(*args), None
             except NotFused as error:
                 result, reason = None, str(error)
             self._readings[key] = present, result, reason
@@ -152,11 +152,3 @@ def roles_of(module: nn.Module) -> Roles | None:
 def original_of(module: nn.Module) -> type:
     """The class that ``module`` had before it was patched."""
     return vars(type(module)).get("_mlx_fused_original", type(module))
-
-
-def own_method(original: type, name: str):
-    """The method of an unpatched class as it is now: others may have replaced it (grad_checkpoint does)."""
-    for cls in original.__mro__:
-        if (method := cls.__dict__.get(name)) is not None:
-            return method
-    raise AttributeError(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from mlx_fused._ext import add_to, environment, was_composed
+from mlx_fused._ext import switched_off
 
 # What of a module may be fused, and how it is called.
 TITLES = {
@@ -30,20 +30,6 @@ _COLUMNS = {
     "experts": "experts",
 }
 
-_OFF = dict.fromkeys(("0", "false", "off", "no"), True) | dict.fromkeys(("1", "true", "on", "yes", ""), False)
-
-
-def switched_off() -> bool:
-    """Whether ``MLX_FUSED`` makes patched models run their own code."""
-    value = environment("MLX_FUSED")
-    if value is None:
-        return False
-    try:
-        return _OFF[value.lower()]
-    except KeyError:
-        allowed = ", ".join(repr(word) for word in _OFF if word)
-        raise ValueError(f"MLX_FUSED must be unset or one of {allowed} but got {value!r}.") from None
-
 
 @dataclass
 class Calls:
@@ -63,18 +49,6 @@ class Calls:
     fused: int = 0
     composed: int = 0
     reason: str | None = None
-
-    def add(self, total: int = 0, fused: int = 0, reason: str | None = None, is_routed: bool = True) -> None:
-        """Count calls; and for fused ones, where routing sent this thread's latest operation."""
-        # Several threads may call the model.
-        if total:
-            add_to(self, "total", total)
-        if fused:
-            add_to(self, "fused", fused)
-            if is_routed and was_composed():
-                add_to(self, "composed", fused)
-        if reason:
-            self.reason = reason
 
     @property
     def share(self) -> str:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fused import _ext
-from mlx_fused._ext import of_class
+from mlx_fused._ext import count, of_class
 from mlx_fused.operations import fused_output_projection_residual
 from mlx_fused.operations.call import batched, unbatched
 from mlx_fused.operations.residual import residual_operation
@@ -38,51 +38,54 @@ OPERATIONS = {
 }
 
 
-class Product:
-    """A projection that is still to be added."""
-
-    __slots__ = ("_arguments", "_array", "_calls", "_module", "_operation")
-
-    def __init__(
-        self, array: mx.array, operation: Operation, calls: Calls, module: nn.Module, arguments: dict
-    ):
-        self._array, self._operation, self._calls = array, operation, calls
-        self._module, self._arguments = module, arguments  # for a watcher
-
-    def plus(self, residual: mx.array, alpha: float) -> mx.array | None:
-        """``residual + alpha * product``; None if that cannot be one operation."""
-        function, made, _ = self._operation
-        rows, leading = (residual, None) if residual.ndim == 3 else batched(made.name, residual)
-        y = _ext.add_product(made, self._array, rows, alpha)
-        if y is None:
+def plus(
+    product: mx.array,
+    operation: Operation,
+    calls: Calls,
+    module: nn.Module,
+    arguments: dict,
+    shape: tuple[int, ...] | None,
+    residual: mx.array,
+    alpha: float,
+) -> mx.array | None:
+    """``residual + alpha * product``, a projection that is still to be added; None if that cannot be one
+    operation. ``arguments`` are for a watcher of ``module``; ``shape`` is what the sum is to have, if it has
+    not three axes as the product."""
+    made, rows, leading = operation.made, residual, None
+    if shape is not None:
+        if residual.shape != shape:
             return None
-        self._calls.add(0, 1)
-        if self._arguments:
-            tell(self._module, function, self._arguments | {"residual": rows, "alpha": alpha}, y)
-        return y if leading is None else unbatched(y, leading)
+        rows, leading = batched(made.name, residual)
+    y = _ext.add_product(made, product, rows, alpha)
+    if y is None:
+        return None
+    count(calls, 0, 1)
+    if arguments:
+        tell(module, operation.function, arguments | {"residual": rows, "alpha": alpha}, y)
+    return y if leading is None else unbatched(y, leading)
+
+
+# Of a residual and a factor.
+Plus = Callable[[mx.array, float], mx.array | None]
 
 
 class Projected(Derived):
     """The output of a projection. ``+`` computes the projection and the addition as one operation."""
 
-    _origin: tuple[tuple[Product, float], ...] | None  # what it is the sum of, with factors
+    _origin: tuple[tuple[Plus, float], ...] | None  # of the projections that it is the sum of, and factors
     _alpha = 1.0  # the factor of all of them
-
-    @classmethod
-    def of(cls, y: mx.array, origin: tuple[tuple[Product, float], ...], alpha: float = 1.0) -> Projected:
-        self = of_class(cls, y)
-        self._origin, self._alpha = origin, alpha
-        return self
 
     def __add__(self, other):
         origin = self._origin
-        if origin is None or not isinstance(other, mx.array) or not self._is_like(other):
+        if origin is None or not isinstance(other, mx.array):
             return super().__add__(other)
         if type(other) is Projected and other._origin is not None:
-            return Projected.of(super().__add__(other), (*self._scaled(), *other._scaled()))
+            if self.shape != other.shape:
+                return super().__add__(other)
+            return of_class(Projected, super().__add__(other), (*self._scaled(), *other._scaled()))
         y = other
-        for product, factor in reversed(origin):
-            y = product.plus(y, factor * self._alpha)
+        for plus, factor in reversed(origin):
+            y = plus(y, factor * self._alpha)
             if y is None:
                 return super().__add__(other)
         return y
@@ -94,17 +97,14 @@ class Projected(Derived):
         if type(other) not in (int, float) or self._origin is None or self._alpha != 1:
             return product
         # MLX rounds a Python number to the array's dtype.
-        return Projected.of(product, self._origin, mx.array(other, self.dtype).item())
+        scaled = of_class(Projected, product, self._origin)
+        scaled._alpha = mx.array(other, self.dtype).item()
+        return scaled
 
     __rmul__ = __mul__
 
-    def _is_like(self, other: mx.array) -> bool:
-        """Whether the sum may be an operation. With three axes the extension compares the shapes."""
-        ndim = self.ndim
-        return other.ndim == ndim and (ndim == 3 or other.shape == self.shape)
-
-    def _scaled(self) -> Iterator[tuple[Product, float]]:
-        return ((product, factor * self._alpha) for product, factor in self._origin)
+    def _scaled(self) -> Iterator[tuple[Plus, float]]:
+        return ((plus, factor * self._alpha) for plus, factor in self._origin)
 
 
 @cache

@@ -9,11 +9,12 @@ from types import FunctionType
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fused._ext import has_kernels, is_gpu
+from mlx_fused import _ext
+from mlx_fused._ext import count, has_kernels, own_method
 from mlx_fused.operations import fused_rope
 from mlx_fused.patching import copied
 from mlx_fused.patching.projections import NotFused
-from mlx_fused.patching.registry import Active, own_method
+from mlx_fused.patching.registry import Active
 
 
 class _With:
@@ -61,7 +62,7 @@ def _check(active: Active) -> None:
         raise NotFused("exact=True, and MLX rounds sines")
     if type(mx.fast.rope) is not type(mx.eval):
         raise NotFused("mx.fast.rope was replaced")
-    if is_gpu(mx.default_device()):
+    if _ext.on_gpu():
         raise NotFused("on a GPU it is MLX's")
 
 
@@ -74,7 +75,7 @@ def _rope(active: Active, *args, **kwargs) -> mx.array:
             raise NotFused("it is not called with an array of a type with kernels")
         y = fused_rope(*args, **kwargs)
     except (NotFused, TypeError, ValueError) as reason:  # of a wrong argument MLX's own error tells
-        counter.add(1, reason=str(reason))
+        count(counter, 1, 0, str(reason))
         return mx.fast.rope(*args, **kwargs)
-    counter.add(1, 1, is_routed=False)
+    count(counter, 1, 1, None, False)
     return y
