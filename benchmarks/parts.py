@@ -69,7 +69,7 @@ def layer_seconds(family: Family, work: Work, effort: Effort) -> dict[str, float
 
 def _alone(family: Family, work: Work) -> dict[str, tuple[Callable, Sequence[mx.array]]]:
     """What is between the projections of an attention block: functions, and their operands."""
-    block, args = family.model(1).layers[0].self_attn, family.config
+    block, args = family.model(1, patched=True).layers[0].self_attn, family.config
     heads, kv_heads = args["num_attention_heads"], args["num_key_value_heads"]
     decodes = work.name == "decode"
     keys_length = CONTEXT + 1 if decodes else work.tokens
