@@ -59,7 +59,11 @@ mlx_fused::Linear linear_of_module(nb::handle module) {
     nb::handle value = PyDict_GetItemWithError(module.ptr(), name);
     return value.is_valid() && !value.is_none() ? OptionalArray(nb::cast<mx::array&>(value)) : std::nullopt;
   };
-  auto setting = [](nb::handle module, PyObject* name) { return nb::getattr(module, nb::handle(name)); };
+  auto setting = [](nb::handle module, PyObject* name) {
+    auto own = nb::steal(PyObject_GenericGetDict(module.ptr(), nullptr));  // the class has none, as a rule
+    nb::handle value = PyDict_GetItemWithError(own.ptr(), name);
+    return value.is_valid() ? nb::borrow(value) : nb::getattr(module, nb::handle(name));
+  };
   auto a = item(module, lora_a);
   nb::handle base = a ? nb::handle(PyDict_GetItemWithError(module.ptr(), linear)) : module;
   mlx_fused::Linear layer{
