@@ -7,11 +7,13 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <cstdlib>
 
 #include "mlx_fused/arguments.h"
 #include "mlx_fused/attention.h"
 #include "mlx_fused/backend/metal/grid.h"
+#include "mlx_fused/cross_entropy.h"
 #include "mlx_fused/norm.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/routing.h"
@@ -188,6 +190,50 @@ mx::array attention(
     kind.has_sinks = true;
   }
   return mlx_fused::attention(inputs, kind, mx::to_stream(s));
+}
+
+mx::array cross_entropy(
+    const mx::array& x,
+    std::vector<LinearTuple> layer,
+    const mx::array& targets,
+    const OptionalArray& mask,
+    const std::optional<int64_t>& ignore_index,
+    float scale,
+    const std::optional<float>& softcap,
+    float label_smoothing,
+    const Route& route,
+    mx::StreamOrDevice s) {
+  static const std::string operation = "fused_linear_cross_entropy";
+  auto stream = mx::to_stream(s);
+  mlx_fused::Check check(operation);
+  mlx_fused::LossCall call{
+      .head = make_call(operation, operation, {{0, 0}}),
+      .softcap = softcap.value_or(0),
+      .smoothing = label_smoothing};
+  call.head.epilogue.alpha = scale;
+  mlx_fused::Products products(stream, route);
+  auto inputs = mlx_fused::check_arguments(
+      check, "x", x, std::nullopt, linears(layer), std::nullopt, call.head, products);
+  check.positive({"the rows of weight"}, call.head.segments[0].features);
+  auto check_rows = [&](const char* name, const mx::array& a) {
+    check.shape({name}, a, {x.shape(0), x.shape(1)});
+  };
+  check_rows("targets", targets);
+  if (!mx::issubdtype(targets.dtype(), mx::integer)) {
+    check.fail("targets must be integers but got ", targets.dtype(), ".");
+  }
+  if (mask) {
+    check_rows("mask", *mask);
+    check.dtype({"mask"}, *mask, mx::bool_);
+  }
+  if (softcap && !(*softcap > 0 && std::isfinite(*softcap))) {
+    check.fail("softcap must be greater than 0 and finite but got ", *softcap, ".");
+  }
+  if (!(label_smoothing >= 0 && label_smoothing < 1)) {
+    check.fail("label_smoothing must be at least 0 and less than 1 but got ", label_smoothing, ".");
+  }
+  inputs.push_back(targets);
+  return mlx_fused::cross_entropy(std::move(inputs), std::move(call), mask, ignore_index, route, stream);
 }
 
 // mlx_fused.tuning.Kind
@@ -396,6 +442,19 @@ NB_MODULE(_ext, m) {
       "mask"_a.none(),
       "window"_a.none(),
       "sinks"_a.none(),
+      "stream"_a.none());
+  m.def(
+      "cross_entropy",
+      &cross_entropy,
+      "x"_a,
+      "layer"_a,
+      "targets"_a,
+      "mask"_a.none(),
+      "ignore_index"_a.none(),
+      "scale"_a,
+      "softcap"_a.none(),
+      "label_smoothing"_a,
+      "route"_a,
       "stream"_a.none());
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a, "stream"_a.none());
   m.def(

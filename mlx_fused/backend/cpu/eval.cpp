@@ -9,10 +9,12 @@
 #include "mlx_fused/attention.h"
 #include "mlx_fused/backend/cpu/activation.h"
 #include "mlx_fused/backend/cpu/attention.h"
+#include "mlx_fused/backend/cpu/cross_entropy.h"
 #include "mlx_fused/backend/cpu/kernels.h"
 #include "mlx_fused/backend/cpu/norm.h"
 #include "mlx_fused/backend/cpu/parallel.h"
 #include "mlx_fused/backend/cpu/projection.h"
+#include "mlx_fused/cross_entropy.h"
 #include "mlx_fused/norm.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/routing.h"
@@ -192,6 +194,23 @@ cpu::Attention attention_of(const AttentionKind& kind, const mx::array* inputs) 
   return of;
 }
 
+// `inputs` are those of CrossEntropy.
+cpu::CrossEntropy cross_entropy_of(const LossCall& call, const Arrays& inputs, mx::Stream stream) {
+  Operands operands(inputs, input_slots(call.head));
+  auto targets = inputs.back().flags().row_contiguous ? inputs.back() : copied(inputs.back(), stream);
+  return {
+      .x = view_of(operands.get(Role::input)),
+      .head =
+          {weight_of(operands, 0, call.head.quantization, stream),
+           view_of(operands.find(Role::bias)),
+           adapter_of(operands, 0, call.head),
+           {}},
+      .scale = call.head.epilogue.alpha,
+      .softcap = call.softcap,
+      .smoothing = call.smoothing,
+      .targets = targets.data<int64_t>()};
+}
+
 template <typename F>
 void dispatch(mx::Stream stream, const Arrays& inputs, Arrays& outputs, F work) {
   auto& encoder = mx::cpu::get_command_encoder(stream);
@@ -309,6 +328,43 @@ void AttentionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   dispatch(stream(), inputs, outputs, [=, sums = inputs[2].data<float>()] {
     cpu::attend_grad(of, cotangent, out, sums, grads[0], grads[1], grads[2], d_sinks);
   });
+}
+
+void CrossEntropy::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  allocate(outputs);
+  dispatch(
+      stream(),
+      inputs,
+      outputs,
+      [of = cross_entropy_of(call_, inputs, stream()),
+       losses = outputs[0].data<float>(),
+       log_sums = outputs[1].data<float>()] { cpu::cross_entropy(of, losses, log_sums); });
+}
+
+void CrossEntropyGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  allocate(outputs);
+  auto& cotangent = inputs[0];
+  View of_rows{
+      .data = data_of(cotangent),
+      .type = cpu::Type::float32,
+      .batch = cotangent.shape(0),
+      .seq = cotangent.shape(1),
+      .batch_stride = cotangent.strides(0),
+      .seq_stride = cotangent.strides(1)};
+  Operands wanted(outputs, wanted_);
+  cpu::CrossEntropyGrads grads{
+      .dx = view_of(wanted.find(Role::input)),
+      .dw = view_of(wanted.find(Role::weight)),
+      .dbias = view_of(wanted.find(Role::bias)),
+      .da = view_of(wanted.find(Role::lora_a)),
+      .db = view_of(wanted.find(Role::lora_b))};
+  dispatch(
+      stream(),
+      inputs,
+      outputs,
+      [=,
+       of = cross_entropy_of(call_, {inputs.begin() + 2, inputs.end()}, stream()),
+       log_sums = inputs[1].data<float>()] { cpu::cross_entropy_grad(of, of_rows, log_sums, grads); });
 }
 
 void check_cpu_settings() {

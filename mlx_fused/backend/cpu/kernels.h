@@ -58,6 +58,10 @@ struct Kernels {
   // g = x's gradient, from that of the norm; dw += w's, unless it is null
   void (*rms_norm_grad)(
       const float* x, float* g, int64_t rows, int64_t ld, const float* w, float* dw, int64_t n, float eps);
+  void (*softcap)(float* x, int64_t n, float cap);  // x = cap tanh(x / cap)
+  // Of logits x that were softcapped, unless cap is 0: x = the gradients by what was before, of a cross
+  // entropy times factor, as if no word were the target: factor (e^(x - log_sum) - shift) (1 - (x / cap)^2)
+  void (*cross_entropy_grad)(float* x, int64_t n, float factor, float log_sum, float shift, float cap);
   // Of attention. A column of scores, of n keys, belongs to one query; cols is a multiple of lanes.
   // scores = -inf where the mask is, else scores + mask
   void (*mask_scores)(const float* mask, float* scores, int64_t n);

@@ -30,7 +30,7 @@ constexpr int64_t max_dots_rows_amx = 4, max_dots_rows_amx_quantized = 12;
 // Whether the epilogue does nothing.
 bool is_plain(const Output& o) {
   auto& [residual, alpha, exact, activation] = o.epilogue;
-  return !o.bias && o.low_rank.empty() && !residual && alpha == 1 && !activation;
+  return !o.bias && o.low_rank.empty() && !residual && alpha == 1 && !activation && !o.reduce;
 }
 
 void blas_tile(const std::vector<View>& left, const Output& output, const Tile& t) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <variant>
 #include <vector>
@@ -63,12 +64,18 @@ struct Adapter {
   float scale;
 };
 
+// Takes a tile of what would be stored otherwise, as rows of length ld, which it may change. Called from
+// several threads, with tiles that begin at least tile_pitch columns apart.
+using Reduce = std::function<void(const struct Tile&, float* values, int64_t ld)>;
+constexpr int64_t tile_pitch = 32;
+
 struct Segment {
   Weight weight;
   std::optional<View> bias;  // [1, out_features]
   std::optional<Adapter> adapter;
   View out;                      // [rows, out_features]; of gated segments the same for both
   std::optional<View> pre = {};  // where what the activation is of is kept
+  Reduce reduce = {};            // if there is one, nothing is stored, and out is but a shape
 };
 
 struct Epilogue {
@@ -94,11 +101,12 @@ struct GradSegment {
 
 // With g = alpha grad: dx = the sum over the segments of g weight + scale (g b^T) a^T, dw = g^T x, dbias =
 // the sum of the rows of g, da = x^T (scale g b^T), db = scale (x a)^T g. x may be missing if only dx or
-// dbias is wanted.
+// dbias is wanted. If `adds`, they are added to what is there, which is float32.
 void project_grad(
     const std::optional<View>& x,
     const std::vector<GradSegment>& segments,
     const std::optional<View>& dx,
-    float alpha = 1);
+    float alpha = 1,
+    bool adds = false);
 
 }  // namespace mlx_fused::cpu

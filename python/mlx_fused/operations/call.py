@@ -72,8 +72,11 @@ _KINDS = {
     ),
     "mask": (str, mx.array),
     "norm[0]": mx.array,
-    **dict.fromkeys(("group_size", "bits", "window"), int),
-    **dict.fromkeys(("alpha", "limit", "lora_scale", "norm[1]", "eps", "scale"), (float, int)),
+    **dict.fromkeys(("group_size", "bits", "window", "ignore_index"), int),
+    **dict.fromkeys(
+        ("alpha", "limit", "lora_scale", "norm[1]", "eps", "scale", "softcap", "label_smoothing"),
+        (float, int),
+    ),
     **dict.fromkeys(("exact", "has_bias"), bool),
     **dict.fromkeys(("mode", "route"), str),
     "stream": (mx.Stream, mx.Device, mx.DeviceType),
@@ -91,6 +94,8 @@ _OPTIONAL = {
     "mask",
     "window",
     "sinks",
+    "ignore_index",
+    "softcap",
     "route",
     "stream",
 }
