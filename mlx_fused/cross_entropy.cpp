@@ -21,18 +21,16 @@ mx::array composed_losses(const Arrays& inputs, const LossCall& call, const Prod
   auto counts = mx::not_equal(targets, mx::array(cpu::ignored, mx::int64), s);
   Arrays of_head(inputs.begin(), inputs.end() - 1);
   // Else a NaN in a row that does not count would reach the gradients.
-  of_head[0] = mx::where(
-      mx::expand_dims(counts, -1, s), of_head[0], mx::array(0, of_head[0].dtype()), s);
+  of_head[0] = mx::where(mx::expand_dims(counts, -1, s), of_head[0], mx::array(0, of_head[0].dtype()), s);
   auto logits = composed::project(of_head, call.head, products)[0];
   logits = mx::astype(logits, mx::promote_types(logits.dtype(), mx::float32), s);
   auto number = [&](float value) { return mx::array(value, logits.dtype()); };
   if (call.softcap != 0) {
-    logits = mx::multiply(
-        number(call.softcap), mx::tanh(mx::divide(logits, number(call.softcap), s), s), s);
+    logits = mx::multiply(number(call.softcap), mx::tanh(mx::divide(logits, number(call.softcap), s), s), s);
   }
   int words = logits.shape(-1);
-  auto is_word = mx::logical_and(
-      mx::greater_equal(targets, mx::array(0), s), mx::less(targets, mx::array(words), s), s);
+  auto is_word =
+      mx::logical_and(mx::greater_equal(targets, mx::array(0), s), mx::less(targets, mx::array(words), s), s);
   auto places = mx::expand_dims(mx::where(is_word, targets, mx::array(0, mx::int64), s), -1, s);
   auto of_target = mx::squeeze(mx::take_along_axis(logits, places, -1, s), -1, s);
   of_target = mx::where(is_word, of_target, number(std::numeric_limits<float>::quiet_NaN()), s);
@@ -134,8 +132,7 @@ Arrays CrossEntropy::vjp(
   return grads;
 }
 
-Arrays CrossEntropyGrad::of(
-    const Arrays& inputs, const LossCall& call, const Slots& wanted, mx::Stream s) {
+Arrays CrossEntropyGrad::of(const Arrays& inputs, const LossCall& call, const Slots& wanted, mx::Stream s) {
   auto primitive = std::make_shared<CrossEntropyGrad>(s, call, wanted);
   Arrays of_head(inputs.begin() + 2, inputs.end());
   Operands operands(of_head, input_slots(call.head));

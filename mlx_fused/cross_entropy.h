@@ -21,8 +21,8 @@ struct LossCall {
 };
 
 // The loss of each row, [batch, rows], in float32 (in float64 if an input is): a primitive of ours on the
-// CPU, else MLX's own operations. `inputs` are those of the head and then the targets, integers. Rows with the
-// target `ignore_index`, or where the mask is false, do not count: their loss is 0.
+// CPU, else MLX's own operations. `inputs` are those of the head and then the targets, integers. Rows with
+// the target `ignore_index`, or where the mask is false, do not count: their loss is 0.
 mx::array cross_entropy(
     Arrays inputs,
     LossCall call,

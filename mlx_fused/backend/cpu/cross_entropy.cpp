@@ -141,7 +141,8 @@ struct Chunk {
 // The rows that count, a chunk at a time.
 class Rows {
  public:
-  explicit Rows(const CrossEntropy& of) : all_(flattened(of.x)), counted_(counted(of)), x_(all_.type, size(0), all_.cols()) {}
+  explicit Rows(const CrossEntropy& of)
+      : all_(flattened(of.x)), counted_(counted(of)), x_(all_.type, size(0), all_.cols()) {}
 
   int64_t chunks() const {
     return (counted_.size() + max_rows - 1) / max_rows;
@@ -198,14 +199,16 @@ class GradBlocks {
         log_sums_(log_sums),
         words_(rows_of(of.head.weight)),
         // What has both operands in bfloat16 is multiplied faster.
-        d_(of.x.type == Type::bfloat16 ? Type::bfloat16 : Type::float32, max_rows, std::min(words_, grad_words)) {}
+        d_(of.x.type == Type::bfloat16 ? Type::bfloat16 : Type::float32,
+           max_rows,
+           std::min(words_, grad_words)) {}
 
   // Adds what these words give to the gradients.
   void add(const Chunk& chunk, int64_t first, GradSegment to, const std::optional<View>& dx) const {
     int64_t n = count(first);
     Segment part = part_of(of_.head, first, n, chunk.rows.size());
     to.grad = d_.rows(chunk.rows.size(), n);
-    part.reduce = [&](const Tile& t, float* logits, int64_t ld) {
+    part.reduction.take = [&](const Tile& t, float* logits, int64_t ld) {
       for (int64_t i = 0; i < t.rows; ++i) {
         derive(chunk.rows[t.row + i], first + t.col, t.cols, logits + i * ld);
       }
@@ -268,8 +271,9 @@ void fill_zeros(const View& v) {
 }  // namespace
 
 void cross_entropy(const CrossEntropy& of, float* losses, float* log_sums) {
+  std::fill_n(losses, of.x.rows(), std::numeric_limits<float>::quiet_NaN());  // lest an error leave anything
   Rows all(of);
-  int64_t words = rows_of(of.head.weight), per_row = sum_words / tile_pitch;
+  int64_t words = rows_of(of.head.weight), per_row = sum_words / Reduction::tile_pitch;
   std::fill_n(losses, of.x.rows(), 0.0f);
   std::fill_n(log_sums, of.x.rows(), 0.0f);
   for (int64_t c = 0; c < all.chunks(); ++c) {
@@ -280,7 +284,8 @@ void cross_entropy(const CrossEntropy& of, float* losses, float* log_sums) {
     for (int64_t first = 0; first < words; first += sum_words) {
       std::ranges::fill(of_tiles, Sums{});
       auto part = part_of(of.head, first, std::min(sum_words, words - first), rows.size());
-      part.reduce = [&, first](const Tile& t, float* logits, int64_t ld) {
+      part.reduction.sums = true;
+      part.reduction.take = [&, first](const Tile& t, float* logits, int64_t ld) {
         for (int64_t i = t.row; i < t.row + t.rows; ++i, logits += ld) {
           if (of.softcap != 0) {
             kernels().softcap(logits, t.cols, of.softcap);
@@ -289,7 +294,7 @@ void cross_entropy(const CrossEntropy& of, float* losses, float* log_sums) {
           if (target >= 0 && target < t.cols) {
             of_targets[i] = logits[target];
           }
-          of_tiles[i * per_row + t.col / tile_pitch] = sums_of(logits, t.cols, of.smoothing != 0);
+          of_tiles[i * per_row + t.col / Reduction::tile_pitch] = sums_of(logits, t.cols, of.smoothing != 0);
         }
       };
       project(chunk.x, {part}, {.residual = {}, .alpha = of.scale});

@@ -109,8 +109,8 @@ void apply_epilogue(const Output& output, const Tile& task, const Tile& t, float
       std::copy_n(row, t.cols, gate + i * t.cols);
     }
   }
-  if (output.reduce) {
-    output.reduce(t, sums, ld);
+  if (output.reduction.take) {
+    output.reduction.take(t, sums, ld);
   } else if (!output.is_gate) {
     store(output.out, t, sums, ld);
   }

@@ -45,7 +45,7 @@ void project(const View& x, const std::vector<Segment>& segments, const Epilogue
         .is_gate = epilogue.activation.gated && outputs.empty(),
         .bias = s.bias,
         .epilogue = epilogue,
-        .reduce = s.reduce};
+        .reduction = s.reduction};
     if (s.adapter) {
       output.low_rank.push_back({*left++, s.adapter->b});
     }

@@ -64,10 +64,15 @@ struct Adapter {
   float scale;
 };
 
-// Takes a tile of what would be stored otherwise, as rows of length ld, which it may change. Called from
-// several threads, with tiles that begin at least tile_pitch columns apart.
-using Reduce = std::function<void(const struct Tile&, float* values, int64_t ld)>;
-constexpr int64_t tile_pitch = 32;
+// What is done with tiles that are not stored.
+struct Reduction {
+  // Takes one, as rows of length ld, which it may change. Called from several threads.
+  std::function<void(const struct Tile&, float* values, int64_t ld)> take = {};
+  // Whether they are to be the same for any number of threads, and to begin at least tile_pitch columns
+  // apart.
+  bool sums = false;
+  static constexpr int64_t tile_pitch = 64;
+};
 
 struct Segment {
   Weight weight;
@@ -75,7 +80,7 @@ struct Segment {
   std::optional<Adapter> adapter;
   View out;                      // [rows, out_features]; of gated segments the same for both
   std::optional<View> pre = {};  // where what the activation is of is kept
-  Reduce reduce = {};            // if there is one, nothing is stored, and out is but a shape
+  Reduction reduction = {};      // if there is one, nothing is stored, and out is but a shape
 };
 
 struct Epilogue {

@@ -71,8 +71,8 @@ def fused_linear_cross_entropy(
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"[{operation}] reduction must be 'none', 'mean' or 'sum' but got {reduction!r}.")
     layer = layer_of(operation, weight, bias)
+    rows = [_as_rows(operation, *named, x) for named in (("targets", targets), ("mask", mask))]
     x, leading = batched(operation, x)
-    rows = [_as_rows(a, leading) for a in (targets, mask)]
     numbers = (scale, softcap, label_smoothing)
     try:
         if mx.array in map(type, (*numbers, layer.lora_scale)):
@@ -81,7 +81,7 @@ def fused_linear_cross_entropy(
     except TypeError:
         given = {"x": x, "targets": targets, "ignore_index": ignore_index, "scale": scale}
         given |= {"softcap": softcap, "label_smoothing": label_smoothing, "route": route, "stream": stream}
-        check_kinds(operation, given if mask is None else given | {"mask": mask}, [layer])
+        check_kinds(operation, given, [layer])
         raise
     if reduction == "none":
         return losses if leading is None else unbatched(losses, leading)
@@ -94,8 +94,12 @@ def fused_linear_cross_entropy(
     return mx.divide(total, losses.size if counts is None else counts.sum(stream=stream), stream=stream)
 
 
-def _as_rows(a: mx.array | None, leading: list[int] | None) -> mx.array | None:
-    """What there is for each row, as ``[B, S]``."""
-    if leading is None or not isinstance(a, mx.array) or list(a.shape) != leading:
-        return a  # which the extension checks
-    return mx.squeeze(batched("", mx.expand_dims(a, -1))[0], -1)
+def _as_rows(operation: str, name: str, a: mx.array | None, x: mx.array) -> mx.array | None:
+    """What there is for each row of ``x``, as ``[B, S]``."""
+    if a is None and name == "mask":
+        return None
+    if not isinstance(a, mx.array):
+        raise TypeError(f"[{operation}] {name} must be array but got {type(a).__name__}.")
+    if isinstance(x, mx.array) and x.ndim and a.shape != x.shape[:-1]:
+        raise ValueError(f"[{operation}] {name} must have shape {x.shape[:-1]} but got {a.shape}.")
+    return mx.squeeze(batched(operation, mx.expand_dims(a, -1))[0], -1)
