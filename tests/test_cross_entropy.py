@@ -15,7 +15,6 @@ from cross_entropy import Loss, check, make
 from graph import primitives
 from mlx_fused import LinearOperands, fused_linear_cross_entropy
 from operands import DTYPES, normal
-from projections import linear
 from test_kinds import FORMS, named
 from test_layouts import VIEWS
 from test_memory import nbytes, peak
@@ -121,7 +120,9 @@ def test_the_gradients_are_differences(rng):
             ends, value, step = [], values[at], 1e-6
             for end in (value - step, value + step):
                 values[at] = end
-                losses, _ = loss.with_head(**{name: mx.array(values, dtype=mx.float64)}).formula(cotangent, [])
+                losses, _ = loss.with_head(**{name: mx.array(values, dtype=mx.float64)}).formula(
+                    cotangent, []
+                )
                 ends.append((oracle.exact(cotangent) * losses).sum())
             values[at] = value
             assert abs((ends[1] - ends[0]) / (2 * step) - grad[at]) < 1e-8
@@ -170,9 +171,10 @@ def test_of_nothing(rng):
     check(rng, make(rng, (2, 3), 16, 40, rank=0))
     for rows in ((1, 3), (2, 300)):
         loss = make(rng, rows, 16, 1100, masked="mask", rank=2)
-        for none in (Loss(loss.head, loss.targets, mx.zeros(rows, mx.bool_)), Loss(
-            loss.head, mx.full(rows, 7), ignore_index=7
-        )):
+        for none in (
+            Loss(loss.head, loss.targets, mx.zeros(rows, mx.bool_)),
+            Loss(loss.head, mx.full(rows, 7), ignore_index=7),
+        ):
             oracle.assert_equal(none(), mx.zeros(rows))
             grads = none.gradients(mx.ones(rows))
             oracle.assert_equal(grads, [mx.zeros_like(a) for a in none.head.leaves.values()])
@@ -204,7 +206,9 @@ def test_infinite_logits(rng):
     unlikely = Loss(low.head, mx.full((1, 40), 200))
     oracle.assert_equal(unlikely(), mx.full((1, 40), mx.inf))
     bias[3] = mx.inf
-    oracle.assert_equal(Loss(low.with_head(bias=bias).head, chosen.targets)()[:, 5:], mx.full((1, 35), mx.inf))
+    oracle.assert_equal(
+        Loss(low.with_head(bias=bias).head, chosen.targets)()[:, 5:], mx.full((1, 35), mx.inf)
+    )
 
 
 def check_same_as_composed(loss, cotangent):
@@ -322,7 +326,10 @@ def test_without_row_count_in_a_compiled_function(rng):
 
 def test_operands_of_several_dtypes(rng):
     loss = make(rng, (2, 30), 16, 70, dtype=mx.bfloat16, rank=2)
-    for changes in ({"x": loss.head.x.astype(mx.float32)}, {"weight": loss.head.leaves["weight", None].astype(mx.float16)}):
+    for changes in (
+        {"x": loss.head.x.astype(mx.float32)},
+        {"weight": loss.head.leaves["weight", None].astype(mx.float16)},
+    ):
         check(rng, loss.with_head(**changes))
     quantized = make(rng, (2, 30), 64, 70, ("affine", 32, 4), mx.bfloat16)
     biases = quantized.head.leaves["biases", None].astype(mx.float32)
@@ -493,7 +500,11 @@ LAYER = LinearOperands(mx.ones((6, 4)), lora_a=mx.ones((4, 2)), lora_b=mx.ones((
         ({"softcap": 0.0}, ValueError, "softcap must be greater than 0 and finite but got 0"),
         ({"softcap": float("inf")}, ValueError, "softcap must be greater than 0 and finite but got inf"),
         ({"softcap": "3"}, TypeError, "softcap must be float or int but got str"),
-        ({"label_smoothing": 1.0}, ValueError, "label_smoothing must be at least 0 and less than 1 but got 1"),
+        (
+            {"label_smoothing": 1.0},
+            ValueError,
+            "label_smoothing must be at least 0 and less than 1 but got 1",
+        ),
         ({"label_smoothing": None}, TypeError, "label_smoothing must be float or int but got NoneType"),
         ({"reduction": "max"}, ValueError, "reduction must be 'none', 'mean' or 'sum' but got 'max'"),
         ({"route": "fast"}, ValueError, "route must be 'composed', 'fused' or None but got 'fast'"),

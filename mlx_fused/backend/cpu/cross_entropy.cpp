@@ -60,9 +60,10 @@ int64_t rows_of(const Weight& weight) {
       weight);
 }
 
+// Of a matrix of one head.
 View columns(const View& matrix, int64_t first, int64_t count) {
   View v = flattened(matrix);
-  v.data = element(v, 0, first);
+  v.data = static_cast<char*>(v.data) + first * v.dim_stride * size_of(v.type);
   v.dim = count;
   return v;
 }
@@ -154,7 +155,7 @@ class Rows {
     View x = x_.rows(some.size());
     parallel_for(some.size(), [&](int64_t i) {
       Tile row{.row = some[i], .rows = 1, .col = 0, .cols = x.dim};
-      auto to = element(x, i, 0);
+      auto to = static_cast<char*>(x.data) + i * x.dim * size_of(x.type);
       x.type == Type::float32 ? load(all_, row, reinterpret_cast<float*>(to), x.dim)
                               : copy(all_, row, reinterpret_cast<uint16_t*>(to), x.dim);
     });
