@@ -14,11 +14,16 @@ namespace mlx_fused {
 
 namespace {
 
+// Which rows count.
+mx::array counted(const mx::array& targets, mx::Stream s) {
+  return mx::not_equal(targets, mx::array(cpu::ignored, mx::int64), s);
+}
+
 // The losses in MLX's own operations. One whose target is no word is NaN.
 mx::array composed_losses(const Arrays& inputs, const LossCall& call, const Products& products) {
   auto s = products.stream;
   auto& targets = inputs.back();
-  auto counts = mx::not_equal(targets, mx::array(cpu::ignored, mx::int64), s);
+  auto counts = counted(targets, s);
   Arrays of_head(inputs.begin(), inputs.end() - 1);
   // Else a NaN in a row that does not count would reach the gradients.
   of_head[0] = mx::where(mx::expand_dims(counts, -1, s), of_head[0], mx::array(0, of_head[0].dtype()), s);
@@ -88,10 +93,10 @@ mx::array cross_entropy(
   return CrossEntropy::of(inputs, call, s)[0];
 }
 
-Arrays CrossEntropy::of(const Arrays& inputs, const LossCall& call, mx::Stream s) {
-  auto primitive = std::make_shared<CrossEntropy>(s, call);
+Arrays CrossEntropy::of(const Arrays& inputs, const LossCall& call, mx::Stream s, bool makes_dx) {
+  auto primitive = std::make_shared<CrossEntropy>(s, call, makes_dx);
   auto shapes = primitive->output_shapes(inputs);
-  return mx::array::make_arrays(shapes, {mx::float32, mx::float32}, primitive, inputs);
+  return mx::array::make_arrays(shapes, {mx::float32, mx::float32, inputs[0].dtype()}, primitive, inputs);
 }
 
 void CrossEntropy::eval_gpu(const Arrays&, Arrays&) {
@@ -99,14 +104,20 @@ void CrossEntropy::eval_gpu(const Arrays&, Arrays&) {
 }
 
 std::vector<mx::Shape> CrossEntropy::output_shapes(const Arrays& inputs) {
-  return {inputs.back().shape(), inputs.back().shape()};
+  return {inputs.back().shape(), inputs.back().shape(), inputs[0].shape()};
 }
 
 Function CrossEntropy::composed() {
   return [losses = losses_of(call_, stream()), s = stream()](const Arrays& inputs) {
+    auto of_x = [&](const Arrays& x) {
+      auto all = inputs;
+      all[0] = x[0];
+      return losses(all);
+    };
     auto of = losses(inputs)[0];
+    auto dx = mx::vjp(of_x, {inputs[0]}, {mx::ones_like(of, s)}).second[0];
     // Where this runs, the gradient is composed too, and nothing reads the logarithms. NaN would show it.
-    return Arrays{of, mx::full_like(of, std::numeric_limits<float>::quiet_NaN(), s)};
+    return Arrays{of, mx::full_like(of, std::numeric_limits<float>::quiet_NaN(), s), dx};
   };
 }
 
@@ -116,13 +127,17 @@ Arrays CrossEntropy::vjp(
   std::vector<int> of_head;
   std::ranges::copy_if(argnums, std::back_inserter(of_head), [=](int i) { return i != targets; });
   Arrays wanted;
-  if (auto slots = wanted_gradients(call_.head, of_head)) {
-    // A custom function that consumes this output may return a cotangent of another dtype.
-    Arrays inputs = {mx::astype(cotangents[0], mx::float32, stream()), outputs[1]};
+  auto slots = wanted_gradients(call_.head, of_head);
+  // A custom function that consumes this output may return a cotangent of another dtype.
+  auto cotangent = mx::astype(cotangents[0], mx::float32, stream());
+  if (!slots || !is_zero(cotangents[2])) {  // of a second derivative
+    wanted = FusedPrimitive::vjp(primals, cotangents, of_head, outputs);
+  } else if (*slots == Slots{{Role::input}} && has_dx(outputs)) {
+    wanted = {CrossEntropyScaled::of({cotangent, outputs[2], primals.back()}, stream())};
+  } else {
+    Arrays inputs = {cotangent, outputs[1]};
     inputs.insert(inputs.end(), primals.begin(), primals.end());
     wanted = CrossEntropyGrad::of(inputs, call_, *slots, stream());
-  } else {
-    wanted = FusedPrimitive::vjp(primals, cotangents, of_head, outputs);
   }
   Arrays grads;
   auto next = wanted.begin();
@@ -130,6 +145,33 @@ Arrays CrossEntropy::vjp(
     grads.push_back(i == targets ? mx::zeros_like(primals[i], stream()) : *next++);
   }
   return grads;
+}
+
+bool CrossEntropy::has_dx(const Arrays& outputs) {
+  if (call_.smoothing != 0 || call_.head.has_adapters()) {
+    return false;
+  }
+  if (outputs[2].status() == mx::array::Status::unscheduled) {
+    makes_dx_ = true;
+    return true;
+  }
+  return outputs[2].buffer_size() >= outputs[2].nbytes();  // else evaluated before a gradient was asked for
+}
+
+mx::array CrossEntropyScaled::of(const Arrays& inputs, mx::Stream s) {
+  return {inputs[1].shape(), inputs[1].dtype(), std::make_shared<CrossEntropyScaled>(s), inputs};
+}
+
+void CrossEntropyScaled::eval_gpu(const Arrays&, Arrays&) {
+  throw std::runtime_error("[CrossEntropyScaled] There are no kernels for GPUs.");
+}
+
+Function CrossEntropyScaled::composed() {
+  return [s = stream()](const Arrays& inputs) {
+    auto of_rows = [&](const mx::array& a) { return mx::expand_dims(a, -1, s); };
+    auto dx = mx::astype(mx::multiply(of_rows(inputs[0]), inputs[1], s), inputs[1].dtype(), s);
+    return Arrays{mx::where(of_rows(counted(inputs[2], s)), dx, mx::array(0, dx.dtype()), s)};
+  };
 }
 
 Arrays CrossEntropyGrad::of(const Arrays& inputs, const LossCall& call, const Slots& wanted, mx::Stream s) {

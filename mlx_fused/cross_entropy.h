@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <optional>
 #include <string>
 #include <vector>
@@ -32,12 +33,14 @@ mx::array cross_entropy(
     mx::Stream s);
 
 // Takes the inputs of the head and the targets. Gives the losses and, for the gradient, the logarithms of the
-// sums of e^logit.
+// sums of e^logit. The third output is x's gradient where all cotangents are 1: it stays empty unless vjp,
+// which is called before evaluation, was asked for x's alone. So a frozen head makes its logits once.
 class CrossEntropy : public FusedPrimitive {
  public:
-  CrossEntropy(mx::Stream stream, LossCall call) : FusedPrimitive(stream), call_(std::move(call)) {}
+  CrossEntropy(mx::Stream stream, LossCall call, bool makes_dx = false)
+      : FusedPrimitive(stream), call_(std::move(call)), makes_dx_(makes_dx) {}
 
-  static Arrays of(const Arrays& inputs, const LossCall& call, mx::Stream s);
+  static Arrays of(const Arrays& inputs, const LossCall& call, mx::Stream s, bool makes_dx = false);
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
@@ -52,14 +55,41 @@ class CrossEntropy : public FusedPrimitive {
  protected:
   Function composed() override;
   Arrays apply(const Arrays& inputs) override {
-    return of(inputs, call_, stream());
+    return of(inputs, call_, stream(), makes_dx_);
   }
   bool is_quantized() const override {
     return call_.head.quantization.has_value();
   }
 
  private:
+  bool has_dx(const Arrays& outputs);
+
   const LossCall call_;
+  std::atomic<bool> makes_dx_;
+};
+
+// Takes the cotangent of the losses, the third output of CrossEntropy and the targets. Gives x's gradient.
+class CrossEntropyScaled : public FusedPrimitive {
+ public:
+  using FusedPrimitive::FusedPrimitive;
+
+  static mx::array of(const Arrays& inputs, mx::Stream s);
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    return {inputs[1].shape()};
+  }
+  bool is_equivalent(const mx::Primitive&) const override {
+    return true;
+  }
+  DEFINE_NAME(FusedLinearCrossEntropyScaled)
+
+ protected:
+  Function composed() override;
+  Arrays apply(const Arrays& inputs) override {
+    return {of(inputs, stream())};
+  }
 };
 
 // Takes the cotangent of the losses, the logarithms and the inputs of CrossEntropy. Gives the wanted

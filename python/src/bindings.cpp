@@ -7,13 +7,11 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
-#include <cmath>
 #include <cstdlib>
 
 #include "mlx_fused/arguments.h"
 #include "mlx_fused/attention.h"
 #include "mlx_fused/backend/metal/grid.h"
-#include "mlx_fused/cross_entropy.h"
 #include "mlx_fused/norm.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/routing.h"
@@ -27,30 +25,8 @@ using mlx_fused::Arrays;
 
 namespace {
 
-using OptionalArray = std::optional<mx::array>;
 using OptionalInt = std::optional<int>;
 using Route = std::optional<std::string>;
-
-// mlx_fused.LinearOperands
-using LinearTuple = std::tuple<
-    mx::array,
-    OptionalArray,
-    OptionalArray,
-    OptionalArray,
-    OptionalInt,
-    OptionalInt,
-    std::string,
-    OptionalArray,
-    OptionalArray,
-    float>;
-
-mlx_fused::Linears linears(std::vector<LinearTuple>& layers) {
-  mlx_fused::Linears result;
-  for (auto& layer : layers) {
-    result.push_back(std::apply([](auto&... of) { return mlx_fused::Linear{std::move(of)...}; }, layer));
-  }
-  return result;
-}
 
 // A call with its names and segments, (features, heads); check_arguments fills in the rest.
 mlx_fused::Call make_call(
@@ -190,45 +166,6 @@ mx::array attention(
     kind.has_sinks = true;
   }
   return mlx_fused::attention(inputs, kind, mx::to_stream(s));
-}
-
-mx::array cross_entropy(
-    const mx::array& x,
-    std::vector<LinearTuple> layer,
-    const mx::array& targets,
-    const OptionalArray& mask,
-    const std::optional<int64_t>& ignore_index,
-    float scale,
-    const std::optional<float>& softcap,
-    float label_smoothing,
-    const Route& route,
-    mx::StreamOrDevice s) {
-  static const std::string operation = "fused_linear_cross_entropy";
-  auto stream = mx::to_stream(s);
-  mlx_fused::Check check(operation);
-  mlx_fused::LossCall call{
-      .head = make_call(operation, operation, {{0, 0}}),
-      .softcap = softcap.value_or(0),
-      .smoothing = label_smoothing};
-  call.head.epilogue.alpha = scale;
-  mlx_fused::Products products(stream, route);
-  auto inputs = mlx_fused::check_arguments(
-      check, "x", x, std::nullopt, linears(layer), std::nullopt, call.head, products);
-  check.positive({"the rows of weight"}, call.head.segments[0].features);
-  if (!mx::issubdtype(targets.dtype(), mx::integer)) {
-    check.fail("targets must be integers but got ", targets.dtype(), ".");
-  }
-  if (mask) {
-    check.dtype({"mask"}, *mask, mx::bool_);
-  }
-  if (softcap && !(*softcap > 0 && std::isfinite(*softcap))) {
-    check.fail("softcap must be greater than 0 and finite but got ", *softcap, ".");
-  }
-  if (!(label_smoothing >= 0 && label_smoothing < 1)) {
-    check.fail("label_smoothing must be at least 0 and less than 1 but got ", label_smoothing, ".");
-  }
-  inputs.push_back(targets);
-  return mlx_fused::cross_entropy(std::move(inputs), std::move(call), mask, ignore_index, route, stream);
 }
 
 // mlx_fused.tuning.Kind
@@ -377,6 +314,14 @@ nb::tuple operands(nb::dict layer, std::optional<nb::dict> adapter) {
 
 }  // namespace
 
+mlx_fused::Linears linears(std::vector<LinearTuple>& layers) {
+  mlx_fused::Linears result;
+  for (auto& layer : layers) {
+    result.push_back(std::apply([](auto&... of) { return mlx_fused::Linear{std::move(of)...}; }, layer));
+  }
+  return result;
+}
+
 mlx_fused::Activation activation_of(const std::optional<ActivationTuple>& given) {
   using namespace mlx_fused;
   static const std::map<std::string, ActivationKind> kinds = {
@@ -438,19 +383,7 @@ NB_MODULE(_ext, m) {
       "window"_a.none(),
       "sinks"_a.none(),
       "stream"_a.none());
-  m.def(
-      "cross_entropy",
-      &cross_entropy,
-      "x"_a,
-      "layer"_a,
-      "targets"_a,
-      "mask"_a.none(),
-      "ignore_index"_a.none(),
-      "scale"_a,
-      "softcap"_a.none(),
-      "label_smoothing"_a,
-      "route"_a,
-      "stream"_a.none());
+  bind_cross_entropy(m);
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a, "stream"_a.none());
   m.def(
       "difference",

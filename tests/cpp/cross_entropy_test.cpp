@@ -1,4 +1,5 @@
 // The cross entropy of a head's logits, and its gradients, against double precision.
+#include <array>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -67,6 +68,7 @@ class Test {
         b_(random, Type::float32, c.layout, 1, c.rank, 1, c.words),
         g_(random, Type::float32, c.layout, c.batch, c.seq, 1, 1),
         dx_(random, c.type, plain, c.batch, c.seq, 1, c.in),
+        scaled_(random, c.type, plain, c.batch, c.seq, 1, c.in),
         dw_(random, c.type, plain, 1, c.words, 1, c.in),
         dbias_(random, c.type, plain, 1, 1, 1, c.words),
         da_(random, Type::float32, plain, 1, c.in, 1, c.rank),
@@ -102,6 +104,13 @@ class Test {
     std::vector<float> losses(rows_), log_sums(rows_);
     cross_entropy(of_, losses.data(), log_sums.data());
     bool adapted = c_.rank > 0;
+    std::vector<float> same_losses(rows_), same_sums(rows_);
+    has_scaled_ = !adapted && c_.smoothing == 0;
+    auto scaled = has_scaled_ ? std::optional(scaled_.view) : std::nullopt;
+    cross_entropy(of_, same_losses.data(), same_sums.data(), scaled);
+    if (has_scaled_) {
+      scale_rows(scaled_.view, g_.view, targets_.data(), scaled_.view);
+    }
     cross_entropy_grad(
         of_,
         g_.view,
@@ -113,7 +122,7 @@ class Test {
          .db = adapted ? std::optional(db_.view) : std::nullopt});
     std::vector<Result> dw(c_.words * c_.in), dbias(c_.words), da(c_.in * c_.rank), db(c_.rank * c_.words);
     for (int64_t i = 0; i < rows_; ++i) {
-      check_row(i, losses[i], dw, dbias, da, db);
+      check_row(i, {losses[i], same_losses[i]}, dw, dbias, da, db);
     }
     for (int64_t j = 0; j < c_.words; ++j) {
       check_near(dbias_.get(0, j), c_.type, dbias[j], rows_, "dbias");
@@ -169,15 +178,16 @@ class Test {
 
   void check_row(
       int64_t i,
-      float loss,
+      std::array<float, 2> losses,
       std::vector<Result>& dw,
       std::vector<Result>& dbias,
       std::vector<Result>& da,
       std::vector<Result>& db) {
     if (targets_[i] == ignored) {
-      check(loss == 0, "the loss of a row that does not count is 0");
+      check(losses[0] == 0 && losses[1] == 0, "the loss of a row that does not count is 0");
       for (int64_t k = 0; k < c_.in; ++k) {
-        check(dx_.get(i, k) == 0, "the gradient of a row that does not count is 0");
+        bool none = dx_.get(i, k) == 0 && (!has_scaled_ || scaled_.get(i, k) == 0);
+        check(none, "the gradient of a row that does not count is 0");
       }
       return;
     }
@@ -193,8 +203,10 @@ class Test {
     // No logit is larger than 6.
     double log_sum = std::log(power), eps = c_.smoothing, of_log = error + lost(c_.words) + 64 * unit;
     double of_loss = of_log + error + 64 * unit + eps * 6 * lost(c_.words);
-    check_near(
-        loss, Type::float32, {log_sum - (1 - eps) * z[targets_[i]] - eps * mean, of_loss, 0}, 1, "the loss");
+    Result expected{log_sum - (1 - eps) * z[targets_[i]] - eps * mean, of_loss, 0};
+    for (float loss : losses) {
+      check_near(loss, Type::float32, expected, 1, "the loss");
+    }
 
     std::vector<Result> dx(c_.in);
     double g = g_.get(i, 0);
@@ -223,18 +235,24 @@ class Test {
       }
       for (int64_t r = 0; r < c_.rank; ++r) {
         auto of_row = low_rank(i, r);
-        db[r * c_.words + j].add(
-            0.5 * d * of_row.value, 0.5 * of_d * of_row.size, 0.5 * size * of_row.size);
+        db[r * c_.words + j].add(0.5 * d * of_row.value, 0.5 * of_d * of_row.size, 0.5 * size * of_row.size);
       }
     }
     for (int64_t k = 0; k < c_.in; ++k) {
       check_near(dx_.get(i, k), c_.type, dx[k], 2 * c_.words + c_.rank, "dx");
+      if (has_scaled_) {  // rounded before it is scaled, and after
+        auto twice = dx[k];
+        twice.error += unit_of(c_.type) * (std::abs(dx[k].value) + dx[k].error) +
+                       (c_.type == Type::float16 ? std::abs(g) * 0x1p-25 : 0);
+        check_near(scaled_.get(i, k), c_.type, twice, 2 * c_.words + c_.rank, "dx of a frozen head");
+      }
     }
   }
 
   const Case c_;
   const int64_t rows_;
-  Matrix x_, bias_, a_, b_, g_, dx_, dw_, dbias_, da_, db_;
+  Matrix x_, bias_, a_, b_, g_, dx_, scaled_, dw_, dbias_, da_, db_;
+  bool has_scaled_ = false;
   std::unique_ptr<Matrix> dense_;
   std::unique_ptr<QuantizedMatrix> quantized_;
   std::vector<int64_t> targets_;
@@ -262,7 +280,8 @@ void check_all(unsigned seed) {
   int turn = 0;
   for (Format f : all_formats()) {
     for (int64_t rows : {1, 7, 40}) {
-      check_case({types[turn++ % 3], plain, f, rows == 7 ? 2 : 0, rows == 7, 0, 0, 1, rows, f.group_size, 40});
+      check_case(
+          {types[turn++ % 3], plain, f, rows == 7 ? 2 : 0, rows == 7, 0, 0, 1, rows, f.group_size, 40});
     }
     check_case({types[turn++ % 3], plain, f, 0, false, 0, 0, 1, 30, f.group_size, 1030});
   }

@@ -123,7 +123,7 @@ struct Sums {
 };
 
 // Changes the logits.
-Sums sums_of(float* logits, int64_t n, bool wants_total) {
+Sums sums_of_tile(float* logits, int64_t n, bool wants_total) {
   Sums sums;
   for (int64_t j = 0; wants_total && j < n; ++j) {
     sums.total += logits[j];
@@ -191,6 +191,21 @@ class Rows {
   Matrix x_;
 };
 
+// Logits before the softcap become logits. If the target is among them, keeps its.
+void finish(const CrossEntropy& of, int64_t target, float* logits, int64_t n, float& of_target) {
+  if (of.softcap != 0) {
+    kernels().softcap(logits, n, of.softcap);
+  }
+  if (target >= 0 && target < n) {
+    of_target = logits[target];
+  }
+}
+
+// That of the logits' gradients: products of two operands in bfloat16 are faster.
+Type grad_type(const CrossEntropy& of) {
+  return of.x.type == Type::bfloat16 ? Type::bfloat16 : Type::float32;
+}
+
 // The gradients of a chunk, of which one block of logits' gradients exists at a time.
 class GradBlocks {
  public:
@@ -199,10 +214,7 @@ class GradBlocks {
         cotangent_(cotangent),
         log_sums_(log_sums),
         words_(rows_of(of.head.weight)),
-        // What has both operands in bfloat16 is multiplied faster.
-        d_(of.x.type == Type::bfloat16 ? Type::bfloat16 : Type::float32,
-           max_rows,
-           std::min(words_, grad_words)) {}
+        d_(grad_type(of), max_rows, std::min(words_, grad_words)) {}
 
   // Adds what these words give to the gradients.
   void add(const Chunk& chunk, int64_t first, GradSegment to, const std::optional<View>& dx) const {
@@ -241,15 +253,11 @@ class GradBlocks {
   void derive(int64_t row, int64_t first, int64_t n, float* logits) const {
     float factor;
     load(cotangent_, {.row = row, .rows = 1, .col = 0, .cols = 1}, &factor, 1);
-    float cap = of_.softcap, spread = of_.smoothing / words_;
-    if (cap != 0) {
-      kernels().softcap(logits, n, cap);
-    }
+    float cap = of_.softcap, spread = of_.smoothing / words_, of_target = 0;
     int64_t target = of_.targets[row] - first;
-    bool has_target = target >= 0 && target < n;
-    float of_target = has_target ? logits[target] : 0;
+    finish(of_, target, logits, n, of_target);
     kernels().cross_entropy_grad(logits, n, factor, log_sums_[row], spread, cap);
-    if (has_target) {
+    if (target >= 0 && target < n) {
       kernels().cross_entropy_grad(&of_target, 1, factor, log_sums_[row], spread + 1 - of_.smoothing, cap);
       logits[target] = of_target;
     }
@@ -269,50 +277,139 @@ void fill_zeros(const View& v) {
   }
 }
 
+// What a row's loss is made of.
+struct RowSums {
+  Sums all;
+  float target = 0;  // its logit
+};
+
+std::vector<RowSums> sums_of(const CrossEntropy& of, const Chunk& chunk) {
+  int64_t words = rows_of(of.head.weight), per_row = sum_words / Reduction::tile_pitch,
+          rows = chunk.rows.size();
+  std::vector<RowSums> sums(rows);
+  std::vector<Sums> of_tiles(rows * per_row);
+  for (int64_t first = 0; first < words; first += sum_words) {
+    std::ranges::fill(of_tiles, Sums{});
+    auto part = part_of(of.head, first, std::min(sum_words, words - first), rows);
+    part.reduction.sums = true;
+    part.reduction.take = [&, first](const Tile& t, float* logits, int64_t ld) {
+      for (int64_t i = t.row; i < t.row + t.rows; ++i, logits += ld) {
+        finish(of, of.targets[chunk.rows[i]] - first - t.col, logits, t.cols, sums[i].target);
+        of_tiles[i * per_row + t.col / Reduction::tile_pitch] =
+            sums_of_tile(logits, t.cols, of.smoothing != 0);
+      }
+    };
+    project(chunk.x, {part}, {.residual = {}, .alpha = of.scale});
+    parallel_for(rows, [&](int64_t i) {
+      for (const Sums& tile : std::span(&of_tiles[i * per_row], per_row)) {
+        sums[i].all.add(tile);
+      }
+    });
+  }
+  return sums;
+}
+
+// The same, and dx where every cotangent is 1. Without an adapter and smoothing, dx = the sum over the words
+// of e^(logit - log_sum) weight, less the target's. Meanwhile the largest logit so far is in place of the
+// sum. The target is added at last, in float32: if it is nearly certain, its two parts nearly cancel.
+std::vector<RowSums> sums_and_dx(const CrossEntropy& of, const Chunk& chunk, const View& dx) {
+  int64_t words = rows_of(of.head.weight), rows = chunk.rows.size(), width = chunk.x.cols();
+  int64_t at_once = std::min(words, grad_words);
+  std::vector<RowSums> sums(rows);
+  Matrix logits(Type::float32, rows, at_once), powers(grad_type(of), rows, at_once);
+  Matrix dx_sums(Type::float32, rows, width);
+  std::fill_n(dx_sums.data(), rows * width, 0.0f);
+  for (int64_t first = 0; first < words; first += at_once) {
+    int64_t n = std::min(at_once, words - first);
+    auto part = part_of(of.head, first, n, rows);
+    part.reduction.take = [&](const Tile& t, float* tile, int64_t ld) {
+      for (int64_t i = 0; i < t.rows; ++i) {
+        int64_t row = t.row + i;
+        finish(of, of.targets[chunk.rows[row]] - first - t.col, tile + i * ld, t.cols, sums[row].target);
+      }
+      store(logits.rows(rows, n), t, tile, ld);
+    };
+    project(chunk.x, {part}, {.residual = {}, .alpha = of.scale});
+    parallel_for(rows, [&](int64_t i) {
+      float power[grad_words], *of_row = logits.data() + i * n, *sum = dx_sums.data() + i * width;
+      auto& all = sums[i].all;
+      float before = all.shift();
+      all.largest = std::max(all.largest, kernels().largest(of_row, n));
+      if (all.power != 0 && all.shift() != before) {
+        float factor = std::exp(before - all.shift());
+        all.power *= factor;
+        std::for_each_n(sum, width, [=](float& x) { x *= factor; });
+      }
+      std::copy_n(of_row, n, power);
+      all.power += kernels().exponentials(power, n, all.shift());
+      if (of.softcap != 0) {
+        std::copy_n(of_row, n, power);
+        kernels().cross_entropy_grad(power, n, 1, all.shift(), 0, of.softcap);
+      }
+      int64_t target = of.targets[chunk.rows[i]] - first;
+      if (target >= 0 && target < n) {
+        power[target] = 0;
+      }
+      store(powers.rows(rows, n), {.row = i, .rows = 1, .col = 0, .cols = n}, power, n);
+    });
+    GradSegment to{.grad = powers.rows(rows, n), .weight = part.weight};
+    project_grad(std::nullopt, {to}, dx_sums.rows(rows), of.scale, true);
+  }
+  parallel_for(rows, [&](int64_t i) {
+    int64_t target = of.targets[chunk.rows[i]];
+    float of_target = sums[i].target, *sum = dx_sums.data() + i * width;
+    auto& all = sums[i].all;
+    kernels().cross_entropy_grad(&of_target, 1, of.scale, all.shift() + std::log(all.power), 1, of.softcap);
+    std::vector<float> weight(width);
+    load(
+        operand(part_of(of.head, target, 1, 1).weight),
+        {.row = 0, .rows = 1, .col = 0, .cols = width},
+        weight.data(),
+        width);
+    for (int64_t k = 0; k < width; ++k) {
+      sum[k] = sum[k] / all.power + of_target * weight[k];
+    }
+    store(dx, {.row = chunk.rows[i], .rows = 1, .col = 0, .cols = width}, sum, width);
+  });
+  return sums;
+}
+
 }  // namespace
 
-void cross_entropy(const CrossEntropy& of, float* losses, float* log_sums) {
+void cross_entropy(const CrossEntropy& of, float* losses, float* log_sums, const std::optional<View>& dx) {
   std::fill_n(losses, of.x.rows(), std::numeric_limits<float>::quiet_NaN());  // lest an error leave anything
   Rows all(of);
-  int64_t words = rows_of(of.head.weight), per_row = sum_words / Reduction::tile_pitch;
+  int64_t words = rows_of(of.head.weight);
   std::fill_n(losses, of.x.rows(), 0.0f);
   std::fill_n(log_sums, of.x.rows(), 0.0f);
+  if (dx) {
+    fill_zeros(*dx);
+  }
   for (int64_t c = 0; c < all.chunks(); ++c) {
     auto chunk = all.gather(c);
-    auto rows = chunk.rows;
-    std::vector<Sums> totals(rows.size()), of_tiles(rows.size() * per_row);
-    std::vector<float> of_targets(rows.size());
-    for (int64_t first = 0; first < words; first += sum_words) {
-      std::ranges::fill(of_tiles, Sums{});
-      auto part = part_of(of.head, first, std::min(sum_words, words - first), rows.size());
-      part.reduction.sums = true;
-      part.reduction.take = [&, first](const Tile& t, float* logits, int64_t ld) {
-        for (int64_t i = t.row; i < t.row + t.rows; ++i, logits += ld) {
-          if (of.softcap != 0) {
-            kernels().softcap(logits, t.cols, of.softcap);
-          }
-          int64_t target = of.targets[rows[i]] - first - t.col;
-          if (target >= 0 && target < t.cols) {
-            of_targets[i] = logits[target];
-          }
-          of_tiles[i * per_row + t.col / Reduction::tile_pitch] = sums_of(logits, t.cols, of.smoothing != 0);
-        }
-      };
-      project(chunk.x, {part}, {.residual = {}, .alpha = of.scale});
-      parallel_for(rows.size(), [&](int64_t i) {
-        for (const Sums& tile : std::span(&of_tiles[i * per_row], per_row)) {
-          totals[i].add(tile);
-        }
-      });
-    }
-    for (size_t i = 0; i < rows.size(); ++i) {
-      auto& sums = totals[i];
-      float log_power = std::log(sums.power), mean = of.smoothing == 0 ? 0 : sums.total / words;
-      float target = (1 - of.smoothing) * of_targets[i] + of.smoothing * mean;
-      losses[rows[i]] = sums.shift() - target + log_power;
-      log_sums[rows[i]] = sums.shift() + log_power;
+    auto sums = dx ? sums_and_dx(of, chunk, *dx) : sums_of(of, chunk);
+    for (size_t i = 0; i < sums.size(); ++i) {
+      auto& [total, of_target] = sums[i];
+      float log_power = std::log(total.power), mean = of.smoothing == 0 ? 0 : total.total / words;
+      float target = (1 - of.smoothing) * of_target + of.smoothing * mean;
+      losses[chunk.rows[i]] = total.shift() - target + log_power;
+      log_sums[chunk.rows[i]] = total.shift() + log_power;
     }
   }
+}
+
+void scale_rows(const View& scaled, const View& cotangent, const int64_t* targets, const View& dx) {
+  parallel_for(dx.rows(), [&](int64_t i) {
+    Tile row{.row = i, .rows = 1, .col = 0, .cols = dx.cols()};
+    std::vector<float> values(row.cols);
+    if (targets[i] != ignored) {
+      float factor;
+      load(cotangent, {.row = i, .rows = 1, .col = 0, .cols = 1}, &factor, 1);
+      load(scaled, row, values.data(), row.cols);
+      std::ranges::transform(values, values.begin(), [=](float x) { return factor * x; });
+    }
+    store(dx, row, values.data(), row.cols);
+  });
 }
 
 void cross_entropy_grad(

@@ -20,8 +20,14 @@ struct CrossEntropy {
 constexpr int64_t ignored = std::numeric_limits<int64_t>::min();
 
 // losses = -(1 - smoothing) log p(target) - smoothing mean(log p) and log_sums = the logarithm of the sum of
-// e^logit, of each row; 0 of a row that does not count. Throws if a target is not a word.
-void cross_entropy(const CrossEntropy& of, float* losses, float* log_sums);
+// e^logit, of each row; 0 of a row that does not count. Throws if a target is not a word. If dx is given, it
+// is where the cotangent of every loss is 1; there may be no adapter and no smoothing then.
+void cross_entropy(
+    const CrossEntropy& of, float* losses, float* log_sums, const std::optional<View>& dx = {});
+
+// dx = scaled times each row's cotangent, [rows, 1]; 0 of a row that does not count. They may be the same
+// memory.
+void scale_rows(const View& scaled, const View& cotangent, const int64_t* targets, const View& dx);
 
 // What is wanted of the gradients. da and db are float32.
 struct CrossEntropyGrads {

@@ -194,10 +194,25 @@ cpu::Attention attention_of(const AttentionKind& kind, const mx::array* inputs) 
   return of;
 }
 
+mx::array in_line(const mx::array& a, mx::Stream stream) {
+  return a.flags().row_contiguous ? a : copied(a, stream);
+}
+
+// [batch, rows] as a matrix of one column.
+View view_of_rows(const mx::array& a) {
+  return {
+      .data = data_of(a),
+      .type = type_of(a),
+      .batch = a.shape(0),
+      .seq = a.shape(1),
+      .batch_stride = a.strides(0),
+      .seq_stride = a.strides(1)};
+}
+
 // `inputs` are those of CrossEntropy.
 cpu::CrossEntropy cross_entropy_of(const LossCall& call, const Arrays& inputs, mx::Stream stream) {
   Operands operands(inputs, input_slots(call.head));
-  auto targets = inputs.back().flags().row_contiguous ? inputs.back() : copied(inputs.back(), stream);
+  auto targets = in_line(inputs.back(), stream);
   return {
       .x = view_of(operands.get(Role::input)),
       .head =
@@ -331,26 +346,42 @@ void AttentionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
 }
 
 void CrossEntropy::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  allocate(outputs);
+  for (auto& out : outputs) {
+    bool is_dx = &out == &outputs[2];
+    out.set_data(mx::allocator::malloc(!is_dx || makes_dx_ ? out.nbytes() : 0));
+  }
   dispatch(
       stream(),
       inputs,
       outputs,
       [of = cross_entropy_of(call_, inputs, stream()),
        losses = outputs[0].data<float>(),
-       log_sums = outputs[1].data<float>()] { cpu::cross_entropy(of, losses, log_sums); });
+       log_sums = outputs[1].data<float>(),
+       dx = makes_dx_ ? std::optional(view_of(outputs[2])) : std::nullopt] {
+        cpu::cross_entropy(of, losses, log_sums, dx);
+      });
+}
+
+void CrossEntropyScaled::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  auto& scaled = inputs[1];
+  if (scaled.is_donatable() && scaled.flags().row_contiguous) {
+    outputs[0].copy_shared_buffer(scaled);
+  } else {
+    allocate(outputs);
+  }
+  auto targets = in_line(inputs[2], stream());
+  dispatch(
+      stream(),
+      inputs,
+      outputs,
+      [cotangent = view_of_rows(inputs[0]),
+       targets = targets.data<int64_t>(),
+       from = view_of(scaled),
+       to = view_of(outputs[0])] { cpu::scale_rows(from, cotangent, targets, to); });
 }
 
 void CrossEntropyGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs);
-  auto& cotangent = inputs[0];
-  View of_rows{
-      .data = data_of(cotangent),
-      .type = cpu::Type::float32,
-      .batch = cotangent.shape(0),
-      .seq = cotangent.shape(1),
-      .batch_stride = cotangent.strides(0),
-      .seq_stride = cotangent.strides(1)};
   Operands wanted(outputs, wanted_);
   cpu::CrossEntropyGrads grads{
       .dx = view_of(wanted.find(Role::input)),
@@ -364,7 +395,8 @@ void CrossEntropyGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
       outputs,
       [=,
        of = cross_entropy_of(call_, {inputs.begin() + 2, inputs.end()}, stream()),
-       log_sums = inputs[1].data<float>()] { cpu::cross_entropy_grad(of, of_rows, log_sums, grads); });
+       cotangent = view_of_rows(inputs[0]),
+       log_sums = inputs[1].data<float>()] { cpu::cross_entropy_grad(of, cotangent, log_sums, grads); });
 }
 
 void check_cpu_settings() {
