@@ -15,7 +15,7 @@ namespace mlx_fused::cpu {
 namespace {
 
 // docs/design/thresholds.md has the reasons of these numbers.
-constexpr int64_t max_rows = 528;
+constexpr int64_t max_rows = 512;
 constexpr int64_t sum_words = 8192, grad_words = 1024;
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
