@@ -1,5 +1,7 @@
 #include "mlx_fused/cross_entropy.h"
 
+#include <algorithm>
+#include <iterator>
 #include <limits>
 #include <stdexcept>
 

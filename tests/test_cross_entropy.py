@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 import oracle
 from cross_entropy import Loss, check, make
@@ -145,6 +146,27 @@ def test_any_axes(rng, shape):
     spread = Loss(spread.head, *(a.reshape(shape) for a in (loss.targets, loss.mask)), loss.ignore_index)
     oracle.assert_equal(spread(), expected.reshape(shape))
     oracle.assert_equal(spread.gradients(cotangent.reshape(shape))[0], d_x.reshape(*shape, 16))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_tied_embeddings(rng, bits):
+    embedding = nn.Embedding(40, 32)
+    layer = embedding if bits is None else embedding.to_quantized(32, bits)
+    given, targets = (mx.array(rng.integers(0, 40, (2, 9))) for _ in range(2))
+    others = layer.parameters()
+
+    def ours(parameters):
+        layer.update(parameters)
+        return fused_linear_cross_entropy(mx.sin(layer(given)), LinearOperands.of_base(layer), targets).sum()
+
+    def stock(parameters):
+        layer.update(parameters)
+        return nn.losses.cross_entropy(layer.as_linear(mx.sin(layer(given))), targets, reduction="sum")
+
+    trained = others if bits is None else {name: others[name] for name in ("scales", "biases")}
+    results = [mx.value_and_grad(f)(trained) for f in (ours, stock)]
+    for (_, a), (_, b) in zip(*map(tree_flatten, results), strict=True):
+        assert float(mx.abs(a - b).max()) < 2.0**-16 * float(mx.abs(b).max())
 
 
 def test_reductions(rng):
