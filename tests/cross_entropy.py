@@ -154,9 +154,9 @@ def make(
 
 
 def check(rng, loss, keys=None, cotangent=None, **options):
-    """Forward and gradients."""
+    """Forward and gradients; if none are named, all of them, and x's alone, which is made another way."""
     losses = loss(**options)
     assert losses.dtype == mx.float32
-    keys = loss.head.trainable if keys is None else keys
     cotangent = normal(rng, losses.shape) if cotangent is None else cotangent
-    loss.check(losses, cotangent, keys, loss.gradients(cotangent, keys, **options))
+    for some in [loss.head.trainable, [("x", None)]] if keys is None else [keys]:
+        loss.check(losses, cotangent, some, loss.gradients(cotangent, some, **options))

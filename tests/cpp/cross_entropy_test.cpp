@@ -267,6 +267,7 @@ void check_all(unsigned seed) {
       check_case({type, layout, {}, 0, false, 0, 0, 2, 1, 5, 37});
       check_case({type, layout, {}, 3, true, 2, 0, 2, 9, 17, 70});
       check_case({type, layout, {}, 0, true, 0, 0.3f, 1, 70, 33, 20});
+      check_case({type, layout, {}, 0, true, 2, 0, 1, 30, 9, 50});
     }
     // Around chunks of rows, blocks of words, and what is summed at a time.
     check_case({type, plain, {}, 0, true, 0, 0, 1, 513, 1, 5});
