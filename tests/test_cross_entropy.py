@@ -178,6 +178,13 @@ def test_reductions(rng):
         np.testing.assert_allclose(float(loss(reduction="mean")), losses[counts].mean(), 1e-6)
 
 
+def test_an_index_that_the_targets_cannot_hold_ignores_none(rng):
+    loss = make(rng, (2, 5), 16, 200)
+    targets = mx.full((2, 5), 156, mx.uint8)  # -100 modulo 256
+    expected = float(Loss(loss.head, targets)().mean())
+    assert abs(float(Loss(loss.head, targets, ignore_index=-100)(reduction="mean")) - expected) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [mx.int8, mx.uint8, mx.int32, mx.uint32, mx.int64, mx.uint64], ids=str)
 def test_targets_of_every_integer_dtype(rng, dtype):
     loss = make(rng, (2, 5), 16, 40)

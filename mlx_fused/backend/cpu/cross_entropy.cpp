@@ -227,8 +227,7 @@ class GradBlocks {
       }
       store(to.grad, t, logits, ld);
     };
-    Epilogue epilogue{.residual = {}, .alpha = of_.scale};
-    project(chunk.x, {part}, epilogue);
+    project(chunk.x, {part}, {.residual = {}, .alpha = of_.scale});
     if (dx) {
       to.weight = part.weight;
     }
@@ -331,7 +330,8 @@ std::vector<RowSums> sums_and_dx(const CrossEntropy& of, const Chunk& chunk, con
     };
     project(chunk.x, {part}, {.residual = {}, .alpha = of.scale});
     parallel_for(rows, [&](int64_t i) {
-      float power[grad_words], *of_row = logits.data() + i * n, *sum = dx_sums.data() + i * width;
+      float power[grad_words];
+      float *of_row = logits.data() + i * n, *sum = dx_sums.data() + i * width;
       auto& all = sums[i].all;
       float before = all.shift();
       all.largest = std::max(all.largest, kernels().largest(of_row, n));

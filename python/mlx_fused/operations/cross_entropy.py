@@ -88,10 +88,14 @@ def fused_linear_cross_entropy(
     total = losses.sum(stream=stream)
     if reduction == "sum":
         return total
-    counts = None if ignore_index is None else mx.not_equal(targets, ignore_index, stream=stream)
-    if mask is not None:
-        counts = mask if counts is None else mx.logical_and(mask, counts, stream=stream)
-    return mx.divide(total, losses.size if counts is None else counts.sum(stream=stream), stream=stream)
+    if ignore_index is None and mask is None:
+        return losses.mean(stream=stream)
+    counts = mask
+    if ignore_index is not None:
+        given = targets.astype(mx.int64, stream=stream)  # a narrower dtype might not hold the index
+        counts = mx.not_equal(given, ignore_index, stream=stream)
+        counts = counts if mask is None else mx.logical_and(mask, counts, stream=stream)
+    return mx.divide(total, counts.sum(stream=stream), stream=stream)
 
 
 def _as_rows(operation: str, name: str, a: mx.array | None, x: mx.array) -> mx.array | None:
