@@ -45,8 +45,9 @@ models: $(VENV)/installed  ## Compare every model of mlx-lm, stock and patched, 
 metal-cost: $(VENV)/installed  ## Count what the Metal kernels cost in an Apple GPU's instructions; needs packages of Debian 12
 	PYTHONPATH=tests $(BIN)/python -m metal_cost
 
-bench: $(VENV)/installed  ## Time whole models, stock and patched, and the operations against MLX's and torch's: ARGS=--quick
+bench: $(VENV)/installed  ## Time whole models, stock and patched, and attention and the projections against MLX's and torch's: ARGS=--quick
 	$(BIN)/python benchmarks/models.py $(ARGS)
+	$(BIN)/python benchmarks/sdpa.py $(ARGS)
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 crossover: $(VENV)/installed  ## Time our kernels against MLX's on all that routing decides about: ARGS=--quick

@@ -21,10 +21,12 @@ from contenders import contenders
 from reference import WrongResult, reference, verify
 from timing import FULL, QUICK, Effort, first_call, measure
 
-LLAMA = Model("Llama-3.2-1B", hidden=2048, num_heads=32, num_kv_heads=8, head_dim=64)
-TINY = Model("tiny", hidden=64, num_heads=4, num_kv_heads=2, head_dim=16)
+# A quarter of its vocabulary: time, and the reference's memory, grow with that alone.
+LLAMA = Model("Llama-3.2-1B", 2048, 32, 8, head_dim=64, intermediate=8192, vocabulary=32064)
+TINY = Model("tiny", 64, 4, 2, head_dim=16, intermediate=96, vocabulary=160)
 DTYPES = ("float32", "bfloat16", "float16")
 GRADIENT_ROWS = 128
+HEAD_ROWS = 32
 
 # The speedups over the composed form that the CPU backend aims for with LLAMA, by dtype and rows.
 FORWARD_GOALS = {
@@ -42,7 +44,7 @@ QUANTIZED_GOALS = {
 
 def goal(case: Case) -> int | None:
     """Returns the speedup over the composed form that this case aims for, if there is one."""
-    if case.model != LLAMA or mx.default_device() != mx.cpu or case.lora:
+    if case.model != LLAMA or mx.default_device() != mx.cpu or case.lora or case.op not in ("qkv", "output"):
         return None
     if case.quantized:
         return None if case.backward else QUANTIZED_GOALS[case.dtype].get(case.rows)
@@ -59,18 +61,20 @@ def chain_length(rows: int) -> int:
 def cases(model: Model, dtypes: tuple, rows: tuple, gradient_rows: tuple) -> list[Case]:
     """Every cell; rows ascend, for the pace of fewer tells what more would take."""
     pairs = [(m, b) for b in (False, True) for m in sorted(rows) if not b or m in gradient_rows]
-    kinds = [(op, quantized) for quantized in (False, True) for op in ("qkv", "output")]
+    adapted = [(op, quantized) for quantized in (False, True) for op in ("qkv", "output", "gated")]
+    kinds = [*adapted, ("head", False), ("head", True), ("norm", False)]
     found = [
         Case(model, op, dtype, m, b, quantized)
         for op, quantized in kinds
         for dtype in dtypes or DTYPES
         for m, b in pairs
+        if op != "head" or (m <= HEAD_ROWS and not b)
     ]
     if find_spec("mlx_lm") is None:
         return found
     return found + [
         Case(model, op, dtype, m, backward, quantized, lora=True)
-        for op, quantized in kinds
+        for op, quantized in adapted
         for dtype in dtypes or DTYPES
         if dtype != "float16"  # nobody trains in it
         for m in gradient_rows

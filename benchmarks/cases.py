@@ -7,18 +7,21 @@ import mlx.core as mx
 import numpy as np
 
 BITS, GROUP_SIZE = 4, 64
+NORM_EPS = 1e-5
 RANK, SCALE = 8, 20.0  # as mlx-lm's defaults
 
 
 @dataclass(frozen=True)
 class Model:
-    """The sizes of one attention block."""
+    """The sizes of a transformer's layers."""
 
     name: str
     hidden: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    intermediate: int
+    vocabulary: int
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -27,7 +30,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Case:
-    """One measured cell: an operation, ``"qkv"`` or ``"output"``, at one dtype and rows M.
+    """One measured cell: an operation, a key of ``report.TITLES``, at one dtype and rows M.
 
     Backward is with the gradients of all that is trained: x and, of a dense weight without adapters, the
     weight; x and the adapters; x alone if the weight is quantized; and the residual.
@@ -51,9 +54,14 @@ class Case:
 
     @property
     def out_features(self) -> tuple[int, ...]:
-        if self.op == "output":
-            return (self.model.hidden,)
-        return tuple(h * self.model.head_dim for h in self.model.heads)
+        m = self.model
+        return {
+            "qkv": tuple(h * m.head_dim for h in m.heads),
+            "output": (m.hidden,),
+            "gated": (m.intermediate,) * 2,
+            "head": (m.vocabulary,),
+            "norm": (m.hidden,),
+        }[self.op]
 
     @property
     def in_features(self) -> int:
@@ -61,6 +69,8 @@ class Case:
 
     @property
     def flops(self) -> int:
+        if self.op == "norm":
+            return (10 if self.backward else 4) * self.rows * self.in_features
         base = 2 * self.rows * self.in_features * sum(self.out_features)
         ranks = RANK * len(self.out_features) * self.in_features + RANK * sum(self.out_features)
         adapters = 2 * self.rows * ranks * self.lora
@@ -76,9 +86,11 @@ class Case:
         """
         k, n = self.in_features, sum(self.out_features)
         item = 4 if self.dtype == "float32" else 2
+        if self.op == "norm":
+            return item * (5 if self.backward else 2) * self.rows * k
         if self.quantized:
             return (n * k * BITS // 8 + 2 * item * n * (k // GROUP_SIZE)) * (1 + self.backward)
-        elements = self.rows * k + n * k + self.rows * n
+        elements = self.rows * k + n * k + self.rows * n // (1 + (self.op == "gated"))
         if self.op == "output":
             elements += self.rows * n
         return item * elements * ((3 if self.trains_weights else 2) if self.backward else 1)
@@ -109,6 +121,8 @@ def operands(case: Case) -> Operands:
 
     k = case.in_features
     x = draw(1, case.rows, k)
+    if case.op == "norm":
+        return Operands([x, draw(k)], [draw(1, case.rows, k)])
     weights = [draw(n, k, scale=1 / sqrt(k)) for n in case.out_features]
     frozen, primals = [], [x]
     if case.trains_weights:
@@ -120,10 +134,10 @@ def operands(case: Case) -> Operands:
     if case.lora:
         primals += [draw(k, RANK, scale=1 / sqrt(k), dtype=mx.float32) for _ in weights]
         primals += [draw(RANK, n, scale=1 / SCALE, dtype=mx.float32) for n in case.out_features]
+    shapes = [(1, case.rows, case.out_features[0])]
     if case.op == "output":
-        shapes = [(1, case.rows, case.model.hidden)]
         primals.append(draw(*shapes[0]))
-    else:
+    elif case.op == "qkv":
         shapes = [(1, h, case.rows, case.model.head_dim) for h in case.model.heads]
     return Operands(primals, [draw(*shape) for shape in shapes], frozen)
 

@@ -6,11 +6,12 @@ from itertools import cycle, islice
 from math import ceil
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 import mlx_fused
-from cases import BITS, GROUP_SIZE, RANK, SCALE, Case, Operands
+from cases import BITS, GROUP_SIZE, NORM_EPS, RANK, SCALE, Case, Operands
 from machine import cores
 from mlx_fused import LinearOperands
 from mlx_fused.tuning.measure import chain
@@ -19,6 +20,8 @@ Frozen = list[tuple[mx.array, ...]]
 
 
 def _fused(case: Case, x: mx.array, frozen: Frozen, *others: mx.array, **options: str) -> Sequence[mx.array]:
+    if case.op == "norm":
+        return [mlx_fused.fused_rms_norm(x, *others, NORM_EPS)]
     m, count = case.model, len(case.out_features)
     if case.quantized:
         form = {"group_size": GROUP_SIZE, "bits": BITS}
@@ -32,11 +35,17 @@ def _fused(case: Case, x: mx.array, frozen: Frozen, *others: mx.array, **options
     if case.op == "output":
         (layer,) = layers
         return [mlx_fused.fused_output_projection_residual(x, layer, residual=others[-1], **options)]
+    if case.op == "gated":
+        return [mlx_fused.fused_gated_projection(x, tuple(layers), **options)]
+    if case.op == "head":
+        return [mlx_fused.fused_linear(x, *layers, **options)]
     heads = m.num_heads, m.num_kv_heads, m.head_dim
     return mlx_fused.fused_qkv_projection(x, tuple(layers), None, *heads, **options)
 
 
 def _composed(case: Case, x: mx.array, frozen: Frozen, *others: mx.array) -> Sequence[mx.array]:
+    if case.op == "norm":
+        return [mx.fast.rms_norm(x, *others, NORM_EPS)]
     count = len(case.out_features)
     if case.lora:
         adapters = zip(frozen, others[:count], others[count : 2 * count], strict=True)
@@ -47,6 +56,10 @@ def _composed(case: Case, x: mx.array, frozen: Frozen, *others: mx.array) -> Seq
         products = [x @ w.T for w in others[:count]]
     if case.op == "output":
         return [products[0] + others[-1]]
+    if case.op == "gated":
+        return [nn.silu(products[0]) * products[1]]
+    if case.op == "head":
+        return products
     return [
         y.reshape(1, case.rows, heads, -1).transpose(0, 2, 1, 3)
         for y, heads in zip(products, case.model.heads, strict=True)
@@ -55,7 +68,6 @@ def _composed(case: Case, x: mx.array, frozen: Frozen, *others: mx.array) -> Seq
 
 def _lora_linear(case: Case, arrays: tuple[mx.array, ...], a: mx.array, b: mx.array) -> Callable:
     """mlx-lm's own layer."""
-    import mlx.nn as nn
     from mlx_lm.tuner.lora import LoRALinear
 
     layer = LoRALinear(1, 1, r=RANK, scale=SCALE)
@@ -162,11 +174,19 @@ class Torch:
         self.cotangents = [torch.from_numpy(x).to(dtype) for x in given.cotangents]
 
     def _forward(self) -> list:
-        linear = self.torch.nn.functional.linear
+        functional = self.torch.nn.functional
+        linear = functional.linear
         if self.case.op == "output":
             x, w, residual = self.primals
             return [linear(x, w) + residual]
         x, *weights = self.primals
+        if self.case.op == "norm":
+            return [functional.rms_norm(x, x.shape[-1:], *weights, NORM_EPS)]
+        if self.case.op == "gated":
+            gate, up = weights
+            return [functional.silu(linear(x, gate)) * linear(x, up)]
+        if self.case.op == "head":
+            return [linear(x, *weights)]
         return [
             linear(x, w).view(1, self.case.rows, heads, -1).transpose(1, 2)
             for w, heads in zip(weights, self.case.model.heads, strict=True)
@@ -193,6 +213,8 @@ def contenders(
     ``rotated`` bytes.
     """
     functions: dict[str, Callable] = {"fused": _fused, "composed": _composed}
+    if case.op == "norm":
+        rotated, gpu = 0, False  # its weight is small, and it has no route
     if gpu:
         functions = {"fused": partial(_fused, route="fused"), "routed": _fused, "composed": _composed}
         if case.op == "output" and case.trains_weights:

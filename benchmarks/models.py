@@ -14,7 +14,7 @@ import machine
 import outside
 import report
 import report_models
-from parts import graph_building, parts
+from parts import graph_building, layer_seconds, parts
 from scaling import scale, size, with_memory
 from timing import FULL, QUICK, Effort, first_call, quickest
 from whole import KINDS, MODELS, NO_HEAD, Family, Work, works
@@ -54,6 +54,7 @@ def time_work(family: Family, work: Work, effort: Effort, rivals: dict) -> dict:
         "scaled": scaled,
         "difference": difference(family, work),
         "parts": parts(family, work, seconds["patched"], effort) if "patched" in calls else None,
+        "layer_s": layer_seconds(family, work, effort),
         # Decode reads all weights once, and the rest multiplies with them.
         "amount": family.bytes() if work.name == "decode" else family.flops(work),
     }

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import make_prompt_cache
 
+import mlx_fused
 from cases import GROUP_SIZE
 from timing import Effort, quickest
 from whole import CONTEXT, NO_ATTENTION, NO_HEAD, NO_MLP, Config, Family, Work
@@ -51,8 +51,24 @@ def parts(family: Family, work: Work, total: float, effort: Effort) -> dict[str,
     return {part: found[part] / total for part in PARTS}
 
 
+def layer_seconds(family: Family, work: Work, effort: Effort) -> dict[str, float]:
+    """Of one layer of a patched model, with our attention and with MLX's."""
+    headless, counts = family.without(NO_HEAD), (1, 3)
+    ways = {"ours": {}, "MLX's": {"attention": False}}
+    calls = {
+        (whose, count): work.prepare(headless.model(count, True, work.trains, **options), work.tokens)
+        for whose, options in ways.items()
+        for count in counts
+    }
+    for call in calls.values():
+        call()
+    seconds = quickest(calls, effort)
+    few, many = counts
+    return {whose: (seconds[whose, many] - seconds[whose, few]) / (many - few) for whose in ways}
+
+
 def _alone(family: Family, work: Work) -> dict[str, tuple[Callable, Sequence[mx.array]]]:
-    """What patching leaves to MLX in an attention block: functions, and their operands."""
+    """What is between the projections of an attention block: functions, and their operands."""
     block, args = family.model(1).layers[0].self_attn, family.config
     heads, kv_heads = args["num_attention_heads"], args["num_key_value_heads"]
     decodes = work.name == "decode"
@@ -63,7 +79,7 @@ def _alone(family: Family, work: Work) -> dict[str, tuple[Callable, Sequence[mx.
 
     def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         mask = None if decodes else "causal"
-        return scaled_dot_product_attention(q, k, v, cache=None, scale=block.scale, mask=mask)
+        return mlx_fused.fused_attention(q, k, v, scale=block.scale, mask=mask)
 
     def norms(q: mx.array, k: mx.array) -> mx.array:
         if hasattr(block, "q_norm"):

@@ -16,12 +16,19 @@ from matplotlib import pyplot as plt
 TITLES = {
     "qkv": "QKV projection",
     "output": "Output projection + residual",
+    "gated": "Gate and up with silu",
+    "head": "Head",
+    "norm": "RMS norm",
     "qkv 4-bit": "QKV projection, 4-bit weights",
     "output 4-bit": "Output projection + residual, 4-bit weights",
+    "gated 4-bit": "Gate and up with silu, 4-bit weights",
+    "head 4-bit": "Head, 4-bit weights",
     "qkv LoRA": "QKV projection with LoRA",
     "output LoRA": "Output projection + residual with LoRA",
+    "gated LoRA": "Gate and up with silu and LoRA",
     "qkv 4-bit LoRA": "QKV projection with LoRA, 4-bit weights",
     "output 4-bit LoRA": "Output projection + residual with LoRA, 4-bit weights",
+    "gated 4-bit LoRA": "Gate and up with silu and LoRA, 4-bit weights",
 }
 COLORS = {"composed": "#2f6db5", "torch": "#e08a2e", "routed": "#8a8a8a", "addmm": "#58a55c"}
 

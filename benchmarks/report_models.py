@@ -17,30 +17,40 @@ def show(console: Console, result: dict) -> None:
         "memory": "Peak memory, GB",
         "limits": "Share of the machine's rates reached",
         "parts": "Where the time of the patched model goes",
+        "layers": "One layer of the patched model, with either attention",
         "graphs": "Making the graph of a layer in decode, without evaluating it",
         "scaling": "Scaled time and memory of a small stock model, as parts of those of the whole",
     }
-    for name, (columns, rows) in _tables(result).items():
+    show_tables(console, titles, _tables(result))
+    console.print("~ scaled from one layer and the head", highlight=False)
+    console.print(about(result), highlight=False)
+
+
+def show_tables(
+    console: Console, titles: dict[str, str], tables: dict[str, Table], words: int = _LEFT
+) -> None:
+    for name, (columns, rows) in tables.items():
         table = make_table(titles[name])
         for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i < _LEFT else "right")
+            table.add_column(column, justify="left" if i < words else "right")
         for row in rows:
             table.add_row(*row)
         if rows:
             console.print(table)
-    console.print("~ scaled from one layer and the head", highlight=False)
-    console.print(place(result["machine"]), highlight=False)
-    console.print(_rates(result), highlight=False)
+
+
+def about(result: dict) -> str:
+    """The machine and its rates."""
+    return f"{place(result['machine'])} {_rates(result)}"
 
 
 def markdown(result: dict) -> dict[str, str]:
     """Each table by the name of its place in the document."""
-    about = f"{place(result['machine'])} {_rates(result)}\n\n"
-    texts = {name: _markdown(*table) for name, table in _tables(result).items()}
-    return {**texts, "models": about + texts["models"]}
+    texts = {name: markdown_table(*table) for name, table in _tables(result).items()}
+    return {**texts, "models": f"{about(result)}\n\n{texts['models']}"}
 
 
-def _markdown(columns: list[str], rows: list[list[str]], words: int = _LEFT) -> str:
+def markdown_table(columns: list[str], rows: list[list[str]], words: int = _LEFT) -> str:
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * words}{'--:|' * (len(columns) - words)}"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
@@ -67,6 +77,10 @@ def _tables(result: dict) -> dict[str, Table]:
             [*first, *PARTS],
             [[*_what(r), *(f"{r['parts'][part]:.0%}" for part in PARTS)] for r in records if r["parts"]],
         ),
+        "layers": (
+            [*first, "ours", "MLX's", "ratio"],
+            [[*_what(r), *_layer(r["layer_s"])] for r in records],
+        ),
         "graphs": (
             ["model", "", "", "stock", "patched", "ratio"],
             [
@@ -89,10 +103,10 @@ def _what(record: dict) -> list[str]:
 def _speeds(record: dict, rivals: list[str]) -> Iterator[str]:
     speeds = record["tokens_per_s"]
     for who in ("stock", "patched"):
-        yield "~" * (who in record["scaled"]) + _digits(speeds[who])
-    yield _digits(record["ratio"])
+        yield "~" * (who in record["scaled"]) + digits(speeds[who])
+    yield digits(record["ratio"])
     for who in rivals:
-        yield _digits(speeds[who]) if who in speeds else ""
+        yield digits(speeds[who]) if who in speeds else ""
 
 
 def _memory(memory: dict, scaled: dict) -> Iterator[str]:
@@ -109,6 +123,11 @@ def _shares(record: dict, rivals: list[str]) -> Iterator[str]:
         yield f"{share:.0%}" if share is not None else ""
 
 
+def _layer(seconds: dict[str, float]) -> Iterator[str]:
+    yield from (f"{1e3 * seconds[whose]:.3g} ms" for whose in ("ours", "MLX's"))
+    yield digits(seconds["MLX's"] / seconds["ours"])
+
+
 def _scaling_row(check: dict) -> Iterator[str]:
     yield from (check["weights"], check["work"])
     tokens = check["tokens"]
@@ -117,7 +136,7 @@ def _scaling_row(check: dict) -> Iterator[str]:
     yield f"{check['memory']:.2f}" if check["memory"] else ""
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three of them, but no fewer than a whole number has."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -144,7 +163,7 @@ def show_memory(console: Console, result: dict) -> None:
 
 def markdown_of_memory(result: dict) -> str:
     columns, rows = _memory_table(result)
-    return f"{result['model']}, {result['weights']}.\n\n" + _markdown(columns, rows, words=1)
+    return f"{result['model']}, {result['weights']}.\n\n" + markdown_table(columns, rows, words=1)
 
 
 def _memory_table(result: dict) -> Table:

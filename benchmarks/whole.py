@@ -83,13 +83,15 @@ class Family:
             config = config | part
         return Family(config, self.kind)
 
-    def model(self, layers: int | None = None, patched: bool = False, lora: bool = False) -> nn.Module:
-        """A model of the first layers; all of them by default."""
+    def model(
+        self, layers: int | None = None, patched: bool = False, lora: bool = False, **options: object
+    ) -> nn.Module:
+        """A model of the first layers, all of them by default; the options are those of ``patch``."""
         model = self._made(layers or self.layers)
         model.load_weights([(name, self._array(name)) for name, _ in tree_flatten(model.parameters())])
         model.freeze()
         if patched:
-            mlx_fused.patch(model)
+            mlx_fused.patch(model, **options)
         if lora:
             mx.random.seed(2)
             linear_to_lora_layers(model, -1, LORA)

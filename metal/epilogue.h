@@ -95,10 +95,7 @@ struct Epilogue {
       y += static_cast<float>(residual[offset_of(batch, row, params->residual) + feature]);
     }
     const int64_t place = place_of(batch, row, feature);
-    if (activation_kind() != activation_none) {
-      y = activated(y, place);
-    }
-    output[place] = static_cast<T>(y);
+    output[place] = static_cast<T>(activated(y, place));
   }
 
   // Of this segment's, the gate's, `linear`, and that of up.

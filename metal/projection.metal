@@ -76,7 +76,7 @@ template <typename T, typename Format, int BM, int BN>
 
   // The column that the thread loads; up's begin where those of the gate end.
   const short place = (simdgroup * 32 + lane) * (BN * tile_depth / tile_threads) / (along ? tile_depth : 1) % BN;
-  const bool is_up = mlx_fused_is_gated && place >= width;
+  const bool is_up = place >= width;  // only of a gated tile
   const int skipped = is_up ? width : 0;
   const short loaded_cols = cols == width ? BN : cols + skipped;
   const int loaded = is_up ? 1 : index;
@@ -103,8 +103,7 @@ template <typename T, typename Format, int BM, int BN>
 
   if (mlx_fused_is_split) {
     device float* sums = partial + partial_offset(split, batch, first_row, params) + int(tile.x) * BN;
-    const short stored = mlx_fused_is_gated ? BN : cols;
-    store_results(mma, rows, stored, RowMajorStore<float>{mma.Ctile.elems(), sums, params.partial_columns});
+    store_results(mma, rows, BN, RowMajorStore<float>{mma.Ctile.elems(), sums, params.partial_columns});
     return;
   }
   const Epilogue<T> epilogue = EPILOGUE_OF(index);

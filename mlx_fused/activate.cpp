@@ -66,10 +66,8 @@ namespace {
 
 // Whether Activate and ActivateGrad can be evaluated; elsewhere their composed forms run.
 bool has_kernels(const Arrays& pre, mx::Stream s) {
-  auto dtype = pre[0].dtype();
-  bool known = dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
   auto device = describe(s.device);
-  return known && (device.kind == DeviceInfo::cpu || device.is_apple7);
+  return is_known(pre[0].dtype()) && (device.kind == DeviceInfo::cpu || device.is_apple7);
 }
 
 }  // namespace
@@ -106,13 +104,8 @@ Arrays Activate::apply(const Arrays& inputs) {
 
 Arrays Activate::vjp(
     const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) {
-  auto grads =
-      activate_grad(mx::astype(cotangents[0], primals[0].dtype(), stream()), primals, activation_, stream());
-  Arrays wanted;
-  for (int i : argnums) {
-    wanted.push_back(grads[i]);
-  }
-  return wanted;
+  auto cotangent = mx::astype(cotangents[0], primals[0].dtype(), stream());
+  return select(activate_grad(cotangent, primals, activation_, stream()), argnums);
 }
 
 std::optional<mx::array> Activate::made_again(const mx::array& output) {

@@ -37,15 +37,17 @@ void check_quantization(const Check& check, const Linear& layer, const Quantizat
   }
 }
 
-// Checks one layer and lists its arrays by role.
+// Checks one layer and lists its arrays.
+template <typename Add>
 struct LayerCheck {
   const Check& check;
   const Linear& layer;
   const int in_features, features;
   const int index;  // in a tuple of layers, -1 if there is one layer
-  std::vector<std::pair<Role, mx::array>> arrays = {};
+  Add& add;         // called with a role and an array
 
-  std::vector<std::pair<Role, mx::array>> arrays_by_role() {
+  // In the order of input_slots.
+  void add_all() {
     auto q = quantization(layer);
     q ? add_quantized(*q) : add_dense();
     if (layer.bias) {
@@ -61,13 +63,12 @@ struct LayerCheck {
       add_floating(Role::lora_a, "lora_a", *layer.lora_a, {in_features, rank});
       add_floating(Role::lora_b, "lora_b", *layer.lora_b, {rank, features});
     }
-    return std::move(arrays);
   }
 
   void add_floating(Role role, const char* name, const mx::array& array, const mx::Shape& shape) {
     check.floating({name, index}, array);
     check.shape({name, index}, array, shape);
-    arrays.push_back({role, array});
+    add(role, array);
   }
 
   void add_dense() {
@@ -88,7 +89,7 @@ struct LayerCheck {
       auto must = "the input's features must be a multiple of group_size but got ";
       check.fail(must, in_features, " and ", q.group_size, ".");
     }
-    auto add = [&](Role role, const char* name, const mx::array& array, int columns, bool is_affine) {
+    auto add_part = [&](Role role, const char* name, const mx::array& array, int columns, bool is_affine) {
       if (!known) {
         check.rows({name, index}, array, features);  // true of every format, and MLX does not check it
       } else if (is_affine) {
@@ -98,13 +99,13 @@ struct LayerCheck {
         check.shape({name, index}, array, {features, columns});
         check.dtype({name, index}, array, role == Role::weight ? mx::uint32 : mx::uint8);
       }
-      arrays.push_back({role, array});
+      add(role, array);
     };
     int codes = int(int64_t(in_features) * q.bits / 32), groups = known ? in_features / q.group_size : 0;
-    add(Role::weight, "weight", layer.weight, codes, false);
-    add(Role::group_scales, "scales", *layer.scales, groups, q.is_affine());
+    add_part(Role::weight, "weight", layer.weight, codes, false);
+    add_part(Role::group_scales, "scales", *layer.scales, groups, q.is_affine());
     if (layer.biases) {
-      add(Role::group_biases, "biases", *layer.biases, groups, q.is_affine());
+      add_part(Role::group_biases, "biases", *layer.biases, groups, q.is_affine());
     }
   }
 };
@@ -151,6 +152,9 @@ Arrays unpacked(
 }  // namespace
 
 std::optional<std::string> difference(const Linears& layers) {
+  if (layers.size() == 1) {
+    return std::nullopt;
+  }
   auto differ = [&](auto&& of) {
     auto first = of(layers[0]);
     return std::any_of(layers.begin() + 1, layers.end(), [&](auto& l) { return of(l) != first; });
@@ -201,18 +205,24 @@ Arrays check_arguments(
     if (segments[i].features == 0) {
       // A gate has as many rows as what it is multiplied with.
       auto& weight = layers.at(call.epilogue.activation.gated ? 0 : i).weight;
-      check.ndim({"weight", index(i)}, weight, 2);
-      segments[i].features = weight.shape(0);
+      if (!packed) {
+        check.ndim({"weight", index(i)}, weight, 2);
+      }
+      segments[i].features = weight.ndim() == 0 ? 0 : weight.shape(0) / (packed ? segments.size() : 1);
     }
     if (segments.size() > 1) {
       check.positive({"the rows of weight", index(i)}, segments[i].features);
     }
     features.push_back(segments[i].features);
   }
+  // In the order of input_slots, but for the parts of a packed layer.
   Arrays arrays;
   Slots slots;
+  arrays.reserve(3 + 6 * segments.size());
   auto add = [&](Role role, int segment, mx::array array) {
-    slots.push_back({role, segment});
+    if (packed) {
+      slots.push_back({role, segment});
+    }
     arrays.push_back(std::move(array));
   };
   add(Role::input, 0, input);
@@ -225,19 +235,20 @@ Arrays check_arguments(
       add(Role::norm_weight, 0, *weight);
     }
   }
+  call.quantization = quantization(layers[0]);
   for (int i = 0; i < int(layers.size()); ++i) {
-    int rows = packed ? std::accumulate(features.begin(), features.end(), 0) : features[i];
-    for (auto& [role, array] :
-         LayerCheck{check, layers[i], input.shape(-1), rows, index(i)}.arrays_by_role()) {
+    auto add_parts = [&](Role role, const mx::array& array) {
       if (!packed) {
-        add(role, i, std::move(array));
-        continue;
+        add(role, i, array);
+        return;
       }
       auto parts = unpacked(role, array, features, packing, products);
       for (int j = 0; j < int(parts.size()); ++j) {
         add(role, j, std::move(parts[j]));
       }
-    }
+    };
+    int rows = packed ? std::accumulate(features.begin(), features.end(), 0) : features[i];
+    LayerCheck<decltype(add_parts)>{check, layers[i], input.shape(-1), rows, index(i), add_parts}.add_all();
   }
   for (size_t i = 0; i < segments.size(); ++i) {
     auto& layer = layers[packed ? 0 : i];
@@ -247,7 +258,6 @@ Arrays check_arguments(
     check.fail("the layers in weight must be alike but ", *reason, ".");
   }
   call.has_bias = layers[0].bias.has_value();
-  call.quantization = quantization(layers[0]);
   if (residual) {
     check.shape({"residual"}, *residual, {input.shape(0), input.shape(1), features[0]});
     check.floating({"residual"}, *residual);
@@ -255,6 +265,9 @@ Arrays check_arguments(
     call.epilogue.has_residual = true;
   }
 
+  if (!packed) {
+    return arrays;
+  }
   Operands operands(arrays, slots);
   Arrays inputs;
   for (auto [role, segment] : input_slots(call)) {

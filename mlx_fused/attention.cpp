@@ -2,11 +2,12 @@
 
 #include <algorithm>
 #include <limits>
-#include <stdexcept>
+#include <span>
 
 #include "mlx/fast.h"
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
+#include "mlx_fused/check.h"
 #include "mlx_fused/routing.h"
 
 namespace mlx_fused {
@@ -19,6 +20,38 @@ mx::array seen_by_place(int queries, int keys, int window, mx::Stream s) {
   auto col = mx::expand_dims(mx::arange(keys, s), 0, s);
   auto seen = mx::greater_equal(row, col, s);
   return window == 0 ? seen : mx::logical_and(seen, mx::less(row, mx::add(col, mx::array(window), s), s), s);
+}
+
+// Arrays of four dimensions; the mask may have fewer, or dimensions of 1.
+void check_shapes(std::span<const mx::array> inputs, const AttentionKind& kind) {
+  static const std::string operation = "fused_attention";
+  Check check(operation);
+  auto &q = inputs[0], &k = inputs[1], &v = inputs[2];
+  int heads = q.shape(1), kv_heads = k.shape(1);
+  check.positive({"the number of heads of k"}, kv_heads);
+  check.shape({"k"}, k, {q.shape(0), kv_heads, k.shape(2), q.shape(3)});
+  check.shape({"v"}, v, {q.shape(0), kv_heads, k.shape(2), v.shape(3)});
+  if (heads % kv_heads != 0) {
+    check.fail("q must have a multiple of the ", kv_heads, " heads of k but got ", heads, ".");
+  }
+  if (kind.has_mask) {
+    check.broadcasts({"mask"}, inputs[3], {q.shape(0), heads, q.shape(2), k.shape(2)});
+  }
+  if (kind.has_sinks) {
+    check.shape({"sinks"}, inputs.back(), {heads});
+  }
+}
+
+// Of a primitive, which mx.compile may give other shapes than it was made with.
+void check_whole_shapes(std::span<const mx::array> inputs, const AttentionKind& kind) {
+  check_shapes(inputs, kind);
+  if (kind.has_mask) {
+    auto &q = inputs[0], &mask = inputs[3];
+    mx::Shape whole = {q.shape(0), q.shape(1), q.shape(2), inputs[1].shape(2)};
+    if (mask.shape() != whole) {
+      throw std::invalid_argument("[fused_attention] mask has another shape than it was compiled with.");
+    }
+  }
 }
 
 // Attention in MLX's own operations.
@@ -34,15 +67,10 @@ mx::array of_mlx(const Arrays& inputs, const AttentionKind& kind, mx::Stream s) 
   return mx::fast::scaled_dot_product_attention(q, k, inputs[2], kind.scale, mode, mask, sinks, false, s);
 }
 
-bool has_kernels(const mx::array& q, mx::Stream s) {
-  auto dtype = q.dtype();
-  bool known = dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
-  return known && describe(s.device).kind == DeviceInfo::cpu;
-}
-
 }  // namespace
 
 mx::array attention(const Arrays& inputs, const AttentionKind& kind, mx::Stream s) {
+  check_shapes(inputs, kind);
   auto dtype = mx::result_type({inputs[0], inputs[1], inputs[2]});
   auto ours = inputs;
   for (size_t i = 0; i < ours.size(); ++i) {
@@ -53,7 +81,7 @@ mx::array attention(const Arrays& inputs, const AttentionKind& kind, mx::Stream 
   if (kind.has_mask) {
     ours[3] = mx::broadcast_to(ours[3], {q.shape(0), q.shape(1), q.shape(2), k.shape(2)}, s);
   }
-  if (!has_kernels(q, s)) {
+  if (!is_known(dtype) || describe(s.device).kind != DeviceInfo::cpu) {
     return of_mlx(ours, kind, s);
   }
   check_cpu_settings();
@@ -66,38 +94,41 @@ Arrays Attention::of(const Arrays& inputs, const AttentionKind& kind, mx::Stream
       primitive->output_shapes(inputs), {inputs[0].dtype(), mx::float32}, primitive, inputs);
 }
 
-void Attention::eval_gpu(const Arrays&, Arrays&) {
-  throw std::runtime_error("[Attention] There are no kernels for GPUs.");
-}
-
 std::vector<mx::Shape> Attention::output_shapes(const Arrays& inputs) {
+  check_whole_shapes(inputs, kind_);
   auto shape = inputs[0].shape();
-  mx::Shape sums(shape.begin(), shape.begin() + 3);
+  auto softmaxes = shape;
   shape[3] = inputs[2].shape(3);
-  return {shape, sums};
+  softmaxes[3] = 2;
+  return {shape, softmaxes};
 }
 
 Function Attention::composed() {
   return [kind = kind_, s = stream()](const Arrays& inputs) {
-    // Where this runs, AttentionGrad is composed too, and nothing reads the sums. NaN would show it.
-    mx::Shape shape(inputs[0].shape().begin(), inputs[0].shape().end() - 1);
+    // Where this runs, AttentionGrad is composed too, and nothing reads the softmaxes. NaN would show it.
+    auto shape = inputs[0].shape();
+    shape[3] = 2;
     return Arrays{of_mlx(inputs, kind, s), mx::full(shape, std::numeric_limits<float>::quiet_NaN(), s)};
   };
 }
 
 Arrays Attention::vjp(
     const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
-  if (kind_.has_mask && std::ranges::find(argnums, 3) != argnums.end()) {
-    return FusedPrimitive::vjp(primals, cotangents, argnums, outputs);
-  }
-  // Nothing but AttentionGrad reads the sums, whose own derivatives do not: their cotangent is always 0.
+  // Nothing but AttentionGrad reads the softmaxes, whose own derivatives do not: their cotangent is always 0.
   // A custom function that consumes this output may return a cotangent of another dtype.
   Arrays inputs = {mx::astype(cotangents[0], outputs[0].dtype(), stream()), outputs[0], outputs[1]};
   inputs.insert(inputs.end(), primals.begin(), primals.end());
   auto grads = AttentionGrad::of(inputs, kind_, stream());
+  // What is not wanted in the end is not evaluated: mx.checkpoint asks for the gradient of every argument.
+  auto of_mask = [&] {
+    bool is_boolean = primals[3].dtype() == mx::bool_;
+    return is_boolean ? mx::zeros_like(primals[3], stream())
+                      : FusedPrimitive::vjp(primals, cotangents, {3}, outputs)[0];
+  };
   Arrays wanted;
   for (int i : argnums) {
-    wanted.push_back(grads[std::min(i, 3)]);  // there is none of a mask, before the sinks
+    // The sinks' is after that of v.
+    wanted.push_back(kind_.has_mask && i == 3 ? of_mask() : grads[std::min(i, 3)]);
   }
   return wanted;
 }
@@ -109,11 +140,8 @@ Arrays AttentionGrad::of(const Arrays& inputs, const AttentionKind& kind, mx::St
   return mx::array::make_arrays(shapes, dtypes, primitive, inputs);
 }
 
-void AttentionGrad::eval_gpu(const Arrays&, Arrays&) {
-  throw std::runtime_error("[AttentionGrad] There are no kernels for GPUs.");
-}
-
 std::vector<mx::Shape> AttentionGrad::output_shapes(const Arrays& inputs) {
+  check_whole_shapes(std::span(inputs).subspan(3), kind_);
   std::vector shapes = {inputs[3].shape(), inputs[4].shape(), inputs[5].shape()};
   if (kind_.has_sinks) {
     shapes.push_back(inputs.back().shape());

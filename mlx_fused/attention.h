@@ -20,7 +20,8 @@ struct AttentionKind {
 mx::array attention(const Arrays& inputs, const AttentionKind& kind, mx::Stream s);
 
 // Takes q, k, v of one dtype, the mask, [batch, heads, queries, keys], and the sinks. Gives the result and,
-// for the gradient, the logarithms of the softmax's sums.
+// for the gradient, what the softmax of each query is made with, two float32: not their one logarithm, which
+// large scores, such as those of a mask of large negative numbers, would swallow.
 class Attention : public FusedPrimitive {
  public:
   Attention(mx::Stream stream, const AttentionKind& kind) : FusedPrimitive(stream), kind_(kind) {}
@@ -28,7 +29,6 @@ class Attention : public FusedPrimitive {
   static Arrays of(const Arrays& inputs, const AttentionKind& kind, mx::Stream s);
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
-  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
   Arrays vjp(
       const Arrays& primals,
       const Arrays& cotangents,
@@ -41,9 +41,6 @@ class Attention : public FusedPrimitive {
   Function composed() override;
   Arrays apply(const Arrays& inputs) override {
     return of(inputs, kind_, stream());
-  }
-  bool is_quantized() const override {
-    return false;
   }
 
  private:
@@ -59,7 +56,6 @@ class AttentionGrad : public FusedPrimitive {
   static Arrays of(const Arrays& inputs, const AttentionKind& kind, mx::Stream s);
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
-  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
   DEFINE_NAME(FusedAttentionGrad)
 
@@ -67,9 +63,6 @@ class AttentionGrad : public FusedPrimitive {
   Function composed() override;
   Arrays apply(const Arrays& inputs) override {
     return of(inputs, kind_, stream());
-  }
-  bool is_quantized() const override {
-    return false;
   }
 
  private:

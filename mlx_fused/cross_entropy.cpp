@@ -75,13 +75,13 @@ mx::array cross_entropy(
     targets = mx::where(*mask, targets, ignored, s);
   }
   Arrays of_head(inputs.begin(), inputs.end() - 1);
-  auto work = workload(of_head, call.head);
+  auto slots = input_slots(call.head);
+  auto work = workload(of_head, call.head, slots);
   auto device = describe(s.device).kind;
   bool composes = choose_route(Check(call.head.operation), work, s, route) == Route::composed;
   if (composes || device != DeviceInfo::cpu) {
     return composed_losses(inputs, call, Products(s, route));
   }
-  auto slots = input_slots(call.head);
   for (size_t i = 0; i < slots.size(); ++i) {
     auto role = slots[i].role;
     bool of_adapter = role == Role::lora_a || role == Role::lora_b;

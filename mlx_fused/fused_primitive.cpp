@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 #include <string_view>
 
 #include "mlx/allocator.h"
@@ -11,14 +12,6 @@
 namespace mlx_fused {
 
 namespace {
-
-Arrays select(const Arrays& arrays, const std::vector<int>& indices) {
-  Arrays selected;
-  for (int i : indices) {
-    selected.push_back(arrays[i]);
-  }
-  return selected;
-}
 
 // fun as a function of the arguments in argnums only; the others stay at their primals.
 Function restrict_to(const Function& fun, const Arrays& primals, const std::vector<int>& argnums) {
@@ -32,6 +25,14 @@ Function restrict_to(const Function& fun, const Arrays& primals, const std::vect
 }
 
 }  // namespace
+
+Arrays select(const Arrays& arrays, const std::vector<int>& indices) {
+  Arrays selected;
+  for (int i : indices) {
+    selected.push_back(arrays[i]);
+  }
+  return selected;
+}
 
 void allocate(Arrays& outputs) {
   for (auto& out : outputs) {
@@ -64,6 +65,10 @@ Arrays map_one_by_one(const Function& fun, const Arrays& inputs, const std::vect
     stacked.push_back(mx::stack(parts, 0, s));
   }
   return stacked;
+}
+
+void FusedPrimitive::eval_gpu(const Arrays&, Arrays&) {
+  throw std::runtime_error("[" + std::string(name()) + "] There are no kernels for this GPU.");
 }
 
 Arrays FusedPrimitive::vjp(

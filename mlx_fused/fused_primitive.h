@@ -14,6 +14,9 @@ namespace mx = mlx::core;
 using Arrays = std::vector<mx::array>;
 using Function = std::function<Arrays(const Arrays&)>;
 
+// Those at some indices.
+Arrays select(const Arrays& arrays, const std::vector<int>& indices);
+
 // Allocates the memory of a primitive's outputs.
 void allocate(Arrays& outputs);
 
@@ -27,6 +30,8 @@ class FusedPrimitive : public mx::Primitive {
  public:
   using mx::Primitive::Primitive;
 
+  // Only of some there are kernels for a GPU; `routing` gives GPU streams MLX's own of the others.
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
   Arrays vjp(
       const Arrays& primals,
       const Arrays& cotangents,

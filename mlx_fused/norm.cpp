@@ -1,7 +1,6 @@
 #include "mlx_fused/norm.h"
 
 #include <algorithm>
-#include <stdexcept>
 
 #include "mlx/fast.h"
 #include "mlx/ops.h"
@@ -11,10 +10,6 @@
 namespace mlx_fused {
 
 namespace {
-
-bool is_known(mx::Dtype dtype) {
-  return dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
-}
 
 // The norm as a function of x and, if there is one, the weight, in MLX's own operations.
 Function of_mlx(float eps, mx::Stream s) {
@@ -40,10 +35,6 @@ mx::array rms_norm(
   return make(weight ? Arrays{x, *weight} : Arrays{x}, eps, false, s);
 }
 
-void RMSNorm::eval_gpu(const Arrays&, Arrays&) {
-  throw std::runtime_error("[RMSNorm] There are no kernels for GPUs.");
-}
-
 Function RMSNorm::composed() {
   return of_mlx(eps_, stream());
 }
@@ -58,12 +49,7 @@ Arrays RMSNorm::vjp(
   Arrays inputs = {mx::astype(cotangents[0], outputs[0].dtype(), stream())};
   inputs.insert(inputs.end(), primals.begin(), primals.end());
   bool of_weight = std::ranges::find(argnums, 1) != argnums.end();
-  auto grads = RMSNormGrad::of(inputs, eps_, of_weight, stream());
-  Arrays wanted;
-  for (int i : argnums) {
-    wanted.push_back(grads[i]);
-  }
-  return wanted;
+  return select(RMSNormGrad::of(inputs, eps_, of_weight, stream()), argnums);
 }
 
 std::optional<mx::array> RMSNorm::made_again(const mx::array& output) {
@@ -77,10 +63,6 @@ Arrays RMSNormGrad::of(const Arrays& inputs, float eps, bool of_weight, mx::Stre
     dtypes.push_back(inputs[2].dtype());
   }
   return mx::array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, inputs);
-}
-
-void RMSNormGrad::eval_gpu(const Arrays&, Arrays&) {
-  throw std::runtime_error("[RMSNormGrad] There are no kernels for GPUs.");
 }
 
 std::vector<mx::Shape> RMSNormGrad::output_shapes(const Arrays& inputs) {

@@ -21,7 +21,6 @@ class RMSNorm : public FusedPrimitive {
       : FusedPrimitive(stream), eps_(eps), again_(again) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
-  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
   Arrays vjp(
       const Arrays& primals,
       const Arrays& cotangents,
@@ -55,7 +54,6 @@ class RMSNormGrad : public FusedPrimitive {
   static Arrays of(const Arrays& inputs, float eps, bool of_weight, mx::Stream s);
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
-  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& as = static_cast<const RMSNormGrad&>(other);

@@ -22,8 +22,7 @@ mx::Dtype norm_type(const Arrays& inputs, const Call& call) {
 }
 
 // The dtype MLX would promote each segment's output to and, last, that of the sum with the residual.
-std::vector<mx::Dtype> promoted_types(const Arrays& inputs, const Call& call) {
-  auto slots = input_slots(call);
+std::vector<mx::Dtype> promoted_types(const Arrays& inputs, const Call& call, const Slots& slots) {
   std::vector<mx::Dtype> types(call.segments.size(), norm_type(inputs, call));
   for (size_t i = 0; i < slots.size(); ++i) {
     auto [role, segment] = slots[i];
@@ -40,6 +39,7 @@ std::vector<mx::Dtype> promoted_types(const Arrays& inputs, const Call& call) {
 // The rank of each segment's adapter; 0 for those of which nothing is read.
 std::vector<int> ranks(const Operands& operands, const Call& call) {
   std::vector<int> ranks;
+  ranks.reserve(call.segments.size());
   for (int i = 0; i < int(call.segments.size()); ++i) {
     auto* a = operands.find(Role::lora_a, i);
     ranks.push_back(a ? a->shape(1) : 0);
@@ -203,10 +203,12 @@ Arrays all_outputs(
     mx::Stream stream,
     bool keeps = false) {
   Products products(stream, route);
-  if (call.norm && !norms_itself(workload(inputs, call), norm_type(inputs, call), route, stream)) {
+  auto slots = input_slots(call);
+  if (call.norm && !norms_itself(workload(inputs, call, slots), norm_type(inputs, call), route, stream)) {
     std::tie(inputs, call) = normed_before(inputs, call, products);
+    slots = input_slots(call);
   }
-  auto work = workload(inputs, call);
+  auto work = workload(inputs, call, slots);
   auto dtype = work.promoted[0];
   if (call.epilogue.exact) {
     call.epilogue.alpha = round_to(dtype, call.epilogue.alpha);
@@ -225,11 +227,11 @@ Arrays all_outputs(
     }
     return outputs;
   }
-  auto slots = input_slots(call);
   for (size_t i = 0; i < inputs.size(); ++i) {
     bool adapter = slots[i].role == Role::lora_a || slots[i].role == Role::lora_b;
-    if (adapter || mx::issubdtype(inputs[i].dtype(), mx::floating)) {
-      inputs[i] = mx::astype(inputs[i], adapter ? mx::float32 : dtype, stream);
+    auto wanted = adapter ? mx::float32 : dtype;
+    if (inputs[i].dtype() != wanted && (adapter || mx::issubdtype(inputs[i].dtype(), mx::floating))) {
+      inputs[i] = mx::astype(inputs[i], wanted, stream);
     }
   }
   auto shapes = output_shapes_of(call, inputs[0]);
@@ -240,15 +242,15 @@ Arrays all_outputs(
 
 }  // namespace
 
-Workload workload(const Arrays& inputs, const Call& call) {
+Workload workload(const Arrays& inputs, const Call& call, const Slots& slots) {
   auto& x = inputs[0];
   return {
       .call = call,
-      .promoted = promoted_types(inputs, call),
+      .promoted = promoted_types(inputs, call, slots),
       .rows = int64_t(x.shape(0)) * x.shape(1),
       .in_features = x.shape(2),
       .line_rows = line_rows(call, x.shape(0), x.shape(1)),
-      .ranks = ranks(Operands(inputs, input_slots(call)), call)};
+      .ranks = ranks(Operands(inputs, slots), call)};
 }
 
 std::optional<Slots> wanted_gradients(const Call& call, const std::vector<int>& argnums) {

@@ -36,8 +36,8 @@ Arrays all_gradients(
     const std::optional<std::string>& route,
     mx::Stream stream);
 
-// What routing looks at.
-Workload workload(const Arrays& inputs, const Call& call);
+// What routing looks at. The slots are those of the call's inputs.
+Workload workload(const Arrays& inputs, const Call& call, const Slots& slots);
 
 // The slots of a call's inputs of which gradients are asked for. Fails if one of them has none. nullopt if
 // MLX has to differentiate the composed form: by groups' scales and biases.
@@ -69,6 +69,9 @@ class Projection : public FusedPrimitive {
   std::optional<mx::array> made_again(const mx::array& output) override;
   const char* name() const override {
     return call_.node.c_str();
+  }
+  const Call& call() const {
+    return call_;
   }
 
  protected:

@@ -144,6 +144,10 @@ bool matches(const RouteRow& row, const Workload& work, const DeviceInfo& device
          work.rows <= row.last && has_weights(work.call, row.weights) && has_part(work, row.part, device);
 }
 
+bool is_known(mx::Dtype dtype) {
+  return dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
+}
+
 bool has_kernels(const Workload& work, const DeviceInfo& device) {
   auto& quantization = work.call.quantization;
   if (device.kind == DeviceInfo::other_gpu || (quantization && !is_known(*quantization))) {
@@ -160,8 +164,7 @@ bool has_kernels(const Workload& work, const DeviceInfo& device) {
     }
   }
   for (auto dtype : work.promoted) {
-    bool known = dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
-    if (!known || dtype != work.promoted[0]) {
+    if (!is_known(dtype) || dtype != work.promoted[0]) {
       return false;  // a kernel has one dtype; MLX would round each of these to a different one
     }
   }

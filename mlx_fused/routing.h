@@ -94,6 +94,9 @@ struct Decision {
   std::string_view reason;
 };
 
+// Whether kernels know the dtype.
+bool is_known(mx::Dtype dtype);
+
 // Whether we have kernels for the call on this device.
 bool has_kernels(const Workload& work, const DeviceInfo& device);
 

@@ -35,9 +35,6 @@ class Unpack : public FusedPrimitive {
   Arrays apply(const Arrays& inputs) override {
     return composed()(inputs);
   }
-  bool is_quantized() const override {
-    return false;
-  }
 
  private:
   static void share(const mx::array& packed, Arrays& outputs) {

@@ -4,7 +4,7 @@ import mlx.core as mx
 
 
 def kept(loss, arrays):
-    """The bytes that the backward pass of ``loss`` needs of the forward's, besides ``arrays`` and constants."""
+    """The bytes that the backward pass of ``loss`` needs of the forward's, besides its ``arrays``."""
     mx.synchronize()
     mx.clear_cache()  # whose buffers may be larger than what is asked for
     before = mx.get_active_memory()

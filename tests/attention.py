@@ -106,10 +106,12 @@ class Attention:
         # Relative, of every p: the scores', and that of the powers' arguments and their sum.
         farthest = np.where(np.isfinite(scores), top - scores, 0).max(-1, initial=0, keepdims=True)
         relative = 2 * of_scores + lost(keys)
-        relative += UNIT * (2 * np.minimum(farthest, LARGEST_POWER) + 2 * np.abs(top) + OWN_ROUNDINGS)
+        relative += UNIT * (2 * np.minimum(farthest, LARGEST_POWER) + OWN_ROUNDINGS)
 
         of_p = relative * p + SMALLEST
-        out, error = p @ v, (of_p + lost(keys) * p) @ np.abs(v)
+        # What p and ds lose before they are multiplied: a CPU may multiply pairs of bfloat16.
+        rounded = oracle.UNIT_ROUNDOFF[dtype] if dtype == mx.bfloat16 else 0
+        out, error = p @ v, (of_p + (lost(keys) + rounded) * p) @ np.abs(v)
         if cotangent is None:
             return [out], [error]
         g = oracle.exact(cotangent)
@@ -120,7 +122,7 @@ class Attention:
         of_slope = lost(v_dim) * (np.abs(g) @ np.abs(v).swapaxes(2, 3)) + of_delta
         ds = np.where(unseen, 0, p * slope)
         of_ds = np.where(unseen, 0, (p + of_p) * of_slope + 2 * of_p * np.abs(slope))
-        of_ds = of_ds + 2 * UNIT * np.abs(ds)
+        of_ds = of_ds + (2 * UNIT + rounded) * (np.abs(ds) + of_ds)
 
         def summed(weights, of_weights, factors, terms):
             factors_size = np.abs(factors)
@@ -139,7 +141,7 @@ class Attention:
             (out, error),
             summed(ds, of_ds, self.scale * k, keys),
             by_key(ds, of_ds, self.scale * q),
-            by_key(p, of_p, g),
+            by_key(p, of_p + rounded * p, g),
         ]
         if self.sinks is not None:
             count = q.shape[0] * q.shape[2]

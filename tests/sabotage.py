@@ -17,7 +17,8 @@ from mlx_lm.models.switch_layers import SwitchLinear
 import mlx_fused
 import oracle
 from mlx_fused import LinearOperands
-from mlx_fused.patching import calls, mlp
+from mlx_fused.operations.call import batched, unbatched
+from mlx_fused.patching import attention, calls, projections, residual
 from mlx_fused.validate import operations
 from mlx_fused.validate.checkpoint import attach_adapters
 from mlx_fused.validate.operations import (
@@ -69,21 +70,13 @@ FAMILIES = {
 }
 QUANTIZATION = {"group_size": 32, "bits": 4}
 WEIGHTS = ("float32", "bfloat16", "4-bit bfloat16")
-# Where patched models take them from.
-_OPERATIONS = [
-    (calls, "fused_qkv_projection"),
-    (calls, "fused_output_projection_residual"),
-    (calls, "fused_linear"),
-    (mlp, "fused_linear"),
-    (mlp, "fused_gated_projection"),
-]
 
 
 class Target(NamedTuple):
     """What is sabotaged: the operand in the forward or, in the gradient of another, in the backward."""
 
     operand: str
-    segment: str  # q, k, v, gate, up or o (with a residual) or y (without); of the input all of a call's
+    segment: str  # q, k, v, gate, up, o (with a residual), y (without); of what is a call's own, all of these
     gradient: str | None = None  # of which operand; its own is multiplied itself
 
 
@@ -132,15 +125,32 @@ def adapt(model):
 
 @contextmanager
 def wrapped(wrap):
-    """Let patched models run ``wrap`` of each operation."""
-    correct = [(module, name, getattr(module, name)) for module, name in _OPERATIONS]
-    for module, name, operation in correct:
-        setattr(module, name, wrap(operation))
-    try:
+    """Let patched models run ``wrap`` of each operation, as the function that users call."""
+
+    def tell(module, function, arguments):
+        outputs = (made := wrap(function))(**arguments)
+        projections.tell(module, made, arguments, outputs)
+        return outputs
+
+    def run(operation, module, layers, x, norm=None):
+        rows, leading = (x, None) if x.ndim == 3 else batched("", x)
+        outputs = oracle.leaves(
+            tell(module, operation.function, operation.arguments(rows, layers, norm=norm))
+        )
+        return outputs if leading is None else [unbatched(y, leading) for y in outputs]
+
+    def plus(product, residual, alpha):
+        product._calls.add(0, 1)
+        arguments = product._arguments | {"residual": residual, "alpha": alpha}
+        return tell(product._module, product._operation.function, arguments)
+
+    with (
+        mock.patch.object(projections.Operation, "__call__", run),
+        mock.patch.object(residual.Product, "plus", plus),
+        mock.patch.object(attention, "fused_attention", wrap(mlx_fused.fused_attention)),
+        mock.patch.object(calls, "is_watched", lambda: True),
+    ):
         yield
-    finally:
-        for module, name, operation in correct:
-            setattr(module, name, operation)
 
 
 def targets(model):
@@ -164,7 +174,7 @@ def targets_of(arguments):
     for operand, segment in _named(arguments):
         if operand not in ("input", "x"):
             yield Target(operand, segment)
-        if operand != "weight" or layers_of(arguments)[0].scales is None:
+        if operand != "weight" or layers_of(arguments)[0].scales is None:  # frozen if quantized
             yield Target(operand, segment, operand)
         if operand in ("weight", "lora_a"):  # its part of what all parts add up to
             yield Target(operand, segment, _activations(arguments))
@@ -208,7 +218,8 @@ def sabotaged(operation, arguments, target, factor=FACTOR):
     operands = differentiable(arguments)
     keys = list(operands)
     honest = function_of(operation, arguments, keys)
-    changed = _multiplied(_in_float32(arguments), target, factor)
+    # Attention computes otherwise in float32, and its gradient reads its result.
+    changed = _multiplied(_in_float32(arguments) if layers_of(arguments) else arguments, target, factor)
 
     @mx.custom_function
     def run(*values):
@@ -282,7 +293,7 @@ def _multiplied(arguments, target, factor):
 
 
 def _activations(arguments):
-    return "input" if "input" in arguments else "x"
+    return next(name for name in ("input", "x", "q") if name in arguments)
 
 
 def _key(target, arguments):
@@ -291,14 +302,16 @@ def _key(target, arguments):
     return target.operand, None if is_of_call else segment_names(arguments).index(target.segment)
 
 
-_OF_CALL = ("input", "x", "norm", "residual")
+_OF_CALL = ("input", "x", "norm", "residual", "q", "k", "v", "sinks")
 
 
 def _named(arguments):
     """The operands of a call, and whose they are."""
-    names = segment_names(arguments)
-    found = [(name, " ".join(names)) for name, place in differentiable(arguments) if place is None]
-    for segment, layer in zip(names, layers_of(arguments), strict=True):
+    layers = layers_of(arguments)
+    names = segment_names(arguments) if layers else ()
+    of_call = " ".join(names) or "attention"
+    found = [(name, of_call) for name, place in differentiable(arguments) if place is None]
+    for segment, layer in zip(names, layers, strict=True):
         for name in ("weight", "bias", "lora_a", "lora_b"):
             if getattr(layer, name) is not None:
                 found.append((name, segment))
@@ -311,7 +324,10 @@ _GRADIENTS = {"weight": "weight", "bias": "bias", "lora_a": "A", "lora_b": "B"}
 
 def is_open(target, findings):
     """Whether validation says that it could not notice this."""
-    component = _COMPONENTS.get(target.operand, target.operand)
+    if target.segment == "attention" and target.gradient is None and target.operand != "v":
+        component = "scores"
+    else:
+        component = _COMPONENTS.get(target.operand, target.operand)
     kinds = {
         None: (f"{component} in {target.segment}", f"{component} of {target.segment} in gate * up"),
         target.operand: (f"{_GRADIENTS.get(target.operand)} of {target.segment}", target.operand),

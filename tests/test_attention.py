@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +19,19 @@ from test_threads import in_threads
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # Queries and keys: around panels of queries, blocks of vectors, few queries and parts of their keys.
-LENGTHS = [(1, 1), (1, 7), (3, 1030), (8, 300), (9, 9), (20, 7), (47, 48), (48, 47), (49, 130), (150, 150)]
+LENGTHS = [
+    (1, 1),
+    (1, 7),
+    (3, 1030),
+    (8, 300),
+    (9, 9),
+    (20, 7),
+    (47, 48),
+    (48, 47),
+    (49, 130),
+    (51, 531),
+    (150, 150),
+]
 # Query heads, key heads, and the sizes of queries and values.
 HEADS = [(1, 1, 64, 64), (4, 2, 5, 33), (6, 1, 1, 1), (2, 2, 80, 7), (3, 3, 7, 130), (2, 1, 256, 256)]
 
@@ -142,6 +155,18 @@ def test_what_is_not_finite_stays_with_those_who_see_it(rng, queries, value):
     assert mx.isnan(out[:, :, -2:]).all()  # a product of both signs
 
 
+@dtypes
+def test_a_key_that_nobody_sees_gets_no_gradient(rng, dtype):
+    call = make(rng, 1, (2, 1, 8, 8), (61, 70), "boolean", dtype)
+    call.mask[:, 33] = False
+    wrong = mx.array(call.k)
+    wrong[:, :, 33] = mx.nan
+    cotangent = normal(rng, (1, 2, 61, 8), dtype)
+    grads = [call.with_primals([call.q, k, call.v]).gradients(cotangent)[1:] for k in (call.k, wrong)]
+    assert (grads[0][0][:, :, 33] == 0).all() and (grads[0][1][:, :, 33] == 0).all()
+    oracle.assert_equal(*grads)
+
+
 @pytest.mark.parametrize("queries", [3, 60])
 def test_scores_of_minus_infinity_alone_give_zeros(rng, queries):
     call = make(rng, 1, (2, 1, 8, 8), (queries, 70), "added", mx.float32)
@@ -205,6 +230,54 @@ def test_the_gradient_of_a_mask(rng):
     assert float(mx.abs(grads[0] - grads[1]).max()) < 2.0**-17 * float(mx.abs(grads[1]).max())
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("queries", [4, 12, 70])
+def test_the_gradient_of_queries_that_large_numbers_hide_all_keys_from(rng, dtype, queries):
+    """As padding does where a mask adds ``finfo.min``: all scores are that, and all powers alike."""
+    call = make(rng, 2, (4, 2, 16, 24), (queries, queries), "none", dtype)
+    lowest = mx.array(mx.finfo(dtype).min, dtype)
+    mask = mx.where((mx.arange(queries) > queries // 3)[:, None], mx.array(0, dtype), lowest)
+    check(rng, replace(call, mask=mx.broadcast_to(mask, (queries, queries))))
+
+
+def test_a_checkpoint_of_a_mask_keeps_no_scores(rng):
+    """It asks for the gradient of all arguments."""
+
+    def attend(q, k, v, mask):
+        return fused_attention(q, k, v, scale=0.3, mask=mask)
+
+    def gradients(attend):
+        return mx.grad(lambda *qkv: (attend(*qkv, call.mask) ** 3).sum(), argnums=(0, 1, 2))(
+            *call.primals[:3]
+        )
+
+    for mask in ("boolean", "per head"):
+        call = make(rng, 1, (4, 2, 6, 5), (10, 12), mask, mx.float32)
+        found = gradients(mx.checkpoint(attend))
+        nodes = primitives(*found)
+        assert nodes["FusedAttentionGrad"] == 1 and nodes["Matmul"] == nodes["Softmax"] == 0
+        assert all(mx.array_equal(a, b) for a, b in zip(found, gradients(attend), strict=True))
+
+
+def test_a_shapeless_function_is_not_given_other_arrays(rng):
+    call = make(rng, 1, (4, 2, 6, 5), (8, 8), "boolean", mx.float32)
+    function = mx.compile(lambda q, k, v: fused_attention(q, k, v, scale=0.3, mask=call.mask), shapeless=True)
+    q, k, v = call.primals[:3]
+    mx.eval(function(q, k, v))
+    for other, message in (
+        ((mx.concatenate([q, q]), k, v), "k must have shape"),
+        ((q, mx.concatenate([k, k], 1)[:, :3], mx.concatenate([v, v], 1)[:, :3]), "multiple of the 3 heads"),
+        ((mx.concatenate([q, q], 2), k, v), "mask must broadcast|mask has another shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mx.eval(function(*other))
+
+
+def test_a_window_wider_than_any_array(rng):
+    call = make(rng, 1, (4, 2, 6, 5), (10, 12), "causal", mx.float32)
+    assert mx.array_equal(replace(call, window=2**40)(), call())
+
+
 def test_operands_of_several_dtypes(rng):
     call = make(rng, 1, (4, 2, 6, 5), (10, 12), "added", mx.bfloat16, has_sinks=True)
     q, k, v, sinks = call.primals
@@ -234,7 +307,7 @@ def held_now():
 class Layer:
     """Attention in training, of so many tokens."""
 
-    heads, kept_per_token = (8, 2, 16, 24), 8 * (24 + 1) * 4  # the result and a number per head
+    heads, kept_per_token = (8, 2, 16, 24), 8 * (24 + 2) * 4  # the result and two numbers per head
 
     def __init__(self, tokens):
         self.call = make(np.random.default_rng(0), 1, self.heads, (tokens, tokens), "causal", mx.float32)
@@ -264,15 +337,15 @@ def test_the_backward_pass_keeps_no_scores():
 
 def test_any_number_of_threads_gives_the_same_bits():
     code = """
-import hashlib, mlx.core as mx, numpy as np, mlx_fused
+import hashlib, itertools, mlx.core as mx, numpy as np, mlx_fused
 rng = np.random.default_rng(0)
-normal = lambda *shape: mx.array(rng.standard_normal(shape), dtype=mx.float32)
-for queries in (2, 200):
-    call = lambda *a: [mlx_fused.fused_attention(*a[:3], scale=0.3, mask="causal", sinks=a[3])]
-    primals = [normal(2, 4, queries, 16), normal(2, 2, 900, 16), normal(2, 2, 900, 24), normal(4)]
-    (y,), grads = mx.vjp(call, primals, [normal(2, 4, queries, 24)])
+call = lambda *a: [mlx_fused.fused_attention(*a[:3], scale=0.3, mask="causal", sinks=a[3])]
+for dtype, queries, heads in itertools.product((mx.float32, mx.bfloat16), (2, 200), (1, 2, 8)):
+    normal = lambda *shape: mx.array(rng.standard_normal(shape)).astype(dtype)
+    primals = [normal(2, 8, queries, 16), normal(2, heads, 900, 16), normal(2, heads, 900, 24), normal(8)]
+    (y,), grads = mx.vjp(call, primals, [normal(2, 8, queries, 24)])
     for a in (y, *grads):
-        print(hashlib.sha256(np.array(a).tobytes()).hexdigest())
+        print(hashlib.sha256(np.array(a.astype(mx.float32)).tobytes()).hexdigest())
 """
     runs = [
         subprocess.run(
@@ -284,7 +357,7 @@ for queries in (2, 200):
         ).stdout
         for threads in ("1", "2", "7")
     ]
-    assert runs[0].count("\n") == 10 and len(set(runs)) == 1
+    assert runs[0].count("\n") == 60 and len(set(runs)) == 1
 
 
 @dtypes
@@ -329,6 +402,7 @@ def test_other_dtypes_are_mlxs(rng):
         ({"window": 3}, ValueError, "mask must be 'causal' where there is a window"),
         ({"mask": "causal", "window": 0}, ValueError, "window must be"),
         ({"window": 1.5}, TypeError, "window must be int but got float"),
+        ({"mask": "causal", "window": True}, TypeError, "window must be int but got bool"),
         ({"sinks": mx.ones(3)}, ValueError, r"sinks must have shape \(4,\) but got \(3,\)"),
         ({"sinks": 1.0}, TypeError, "sinks must be array but got float"),
         ({"stream": "cpu"}, TypeError, "stream must be Stream or Device or DeviceType but got str"),

@@ -12,6 +12,8 @@ from click.testing import CliRunner
 
 import mlx_fused
 
+OPERATIONS = [op + form for form in ("", " 4-bit") for op in ("qkv", "output", "gated")]
+OPERATIONS += ["head", "head 4-bit", "norm"]
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -27,7 +29,7 @@ def main(monkeypatch):
 
 def test_make_passes_arguments_on():
     root = BENCHMARKS.parent
-    for target, count in (("bench", 2), ("crossover", 1)):
+    for target, count in (("bench", 3), ("crossover", 1)):
         command = ["make", "--dry-run", "-C", root, target, "ARGS=--quick --rows 3"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
         assert sum(line.endswith(".py --quick --rows 3") for line in said) == count
@@ -44,9 +46,10 @@ def test_quick_run_prints_and_writes_everything(tmp_path):
 
     result = json.loads((tmp_path / "bench.json").read_text())
     cells = {(c["op"], c["dtype"], c["rows"], c["backward"]): c for c in result["cells"]}
-    # Both operations, dense and quantized, in three dtypes, at two numbers of rows and backward; with LoRA
-    # in two, at one.
-    assert len(cells) == len(result["cells"]) == 2 * (2 * 3 * 3) + 2 * (2 * 2 * 2)
+    # Three operations, dense and quantized, in three dtypes, at two numbers of rows and backward; with LoRA
+    # in two, at one. Heads without backward; norms, which are of no kind.
+    expected = 3 * (2 * 3 * 3) + 3 * (2 * 2 * 2) + 2 * 3 * 2 + 3 * 3
+    assert len(cells) == len(result["cells"]) == expected
     for (op, dtype, _, _), cell in cells.items():
         assert {"fused", "composed"} <= cell["contenders"].keys()
         for name, contender in cell["contenders"].items():
@@ -67,19 +70,24 @@ def test_options_choose_the_cells(main, tmp_path):
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "bench.json").read_text())
     found = [(c["op"], c["dtype"], c["rows"], c["backward"]) for c in result["cells"]]
-    assert found == [(op, "float16", 3, False) for op in ("qkv", "output", "qkv 4-bit", "output 4-bit")]
+    assert found == [(op, "float16", 3, False) for op in OPERATIONS]
     assert all(c["contenders"].keys() == {"fused", "composed"} for c in result["cells"])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("quantized", [False, True])
-def test_one_wrong_element_aborts(main, tmp_path, monkeypatch, quantized, dtype):
-    name = "fused_output_projection_residual"
+OUTPUT, GATED = "fused_output_projection_residual", "fused_gated_projection"
+NAMES = [(OUTPUT, "float32"), (OUTPUT, "bfloat16")]
+NAMES += [(name, "float16") for name in (OUTPUT, GATED, "fused_linear")]
+ELEMENTS = [(name, quantized, dtype) for name, dtype in NAMES for quantized in (False, True)]
+
+
+@pytest.mark.parametrize("name, quantized, dtype", [*ELEMENTS, ("fused_rms_norm", False, "bfloat16")])
+def test_one_wrong_element_aborts(main, tmp_path, monkeypatch, name, quantized, dtype):
     right = getattr(mlx_fused, name)
 
-    def wrong(x, layer, **kwargs):
-        out = right(x, layer, **kwargs)
-        if (layer.scales is not None) == quantized:
+    def wrong(x, weight, *args, **kwargs):
+        out = right(x, weight, *args, **kwargs)
+        first = weight[0] if type(weight) is tuple else weight
+        if (getattr(first, "scales", None) is not None) == quantized:
             out[0, -1, 5] += 256 * mx.finfo(out.dtype).eps
         return out
 
@@ -106,6 +114,23 @@ def test_a_wrong_gradient_aborts(main, tmp_path, monkeypatch):
 
     monkeypatch.setattr(mlx_fused, "fused_qkv_projection", frozen_value_weight)
     aborts(main, tmp_path, "lora=False")
+
+
+def test_a_wrong_gradient_through_an_activation_aborts(main, tmp_path, monkeypatch):
+    right = mlx_fused.fused_gated_projection
+
+    def frozen_gate(x, weight):
+        gate, up = weight
+        return right(x, (gate._replace(weight=mx.stop_gradient(gate.weight)), up))
+
+    monkeypatch.setattr(mlx_fused, "fused_gated_projection", frozen_gate)
+    aborts(main, tmp_path, "op='gated'")
+
+
+def test_a_wrong_gradient_of_a_norm_aborts(main, tmp_path, monkeypatch):
+    right = mlx_fused.fused_rms_norm
+    monkeypatch.setattr(mlx_fused, "fused_rms_norm", lambda x, w, eps: right(x, mx.stop_gradient(w), eps))
+    aborts(main, tmp_path, "op='norm'")
 
 
 def test_a_wrong_gradient_of_an_adapter_aborts(main, tmp_path, monkeypatch):

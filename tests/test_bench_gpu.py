@@ -13,7 +13,9 @@ from graph import primitives
 
 # (op, quantized, lora)
 KINDS = [("qkv", False, False), ("output", False, False), ("qkv", True, False), ("output", True, False)]
-KINDS += [(op, quantized, True) for op in ("qkv", "output") for quantized in (False, True)]
+KINDS += [(op, quantized, True) for op in ("qkv", "output", "gated") for quantized in (False, True)]
+KINDS += [(op, quantized, False) for op in ("gated", "head") for quantized in (False, True)]
+KINDS += [("norm", False, False)]
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +32,8 @@ def test_every_contender_of_a_gpu_is_right_and_timed(op, quantized, lora, backwa
 
     case = Case(bench.TINY, op, "float32", 3, backward, quantized, lora)
     cell = bench.run(case, False, bench.QUICK, Ceilings(1e9, 1e9, 1e9), gpu=True)  # raises if one is wrong
-    names = ["fused", "routed", "composed"] + ["addmm"] * (op == "output" and not (quantized or lora))
+    names = ["fused"] + ["routed"] * (op != "norm") + ["composed"]
+    names += ["addmm"] * (op == "output" and not (quantized or lora))
     assert list(cell["contenders"]) == names
     assert all(c["median_s"] > 0 for c in cell["contenders"].values())
 

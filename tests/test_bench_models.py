@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-PLACES = ("models", "memory", "limits", "parts", "graphs", "scaling")
+PLACES = ("models", "memory", "limits", "parts", "layers", "graphs", "scaling")
 
 
 @pytest.fixture
@@ -55,11 +55,12 @@ def test_quick_run_prints_and_writes_everything(run):
         # Another order of float32 sums; in 16 bits MLX's sums err by up to some per cent.
         assert record["difference"] < (1e-5 if weights == "float32" else 0.1)
         assert all(share >= 0 for share in record["parts"].values())
+        assert record["layer_s"].keys() == {"ours", "MLX's"}
     for us in result["graph_us"].values():
         assert us["stock"] > 0 and us["patched"] > 0
     assert "old" not in document and document.count("before") == len(PLACES)
-    # Four tables with a row for each, one for the graphs; a small model is too slow for --quick.
-    assert document.count("\n| tiny | ") == 4 * len(kinds) + 1
+    # Five tables with a row for each, one for the graphs; a small model is too slow for --quick.
+    assert document.count("\n| tiny | ") == 5 * len(kinds) + 1
     assert "Share of the machine's rates reached" in output
 
 

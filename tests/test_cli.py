@@ -17,6 +17,7 @@ from mlx_fused.cli.info import routes
 from mlx_fused.cli.output import to_json
 from mlx_fused.validate import sum_error
 
+WITHOUT_ROUTES = {f"bfloat16: {name}{end}" for name in ("norm", "attention") for end in ("", ", gradient")}
 EXTRA = ("mlx_lm", "click", "rich", "tokenizers", "transformers")
 
 
@@ -49,6 +50,7 @@ def test_info():
     assert str(mx.default_device()) in facts
     assert "4-bit + LoRA: QKV, gradient" in table and "bfloat16: gate * up, gradient" in table
     assert "4-bit: down + residual" in table and "4-bit: head" in table
+    assert "bfloat16: norm" in table and "bfloat16: attention, gradient" in table
     assert set(re.findall(r"\[\d+\]", table)) == set(re.findall(r"^\[\d+\]", reasons, re.MULTILINE))
 
 
@@ -144,14 +146,26 @@ def test_info_as_json_tells_what_the_environment_sets(monkeypatch):
     results = json.loads(CliRunner().invoke(main, ["info", "--json"]).stdout)
     assert results["mlx"] == version("mlx")
     assert results["settings"] == {"MLX_FUSED_ROUTE": "composed", "MLX_FUSED_CACHE": os.devnull}
-    decisions = [decision for row in results["routes"].values() for decision in row.values()]
+    routed = {name: row for name, row in results["routes"].items() if name not in WITHOUT_ROUTES}
+    decisions = [decision for row in routed.values() for decision in row.values()]
+    assert len(routed) == len(results["routes"]) - len(WITHOUT_ROUTES)
     assert {(d["route"], d["source"]) for d in decisions} == {("composed", "MLX_FUSED_ROUTE")}
 
 
 @pytest.mark.skipif(mx.default_device() != mx.cpu, reason="the table of the CPU")
 def test_all_calls_are_fused_on_the_cpu(monkeypatch):
     monkeypatch.delenv("MLX_FUSED_ROUTE", raising=False)
-    assert {(d.route, d.source) for _, row in routes() for d in row} == {("fused", "built-in")}
+    for name, row in routes():
+        source = "no route" if name in WITHOUT_ROUTES else "built-in"
+        assert {(d.route, d.source) for d in row} == {("fused", source)}
+
+
+def test_what_is_mlxs_own_without_a_route_is_told(monkeypatch):
+    monkeypatch.setattr(mlx_fused, "fused_rms_norm", mx.fast.rms_norm)  # as on a GPU
+    found = dict(routes())
+    for end in ("", ", gradient"):
+        assert {(d.route, d.source) for d in found[f"bfloat16: norm{end}"]} == {("composed", "no kernel")}
+        assert {d.route for d in found[f"bfloat16: attention{end}"]} == {"fused"}
 
 
 def test_importing_the_package_needs_none_of_the_extra():
@@ -283,6 +297,7 @@ def test_what_is_timed_computes_the_same(monkeypatch, weights):
     # MLX sums 16-bit products in 16 bits on some devices.
     monkeypatch.setitem(calls.WEIGHTS, weights, mx.float32)
     made = [*calls.make_calls(SMALL, weights, 3), calls.make_block(SMALL, weights, 3)]
+    made += calls.make_weightless(SMALL, weights, 3)
     for call in [*made, *(call.gradient() for call in made)]:
         for stock, fused in zip(call.stock(*call.inputs), call.fused(*call.inputs), strict=True):
             assert stock.shape == fused.shape and stock.dtype == fused.dtype

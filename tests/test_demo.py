@@ -16,7 +16,7 @@ from mlx_fused.demo import Settings, comparison, corpus, run
 from mlx_fused.demo.checkpoint import _start_from_bigrams
 from mlx_fused.patching import calls
 from mlx_fused.patching.modules import FusedModule
-from mlx_fused.patching.projections import NotFused
+from mlx_fused.patching.projections import NotFused, Operation
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,14 +146,15 @@ def test_both_runs_write_the_same_adapters(demo):
 @pytest.mark.parametrize("options", [[], ["--dense"]])
 @pytest.mark.parametrize("factor", [1.01, math.nan])
 def test_wrong_numerics_fail(tiny, tmp_path, monkeypatch, factor, options):
-    correct = calls.fused_qkv_projection
+    correct = Operation.__call__
 
-    def wrong(weight, **kwargs):
-        q, k, v = correct(weight=weight, **kwargs)
-        return q, k, v if weight[2].lora_a is None else v * factor
+    def wrong(operation, module, layers, *arguments):
+        outputs = correct(operation, module, layers, *arguments)
+        is_adapted = len(layers) == 3 and "lora_a" in layers[2]
+        return [*outputs[:2], outputs[2] * factor] if is_adapted else outputs
 
     # Only the fine-tuning has adapters: the checkpoint that both runs start from is a good one.
-    monkeypatch.setattr(calls, "fused_qkv_projection", wrong)
+    monkeypatch.setattr(Operation, "__call__", wrong)
     (tmp_path / ".mlx-fused-demo").touch()
     (tmp_path / "results.json").write_text("of an earlier demo")
     result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path), "--iters", "2", *options])

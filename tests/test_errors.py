@@ -282,8 +282,8 @@ WRONG_KINDS = [
     ({"exact": 1}, "exact must be bool but got int"),
     ({"route": 1}, "route must be str but got int"),
     ({"stream": "cpu"}, "stream must be Stream or Device or DeviceType but got str"),
-    ({"num_heads": 4.0}, "'float' object cannot be interpreted as an integer"),
-    ({"head_dim": "8"}, "'str' object cannot be interpreted as an integer"),
+    ({"num_heads": 4.0}, "num_heads must be int but got float."),
+    ({"head_dim": "8"}, "head_dim must be int but got str."),
 ]
 
 

@@ -28,8 +28,8 @@ def test_every_layer_is_alike_and_has_the_fused_products_less():
     stock, patched = graph_nodes.layer(False), graph_nodes.layer(True)
     assert stock == graph_nodes.step(4, False) - graph_nodes.step(3, False)
     assert patched == graph_nodes.step(4, True) - graph_nodes.step(3, True)
-    # Seven projections of 2 + 6 products each; what is left is attention.
+    # Seven projections of 2 + 6 products each, and attention's.
     assert (stock["QuantizedMatmul"], stock["Matmul"]) == (7 * 2, 6 + 7 * 6)
-    assert (patched["QuantizedMatmul"], patched["Matmul"]) == (0, 6)
-    # 10 of projections and the activation, and of each norm forward, backward and made again.
-    assert patched["mlx-fused's"] == 10 + 2 * 3
+    assert (patched["QuantizedMatmul"], patched["Matmul"]) == (0, 0)
+    # 10 of projections and the activation, attention both ways, and of each norm forward, backward and again.
+    assert patched["mlx-fused's"] == 10 + 2 + 2 * 3

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="a Mac builds and runs the extension itself")
 
 BACKEND = ROOT / "mlx_fused" / "backend"
-OTHER_PLATFORMS = {BACKEND / "no_metal/eval.cpp", ROOT / "mlx_fused/backend/cpu/bfloat16_loops.cpp"}
+OTHER_PLATFORMS = {BACKEND / "no_metal/eval.cpp"} | {
+    BACKEND / "cpu" / name for name in ("bfloat16_attention_loops.cpp", "bfloat16_loops.cpp")
+}
 
 
 @pytest.fixture(scope="module")

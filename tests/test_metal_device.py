@@ -71,6 +71,15 @@ def counts(passed=0, failed=0, skipped=0, died=0, not_run=0):
     return {"passed": passed, "failed": failed, "skipped": skipped, "died": died, "not run": not_run}
 
 
+def test_what_may_fail_counts_as_skipped_and_says_why(tmp_path):
+    fails = "def pytest_collection_modifyitems(items):\n    for item in items:\n        "
+    fails += "item.module.TRAINING = 'raise SystemExit(\"NYI\")'\n"
+    status, said, report = rehearse(tmp_path, "own_attention_trains and default", fails)
+    assert status == 0, said
+    assert report["suites"]["device"] == counts(skipped=2)
+    assert len(report["failures"]) == 2 and all("NYI" in why for why in report["failures"].values())
+
+
 def test_a_rehearsal_reports_every_kernel(tmp_path):
     rows = " or ".join(f"-1-{m}-bias" for m in (1, 2, 3, 4, 9, 65)) + " or small_lora_grad-1-1025-bias"
     choice = f"bfloat16-qkv and ({rows} or splits_and) or activations and bfloat16-1-silu"

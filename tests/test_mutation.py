@@ -17,6 +17,21 @@ def test_every_mutant_is_killed_or_harmless(file):
     assert not [o.mutant.name for o in found if not o.killed and not mutation.excuse(o)]
     # None is killed by a mistake of the tests' own, or for not being a program.
     assert {o.reason for o in found if o.killed} <= {*KINDS, "numbers"}
-    said = [mutation.table_row(file, found), *mutation.described(found)]
-    of_file = (f"| {file} |", f"- `{file}:")
-    assert said == [line for line in mutation.DOCUMENT.read_text().splitlines() if line.startswith(of_file)]
+    assert mutation.lines_of(file, found) == mutation.read_lines(mutation.DOCUMENT.read_text())[file]
+
+
+def test_the_page_is_of_these_mutants():
+    text = mutation.DOCUMENT.read_text()
+    lines = mutation.read_lines(text)
+    assert mutation.document(lines) == text
+    for file, (row, *harmless) in lines.items():
+        names = [mutant.name for mutant in mutation.mutants_of(file)]
+        assert int(row.split("|")[2]) == len(names)
+        assert {line.split("`")[1] for line in harmless} <= set(names)
+
+
+def test_what_is_listed_occurs():
+    text = mutation.DOCUMENT.read_text()
+    assert [what for what in mutation.HARMLESS if what not in text] == []
+    names = [m.name for file in mutation.TESTS for m in mutation.generate(mutation.KERNELS / file)]
+    assert [start for start in mutation.NO_PROGRAM if not any(n.startswith(start) for n in names)] == []

@@ -1,6 +1,7 @@
 """The projections as layers, and mlx-lm's tools on models made of them."""
 
 import json
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -147,8 +148,6 @@ def test_errors_of_a_gated_mlp():
         ValueError, match=r"\[GatedMLP\] activation must be one of 'silu', .* but got 'tanh'\."
     ):
         GatedMLP(64, 96, activation="tanh")
-    with pytest.raises(ValueError, match=r"input_dims and hidden_dims must be at least 1 but got 8 and 0\."):
-        GatedMLP(8, 0)
     gate, up, down = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(96, 64)
     with pytest.raises(ValueError, match=r"up must have a weight of shape \(96, 64\) but"):
         GatedMLP.from_linear(gate, nn.Linear(64, 95), down)
@@ -373,16 +372,38 @@ def test_patching_leaves_the_layers_alone(tokens):
     np.testing.assert_array_equal(model(tokens), logits)
 
 
+@pytest.mark.parametrize(
+    "kind, sizes",
+    [
+        (GatedMLP, {"input_dims": 64, "hidden_dims": 96}),
+        (OutputProjection, {"input_dims": 64, "output_dims": 32}),
+        (
+            QKVProjection,
+            {"input_dims": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "v_head_dim": 8},
+        ),
+        (partial(QKVProjection.from_linear, *linears()), {"num_heads": 4, "num_kv_heads": 2}),
+    ],
+)
+def test_sizes_are_checked(kind, sizes):
+    for name in sizes:
+        for wrong, got in (("a", "str"), (1.5, "float")):
+            with pytest.raises(TypeError, match=rf"^\[\w+\] {name} must be int but got {got}\.$"):
+                kind(**sizes | {name: wrong})
+        for wrong in (0, -1):
+            with pytest.raises(ValueError, match=rf"^\[\w+\] {name} must be at least 1 but got {wrong}\.$"):
+                kind(**sizes | {name: wrong})
+
+
 def test_errors():
     q, k, v = linears()
     with pytest.raises(ValueError, match=r"num_heads must be a multiple of num_kv_heads but got 4 and 3\."):
         QKVProjection(24, 4, 3)
-    for heads in ((0,), (4, 0), (-1,)):
-        with pytest.raises(ValueError, match=r"num_heads and num_kv_heads must be at least 1 but got"):
+    for name, *heads in (("num_heads", 0), ("num_kv_heads", 4, 0), ("num_heads", -1)):
+        with pytest.raises(ValueError, match=rf"{name} must be at least 1 but got {heads[-1]}\."):
             QKVProjection(24, *heads)
-        with pytest.raises(ValueError, match=r"num_heads and num_kv_heads must be at least 1 but got"):
+        with pytest.raises(ValueError, match=rf"{name} must be at least 1 but got {heads[-1]}\."):
             QKVProjection.from_linear(q, k, v, *heads)
-    with pytest.raises(ValueError, match=r"head_dim and v_head_dim must be at least 1 but got 0 and 0\."):
+    with pytest.raises(ValueError, match=r"head_dim must be at least 1 but got 0\."):
         QKVProjection(3, 4)
     expected = r"k must be an mlx\.nn\.Linear or QuantizedLinear, or a LoRALinear of one, but got {}\."
     with pytest.raises(TypeError, match=expected.format("DoRALinear")):

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import attention
 import mlx_fused
 import operands
 import oracle
@@ -352,3 +353,48 @@ def test_a_finding_keeps_the_worst():
     finding.add(float("nan"), "d", True)
     finding.add(0.9, "e", True)
     assert finding.layer == "d" and finding.verdict == "failed"
+
+
+MASKS = ["none", "causal", "boolean", "added", "padding", "holes"]
+
+
+def attentions(rng, dtype, has_sinks):
+    for mask in MASKS:
+        for lengths in ((1, 30), (24, 24), (5, 40), (24, 9)):
+            yield attention.make(rng, 2, (4, 2, 32, 24), lengths, mask, dtype, has_sinks)
+
+
+def check_attention(call, operation=mlx_fused.fused_attention):
+    checks = OperationChecks({id(call): "layer"})
+    arguments = {name: getattr(call, name) for name in ("q", "k", "v", "scale", "mask", "sinks")}
+    checks(call, operation, arguments, operation(**arguments))
+    return checks.findings
+
+
+@dtypes
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_attention_that_is_right_passes(rng, dtype, has_sinks):
+    for call in attentions(rng, dtype, has_sinks):
+        findings = check_attention(call)
+        assert largest(findings) < 0.5 and "failed" not in verdicts(findings)
+        if dtype != mx.bfloat16:  # whose factors may be rounded, which hides much in so few numbers
+            assert verdicts(findings) == {"passed"}
+        assert findings["gradients"].keys() == {"q", "k", "v"} | ({"sinks"} if has_sinks else set())
+
+
+@dtypes
+@pytest.mark.parametrize("operand", ["q", "k", "v", "scale", "sinks", "mask"])
+def test_what_is_wrong_in_attention_is_found(rng, dtype, operand):
+    def wrong(**arguments):
+        value = arguments[operand]
+        if operand == "mask":  # a key too many
+            value = mx.concatenate([value[..., 1:], value[..., :1]], -1)
+        else:
+            value = 1.01 * (value.astype(mx.float32) if isinstance(value, mx.array) else value)
+        wide = {name: arguments[name].astype(mx.float32) for name in "qkv"}
+        y = mlx_fused.fused_attention(**arguments | wide | {operand: value})
+        return y.astype(arguments["q"].dtype)  # which the operation would not give otherwise
+
+    mask = "boolean" if operand == "mask" else "causal"
+    call = attention.make(rng, 2, (4, 2, 32, 24), (24, 24), mask, dtype, has_sinks=True)
+    assert "failed" in verdicts(check_attention(call, wrong))

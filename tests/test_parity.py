@@ -59,10 +59,11 @@ def test_running_mlx_lms_own_tests(tmp_path):
     script = Path(__file__).with_name("run_mlx_lm_tests.py")
     run = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True)
     assert run.returncode == 1, run.stderr
-    *_, stock, patched, qkv, mlp, residual, linear, norm, changed = run.stdout.splitlines()
+    *_, stock, patched, qkv, attention, mlp, residual, linear, norm, changed = run.stdout.splitlines()
     assert stock == "stock:   2 passed, 1 failed, 0 skipped"
     assert patched == "patched: 1 passed, 2 failed, 0 skipped"
     assert qkv == "qkv: 2 of 2 calls ran fused"
+    assert attention == "attention: 2 of 2 calls ran fused"
     assert mlp == "mlp: 2 of 2 calls ran fused"
     assert residual == "residual: 4 of 4 calls ran fused"
     assert linear == "linear: 1 of 1 calls ran fused"

@@ -125,7 +125,8 @@ def test_the_closing_line_tells_that_dora_is_not_fused(run, checkpoint, tmp_path
     for code, _, err in (trained, used):
         assert code == 0 and "fused QKV 2 of 2" in err  # before the adapters are there
         found, more = counts(err)
-        assert found.pop("linear")[0] > 0 < found.pop("norm")[0]  # the head and norms have no adapters
+        # What has no adapters: the head, norms, and attention itself.
+        assert all(found.pop(part)[0] > 0 for part in ("linear", "norm", "attention"))
         assert all(fused == 0 < total for fused, total in found.values())
         assert "(last obstacle: gate_proj is DoRALinear)" in more
         assert "(last obstacle: q_proj is DoRALinear)" in more
@@ -144,9 +145,10 @@ def test_the_closing_line_tells_what_was_routed_to_mlx(run, checkpoint, monkeypa
     code, _, err = run(main.main, ["generate", "--model", str(checkpoint / "model"), "--max-tokens", "2"])
     found, more = counts(err)
     assert code == 0 and all_fused(found)
-    found.pop("norm")  # which no routing decides
-    by_mlx = [f"{fused} of these by MLX's own operations, " for fused, _ in found.values()]
-    assert more == ", ".join(by_mlx)
+    for part in ("norm", "attention"):  # which no routing decides
+        found.pop(part)
+    by_mlx = [f"{fused} of these by MLX's own operations" for fused, _ in found.values()]
+    assert [text for text in more.split(", ") if text] == by_mlx
 
 
 def test_a_draft_model_is_patched_and_counted(run, checkpoint):
@@ -219,7 +221,9 @@ def loads_a_model(checkpoint, monkeypatch):
         loaded[0](TOKENS)
 
     monkeypatch.setattr(
-        mlx_fused, "patch", lambda model: _patch(model, Options(True, "auto", True, True, True, True, False))
+        mlx_fused,
+        "patch",
+        lambda model: _patch(model, Options(True, "auto", True, True, True, "auto", True, False)),
     )
     monkeypatch.setattr("mlx_lm.chat.main", chat)
     return loaded

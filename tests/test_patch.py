@@ -30,17 +30,17 @@ def test_report_lists_every_layer():
     model(tokens(1, 3))
     summary, *lines, last = str(report).splitlines()
     assert summary == (
-        "mlx-fused: fused QKV 1 of 2, MLP 2 of 2, output projection + residual 4 of 4, other layers 1 of 1, "
-        "RMS norm 5 of 5"
+        "mlx-fused: fused QKV 1 of 2, attention 2 of 2, MLP 2 of 2, output projection + residual 4 of 4, "
+        "other layers 1 of 1, RMS norm 5 of 5"
     )
     assert [re.split("  +", line) for line in lines] == [
         [
-            *("layer", "QKV", "calls*", "MLP", "calls*"),
+            *("layer", "QKV", "calls*", "attention", "calls*", "MLP", "calls*"),
             *("output projection + residual", "calls*", "other layers", "calls*"),
         ],
-        ["model.layers.0.self_attn", "fused", "1/0", "fused", "1/0"],
+        ["model.layers.0.self_attn", *("fused", "1/0") * 3],
         ["model.layers.0.mlp", "fused, silu", "1/0", "fused", "1/0"],
-        ["model.layers.1.self_attn", reason, "0/1", "fused", "1/0"],
+        ["model.layers.1.self_attn", reason, "0/1", *("fused", "1/0") * 2],
         ["model.layers.1.mlp", "fused, silu", "1/0", "fused", "1/0"],
         ["model", "fused", "1/0"],
     ]
@@ -61,7 +61,9 @@ def test_nothing_to_patch():
 
 def test_summary_of_one_layer():
     report = mlx_fused.patch(Attention())
-    assert report.summary == "mlx-fused: fused QKV 1 of 1, output projection + residual 0 of 1"
+    assert (
+        report.summary == "mlx-fused: fused QKV 1 of 1, attention 0 of 1, output projection + residual 0 of 1"
+    )
 
 
 def test_nothing_is_printed_unless_asked_for(capfd, monkeypatch):

@@ -254,6 +254,7 @@ OTHER_USES = {
     "copy": lambda x, r: x + copy.copy(r),
     "deepcopy": lambda x, r: x + copy.deepcopy(r),
     "pickle": lambda x, r: x + pickle.loads(pickle.dumps(r)),
+    "evaluated": lambda x, r: (mx.eval(r), x + r)[1],
 }
 
 

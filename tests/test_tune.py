@@ -321,6 +321,16 @@ def test_without_a_model_it_measures_llamas_sizes(quick, monkeypatch):
     assert len(made) == 3 * 5 + 2 * 5 + 2 * 4
 
 
+def test_a_terminal_of_80_columns_shows_all_numbers(monkeypatch, run):
+    monkeypatch.setenv("COLUMNS", "80")
+    timings = {m: Timing("fused", 1.0, 9.99) for m in measure.ROWS}
+    monkeypatch.setattr(measure, "measure", lambda *args: timings)
+    _, out, _ = run(main, ["tune"])
+    header, _, *rows = (line.split() for line in out.splitlines() if line.strip())
+    assert header == ["tokens", *map(str, measure.ROWS)]
+    assert rows[:33] == [[f"[{n}]", *["9.99"] * len(measure.ROWS)] for n in range(1, 34)]
+
+
 def test_remove(quick):
     path = write(CALLS)
     done = quick(["tune", "--remove"])

@@ -23,7 +23,7 @@ import tiny_demo
 import tiny_models
 from mlx_fused import validate
 from mlx_fused.cli import main
-from mlx_fused.patching import calls, projections
+from mlx_fused.patching import attention, projections
 from mlx_fused.validate import checkpoint, end_to_end
 from zoo import configs as zoo
 
@@ -43,14 +43,14 @@ def wrong_values(monkeypatch):
     """Makes all values of the patched model wrong in a way that the test gives."""
 
     def install(function):
-        correct = projections.run
+        correct = projections.Operation.__call__
 
-        def run(module, operation, **arguments):
-            outputs = correct(module, operation, **arguments)
-            is_qkv = operation is calls.fused_qkv_projection
-            return (*outputs[:2], function(outputs[2])) if is_qkv else outputs
+        def run(operation, *given):
+            outputs = correct(operation, *given)
+            is_qkv = operation.function is mlx_fused.fused_qkv_projection
+            return [*outputs[:2], function(outputs[2])] if is_qkv else outputs
 
-        monkeypatch.setattr(projections, "run", run)
+        monkeypatch.setattr(projections.Operation, "__call__", run)
 
     return install
 
@@ -97,6 +97,7 @@ def test_a_switch_that_is_off_is_to_blame_not_the_model(checkpoints, monkeypatch
 
 def test_the_switch_is_blamed_only_where_it_is_off(checkpoints, monkeypatch):
     monkeypatch.setattr(projections, "DTYPES", frozenset())
+    monkeypatch.setattr(attention, "has_kernels", lambda x: False)
     result = run(checkpoints / "model")
     assert result.exit_code == 2
     assert "Nothing of it ran fused" in result.output and "MLX_FUSED" not in result.output
@@ -123,9 +124,9 @@ def test_checkpoints_of_the_demo_pass(checkpoints, arguments):
     assert results["calls"]["residual"]["fused"] == results["calls"]["residual"]["total"] > 0
     layers = sum("norm" not in parts for parts in results["layers"].values())
     for operations in results["operations"].values():
-        # QKV, output, gate * up and down of both layers, and the head, for the prompt and for one token
-        assert layers == 5 and operations["count"] == 2 * (2 * 4 + 1)
-        assert set(operations["results"]) == {*"qkvoy", "gate * up"}
+        # QKV, attention, output, gate * up and down of both layers, and the head, for the prompt and a token
+        assert layers == 5 and operations["count"] == 2 * (2 * 5 + 1)
+        assert set(operations["results"]) == {*"qkvoy", "gate * up", "attention"}
         findings = [f for part, of in operations.items() if part != "count" for f in of.values()]
         assert all(f["verdict"] == "passed" and f["share"] < 0.5 and f["noticeable"] == 1 for f in findings)
     float32 = results["end_to_end"]["float32"]
@@ -284,13 +285,14 @@ def test_parameters_without_gradients_fail(weights, monkeypatch):
     assert check(deepcopy(model))["passed"]
     correct = projections.operands
 
-    def operands(module, adapted=True):
-        found = correct(module, adapted)
+    def operands(module):
+        found = correct(module)
         bias = None if found.bias is None else mx.stop_gradient(found.bias)
         return found._replace(weight=mx.stop_gradient(found.weight), bias=bias)
 
     monkeypatch.setattr(projections, "operands", operands)
-    results = check(model)
+    with sabotage.wrapped(lambda operation: operation):
+        results = check(model)
     gradients = results["end_to_end"]["float32"]["gradients"]
     failed = {name for name, line in gradients.items() if line["verdict"] == "failed"}
     layer, dense = "model.layers.*.self_attn", [] if "bit" in weights else ["weight"]
@@ -303,12 +305,13 @@ def test_operands_that_are_remembered_fail(weights, monkeypatch):
     """They are right until a parameter changes, which nothing but a step of training does."""
     correct, remembered = projections.operands, {}
 
-    def operands(module, adapted=True):
-        kept = remembered.setdefault((id(module), type(module)), (correct(module, adapted), module))
+    def operands(module):
+        kept = remembered.setdefault((id(module), type(module)), (correct(module), module))
         return kept[0]
 
     monkeypatch.setattr(projections, "operands", operands)
-    results = check(sabotage.make("llama", weights))
+    with sabotage.wrapped(lambda operation: operation):
+        results = check(sabotage.make("llama", weights))
     assert results["end_to_end"]["float32"]["logits_after_a_step"]["verdict"] == "failed"
 
 
@@ -356,7 +359,7 @@ def test_batches_are_checked_and_single_rows_too(larger):
     def wrap(operation):
         def run(**arguments):
             outputs = operation(**arguments)
-            batch = arguments.get("input", arguments.get("x")).shape[0]
+            batch = next(arguments[name] for name in ("input", "x", "q") if name in arguments).shape[0]
             return tree_map(lambda y: 1.01 * y, outputs) if (batch > 1) == larger else outputs
 
         return run
@@ -395,7 +398,9 @@ def test_terms_are_those_of_the_fused_layers():
         assert validate.sum_terms(model, report) == terms
         nn.quantize(model, 32, 4)
         assert validate.sum_terms(model, report) == terms
-    with mlx_fused.patched(model, qkv=False, o_residual=False, mlp=False, linear=False) as report:
+    with mlx_fused.patched(
+        model, qkv=False, o_residual=False, mlp=False, linear=False, attention=False
+    ) as report:
         assert validate.sum_terms(model, report) == 0
 
 

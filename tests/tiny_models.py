@@ -41,10 +41,10 @@ CONFIGS = {
 }
 
 
-def make(name, dtype=mx.float32):
+def make(name, dtype=mx.float32, **sizes):
     mx.random.seed(0)
     module = importlib.import_module(f"mlx_lm.models.{name}")
-    config = {"model_type": name, **CONFIGS[name]}
+    config = {"model_type": name, **CONFIGS[name], **sizes}
     model = module.Model(module.ModelArgs.from_dict(config))
     shake(model)
     model.set_dtype(dtype)

@@ -20,6 +20,7 @@ from mlx_fused.operations import (
     fused_output_projection_residual,
     fused_qkv_projection,
 )
+from mlx_fused.operations.call import check_sizes
 from mlx_fused.operations.linear import Activation
 
 __all__ = ["GatedMLP", "OutputProjection", "QKVProjection"]
@@ -42,6 +43,7 @@ class QKVProjection(Module):
         v_head_dim (int, optional): The size of a value head. Default: ``head_dim``.
 
     Raises:
+        TypeError: If a number is no integer.
         ValueError: If ``num_heads`` is not a multiple of ``num_kv_heads``, or a number is less than 1.
     """
 
@@ -56,11 +58,8 @@ class QKVProjection(Module):
     ):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if min(num_heads, num_kv_heads) < 1:
-            raise ValueError(
-                "[QKVProjection] num_heads and num_kv_heads must be at least 1 "
-                f"but got {num_heads} and {num_kv_heads}."
-            )
+        sizes = {"input_dims": input_dims, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        check_sizes("QKVProjection", sizes)
         if num_heads % num_kv_heads:
             raise ValueError(
                 "[QKVProjection] num_heads must be a multiple of num_kv_heads "
@@ -69,11 +68,7 @@ class QKVProjection(Module):
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = input_dims // num_heads if head_dim is None else head_dim
         self.v_head_dim = self.head_dim if v_head_dim is None else v_head_dim
-        if min(self.head_dim, self.v_head_dim) < 1:
-            raise ValueError(
-                "[QKVProjection] head_dim and v_head_dim must be at least 1 "
-                f"but got {self.head_dim} and {self.v_head_dim}."
-            )
+        check_sizes("QKVProjection", {"head_dim": self.head_dim, "v_head_dim": self.v_head_dim})
         self.q = Linear(input_dims, num_heads * self.head_dim, bias)
         self.k = Linear(input_dims, num_kv_heads * self.head_dim, bias)
         self.v = Linear(input_dims, num_kv_heads * self.v_head_dim, bias)
@@ -93,15 +88,15 @@ class QKVProjection(Module):
             num_kv_heads (int, optional): The number of key and value heads. Default: ``num_heads``.
 
         Raises:
-            TypeError: If a layer is of another type.
+            TypeError: If a layer is of another type, or a number no integer.
             ValueError: If the layers' sizes do not fit each other or the heads.
         """
         linears = {"q": q, "k": k, "v": v}
         sizes = {name: _sizes("QKVProjection", name, linear) for name, linear in linears.items()}
         q_dims, input_dims = sizes["q"]
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        head_dim = q_dims // max(num_heads, 1)  # the constructor refuses 0
-        v_head_dim = sizes["v"][0] // max(num_kv_heads, 1)
+        check_sizes("QKVProjection", {"num_heads": num_heads, "num_kv_heads": num_kv_heads})
+        head_dim, v_head_dim = q_dims // num_heads, sizes["v"][0] // num_kv_heads
         layer = cls(input_dims, num_heads, num_kv_heads, head_dim, v_head_dim=v_head_dim)
         for name, size in sizes.items():
             _check_size("QKVProjection", name, layer[name], size)
@@ -148,10 +143,15 @@ class OutputProjection(Module):
         input_dims (int): The size of the input, such as all heads of attention together.
         output_dims (int): The size of the residual.
         bias (bool, optional): Whether to add a bias. Default: ``False``.
+
+    Raises:
+        TypeError: If a number is no integer.
+        ValueError: If a number is less than 1.
     """
 
     def __init__(self, input_dims: int, output_dims: int, bias: bool = False):
         super().__init__()
+        check_sizes("OutputProjection", {"input_dims": input_dims, "output_dims": output_dims})
         self.o = Linear(input_dims, output_dims, bias)
 
     @classmethod
@@ -194,6 +194,7 @@ class GatedMLP(Module):
             in ``mlx.nn``. Default: ``"silu"``.
 
     Raises:
+        TypeError: If a number is no integer.
         ValueError: If ``activation`` is another, or a number is less than 1.
     """
 
@@ -201,11 +202,7 @@ class GatedMLP(Module):
         self, input_dims: int, hidden_dims: int, *, bias: bool = False, activation: Activation = "silu"
     ):
         super().__init__()
-        if min(input_dims, hidden_dims) < 1:
-            raise ValueError(
-                "[GatedMLP] input_dims and hidden_dims must be at least 1 "
-                f"but got {input_dims} and {hidden_dims}."
-            )
+        check_sizes("GatedMLP", {"input_dims": input_dims, "hidden_dims": hidden_dims})
         self.activation = activation
         self.gate = Linear(input_dims, hidden_dims, bias)
         self.up = Linear(input_dims, hidden_dims, bias)

@@ -7,11 +7,8 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
-#include <cstdlib>
-
 #include "mlx_fused/arguments.h"
 #include "mlx_fused/attention.h"
-#include "mlx_fused/backend/metal/grid.h"
 #include "mlx_fused/norm.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/routing.h"
@@ -28,14 +25,54 @@ namespace {
 using OptionalInt = std::optional<int>;
 using Route = std::optional<std::string>;
 
-// A call with its names and segments, (features, heads); check_arguments fills in the rest.
-mlx_fused::Call make_call(
-    const std::string& operation, const std::string& node, const std::vector<std::pair<int, int>>& segments) {
-  mlx_fused::Call call{.operation = operation, .node = node};
-  for (auto [features, heads] : segments) {
-    call.segments.push_back({.features = features, .heads = heads});
+// mlx_fused.LinearOperands
+using LinearTuple = std::tuple<
+    mx::array,
+    OptionalArray,
+    OptionalArray,
+    OptionalArray,
+    OptionalInt,
+    OptionalInt,
+    std::string,
+    OptionalArray,
+    OptionalArray,
+    float>;
+
+// The present operands of a linear layer, or of an adapter around one: modules are dictionaries of arrays and
+// modules, and their attributes are settings.
+mlx_fused::Linear linear_of_module(nb::handle module) {
+  // Interned once: this runs for every layer of every call.
+  static PyObject* const linear = PyUnicode_InternFromString("linear");
+  static PyObject* const weight = PyUnicode_InternFromString("weight");
+  static PyObject* const bias = PyUnicode_InternFromString("bias");
+  static PyObject* const scales = PyUnicode_InternFromString("scales");
+  static PyObject* const biases = PyUnicode_InternFromString("biases");
+  static PyObject* const group_size = PyUnicode_InternFromString("group_size");
+  static PyObject* const bits = PyUnicode_InternFromString("bits");
+  static PyObject* const mode = PyUnicode_InternFromString("mode");
+  static PyObject* const lora_a = PyUnicode_InternFromString("lora_a");
+  static PyObject* const lora_b = PyUnicode_InternFromString("lora_b");
+  static PyObject* const scale = PyUnicode_InternFromString("scale");
+  auto item = [](nb::handle module, PyObject* name) -> OptionalArray {
+    nb::handle value = PyDict_GetItemWithError(module.ptr(), name);
+    return value.is_valid() && !value.is_none() ? OptionalArray(nb::cast<mx::array&>(value)) : std::nullopt;
+  };
+  auto setting = [](nb::handle module, PyObject* name) { return nb::getattr(module, nb::handle(name)); };
+  auto a = item(module, lora_a);
+  nb::handle base = a ? nb::handle(PyDict_GetItemWithError(module.ptr(), linear)) : module;
+  mlx_fused::Linear layer{
+      item(base, weight).value(), item(base, bias), item(base, scales), item(base, biases)};
+  if (layer.scales) {
+    layer.group_size = nb::cast<OptionalInt>(setting(base, group_size));
+    layer.bits = nb::cast<OptionalInt>(setting(base, bits));
+    layer.mode = nb::cast<const char*>(setting(base, mode));
   }
-  return call;
+  if (a) {
+    layer.lora_a = std::move(a);
+    layer.lora_b = item(module, lora_b);
+    layer.lora_scale = nb::cast<float>(setting(module, scale));
+  }
+  return layer;
 }
 
 const std::map<std::string, mlx_fused::Packing> packings = {
@@ -43,56 +80,93 @@ const std::map<std::string, mlx_fused::Packing> packings = {
     {"reversed", mlx_fused::Packing::reversed},
     {"interleaved", mlx_fused::Packing::interleaved}};
 
+// An operation without its arrays; check_arguments fills in the rest of the call.
+struct Operation {
+  mlx_fused::Call call;
+  std::string input;
+  mlx_fused::Packing packing;
+  Route route;
+
+  Operation(
+      std::string name,
+      std::string node,
+      std::string input,
+      const std::vector<std::pair<int, int>>& segments,
+      const std::optional<ActivationTuple>& activation,
+      const std::string& packing,
+      bool exact,
+      Route route)
+      : call{.operation = std::move(name), .node = std::move(node)},
+        input(std::move(input)),
+        packing(packings.at(packing)),
+        route(std::move(route)) {
+    for (auto [features, heads] : segments) {
+      call.segments.push_back({.features = features, .heads = heads});
+    }
+    call.epilogue = {.exact = exact, .activation = activation_of(activation)};
+  }
+};
+
 Arrays project(
-    const std::string& operation,
-    const std::string& node,
-    const std::string& input_name,
+    const Operation& operation,
     const mx::array& input,
     const std::optional<mlx_fused::NormOperands>& norm,
-    std::vector<LinearTuple> layers,
-    const std::vector<std::pair<int, int>>& segments,
+    const nb::sequence& layers,
     const OptionalArray& residual,
     float alpha,
-    const std::optional<ActivationTuple>& activation,
-    const std::string& packing,
-    bool exact,
-    const Route& route,
     mx::StreamOrDevice s) {
   auto stream = mx::to_stream(s);
-  auto call = make_call(operation, node, segments);
-  call.epilogue = {.alpha = alpha, .exact = exact, .activation = activation_of(activation)};
+  auto call = operation.call;
+  call.epilogue.alpha = alpha;
   auto inputs = mlx_fused::check_arguments(
-      mlx_fused::Check(operation),
-      input_name,
+      mlx_fused::Check(operation.call.operation),
+      operation.input,
       input,
       norm,
       linears(layers),
       residual,
       call,
-      mlx_fused::Products(stream, route),
-      packings.at(packing));
-  return mlx_fused::project(std::move(inputs), std::move(call), route, stream);
+      mlx_fused::Products(stream, operation.route),
+      operation.packing);
+  return mlx_fused::project(std::move(inputs), std::move(call), operation.route, stream);
+}
+
+OptionalArray add_product(
+    const Operation& operation, const mx::array& product, const mx::array& residual, float alpha) {
+  auto* layer =
+      product.has_primitive() ? dynamic_cast<mlx_fused::Projection*>(&product.primitive()) : nullptr;
+  bool is_alike = residual.shape() == product.shape() && residual.dtype() == product.dtype();
+  if (!layer || !is_alike || layer->call().segments.size() != 1 ||
+      layer->call().epilogue != mlx_fused::Epilogue{.exact = operation.call.epilogue.exact}) {
+    return std::nullopt;
+  }
+  auto call = layer->call();
+  call.operation = operation.call.operation;
+  call.node = operation.call.node;
+  call.epilogue.has_residual = true;
+  call.epilogue.alpha = alpha;
+  // A composed projection has more inputs than those of its call.
+  auto inputs = product.inputs().begin();
+  Arrays all(inputs, inputs + input_slots(layer->call()).size());
+  all.push_back(residual);
+  return mlx_fused::project(std::move(all), std::move(call), operation.route, layer->stream())[0];
 }
 
 Arrays all_gradients(
-    const std::string& operation,
-    const std::string& node,
+    const Operation& operation,
     const std::vector<std::string>& names,
     const Arrays& cotangents,
-    const std::string& input_name,
     const mx::array& input,
-    std::vector<LinearTuple> layers,
-    const std::vector<std::pair<int, int>>& segments,
+    const nb::sequence& layers,
     bool has_bias,
-    const Route& route,
     mx::StreamOrDevice s) {
   auto stream = mx::to_stream(s);
-  auto call = make_call(operation, node, segments);
-  mlx_fused::Check check(operation);
-  mlx_fused::Products products(stream, route);
+  auto call = operation.call;
+  mlx_fused::Check check(operation.call.operation);
+  mlx_fused::Products products(stream, operation.route);
   auto primals = mlx_fused::check_arguments(
-      check, input_name, input, std::nullopt, linears(layers), std::nullopt, call, products);
-  return mlx_fused::all_gradients(check, names, cotangents, primals, call, has_bias, route, stream);
+      check, operation.input, input, std::nullopt, linears(layers), std::nullopt, call, products);
+  return mlx_fused::all_gradients(check, names, cotangents, primals, call, has_bias, operation.route, stream);
 }
 
 mx::array rms_norm(const mx::array& x, const OptionalArray& weight, float eps, mx::StreamOrDevice s) {
@@ -126,13 +200,6 @@ mx::array attention(
     check.ndim({name}, *a, 4);
     check.floating({name}, *a);
   }
-  int heads = q.shape(1), kv_heads = k.shape(1);
-  check.positive({"the number of heads of k"}, kv_heads);
-  check.shape({"k"}, k, {q.shape(0), kv_heads, k.shape(2), q.shape(3)});
-  check.shape({"v"}, v, {q.shape(0), kv_heads, k.shape(2), v.shape(3)});
-  if (heads % kv_heads != 0) {
-    check.fail("q must have a multiple of the ", kv_heads, " heads of k but got ", heads, ".");
-  }
   mlx_fused::AttentionKind kind{.scale = scale};
   Arrays inputs = {q, k, v};
   auto dtype = mx::result_type(inputs);
@@ -143,7 +210,6 @@ mx::array attention(
   };
   if (auto* a = mask ? std::get_if<mx::array>(&*mask) : nullptr) {
     check_promotes("mask", *a);
-    check.broadcasts({"mask"}, *a, {q.shape(0), heads, q.shape(2), k.shape(2)});
     inputs.push_back(*a);
     kind.has_mask = true;
   } else if (mask) {
@@ -161,7 +227,6 @@ mx::array attention(
   }
   if (sinks) {
     check_promotes("sinks", *sinks);
-    check.shape({"sinks"}, *sinks, {heads});
     inputs.push_back(*sinks);
     kind.has_sinks = true;
   }
@@ -207,117 +272,21 @@ Route tuned_route(const KindTuple& kind, int64_t rows) {
   return !route ? std::nullopt : Route(*route == mlx_fused::Route::fused ? "fused" : "composed");
 }
 
-// What modules are made of, as bytes to compare. Objects that the bytes name by their address are held, so
-// that no other one can take it.
-class KindWriter {
- public:
-  explicit KindWriter(bool with_ids) : with_ids_(with_ids) {}
-
-  void add(nb::handle value) {
-    PyDict_Check(value.ptr()) && !PyDict_CheckExact(value.ptr()) ? add_module(value) : add_value(value);
-  }
-
-  nb::tuple result() const {
-    return nb::make_tuple(nb::bytes(kind_.data(), kind_.size()), held_);
-  }
-
- private:
-  template <typename T>
-  void append(T value) {
-    kind_.append(reinterpret_cast<const char*>(&value), sizeof value);
-  }
-
-  void append(std::string_view text) {
-    append(text.size());
-    kind_.append(text);
-  }
-
-  void add_value(nb::handle value) {
-    append(value.type().ptr());
-    if (const mx::array* array; nb::try_cast(value, array, false) && array != nullptr) {
-      append(array->dtype().val());
-      append(array->ndim());
-      append(with_ids_ ? array->id() : 0);
-      for (auto size : array->shape()) {
-        append(size);
-      }
-    } else if (nb::isinstance<nb::float_>(value)) {
-      append(nb::cast<double>(value));
-    } else if (nb::isinstance<nb::str>(value)) {
-      append(std::string_view(nb::cast<const char*>(value)));
-    } else if (nb::isinstance<nb::int_>(value)) {
-      append(std::string_view(nb::str(value).c_str()));
-    } else {
-      append(value.ptr());
-      held_.append(value);
-    }
-  }
-
-  // A module is a dictionary of arrays and modules, and its attributes are its settings.
-  void add_module(nb::handle module) {
-    append(module.type().ptr());
-    auto settings = nb::steal(PyObject_GenericGetDict(module.ptr(), nullptr));
-    for (auto items : {module, nb::handle(settings)}) {
-      PyObject *key, *value;
-      for (Py_ssize_t at = 0; PyDict_Next(items.ptr(), &at, &key, &value);) {
-        append(nb::hash(key));
-        items.is(module) ? add(value) : add_value(value);
-      }
-    }
-  }
-
-  const bool with_ids_;
-  std::string kind_;
-  nb::list held_;
-};
-
-nb::tuple kind_of(const nb::args& modules, bool with_ids) {
-  KindWriter writer(with_ids);
-  for (auto module : modules) {
-    writer.add(module);
-  }
-  return writer.result();
-}
-
-// What mlx_fused.LinearOperands has. Casting an array makes an alias of it.
-nb::tuple operands(nb::dict layer, std::optional<nb::dict> adapter) {
-  // Interned once: this runs for every layer of every call.
-  static PyObject* const weight = PyUnicode_InternFromString("weight");
-  static PyObject* const bias = PyUnicode_InternFromString("bias");
-  static PyObject* const scales = PyUnicode_InternFromString("scales");
-  static PyObject* const biases = PyUnicode_InternFromString("biases");
-  static PyObject* const lora_a = PyUnicode_InternFromString("lora_a");
-  static PyObject* const lora_b = PyUnicode_InternFromString("lora_b");
-  static PyObject* const affine = PyUnicode_InternFromString("affine");
-  static PyObject* const one = PyFloat_FromDouble(1);
-  auto item = [](nb::handle module, PyObject* name) -> nb::object {
-    nb::handle value = PyDict_GetItemWithError(module.ptr(), name);
-    return value.is_valid() && !value.is_none() ? nb::cast(nb::cast<mx::array>(value)) : nb::none();
-  };
-  auto of_groups = item(layer, scales);
-  bool quantized = !of_groups.is_none();
-  auto setting = [&](const char* name) {
-    return quantized ? nb::object(nb::getattr(layer, name)) : nb::none();
-  };
-  return nb::make_tuple(
-      item(layer, weight),
-      item(layer, bias),
-      of_groups,
-      item(layer, biases),
-      setting("group_size"),
-      setting("bits"),
-      quantized ? setting("mode") : nb::borrow(affine),
-      adapter ? item(*adapter, lora_a) : nb::none(),
-      adapter ? item(*adapter, lora_b) : nb::none(),
-      adapter ? nb::object(nb::getattr(*adapter, "scale")) : nb::borrow(one));
-}
-
 }  // namespace
 
-mlx_fused::Linears linears(std::vector<LinearTuple>& layers) {
+mlx_fused::Linears linears(const nb::sequence& layers) {
   mlx_fused::Linears result;
-  for (auto& layer : layers) {
-    result.push_back(std::apply([](auto&... of) { return mlx_fused::Linear{std::move(of)...}; }, layer));
+  result.reserve(3);
+  for (auto layer : layers) {
+    if (PyDict_Check(layer.ptr())) {
+      result.push_back(linear_of_module(layer));
+      continue;
+    }
+    std::optional<LinearTuple> operands;
+    if (!nb::try_cast(layer, operands) || !operands) {
+      throw nb::type_error("a layer must be LinearOperands or a module");
+    }
+    result.push_back(std::apply([](auto&... of) { return mlx_fused::Linear{std::move(of)...}; }, *operands));
   }
   return result;
 }
@@ -341,36 +310,59 @@ mlx_fused::Activation activation_of(const std::optional<ActivationTuple>& given)
 NB_MODULE(_ext, m) {
   m.doc() = "The C++ functions that mlx_fused.operations and mlx_fused.patching call.";
 
+  nb::class_<Operation>(m, "Operation", "An operation without its arrays.")
+      .def(
+          nb::init<
+              std::string,
+              std::string,
+              std::string,
+              const std::vector<std::pair<int, int>>&,
+              const std::optional<ActivationTuple>&,
+              const std::string&,
+              bool,
+              Route>(),
+          "name"_a,
+          "node"_a,
+          "input"_a,
+          "segments"_a,
+          "activation"_a.none(),
+          "packing"_a,
+          "exact"_a,
+          "route"_a.none())
+      .def_prop_ro("name", [](const Operation& self) { return self.call.operation; })
+      .def_ro("input", &Operation::input, "What its input is called.");
   m.def(
       "project",
       &project,
       "operation"_a,
-      "node"_a,
-      "input_name"_a,
       "input"_a,
-      "norm"_a,
+      "norm"_a.none(),
       "layers"_a,
-      "segments"_a,
+      "residual"_a.none(),
+      "alpha"_a,
+      "stream"_a.none(),
+      "What an operation gives for these arrays. A layer is LinearOperands or a module, which is read as it "
+      "is "
+      "now.");
+  m.def(
+      "add_product",
+      &add_product,
+      "operation"_a,
+      "product"_a,
       "residual"_a,
       "alpha"_a,
-      "activation"_a.none(),
-      "packing"_a,
-      "exact"_a,
-      "route"_a,
-      "stream"_a.none());
+      "``residual + alpha * product`` as one operation; None if ``product`` is not a linear layer's output "
+      "that "
+      "is still to be evaluated, or the residual is not like it.");
   m.def(
       "all_gradients",
       &all_gradients,
       "operation"_a,
-      "node"_a,
       "names"_a,
       "cotangents"_a,
-      "input_name"_a,
       "input"_a,
       "layers"_a,
-      "segments"_a,
       "has_bias"_a,
-      "route"_a,
       "stream"_a.none());
   m.def(
       "attention",
@@ -387,7 +379,7 @@ NB_MODULE(_ext, m) {
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a, "stream"_a.none());
   m.def(
       "difference",
-      [](std::vector<LinearTuple> layers) { return mlx_fused::difference(linears(layers)); },
+      [](const nb::sequence& layers) { return mlx_fused::difference(linears(layers)); },
       "layers"_a,
       "Why one operation cannot compute these layers of the same input; None if it can.");
   m.def(
@@ -400,41 +392,6 @@ NB_MODULE(_ext, m) {
       "mode"_a,
       "Whether we have kernels for weights of this format; other formats run on MLX's own operation.");
   m.def(
-      "is_same",
-      [](const mx::array& a, const mx::array& b) { return a.id() == b.id(); },
-      "a"_a,
-      "b"_a,
-      "Whether two Python arrays are the same MLX array.");
-  m.def(
-      "alias",
-      [](const mx::array& a) { return a; },
-      "a"_a,
-      "A second Python object for the same MLX array. It keeps its value when ``a`` is changed in place.");
-  m.def(
-      "kind",
-      [](nb::args modules) { return kind_of(modules, false); },
-      "What modules are, but for the values of their arrays: types, dtypes, shapes and settings, to "
-      "compare.");
-  m.def(
-      "identity",
-      [](nb::args modules) { return kind_of(modules, true); },
-      "The kind of modules, and which MLX arrays they hold.");
-  m.def(
-      "operands",
-      &operands,
-      "layer"_a,
-      "adapter"_a.none(),
-      "The present operands of a linear layer and its adapter, as LinearOperands has them; arrays are "
-      "aliases.");
-  m.def(
-      "environment",
-      [](const char* name) -> std::optional<std::string> {
-        auto value = std::getenv(name);
-        return value ? std::optional<std::string>(value) : std::nullopt;
-      },
-      "name"_a,
-      "The value of an environment variable; faster than os.environ.");
-  m.def(
       "last_decision",
       [] {
         auto& [route, source, reason] = mlx_fused::last_decision();
@@ -442,17 +399,6 @@ NB_MODULE(_ext, m) {
         return std::tuple<std::string, std::string, std::string>(name, source, reason);
       },
       "Of this thread's latest call: its route, what decided that, and why.");
-  m.def(
-      "can_norm",
-      [](const mx::array& x) {
-        return x.size() > 0 && mlx_fused::metal::can_norm(x.size() / x.shape(-1), x.shape(-1) * x.itemsize());
-      },
-      "x"_a,
-      "Whether a kernel for Metal that projects x may norm it as well.");
-  m.def(
-      "was_composed",
-      [] { return mlx_fused::last_decision().route == mlx_fused::Route::composed; },
-      "Whether MLX's own operations compute this thread's latest call.");
   m.def(
       "set_tuned_routes",
       &set_tuned_routes,
@@ -466,5 +412,7 @@ NB_MODULE(_ext, m) {
       "rows"_a,
       "The measured route of such calls; None if the built-in table decides.");
 
+  bind_patching(m);
+  bind_stand_ins(m);
   bind_internals(m);
 }

@@ -19,7 +19,7 @@ namespace {
 
 mx::array cross_entropy(
     const mx::array& x,
-    std::vector<LinearTuple> layer,
+    const nb::sequence& layer,
     const mx::array& targets,
     const OptionalArray& mask,
     const std::optional<int64_t>& ignore_index,

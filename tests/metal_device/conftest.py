@@ -69,7 +69,7 @@ class Recorder:
     def pytest_runtest_logreport(self, report):
         """A test fails if any of its phases does, and is skipped if none runs."""
         self.outcome = max(self.outcome, report.outcome, key=("passed", "skipped", "failed").index)
-        self.why += report.longreprtext if report.failed else ""
+        self.why += report.longreprtext if report.failed or hasattr(report, "wasxfail") else ""
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@
 #include "mlx/backend/metal/device.h"
 #include "mlx/transforms.h"
 #include "mlx_fused/activate.h"
+#include "mlx_fused/attention.h"
 #include "mlx_fused/norm.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/routing.h"
@@ -34,29 +35,18 @@ CommandEncoder& get_command_encoder(Stream) {
 namespace mlx_fused {
 
 // The CPU takes no part.
-void Projection::eval_cpu(const Arrays&, Arrays&) {
-  throw std::runtime_error("[Projection] was evaluated on the CPU.");
-}
-
-void ProjectionGrad::eval_cpu(const Arrays&, Arrays&) {
-  throw std::runtime_error("[ProjectionGrad] was evaluated on the CPU.");
-}
-
-void Activate::eval_cpu(const Arrays&, Arrays&) {
-  throw std::runtime_error("[Activate] was evaluated on the CPU.");
-}
-
-void ActivateGrad::eval_cpu(const Arrays&, Arrays&) {
-  throw std::runtime_error("[ActivateGrad] was evaluated on the CPU.");
-}
-
-void RMSNorm::eval_cpu(const Arrays&, Arrays&) {
-  throw std::runtime_error("[RMSNorm] was evaluated on the CPU.");
-}
-
-void RMSNormGrad::eval_cpu(const Arrays&, Arrays&) {
-  throw std::runtime_error("[RMSNormGrad] was evaluated on the CPU.");
-}
+#define NOT_ON_CPU(Primitive)                                               \
+  void Primitive::eval_cpu(const Arrays&, Arrays&) {                        \
+    throw std::runtime_error("[" #Primitive "] was evaluated on the CPU."); \
+  }
+NOT_ON_CPU(Projection)
+NOT_ON_CPU(ProjectionGrad)
+NOT_ON_CPU(Activate)
+NOT_ON_CPU(ActivateGrad)
+NOT_ON_CPU(RMSNorm)
+NOT_ON_CPU(RMSNormGrad)
+NOT_ON_CPU(Attention)
+NOT_ON_CPU(AttentionGrad)
 
 void check_cpu_settings() {}
 

@@ -18,9 +18,10 @@ from zoo import configs, exact
 FACTOR = 4
 
 # The parts, as the page calls them, and the node of each that no other has.
-LABELS = {"qkv": "q, k, v", "mlp": "MLP", "residual": "output", "linear": "others"}
+LABELS = {"qkv": "q, k, v", "attention": "attention", "mlp": "MLP", "residual": "output", "linear": "others"}
 LABELS |= {"norm": "norms", "experts": "experts"}
 _NODES = {"qkv": "FusedQKVProjection", "residual": "FusedOutputProjection", "norm": "FusedRMSNorm"}
+_NODES |= {"attention": "FusedAttention"}
 
 _EVALUATE = ("dbrx",)  # models whose own code evaluates arrays, which leaves no graph of them
 

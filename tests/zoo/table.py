@@ -38,11 +38,12 @@ mlx-lm's own code. {unknown} could not be run here.
 
 {summary}
 
-- **q, k, v**: in how many attention layers these projections were one operation, at every call. **MLP**: in
-  how many MLPs, shared experts among them, the layers before the last one were one operation with the
-  activation. **output**: in how many of both the last projection and the residual were one operation.
-  **others**: in how many modules every other linear layer ran on our operation. **norms**: how many of MLX's
-  RMS norms ran on our operation. **experts**: of a mixture of experts; these are MLX's gathered products.
+- **q, k, v**: in how many attention layers these projections were one operation, at every call.
+  **attention**: in how many attention itself was. **MLP**: in how many MLPs, shared experts among them, the
+  layers before the last one were one operation with the activation. **output**: in how many of both the last
+  projection and the residual were one operation. **others**: in how many modules every other linear layer
+  ran on our operation. **norms**: how many of MLX's RMS norms ran on our operation. **experts**: of a mixture
+  of experts; these are MLX's gathered products.
 - What is none of these, such as norms of classes of a model's own, runs as in mlx-lm.
 - The numbers are the largest error of the patched model's results, as a part of the largest value, and in
   parentheses the stock model's. Both are rounding ([the bound](#the-bound)).
@@ -70,10 +71,10 @@ The tests (`tests/test_parity.py`) measure every model anew and hold the page to
 
 ## The bound
 
-Both errors are differences from the same model with exact layers: its linear layers and RMS norms compute in
-float64 and round once, and the rest of its code runs as it is. The patched model's may be at most {factor}
-times the stock model's. The roundings of the two are independent and of one size, and the model amplifies
-both alike. Where it does so much, as recurrent layers do, both are large.
+Both errors are differences from the same model with exact layers: its linear layers, RMS norms and attention
+compute in float64 and round once, and the rest of its code runs as it is. The patched model's may be at most
+{factor} times the stock model's. The roundings of the two are independent and of one size, and the model
+amplifies both alike. Where it does so much, as recurrent layers do, both are large.
 """
 
 # Families that users know, by how the names of their models begin; any other model is among the last row's.

@@ -19,7 +19,7 @@ struct Mask {
   }
 };
 
-// What is attended to. The last query is at the place of the last key.
+// What is attended to. All arrays but masks have one type. The last query is at the place of the last key.
 struct Attention {
   View q, k, v;  // [batch, heads, places, size]
   float scale;
@@ -29,17 +29,18 @@ struct Attention {
   std::optional<View> sinks = {};  // [1, query heads]: a score of no value, for every query
 };
 
-// out = softmax(scale q k^T + mask) v, as [batch, heads, places, size], and log_sums = the logarithms of the
-// softmax's sums, [batch, heads, queries]. A query that sees no key because of bytes or of its place sees all
-// of them alike, as in MLX, unless there are sinks; one whose scores are all -inf gets 0.
-void attend(const Attention& of, const View& out, float* log_sums);
+// out = softmax(scale q k^T + mask) v, as [batch, heads, places, size], and for each
+// query what its softmax is made with, [batch, heads, queries, 2]: a shift and a factor, p = factor e^(score
+// - shift). A query that sees no key because of bytes or of its place sees all of them alike, as in MLX,
+// unless there are sinks; one whose scores are all -inf gets 0.
+void attend(const Attention& of, const View& out, float* softmaxes);
 
 // The gradients where `cotangent` is that of out: of q, k and v and, if wanted, of the sinks.
 void attend_grad(
     const Attention& of,
     const View& cotangent,
     const View& out,
-    const float* log_sums,
+    const float* softmaxes,
     const View& dq,
     const View& dk,
     const View& dv,

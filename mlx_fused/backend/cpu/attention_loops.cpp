@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "mlx_fused/backend/cpu/exponential.h"
+#include "mlx_fused/backend/cpu/column_loops.h"
 
 namespace mlx_fused::cpu::MLX_FUSED_ISA {
 
@@ -32,10 +32,6 @@ void store(float* to, Float v, int64_t n) {
   } else {
     __builtin_memcpy(to, &v, n * sizeof(float));
   }
-}
-
-Float larger(Float a, Float b) {
-  return a > b ? a : b;
 }
 
 // The sum of weights times rows for rows_m rows of weights and `vectors` vectors of columns.
@@ -125,21 +121,8 @@ void weighted_as(
 
 template <int vectors>
 void softmax_of(float* scores, int64_t n, int64_t ld, float* largest, float* sums) {
-  Float best[vectors], sinks[vectors], shift[vectors], sum[vectors];
-  for (int v = 0; v < vectors; ++v) {
-    best[v] = sinks[v] = Float32::load(largest + v * lanes);
-  }
-  for (int64_t i = 0; i < n; ++i) {
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      best[v] = larger(Float32::load(scores + i * ld + v * lanes), best[v]);
-    }
-  }
-  for (int v = 0; v < vectors; ++v) {
-    // Of nothing but -inf every power is 0, of nothing but NaN it is NaN.
-    shift[v] = best[v] == -__builtin_inff() ? Float{} : best[v];
-    sum[v] = exp(sinks[v] - shift[v]);
-  }
+  Float shift[vectors], sum[vectors];
+  start_softmax(scores, n, ld, largest, shift, sum);
   for (int64_t i = 0; i < n; ++i) {
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
@@ -150,19 +133,18 @@ void softmax_of(float* scores, int64_t n, int64_t ld, float* largest, float* sum
     }
   }
   for (int v = 0; v < vectors; ++v) {
-    Float32::store(largest + v * lanes, best[v]);
     Float32::store(sums + v * lanes, sum[v]);
   }
 }
 
 template <int vectors>
 void softmax_grad_of(
-    float* scores, float* grads, int64_t n, int64_t ld, const float* log_sums, const float* deltas) {
+    float* scores, float* grads, int64_t n, int64_t ld, const Shares& shares, const float* deltas) {
   for (int64_t i = 0; i < n; ++i) {
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       int64_t at = i * ld + v * lanes;
-      Float p = exp(Float32::load(scores + at) - Float32::load(log_sums + v * lanes));
+      Float p = share(Float32::load(scores + at), shares, v * lanes);
       Float32::store(scores + at, p);
       Float32::store(grads + at, p * (Float32::load(grads + at) - Float32::load(deltas + v * lanes)));
     }
@@ -264,9 +246,9 @@ void softmax(float* scores, int64_t n, int64_t cols, float* largest, float* sums
 }
 
 void softmax_grad(
-    float* scores, float* grads, int64_t n, int64_t cols, const float* log_sums, const float* deltas) {
+    float* scores, float* grads, int64_t n, int64_t cols, const Shares& shares, const float* deltas) {
 #define STRIP(vectors) \
-  softmax_grad_of<vectors>(scores + col, grads + col, n, cols, log_sums + col, deltas + col)
+  softmax_grad_of<vectors>(scores + col, grads + col, n, cols, shares.from(col), deltas + col)
   FOR_STRIPS(cols, STRIP)
 #undef STRIP
 }

@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "mlx_fused/backend/cpu/sgemm.h"
 
@@ -103,6 +104,11 @@ bool add_mask(const Attention& of, int64_t batch, int64_t head, int64_t row, Ran
 
 }  // namespace
 
+int64_t per_word(const Attention& of) {
+  bool is_bfloat16 = of.q.type == Type::bfloat16;
+  return is_bfloat16 && bfloat16_kernels() && !by_library() && of.scale > 0 ? 2 : 1;
+}
+
 int64_t panel_rows() {
   return by_library() ? max_panel_cols : panel_vectors * kernels().lanes;
 }
@@ -132,8 +138,8 @@ Panel panel_of(const Attention& of, int64_t batch, int64_t kv_head, int64_t row,
       include(seen_by_place(of, i));
     }
   }
-  return {
-      batch, kv_head, row, rows, (rows + lanes - 1) / lanes * lanes, std::min(all.first, all.last), all.last};
+  int64_t of_word = per_word(of), first = std::min(all.first, all.last) / of_word * of_word;
+  return {batch, kv_head, row, rows, (rows + lanes - 1) / lanes * lanes, first, all.last, of_word};
 }
 
 View head_of(const View& v, int64_t batch, int64_t head) {
@@ -143,34 +149,70 @@ View head_of(const View& v, int64_t batch, int64_t head) {
   return one;
 }
 
-Slices::Slices(const View& head, const Panel& p, float factor, float* memory)
-    : data_(memory), dim_(head.dim), cols_(p.cols) {
-  int64_t lanes = kernels().lanes, vectors = padded(dim_) / lanes;
-  int64_t count = by_library() ? 1 : (vectors + panel_vectors - 1) / panel_vectors;
-  width_ = count == 0 ? 0 : (vectors + count - 1) / count * lanes;
-  std::fill_n(memory, size(dim_, cols_), 0.0f);
-  for_each([&](const float*, int64_t col, int64_t width) {
-    float* slice = memory + col * cols_;
-    if (col < dim_) {
-      load(
-          head,
-          {.row = p.row, .rows = p.rows, .col = col, .cols = std::min(width, dim_ - col)},
-          slice,
-          width);
-    }
-  });
-  if (factor != 1) {
-    std::transform(memory, memory + size(dim_, cols_), memory, [&](float x) { return x * factor; });
+void load_rows(const View& head, int64_t first, int64_t n, int64_t per_word, float* to) {
+  Tile t{.row = first, .rows = n, .col = 0, .cols = head.dim};
+  if (per_word == 1) {
+    return load(head, t, to, head.dim);
+  }
+  int64_t ld = words(head.dim, 2);
+  if (head.dim % 2 != 0) {
+    std::fill_n(to, n * ld, 0.0f);
+  }
+  copy(head, t, reinterpret_cast<uint16_t*>(to), 2 * ld);
+}
+
+void load_columns(const View& head, int64_t first, int64_t n, int64_t per_word, float* to) {
+  if (per_word == 1) {
+    return load_rows(head, first, n, 1, to);
+  }
+  std::vector<uint16_t> pair(2 * head.dim);
+  for (int64_t j = 0; j < n; j += 2) {
+    int64_t rows = std::min<int64_t>(2, n - j);
+    copy(head, {.row = first + j, .rows = rows, .col = 0, .cols = head.dim}, pair.data(), head.dim);
+    auto second = rows == 2 ? pair.data() + head.dim : nullptr;
+    bfloat16_kernels()->pair_rows(pair.data(), second, to + j / 2 * head.dim, head.dim);
   }
 }
 
-void Slices::transpose(float* to) const {
-  for_each([&](const float* slice, int64_t col, int64_t width) {
-    kernels().transpose(slice, cols_, width, width, to + col * cols_, cols_);
+void load_rows(const View& head, const Panel& p, float* to) {
+  int64_t ld = row_words(head.dim, p);
+  Tile t{.row = p.row, .rows = p.rows, .col = 0, .cols = head.dim};
+  std::fill_n(to, ld * p.cols, 0.0f);
+  if (p.per_word == 2) {
+    copy(head, t, reinterpret_cast<uint16_t*>(to), 2 * ld);
+  } else {
+    load(head, t, to, ld);
+  }
+}
+
+void make_panel(const float* rows, int64_t dim, const Panel& p, float factor, float* to) {
+  int64_t ld = row_words(dim, p);
+  kernels().transpose(rows, p.cols, ld, ld, to, p.cols);
+  if (p.per_word == 1) {
+    std::transform(to, to + ld * p.cols, to, [&](float x) { return factor * x; });
+  }
+}
+
+Slices::Slices(const float* rows, int64_t dim, const Panel& p, float* memory)
+    : data_(memory), dim_(dim), depth_(words(p.cols, p.per_word)) {
+  int64_t lanes = kernels().lanes, vectors = padded(dim_) / lanes, ld = row_words(dim, p);
+  int64_t count = by_library() ? 1 : (vectors + panel_vectors - 1) / panel_vectors;
+  width_ = count == 0 ? 0 : (vectors + count - 1) / count * lanes;
+  for_each([&](const float*, int64_t col, int64_t width) {
+    for (int64_t i = 0; i < depth_; ++i) {
+      float* to = memory + col * depth_ + i * width;
+      if (p.per_word == 2) {
+        auto pair = reinterpret_cast<const uint16_t*>(rows + 2 * i * ld) + col;
+        bfloat16_kernels()->pair_rows(pair, pair + 2 * ld, to, width);
+      } else {
+        std::copy_n(rows + i * ld + col, width, to);
+      }
+    }
   });
 }
 
 void multiply(
+    int64_t per_word,
     const Words& w,
     int64_t n,
     int64_t depth,
@@ -189,11 +231,23 @@ void multiply(
     int64_t ld = transpose ? std::max(w.word_stride, n) : std::max(w.row_stride, depth);
     sgemm(transpose, false, n, cols, depth, data, ld, x, cols, accumulate, y, ldy);
   } else {
+    auto panel = per_word == 2 ? bfloat16_kernels()->panel : kernels().panel;
     for (int64_t p = 0; p < depth; p += depth_block) {
       Words part{data + p * w.word_stride, w.row_stride, w.word_stride};
-      int64_t words = std::min(depth_block, depth - p);
-      kernels().panel(x + p * cols, cols, part, n, words, y, ldy, accumulate || p > 0);
+      panel(x + p * cols, cols, part, n, std::min(depth_block, depth - p), y, ldy, accumulate || p > 0);
     }
+  }
+}
+
+void score(const Attention& of, const Panel& p, const float* keys, const float* q, float* scores) {
+  int64_t depth = words(of.q.dim, p.per_word);
+  if (p.per_word == 2 && depth > 0) {
+    // The queries' words cannot hold them multiplied by the scale.
+    Groups all{
+        .count = 1, .words = depth, .scales = &of.scale, .biases = nullptr, .ld = 0, .x_sums = nullptr};
+    bfloat16_kernels()->group_panel(q, p.cols, {keys, depth, 1}, p.keys(), all, scores, p.cols, false);
+  } else {
+    multiply(p.per_word, {keys, depth, 1}, p.keys(), depth, q, p.cols, scores, p.cols, false);
   }
 }
 
@@ -239,6 +293,13 @@ void PanelMask::hide_by_place(float* scores) {
     for (int64_t j = std::max(seen.last, p_.first); j < p_.last; ++j) {
       scores[(j - p_.first) * p_.cols + i] = -infinity;
     }
+  }
+}
+
+void PanelMask::clear_unseen(float* grads, float* deltas) const {
+  fill_unseen(grads, 0);
+  for (int64_t i = 0; i < p_.rows; ++i) {
+    deltas[i] = unseen_[i] ? 0 : deltas[i];
   }
 }
 

@@ -1,5 +1,6 @@
 // Loops on bfloat16 operands for CPUs with AVX512-BF16, whose instruction adds two products to each float32.
 // It rounds after each addition, to nearest even, and takes subnormals as zero. See vectors.h.
+#include "mlx_fused/backend/cpu/bfloat16_attention_loops.h"
 #include "mlx_fused/backend/cpu/panel_loops.h"
 #include "mlx_fused/backend/cpu/quantized_formats.h"
 
@@ -407,6 +408,9 @@ const BFloat16Kernels bfloat16_table = {
     .group_panel = group_panel,
     .codes = codes,
     .scales = scales,
-    .packed = {packed_length, pack, packed_dots}};
+    .packed = {packed_length, pack, packed_dots},
+    .pair_rows = pair_rows,
+    .softmax = softmax_pairs,
+    .softmax_grad = softmax_grad_pairs};
 
 }  // namespace mlx_fused::cpu::MLX_FUSED_ISA

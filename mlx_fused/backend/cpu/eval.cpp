@@ -326,9 +326,9 @@ void Attention::eval_cpu(const Arrays& inputs, Arrays& outputs) {
       stream(),
       inputs,
       outputs,
-      [of = attention_of(kind_, inputs.data()), out = view_of(outputs[0]), sums = outputs[1].data<float>()] {
-        cpu::attend(of, out, sums);
-      });
+      [of = attention_of(kind_, inputs.data()),
+       out = view_of(outputs[0]),
+       softmaxes = outputs[1].data<float>()] { cpu::attend(of, out, softmaxes); });
 }
 
 void AttentionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
@@ -340,8 +340,8 @@ void AttentionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   auto cotangent = view_of(inputs[0]), out = view_of(inputs[1]);
   auto grads = views_of(outputs);
   auto d_sinks = kind_.has_sinks ? std::optional(grads[3]) : std::nullopt;
-  dispatch(stream(), inputs, outputs, [=, sums = inputs[2].data<float>()] {
-    cpu::attend_grad(of, cotangent, out, sums, grads[0], grads[1], grads[2], d_sinks);
+  dispatch(stream(), inputs, outputs, [=, softmaxes = inputs[2].data<float>()] {
+    cpu::attend_grad(of, cotangent, out, softmaxes, grads[0], grads[1], grads[2], d_sinks);
   });
 }
 

@@ -20,6 +20,15 @@ struct PackedDots {
   void (*dots)(const float* x, int64_t m, const Quantized& w, int64_t row, int64_t n, float* y, int64_t ldy);
 };
 
+// Of columns of scores: p = factor e^(score - shift).
+struct Shares {
+  const float *shifts, *factors;
+
+  Shares from(int64_t col) const {
+    return {shifts + col, factors + col};
+  }
+};
+
 // The vector loops, a table of functions per instruction set. All rows have unit stride.
 struct Kernels {
   // y[i * ldy + j] = the dot product of row i of x and row j of w, both of length k, for i < m and j < n
@@ -68,9 +77,9 @@ struct Kernels {
   // scores = e^(scores - largest), sums = their sums; largest, of each column, is given as what counts beside
   // the scores
   void (*softmax)(float* scores, int64_t n, int64_t cols, float* largest, float* sums);
-  // scores = p = e^(scores - log_sum), grads = p (grads - delta)
+  // scores = p, grads = p (grads - delta)
   void (*softmax_grad)(
-      float* scores, float* grads, int64_t n, int64_t cols, const float* log_sums, const float* deltas);
+      float* scores, float* grads, int64_t n, int64_t cols, const Shares& shares, const float* deltas);
   // to[j * ld_to + i] = from[i * ld + j]; rows and cols are multiples of lanes
   void (*transpose)(const float* from, int64_t rows, int64_t cols, int64_t ld, float* to, int64_t ld_to);
   // The same of one query, whose scores are a row.
@@ -135,6 +144,20 @@ struct BFloat16Kernels {
   // The scales, and the biases if there are any, of n groups from `group` on. Fills whole vectors of 16.
   void (*scales)(const Quantized& w, int64_t row, int64_t group, int64_t n, float* scales, float* biases);
   PackedDots packed;  // as that of Kernels but for mxfp8; x must hold what bfloat16 can
+  // Of attention. to[i] = the word of a[i] and b[i], or of a[i] and 0 if b is null
+  void (*pair_rows)(const uint16_t* a, const uint16_t* b, float* to, int64_t n);
+  // As those of Kernels, but rounded to bfloat16. The powers of keys 2 j and 2 j + 1 are the words of row j.
+  decltype(Kernels::softmax) softmax;
+  // p and its gradient ds replace scores and grads, as rows of cols elements; pairs has also ds, as powers
+  // are by softmax.
+  void (*softmax_grad)(
+      float* scores,
+      float* grads,
+      float* pairs,
+      int64_t n,
+      int64_t cols,
+      const Shares& shares,
+      const float* deltas);
 };
 
 // Null if the CPU has no such instructions, or MLX_FUSED_MAX_ISA does not allow them.

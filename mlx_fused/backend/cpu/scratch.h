@@ -8,7 +8,7 @@ namespace mlx_fused::cpu {
 
 // Who uses a scratch buffer of a thread. Users nest, so each has its own buffer: an operation with adapters
 // holds one while its products run, a product while its tasks run, a task while its epilogue runs, and one
-// for the gate that its second output is multiplied with. A task of the gradient of attention has two.
+// for the gate that its second output is multiplied with. A task of the gradient of attention has three.
 enum class Holder { operation, product, task, epilogue, gate };
 
 // Memory of this thread for `count` floats, aligned for vectors. It is kept for the next call, because page

@@ -12,6 +12,10 @@ constexpr int64_t chunk = 256;  // reasoned, not measured: 1 KB of stack, which 
 
 template <typename Word>
 void copy(const void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t n) {
+  if (from_stride == 1 && to_stride == 1) {
+    std::memcpy(to, from, n * sizeof(Word));
+    return;
+  }
   for (int64_t i = 0; i < n; ++i) {
     static_cast<Word*>(to)[i * to_stride] = static_cast<const Word*>(from)[i * from_stride];
   }

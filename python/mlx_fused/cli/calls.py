@@ -132,6 +132,31 @@ def make_calls(sizes: Sizes, weights: str, rows: int) -> list[Call]:
     ]
 
 
+def make_weightless(sizes: Sizes, weights: str, rows: int) -> list[Call]:
+    """What a block has besides linear layers: a norm, and causal attention. They have no routes."""
+
+    def normal(*shape: int) -> mx.array:
+        return mx.random.normal(shape).astype(WEIGHTS[weights])
+
+    heads = (sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads)
+    qkv = [normal(1, n, rows, sizes.head_dim) for n in heads]
+    causal = {"scale": sizes.head_dim**-0.5, "mask": "causal"}
+    return [
+        Call(
+            "norm",
+            [normal(1, rows, sizes.hidden), normal(sizes.hidden)],
+            lambda x, w: [mx.fast.rms_norm(x, w, 1e-5)],
+            lambda x, w: [mlx_fused.fused_rms_norm(x, w, 1e-5)],
+        ),
+        Call(
+            "attention",
+            qkv,
+            lambda *qkv: [mx.fast.scaled_dot_product_attention(*qkv, **causal)],
+            lambda *qkv: [mlx_fused.fused_attention(*qkv, **causal)],
+        ),
+    ]
+
+
 def make_block(sizes: Sizes, weights: str, rows: int) -> Call:
     """A transformer block of mlx-lm's Llama, stock and patched."""
     from mlx_lm.models.llama import ModelArgs, TransformerBlock

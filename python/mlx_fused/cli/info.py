@@ -1,5 +1,6 @@
 """``mlx-fused info``: what is installed, what it runs on, and who computes what."""
 
+import io
 import os
 import platform
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import mlx.core as mx
 
 import mlx_fused
 from mlx_fused import _ext, tuning
-from mlx_fused.cli.calls import Call, Sizes, make_calls
+from mlx_fused.cli.calls import Call, Sizes, make_calls, make_weightless
 from mlx_fused.cli.output import json_option, print_json
 
 ROWS = (1, 8, 128, 1024)
@@ -90,16 +91,26 @@ def _kernels() -> str:
 
 def routes() -> Iterator[tuple[str, list[Decision]]]:
     """For each kind of call, what was decided at each of ``ROWS``: such calls are made, but not evaluated."""
-    for weights in ("bfloat16", "4-bit", "4-bit + LoRA"):
-        by_rows = [make_calls(Sizes(), weights, rows) for rows in ROWS]
+    made = [(weights, make_calls, _decision) for weights in ("bfloat16", "4-bit", "4-bit + LoRA")]
+    for weights, make, decide in [*made, ("bfloat16", make_weightless, _of_device)]:
+        by_rows = [make(Sizes(), weights, rows) for rows in ROWS]
         for calls in zip(*by_rows, strict=True):
-            yield f"{weights}: {calls[0].name}", [_decision(call) for call in calls]
-            yield f"{weights}: {calls[0].name}, gradient", [_decision(call.gradient()) for call in calls]
+            yield f"{weights}: {calls[0].name}", [decide(call) for call in calls]
+            yield f"{weights}: {calls[0].name}, gradient", [decide(call.gradient()) for call in calls]
 
 
 def _decision(call: Call) -> Decision:
     call.fused(*call.inputs)
     return Decision(*_ext.last_decision())
+
+
+def _of_device(call: Call) -> Decision:
+    """Of an operation without a route, as its graph shows it."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *call.fused(*call.inputs))
+    if "Fused" in graph.getvalue():
+        return Decision("fused", "no route", "One operation, where MLX's is several on a CPU.")
+    return Decision("composed", "no kernel", "MLX's own is one operation on a GPU.")
 
 
 def _version(distribution: str) -> str:

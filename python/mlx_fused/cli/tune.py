@@ -96,8 +96,10 @@ def _show(out, calls: table.Calls) -> None:
     from rich import box
     from rich.table import Table
 
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="speedup of our kernels over MLX's operations")
-    shown.add_column("tokens")
+    # No padding, so that a terminal of 80 columns has room for all.
+    caption = "speedup of our kernels over MLX's operations"
+    shown = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=caption)
+    shown.add_column("tokens", no_wrap=True)
     for m in measure.ROWS:
         shown.add_column(str(m), justify="right", no_wrap=True)
     for n, timings in enumerate(calls.values(), 1):

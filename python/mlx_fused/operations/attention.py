@@ -9,6 +9,8 @@ import mlx.core as mx
 from mlx_fused import _ext
 from mlx_fused.operations.call import Stream, check_kinds
 
+_MANY = 2**31 - 1  # keys, more than any array has
+
 
 def fused_attention(
     q: mx.array,
@@ -25,7 +27,7 @@ def fused_attention(
 
     Equivalent to ``mx.fast.scaled_dot_product_attention``. Scores are never rounded: they are computed and
     summed in float32, and the result is rounded once. Of the scores nothing is kept: the backward pass keeps
-    ``q``, ``k``, ``v``, the result, and four bytes for each query of each head, and computes them again. On
+    ``q``, ``k``, ``v``, the result, and eight bytes for each query of each head, and computes them again. On
     GPUs this is MLX's own.
 
     A query whose keys are all hidden, by a boolean mask or by its place, gets the mean of all values or, with
@@ -60,6 +62,10 @@ def fused_attention(
     try:
         if type(scale) is mx.array:
             raise TypeError  # the extension would take it for a number, and its gradient would be lost
+        if type(window) is bool:
+            raise TypeError("[fused_attention] window must be int but got bool.")
+        if type(window) is int:
+            window = min(window, _MANY)
         return _ext.attention(q, k, v, scale, mask, window, sinks, stream)
     except TypeError:
         given = {"q": q, "k": k, "v": v, "scale": scale, "mask": mask, "window": window, "sinks": sinks}

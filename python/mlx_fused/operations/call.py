@@ -16,53 +16,49 @@ Norm: TypeAlias = tuple[mx.array | None, float] | None
 _ARRAY = mx.array
 
 
+def operation_of(
+    name: str, node: str, input: str, segments, exact, route, activation=None, packing="in_order"
+) -> _ext.Operation:
+    """An operation without its arrays. ``segments`` are the features and heads of each output."""
+    try:
+        if activation and _ARRAY in map(type, activation[2:]):
+            raise TypeError
+        return _ext.Operation(name, node, input, segments, activation, packing, exact, route)
+    except TypeError:
+        alpha, limit = activation[2:] if activation else (1.0, 0.0)
+        check_kinds(name, {"alpha": alpha, "limit": limit, "exact": exact, "route": route}, [])
+        raise
+
+
 def project(
-    operation, node, name, x, layers, segments, exact, route, stream,
-    residual=None, alpha=1.0, activation=None, packing="in_order", norm=None,
-) -> list[mx.array]:  # fmt: skip
+    operation: _ext.Operation, x, layers, stream, residual=None, alpha=1.0, norm=None
+) -> list[mx.array]:
     try:
         # The extension would take an array for a number, and its gradient would be lost.
-        if type(alpha) is _ARRAY or (activation and _ARRAY in map(type, activation[2:])):
-            raise TypeError
-        if type(norm) in (tuple, list) and _ARRAY in map(type, norm[1:]):
+        if type(alpha) is _ARRAY or (type(norm) in (tuple, list) and _ARRAY in map(type, norm[1:])):
             raise TypeError
         for layer in layers:
             if type(layer.lora_scale) is _ARRAY:
                 raise TypeError
-        return _ext.project(
-            operation, node, name, x, norm, layers, segments, residual, alpha,
-            activation, packing, exact, route, stream,
-        )  # fmt: skip
+        return _ext.project(operation, x, norm, layers, residual, alpha, stream)
     except TypeError:
+        name = operation.name
         if norm is not None and (type(norm) not in (tuple, list) or len(norm) != 2):
             got = type(norm).__name__ if type(norm) not in (tuple, list) else f"{len(norm)} values"
-            raise TypeError(f"[{operation}] norm must be a tuple (weight, eps) but got {got}.") from None
+            raise TypeError(f"[{name}] norm must be a tuple (weight, eps) but got {got}.") from None
         weight, eps = norm or (None, 0.0)
-        given = {
-            name: x,
-            "norm[0]": weight,
-            "norm[1]": eps,
-            "residual": residual,
-            "alpha": activation[2] if activation else alpha,
-            "limit": activation[3] if activation else 0.0,
-            "exact": exact,
-            "route": route,
-            "stream": stream,
-        }
-        check_kinds(operation, given, layers)
+        given = {"norm[0]": weight, "norm[1]": eps, "residual": residual, "alpha": alpha, "stream": stream}
+        check_kinds(name, {operation.input: x} | given, layers)
         raise
 
 
-def all_gradients(operation, node, names, cotangents, name, x, layers, segments, has_bias, route, stream):
+def all_gradients(operation: _ext.Operation, names, cotangents, x, layers, has_bias, stream):
     try:
-        return _ext.all_gradients(
-            operation, node, names, cotangents, name, x, layers, segments, has_bias, route, stream
-        )
+        return _ext.all_gradients(operation, names, cotangents, x, layers, has_bias, stream)
     except TypeError:
         given = dict(zip(names, cotangents, strict=True))
-        check_kinds(
-            operation, given | {name: x, "has_bias": has_bias, "route": route, "stream": stream}, layers
-        )
+        given |= {operation.input: x, "has_bias": has_bias, "stream": stream}
+        check_kinds(operation.name, given, layers)
         raise
 
 
@@ -111,6 +107,15 @@ def check_kinds(operation: str, given: dict[str, object], layers: list[LinearOpe
             raise TypeError(
                 f"[{operation}] {name} must be {expected} but got {type(value).__name__}."
             ) from None
+
+
+def check_sizes(owner: str, sizes: dict[str, int]) -> None:
+    """Say which is no integer, or less than 1, if one is."""
+    for name, size in sizes.items():
+        if not hasattr(size, "__index__"):
+            raise TypeError(f"[{owner}] {name} must be int but got {type(size).__name__}.") from None
+        if size < 1:
+            raise ValueError(f"[{owner}] {name} must be at least 1 but got {size}.")
 
 
 def dense_layers(operation: str, weight: mx.array | tuple[mx.array, ...]) -> list[LinearOperands]:

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias, get_args
 
 import mlx.core as mx
 
+from mlx_fused._ext import Operation
 from mlx_fused.linear import LinearOperands
 from mlx_fused.operations.call import (
     OF_LAYER,
@@ -16,6 +17,7 @@ from mlx_fused.operations.call import (
     batched,
     layer_of,
     layers_of,
+    operation_of,
     project,
     unbatched,
 )
@@ -65,15 +67,19 @@ def fused_linear(
             names the argument, what it must be and what it is. Also if the gradient of a quantized weight is
             asked for.
     """
-    operation = "fused_linear"
-    of = None if activation is None else _activation(operation, activation, _ACTIVATIONS)
-    layers = [layer_of(operation, weight, bias)]
-    x, leading = batched(operation, x)
-    (y,) = project(
-        operation, "FusedLinear", "x", x, layers, [OF_LAYER], exact, route, stream,
-        norm=norm, activation=of,
-    )  # fmt: skip
+    operation = linear_operation(activation, exact, route)
+    layers = [layer_of(operation.name, weight, bias)]
+    x, leading = batched(operation.name, x)
+    (y,) = project(operation, x, layers, stream, norm=norm)
     return y if leading is None else unbatched(y, leading)
+
+
+def linear_operation(
+    activation: Activation | None = None, exact: bool = False, route: Route = None
+) -> Operation:
+    name = "fused_linear"
+    of = None if activation is None else _activation(name, activation, _ACTIVATIONS)
+    return operation_of(name, "FusedLinear", "x", [OF_LAYER], exact, route, of)
 
 
 def fused_gated_projection(
@@ -130,34 +136,42 @@ def fused_gated_projection(
             if the two layers differ in quantization, or only one has a bias. The message names the argument,
             what it must be and what it is. Also if the gradient of a quantized weight is asked for.
     """
-    operation = "fused_gated_projection"
-    kind, *_ = _activation(operation, activation, (*_ACTIVATIONS, "clipped_swiglu"))
-    if packing not in tuple(_PACKINGS):
-        expected = ", ".join(map(repr, _PACKINGS))
-        raise ValueError(f"[{operation}] packing must be one of {expected} but got {packing!r}.")
-    if isinstance(limit, (int, float)) and not limit >= 0:
-        raise ValueError(f"[{operation}] limit must be at least 0 but got {limit}.")
-    layers = layers_of(operation, weight, bias, ("gate", "up"))
-    segments = [OF_LAYER] * 2
+    operation = gated_operation(activation, alpha, limit, packing, exact, route)
+    layers = layers_of(operation.name, weight, bias, ("gate", "up"))
     if len(layers) == 2 and packing != "gate_up":
         raise ValueError(
-            f"[{operation}] packing must be left out where weight is a tuple but got {packing!r}."
+            f"[{operation.name}] packing must be left out where weight is a tuple but got {packing!r}."
         )
     if len(layers) == 1:
         packed = layers[0].weight
         rows = packed.shape[0] if isinstance(packed, mx.array) and packed.ndim else 0
         if rows % 2:
-            raise ValueError(
-                f"[{operation}] weight must have an even number of rows, gate's and up's, but got {rows}."
-            )
-        segments = [(rows // 2, 0)] * 2
-    of = (kind, True, alpha, limit) if kind == "clipped_swiglu" else (kind, True, 1.0, inf)
-    x, leading = batched(operation, x)
-    (y,) = project(
-        operation, "FusedGatedProjection", "x", x, layers, segments, exact, route, stream,
-        norm=norm, activation=of, packing=_PACKINGS[packing],
-    )  # fmt: skip
+            must = "weight must have an even number of rows, gate's and up's,"
+            raise ValueError(f"[{operation.name}] {must} but got {rows}.")
+    x, leading = batched(operation.name, x)
+    (y,) = project(operation, x, layers, stream, norm=norm)
     return y if leading is None else unbatched(y, leading)
+
+
+def gated_operation(
+    activation: str = "silu",
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    packing: str = "gate_up",
+    exact: bool = False,
+    route: Route = None,
+) -> Operation:
+    name = "fused_gated_projection"
+    kind, *_ = _activation(name, activation, (*_ACTIVATIONS, "clipped_swiglu"))
+    if packing not in tuple(_PACKINGS):
+        expected = ", ".join(map(repr, _PACKINGS))
+        raise ValueError(f"[{name}] packing must be one of {expected} but got {packing!r}.")
+    if isinstance(limit, (int, float)) and not limit >= 0:
+        raise ValueError(f"[{name}] limit must be at least 0 but got {limit}.")
+    of = (kind, True, alpha, limit) if kind == "clipped_swiglu" else (kind, True, 1.0, inf)
+    return operation_of(
+        name, "FusedGatedProjection", "x", [OF_LAYER] * 2, exact, route, of, _PACKINGS[packing]
+    )
 
 
 _ACTIVATIONS = get_args(Activation)

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias, overload
 
 import mlx.core as mx
 
+from mlx_fused._ext import Operation
 from mlx_fused.linear import LinearOperands
 from mlx_fused.operations.call import (
     OF_LAYER,
@@ -15,8 +16,10 @@ from mlx_fused.operations.call import (
     Route,
     Stream,
     all_gradients,
+    check_sizes,
     dense_layers,
     layers_of,
+    operation_of,
     project,
 )
 
@@ -136,18 +139,23 @@ def fused_qkv_projection(
             has an unknown value. The message names the argument, what it must be and what it is. Also if the
             gradient of a quantized weight is asked for.
     """
-    operation = "fused_qkv_projection"
-    layers = layers_of(operation, weight, bias, ("q", "k", "v"))
+    name = "fused_qkv_projection"
+    layers = layers_of(name, weight, bias, ("q", "k", "v"))
     heads = num_heads, num_kv_heads, head_dim, v_head_dim
     if split_heads or len(layers) == 1 or heads != (None,) * 4:
-        segments = _segments(operation, *heads, split_heads)
+        segments = _segments(name, *heads, split_heads)
     else:
         segments = [OF_LAYER] * 3
-    return tuple(
-        project(
-            operation, "FusedQKVProjection", "input", input, layers, segments, exact, route, stream, norm=norm
-        )
-    )
+    return tuple(project(_operation(name, segments, exact, route), input, layers, stream, norm=norm))
+
+
+def qkv_operation(exact: bool = False, route: Route = None) -> Operation:
+    """Of three layers, whose outputs are not split into heads."""
+    return _operation("fused_qkv_projection", [OF_LAYER] * 3, exact, route)
+
+
+def _operation(name: str, segments, exact: bool, route: Route) -> Operation:
+    return operation_of(name, "FusedQKVProjection", "input", segments, exact, route)
 
 
 def fused_qkv_projection_bwd(
@@ -192,20 +200,12 @@ def fused_qkv_projection_bwd(
         TypeError: If an argument is of a wrong type, such as a :class:`LinearOperands`.
         ValueError: If a rank, shape, dtype, head count or ``route`` is wrong.
     """
-    operation = "fused_qkv_projection_bwd"
-    layers = dense_layers(operation, weight)
+    name = "fused_qkv_projection_bwd"
+    layers = dense_layers(name, weight)
+    segments = _segments(name, num_heads, num_kv_heads, head_dim, v_head_dim, True)
+    operation = _operation(name, segments, False, route)
     d_input, *of_segments = all_gradients(
-        operation,
-        "FusedQKVProjection",
-        ["dq", "dk", "dv"],
-        [dq, dk, dv],
-        "input",
-        input,
-        layers,
-        _segments(operation, num_heads, num_kv_heads, head_dim, v_head_dim, True),
-        has_bias,
-        route,
-        stream,
+        operation, ["dq", "dk", "dv"], [dq, dk, dv], input, layers, has_bias, stream
     )
     d_weight, d_bias = of_segments[:3], of_segments[3:]
     form = partial(mx.concatenate, stream=stream) if len(layers) == 1 else tuple
@@ -227,10 +227,13 @@ def _segments(
             f"[{operation}] {_HEADS[given.index(None)]} must be given but got None; heads may be left out, "
             "all of them, with split_heads=False and a tuple of three weights."
         )
-    num_heads, num_kv_heads, head_dim, v_head_dim = heads = tuple(map(index, given))
+    try:
+        num_heads, num_kv_heads, head_dim, v_head_dim = heads = tuple(map(index, given))
+    except TypeError:
+        check_sizes(operation, dict(zip(_HEADS, given, strict=True)))
+        raise
     if min(heads) < 1:
-        name, value = next((n, v) for n, v in zip(_HEADS, heads, strict=True) if v < 1)
-        raise ValueError(f"[{operation}] {name} must be at least 1 but got {value}.")
+        check_sizes(operation, dict(zip(_HEADS, heads, strict=True)))
     if num_heads % num_kv_heads:
         raise ValueError(
             f"[{operation}] num_heads must be a multiple of num_kv_heads "

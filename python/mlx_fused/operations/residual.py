@@ -6,6 +6,7 @@ from typing import overload
 
 import mlx.core as mx
 
+from mlx_fused._ext import Operation
 from mlx_fused.linear import LinearOperands
 from mlx_fused.operations.call import (
     OF_LAYER,
@@ -15,6 +16,7 @@ from mlx_fused.operations.call import (
     batched,
     dense_layers,
     layer_of,
+    operation_of,
     project,
     unbatched,
 )
@@ -75,18 +77,24 @@ def fused_output_projection_residual(
         ValueError: If a rank, shape, dtype, quantization or ``route`` is wrong. The message names the
             argument, what it must be and what it is. Also if the gradient of a quantized weight is asked for.
     """
-    operation = "fused_output_projection_residual"
+    operation = residual_operation(exact, route)
+    name = operation.name
     if residual is None:
-        raise TypeError(f"[{operation}] residual must be an array but got None.")
-    layers, node = [layer_of(operation, weight, bias)], "FusedOutputProjection"
-    x, leading = batched(operation, x)
+        raise TypeError(f"[{name}] residual must be an array but got None.")
+    layers = [layer_of(name, weight, bias)]
+    x, leading = batched(name, x)
     if leading is not None and isinstance(residual, mx.array) and isinstance(layers[0].weight, mx.array):
         expected = (*leading, *layers[0].weight.shape[:1])
         if residual.shape != expected:
-            raise ValueError(f"[{operation}] residual must have shape {expected} but got {residual.shape}.")
-        residual, _ = batched(operation, residual)
-    (y,) = project(operation, node, "x", x, layers, [OF_LAYER], exact, route, stream, residual, alpha)
+            raise ValueError(f"[{name}] residual must have shape {expected} but got {residual.shape}.")
+        residual, _ = batched(name, residual)
+    (y,) = project(operation, x, layers, stream, residual, alpha)
     return y if leading is None else unbatched(y, leading)
+
+
+def residual_operation(exact: bool = False, route: Route = None) -> Operation:
+    name = "fused_output_projection_residual"
+    return operation_of(name, "FusedOutputProjection", "x", [OF_LAYER], exact, route)
 
 
 def fused_output_projection_residual_bwd(
@@ -119,18 +127,8 @@ def fused_output_projection_residual_bwd(
         TypeError: If an argument is of a wrong type, such as a :class:`LinearOperands`.
         ValueError: If a rank, shape, dtype or ``route`` is wrong.
     """
-    operation = "fused_output_projection_residual_bwd"
-    d_x, d_weight, *d_bias = all_gradients(
-        operation,
-        "FusedOutputProjection",
-        ["d_output"],
-        [d_output],
-        "x",
-        x,
-        dense_layers(operation, [weight]),
-        [OF_LAYER],
-        has_bias,
-        route,
-        stream,
-    )
+    name = "fused_output_projection_residual_bwd"
+    operation = operation_of(name, "FusedOutputProjection", "x", [OF_LAYER], False, route)
+    layers = dense_layers(name, [weight])
+    d_x, d_weight, *d_bias = all_gradients(operation, ["d_output"], [d_output], x, layers, has_bias, stream)
     return d_x, d_weight, *(d_bias or (None,)), d_output

@@ -28,6 +28,7 @@ def patch(
     mlp: bool = True,
     linear: bool = True,
     norm: bool = True,
+    attention: Literal["auto"] | bool = "auto",
     lora: bool = True,
     exact: bool = False,
     verbose: bool = False,
@@ -54,6 +55,10 @@ def patch(
             faster. Default: ``True``.
         norm (bool): Compute every ``mlx.nn.RMSNorm`` by our operation; on a GPU, for few tokens, inside the
             operation after it. Default: ``True``.
+        attention (bool or str): Compute attention itself, where a module calls mlx-lm's
+            ``scaled_dot_product_attention``, by our operation: ``"auto"`` where that is expected to be
+            faster, on a CPU; ``True`` where there are kernels of ours, which is the same today; ``False``
+            never. Default: ``"auto"``.
         lora (bool): Make LoRA adapters part of the operation. If ``False``, or if an adapter has dropout,
             mlx-lm's own code adds the adapters to the QKV projection. Default: ``True``.
         exact (bool): Round after every step, as mlx-lm does, instead of once at the end. Default: ``False``.
@@ -67,7 +72,7 @@ def patch(
         TypeError: If ``model`` is not an ``mlx.nn.Module``.
         ValueError: If an option or the environment variable ``MLX_FUSED`` has an unknown value.
     """
-    report = _patch(model, Options(qkv, o_residual, mlp, linear, norm, lora, exact))
+    report = _patch(model, Options(qkv, o_residual, mlp, linear, norm, attention, lora, exact))
     if verbose:
         print(report, file=sys.stderr)
     return report
@@ -97,6 +102,7 @@ def patched(
     mlp: bool = True,
     linear: bool = True,
     norm: bool = True,
+    attention: Literal["auto"] | bool = "auto",
     lora: bool = True,
     exact: bool = False,
 ) -> Iterator[PatchReport]:
@@ -111,7 +117,7 @@ def patched(
     _check(model)
     before = [(module, roles_of(module), patch_of(module)) for module in model.modules()]
     try:
-        yield _patch(model, Options(qkv, o_residual, mlp, linear, norm, lora, exact))
+        yield _patch(model, Options(qkv, o_residual, mlp, linear, norm, attention, lora, exact))
     finally:
         for module, roles, earlier in before:
             if earlier is None:
@@ -122,8 +128,10 @@ def patched(
 
 def _patch(model: nn.Module, options: Options) -> PatchReport:
     _check(model)
-    if options.o_residual != "auto" and not isinstance(options.o_residual, bool):
-        raise ValueError(f"o_residual must be 'auto', True or False but got {options.o_residual!r}.")
+    for name in ("o_residual", "attention"):
+        value = getattr(options, name)
+        if not isinstance(value, bool) and value != "auto":
+            raise ValueError(f"{name} must be 'auto', True or False but got {value!r}.")
     for name in ("qkv", "mlp", "linear", "norm", "lora", "exact"):
         if not isinstance(value := getattr(options, name), bool):
             raise ValueError(f"{name} must be True or False but got {value!r}.")

@@ -7,25 +7,37 @@ Any other runs its own layer.
 
 from __future__ import annotations
 
-from contextvars import ContextVar
+from collections.abc import Callable
 from functools import partial
-from math import prod
-from threading import get_ident
 from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import sum_gradients
 
-from mlx_fused._ext import alias, identity, is_same
+from mlx_fused import _ext
+from mlx_fused._ext import Kind, alias, has_kernels, is_gpu, is_same
 from mlx_fused.linear import is_lora, type_name
-from mlx_fused.operations import fused_linear, fused_output_projection_residual, fused_qkv_projection
-from mlx_fused.patching import projections
+from mlx_fused.operations import fused_linear, fused_qkv_projection
+from mlx_fused.operations.call import batched, unbatched
+from mlx_fused.operations.linear import linear_operation
+from mlx_fused.operations.qkv import qkv_operation
+from mlx_fused.patching import projections, residual
 from mlx_fused.patching.norm import unnormed
-from mlx_fused.patching.projections import DTYPES, EMBEDDINGS, NotFused, Together
-from mlx_fused.patching.registry import Active, Roles, active_of
-from mlx_fused.patching.residual import Projected
-from mlx_fused.patching.stand_in import StandIn, module_of
+from mlx_fused.patching.projections import EMBEDDINGS, KNOWN, NotFused, Operation, Together, is_watched
+from mlx_fused.patching.registry import Active, Patch, Roles, active_of
+from mlx_fused.patching.residual import Product, Projected
+from mlx_fused.patching.stand_in import StandIn
+
+# By whether every step is rounded. Heads are not split: the model's code expects the plain outputs and splits
+# them itself.
+_QKV = {
+    exact: Operation(fused_qkv_projection, qkv_operation(exact), {"split_heads": False, "exact": exact})
+    for exact in (False, True)
+}
+_LINEAR = {
+    exact: Operation(fused_linear, linear_operation(exact=exact), {"exact": exact}) for exact in (False, True)
+}
 
 
 class Call:
@@ -33,53 +45,32 @@ class Call:
 
     def __init__(self, module: nn.Module, roles: Roles, active: Active):
         self.module, self.roles, self.active = module, roles, active
-        self.thread, self.has_ended = get_ident(), False
-        self.stand_ins: dict[str, StandIn] = {}
-        self.counted: set[str] = set()  # "qkv", "residual"
         self.unknown: dict[str, str] = {}  # parts with a layer of a type that the operations do not know
         self.input = None
         self.outputs: dict[str, mx.array] = {}
-        self.identities: dict[str, tuple] = {}  # of the layers that the outputs were computed with
+        self.kinds: dict[str, Kind] = {}  # of the layers that the outputs were computed with
         self.adapters_apart = False
 
-    def stand_in(self, owner: nn.Module, name: str, layer: nn.Module) -> nn.Module | StandIn:
-        """What the attribute ``name`` of ``owner`` is in this call."""
-        if owner is not self.module:
+    def stand_in(
+        self, owner: nn.Module, name: str, run: Callable | None, layer: nn.Module
+    ) -> nn.Module | StandIn:
+        """What the attribute ``name`` of ``owner`` is in this call, where the layer's type does not tell."""
+        is_own = owner is self.module
+        if type(layer) in EMBEDDINGS:
             # A model reads the embedding of its child, as its head.
-            is_head = type(layer) in EMBEDDINGS and any(child is owner for child in self.module.values())
-            if not is_head or (active := active_of(owner)) is None:
+            is_head = is_own or any(child is owner for child in self.module.values())
+            if not is_head or (active := self.active if is_own else active_of(owner)) is None:
                 return layer
-            return StandIn(layer, layer, partial(self.run_linear, owner, active, name, layer))
-        stand_in = self.stand_ins.get(name)
-        if stand_in is not None and module_of(stand_in) is layer:
-            return stand_in
-        stand_in = self._make_stand_in(name, layer)
-        if stand_in is not layer:
-            self.stand_ins[name] = stand_in
-        return stand_in
-
-    def _make_stand_in(self, name: str, layer: nn.Module) -> nn.Module | StandIn:
-        roles = self.roles
-        if name in roles.inputs:
-            part, run = "qkv", self._project
-        elif name == roles.output:
-            part, run = "residual", self._add
-        elif type(layer) in EMBEDDINGS:
-            return StandIn(layer, layer, partial(self.run_linear, self.module, self.active, name, layer))
-        else:
-            run = partial(self.run_linear, self.module, self.active)
-            return StandIn(layer, partial(self._run, run, name, layer)) if saves(layer) else layer
-        if not projections.is_known(layer):
-            self.unknown.setdefault(part, f"{name} is {type_name(layer)}")
+            return StandIn(layer, self, name, None, partial(self.run_linear, owner, active, name, layer))
+        if not is_own or (run is None and not saves(layer)):
             return layer
-        return StandIn(layer, partial(self._run, run, name, layer))
-
-    def _run(self, run, name: str, layer: nn.Module, x: mx.array) -> mx.array:
-        """The call of a stand-in."""
-        is_running = running.get() is self and not self.has_ended and self.thread == get_ident()
-        if not is_running or not isinstance(x, mx.array):
-            return layer(x)
-        return run(name, layer, x)
+        if run is None:
+            return StandIn(layer, self, name, Call._linear)
+        if not projections.is_known(layer):
+            self.unknown.setdefault(self.roles.part(name), f"{name} is {type_name(layer)}")
+            return layer
+        KNOWN.add(type(layer))
+        return StandIn(layer, self, name, run)
 
     def _project(self, name: str, layer: nn.Module, x: mx.array) -> mx.array:
         """The call of the projection of queries, keys or values."""
@@ -87,7 +78,7 @@ class Call:
             self._project_all(x, name)
         y = self.outputs.pop(name, None)
         # The model's code may change a layer before it calls it, which makes its output invalid.
-        if y is None or (name in self.identities and identity(layer) != self.identities[name]):
+        if y is None or (name in self.kinds and not self.kinds[name].is_of(layer)):
             return alone(self.module, self.active, name, layer, x)
         if not (self.adapters_apart and "lora_a" in layer):
             return y
@@ -98,38 +89,33 @@ class Call:
     def _project_all(self, x: mx.array, first: str) -> None:
         self.input, self.outputs = alias(x), {}  # an alias, since `x += 1` changes x in place
         module, names, calls = self.module, self.roles.inputs, self.active.patch.calls["qkv"]
-        self.counted.add("qkv")
+        self.unknown.pop("qkv", None)  # counted now
         try:
-            if x.dtype not in DTYPES:
+            if not has_kernels(x):
                 raise NotFused(f"its input is {x.dtype}")
             together = read_qkv(module, self.roles, self.active)
         except NotFused as reason:
             calls.add(1, reason=str(reason))
             return
         self.adapters_apart = together.adapters_apart is not None
-        layers = tuple(projections.operands(module[name], not self.adapters_apart) for name in names)
-        # Heads are not split here: the model's code expects the plain outputs and splits them itself.
+        layers = tuple(map(module.__getitem__, names))
+        if self.adapters_apart:
+            layers = tuple(layer.get("linear", layer) for layer in layers)
         tokens, norm = unnormed(x)
         if together.group is not None:
             tokens, norm = sum_gradients(together.group)(x), None
-        outputs = projections.run(
-            module,
-            fused_qkv_projection,
-            input=tokens if x.ndim == 3 else tokens.reshape(1, prod(x.shape[:-1]), x.shape[-1]),
-            weight=layers,
-            norm=norm,
-            split_heads=False,
-            exact=self.active.patch.options.exact,
-        )
+        outputs = _QKV[self.active.patch.options.exact](module, layers, tokens, norm)
         calls.add(1, 1)
-        if x.ndim != 3:
-            outputs = [y.reshape((*x.shape[:-1], y.shape[-1])) for y in outputs]
         self.outputs = dict(zip(names, outputs, strict=True))
-        self.identities = {name: identity(module[name]) for name in names if name != first}
+        self.kinds = {name: Kind(module[name], with_arrays=True) for name in names if name != first}
 
     def _add(self, name: str, layer: nn.Module, x: mx.array) -> mx.array:
-        self.counted.add("residual")
-        return project_output(self.module, self.active, name, layer, x)
+        self.unknown.pop("residual", None)
+        reason = why_not(read_output, self.module, self.active, name)
+        return project_output(self.module, self.active, name, layer, x, reason)
+
+    def _linear(self, name: str, layer: nn.Module, x: mx.array) -> mx.array:
+        return self.run_linear(self.module, self.active, name, layer, x)
 
     def run_linear(
         self, module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array
@@ -145,20 +131,8 @@ class Call:
         return y
 
     def end(self) -> None:
-        for part in self.unknown.keys() - self.counted:
-            self.active.patch.calls[part].add(1, reason=self.unknown[part])
-        self.has_ended = True
-        self.stand_ins.clear()  # they lead back to the call, whose arrays would wait for garbage collection
-
-
-# Per thread. A call inside another call restores the outer one when it ends.
-running: ContextVar[Call | None] = ContextVar("mlx_fused_running_call", default=None)
-
-
-def find_running() -> Call | None:
-    call = running.get()
-    # A copy of this context may be run by another thread, or after the call has ended.
-    return call if call and not call.has_ended and call.thread == get_ident() else None
+        for part, reason in self.unknown.items():
+            self.active.patch.calls[part].add(1, reason=reason)
 
 
 def read_qkv(module: nn.Module, roles: Roles, active: Active) -> Together:
@@ -167,22 +141,33 @@ def read_qkv(module: nn.Module, roles: Roles, active: Active) -> Together:
     Raises:
         NotFused: If it cannot compute them.
     """
-    patch = active.patch
+    if vars(module).get("is_kv_shared_layer"):
+        raise NotFused("it takes keys and values from another layer")
+    layers = tuple(map(module.get, roles.inputs))
+    return active.reading("qkv", layers, partial(_read_qkv, roles.inputs, layers, active.patch))
+
+
+def _read_qkv(names: tuple[str, ...], layers: tuple, patch: Patch) -> Together:
     if not patch.options.qkv:
         raise NotFused("qkv=False")
     if patch.obstacles.qkv:
         raise NotFused(patch.obstacles.qkv)
-    if vars(module).get("is_kv_shared_layer"):
-        raise NotFused("it takes keys and values from another layer")
-    layers = [module.get(name) for name in roles.inputs]
-    lora, exact = patch.options.lora, patch.options.exact
-    return active.reading("qkv", layers, lambda: projections.read_together(roles.inputs, layers, lora, exact))
+    return projections.read_together(names, layers, patch.options.lora, patch.options.exact)
 
 
 def qkv_note(module: nn.Module, roles: Roles, active: Active) -> str | None:
     """What there is to know of a fused QKV projection."""
     apart = read_qkv(module, roles, active).adapters_apart
     return apart and f"adapters apart: {apart}"
+
+
+def why_not(read: Callable, *args) -> str | None:
+    """Why ``read`` says that something is not fused; None if it does not."""
+    try:
+        read(*args)
+    except NotFused as reason:
+        return str(reason)
+    return None
 
 
 def read_output(module: nn.Module, active: Active, name: str) -> None:
@@ -200,35 +185,26 @@ def _read_one(module: nn.Module, active: Active, name: str, layer: nn.Module) ->
     active.reading(name, (layer,), lambda: projections.read(name, layer, options.lora, options.exact))
 
 
-def project_output(module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array) -> mx.array:
-    """The output projection of ``x``, to which the residual is added as a part of the operation."""
+def project_output(
+    module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array, reason: str | None = None
+) -> mx.array:
+    """The output projection of ``x``, to which the residual is added as a part of the operation; by itself if
+    there is a reason against that."""
     options, calls = active.patch.options, active.patch.calls["residual"]
-    try:
-        if x.dtype not in DTYPES or x.ndim == 0:
-            raise NotFused(f"its input is {x.dtype} {x.shape}")
-        read_output(module, active, name)
-    except NotFused as reason:
-        calls.add(1, reason=str(reason))
+    if reason is None and not has_kernels(x):
+        reason = f"its input is {x.dtype} {x.shape}"
+    if reason is not None:
+        calls.add(1, 0, reason)
         return alone(module, active, name, layer, x)
     calls.add(1)
-    # The operation runs later, when the residual is added. Changes in place until then must not affect it.
-    kept, x = projections.operands(layer), alias(x)
-
-    def add(residual: mx.array, alpha: float) -> mx.array:
-        y = projections.run(
-            module,
-            fused_output_projection_residual,
-            x=x,
-            weight=kept,
-            residual=residual,
-            alpha=alpha,
-            exact=options.exact,
-            route="fused" if options.o_residual is True else None,
-        )
-        calls.add(fused=1)
-        return y
-
-    return Projected.of(layer(x), add)
+    # The operation runs later, when the residual is added, with the product's arrays.
+    made = _LINEAR[options.exact].made
+    rows, leading = (x, None) if x.ndim == 3 else batched(made.name, x)
+    (y,) = _ext.project(made, rows, None, (layer,), None, 1.0, None)
+    operation = residual.OPERATIONS[options.exact, options.o_residual is True]
+    arguments = operation.arguments(rows, (layer,)) if is_watched() else {}
+    product = Product(y, operation, calls, module, arguments)
+    return Projected.of(y if leading is None else unbatched(y, leading), ((product, 1.0),))
 
 
 def alone(module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array) -> mx.array:
@@ -246,17 +222,11 @@ def linear(module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx
         NotFused: If our operation cannot compute it.
     """
     read_linear(module, active, name, layer)
-    if x.dtype not in DTYPES or x.ndim == 0:
+    if not has_kernels(x):
         raise NotFused(f"its input is {x.dtype} {x.shape}")
     x, norm = unnormed(x)
-    return projections.run(
-        module,
-        fused_linear,
-        x=x,
-        weight=projections.operands(layer),
-        norm=norm,
-        exact=active.patch.options.exact,
-    )
+    (y,) = _LINEAR[active.patch.options.exact](module, (layer,), x, norm)
+    return y
 
 
 def read_linear(module: nn.Module, active: Active, name: str, layer: nn.Module) -> None:
@@ -282,7 +252,7 @@ def read_linears(module: nn.Module, active: Active, names: tuple[str, ...]) -> N
 
 def saves(layer: nn.Module) -> bool:
     """Whether our operation may be faster than the layer's own code."""
-    if mx.default_device() != mx.gpu:
+    if not is_gpu(mx.default_device()):
         return True
     # On a GPU it saves the launches of an adapter or of the bias of quantized weights, and nothing else.
     return is_lora(type(layer)) or (isinstance(layer, nn.QuantizedLinear) and "bias" in layer)

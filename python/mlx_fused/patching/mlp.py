@@ -11,11 +11,13 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_fused._ext import has_kernels
 from mlx_fused.operations import fused_gated_projection, fused_linear
+from mlx_fused.operations.linear import gated_operation, linear_operation
 from mlx_fused.patching import calls, formula, projections
 from mlx_fused.patching.formula import Unknown
 from mlx_fused.patching.norm import unnormed
-from mlx_fused.patching.projections import DTYPES, NotFused
+from mlx_fused.patching.projections import NotFused, Operation
 from mlx_fused.patching.registry import Active
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_approx", "relu", "relu2")
@@ -26,8 +28,8 @@ class Recipe(NamedTuple):
 
     down: str
     hidden: tuple[str, ...]  # gate and up, or the layer that packs both, or the only one before down
-    operation: Callable
-    settings: dict[str, object]  # arguments of the operation
+    function: Callable  # of mlx_fused
+    settings: dict[str, object]  # its arguments
     first: str | None  # the layer that makes their input of the MLP's, such as a norm
     method: Callable  # whose code it is; kept, so that no other function can get its address
 
@@ -53,8 +55,8 @@ def run(mlp: nn.Module, active: Active, method: Callable, x: object) -> mx.array
     patch = active.patch
     counter = patch.calls["mlp"]
     try:
-        recipe = read(mlp, active, method)
-        if not isinstance(x, mx.array) or x.dtype not in DTYPES or x.ndim == 0:
+        recipe, operation, obstacle = read(mlp, active, method)
+        if not has_kernels(x):
             raise NotFused("it is not called with one array of a type with kernels")
     except NotFused as reason:
         counter.add(1, reason=str(reason))
@@ -63,31 +65,23 @@ def run(mlp: nn.Module, active: Active, method: Callable, x: object) -> mx.array
         first = mlp[recipe.first]
         x = calls.alone(mlp, active, recipe.first, first, x) if projections.is_known(first) else first(x)
     x, norm = unnormed(x)
-    layers = [projections.operands(mlp[name]) for name in recipe.hidden]
-    hidden = projections.run(
-        mlp,
-        recipe.operation,
-        x=x,
-        weight=layers[0] if len(layers) == 1 else tuple(layers),
-        norm=norm,
-        exact=patch.options.exact,
-        **recipe.settings,
-    )
+    (hidden,) = operation(mlp, tuple(map(mlp.__getitem__, recipe.hidden)), x, norm)
     counter.add(1, 1)
-    return calls.project_output(mlp, active, recipe.down, mlp[recipe.down], hidden)
+    return calls.project_output(mlp, active, recipe.down, mlp[recipe.down], hidden, obstacle)
 
 
-def read(mlp: nn.Module, active: Active, method: Callable) -> Recipe:
-    """What the MLP computes, if our operation can compute its first half.
+def read(mlp: nn.Module, active: Active, method: Callable) -> tuple[Recipe, Operation, str | None]:
+    """What the MLP computes, the operation of its first half, and why its last layer is not one with the
+    residual.
 
     Raises:
-        NotFused: If it cannot.
+        NotFused: If our operation cannot compute that half.
     """
     options = active.patch.options
     if not options.mlp:
         raise NotFused("mlp=False")
 
-    def read() -> Recipe:
+    def read() -> tuple[Recipe, Operation, str | None]:
         try:
             recipe = recipe_of(mlp, method)
         except Unknown as reason:
@@ -98,14 +92,18 @@ def read(mlp: nn.Module, active: Active, method: Callable) -> Recipe:
             raise NotFused(together.adapters_apart)
         if together.group is not None:
             raise NotFused(f"{recipe.hidden[0]} is {type(layers[0]).__name__}")
-        return recipe
+        make = gated_operation if recipe.function is fused_gated_projection else linear_operation
+        settings = recipe.settings | {"exact": options.exact}
+        obstacle = calls.why_not(calls.read_output, mlp, active, recipe.down)
+        return recipe, Operation(recipe.function, make(**settings), settings), obstacle
 
     return active.reading("mlp", (mlp, method), read)
 
 
 def read_note(mlp: nn.Module, active: Active, method: Callable) -> str:
     """What is fused, for the report."""
-    return read(mlp, active, method).settings["activation"]
+    recipe, *_ = read(mlp, active, method)
+    return recipe.settings["activation"]
 
 
 def _is_leaf(layer: nn.Module) -> bool:

@@ -7,9 +7,10 @@ from functools import cache, wraps
 
 import mlx.nn as nn
 
-from mlx_fused.patching import calls, mlp, norm
-from mlx_fused.patching.calls import Call, find_running, running
-from mlx_fused.patching.projections import NotFused
+from mlx_fused._ext import Slot, add_to, run_as, running
+from mlx_fused.patching import attention, calls, mlp, norm
+from mlx_fused.patching.calls import Call
+from mlx_fused.patching.projections import KNOWN, NotFused
 from mlx_fused.patching.registry import (
     Active,
     Obstacles,
@@ -101,6 +102,7 @@ def report(name: str, module: nn.Module, roles: Roles, active: Active) -> LayerR
 
     if roles.kind == "attention":
         add("qkv", lambda: calls.qkv_note(module, roles, active))
+        add("attention", lambda: attention.read(active, own_method(original_of(module), roles.entry)))
     if roles.kind == "mlp":
         add("mlp", lambda: mlp.read_note(module, active, own_method(original_of(module), roles.entry)))
     if roles.kind == "norm":
@@ -118,31 +120,9 @@ def _set_class(module: nn.Module, cls: type) -> None:
     object.__setattr__(module, "__class__", cls)  # bypasses the class's own __setattr__
 
 
-class _Slot:
-    """The attribute of a layer in a patched class: a stand-in during calls, else the layer."""
-
-    def __init__(self, name: str):
-        self._name = name
-
-    def __get__(self, module, cls=None):
-        name = self._name
-        if (layer := module.get(name)) is None:
-            if name in vars(module):
-                return vars(module)[name]
-            raise AttributeError(f"{type(module).__name__} has no {name}")
-        call = find_running()
-        # Asked by code outside of the call, or by another module that is called inside it, it is itself.
-        return layer if call is None else call.stand_in(module, name, layer)
-
-    # MLX stores modules as dictionary items; anything else goes to the instance's __dict__ as usual.
-    def __set__(self, module, value):
-        vars(module)[self._name] = value
-
-    def __delete__(self, module):
-        try:
-            del vars(module)[self._name]
-        except KeyError:
-            raise AttributeError(self._name) from None
+def _slot(name: str, roles: Roles) -> Slot:
+    run = Call._project if name in roles.inputs else Call._add if name == roles.output else None
+    return Slot(name, run, KNOWN if run else frozenset())
 
 
 def _only(method: Callable, args: tuple, kwargs: dict) -> object:
@@ -168,41 +148,43 @@ def _entry(original: type, roles: Roles) -> Callable:
             y = instead(self, active, method, x)
             if y is not None:
                 return y
-        call = Call(self, roles, active) if is_on and (active := _begin(self)) is not None else None
-        token = running.set(call)
+        state, active = _begin(self) if is_on else (None, None)
+        call = Call(self, roles, active) if active is not None else None
+        if call is not None and roles.kind == "attention":
+            method = attention.seeing_ours(active, method)
         try:
-            return method.__get__(self, original)(*args, **kwargs)
+            return run_as(call, self, method.__get__(self, original), args, kwargs)
         finally:
-            running.reset(token)
             if call is not None:
                 call.end()
-                _end(self)
+                _end(self, state)
 
     return call
 
 
-def _begin(module: nn.Module) -> Active | None:
+def _begin(module: nn.Module) -> tuple[State | None, Active | None]:
     """Registers a call, which keeps the present patch until it ends; None to run the model's own code."""
-    with lock:
-        state = states.get(id(module))
-        if state is None or state.active is None:
-            return None
-        state.running += 1
-        return state.active
+    state = states.get(id(module))
+    if state is None:
+        return None, None
+    # Before the patch is read: from here on the class stays. No lock, which would cost more than the rest.
+    add_to(state, "running", 1)
+    if (active := state.active) is None:
+        _end(module, state)
+    return state, active
 
 
-def _end(module: nn.Module) -> None:
-    with lock:
-        state = states[id(module)]
-        state.running -= 1
-        if state.active is None:
+def _end(module: nn.Module, state: State) -> None:
+    add_to(state, "running", -1)
+    if state.active is None:
+        with lock:
             _end_patching(module)
 
 
 def _storing(original: type) -> Callable:
     def __setitem__(self, key, value):
         # The model's code may store a stand-in in a module. Stand-ins are only for this call.
-        original.__setitem__(self, key, value if find_running() is None else unwrapped(value))
+        original.__setitem__(self, key, value if running() is None else unwrapped(value))
 
     return __setitem__
 
@@ -231,7 +213,7 @@ def _copy(roles: Roles, patch: Patch | None, make: Callable, args: tuple) -> nn.
 @cache
 def _fused_class(original: type, roles: Roles) -> type:
     # Cached, so that all layers share one class: mlx-lm's grad_checkpoint edits only the first layer's class.
-    members = {name: _Slot(name) for name in roles.names}
+    members = {name: _slot(name, roles) for name in roles.names}
     members |= {
         roles.entry: _entry(original, roles),
         "__setitem__": _storing(original),

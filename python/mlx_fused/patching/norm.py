@@ -7,11 +7,11 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fused._ext import alias, can_norm
+from mlx_fused._ext import alias, can_norm, has_kernels, is_gpu, of_class
 from mlx_fused.operations import fused_rms_norm
 from mlx_fused.operations.call import Norm
 from mlx_fused.patching.derived import Derived
-from mlx_fused.patching.projections import DTYPES, NotFused
+from mlx_fused.patching.projections import NotFused
 from mlx_fused.patching.registry import Active
 
 _CALL = nn.RMSNorm.__call__
@@ -33,21 +33,21 @@ def run(norm: nn.Module, active: Active, method: Callable, x: object) -> mx.arra
     counter = active.patch.calls["norm"]
     try:
         read(active, method)
-        if not isinstance(x, mx.array) or x.dtype not in DTYPES or x.ndim == 0:
+        if not has_kernels(x):
             raise NotFused("it is not called with one array of a type with kernels")
         weight, eps = norm.get("weight"), norm.eps
-        if not isinstance(weight, mx.array) or weight.dtype not in DTYPES or type(eps) not in (float, int):
+        if not has_kernels(weight) or type(eps) not in (float, int):
             raise NotFused("its weight or eps is of a type without kernels")
     except NotFused as reason:
         counter.add(1, reason=str(reason))
         return None
-    if mx.default_device() != mx.gpu:
-        counter.add(1, 1, is_routed=False)
+    if not is_gpu(mx.default_device()):
+        counter.add(1, 1, None, False)
         return fused_rms_norm(x, weight, eps)
     counter.add(1, reason="on a GPU it is MLX's, or a part of the operation after it")
     if not can_norm(x):
         return None
-    y = Normed(_CALL(norm, x))
+    y = of_class(Normed, _CALL(norm, x))
     y._origin = alias(x), (alias(weight), eps)
     return y
 

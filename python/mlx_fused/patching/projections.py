@@ -12,13 +12,14 @@ import mlx.nn as nn
 from mlx.nn.layers.distributed import AllToShardedLinear, QuantizedAllToShardedLinear
 
 from mlx_fused import _ext
-from mlx_fused._ext import difference, has_quantized_kernels
+from mlx_fused._ext import alias, difference, has_quantized_kernels
 from mlx_fused.linear import LinearOperands, is_lora, lora_obstacle, type_name
+from mlx_fused.operations.call import Norm, batched, unbatched
 
 DTYPES = frozenset({mx.float32, mx.float16, mx.bfloat16})
 _PLAIN = (nn.Linear, nn.QuantizedLinear)
 _SHARDED = (AllToShardedLinear, QuantizedAllToShardedLinear)
-_KNOWN = frozenset((*_PLAIN, *_SHARDED))
+KNOWN = {*_PLAIN, *_SHARDED}  # and mlx-lm's LoRALinear, when one was seen
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
 
@@ -35,17 +36,14 @@ class Together(NamedTuple):
 
 def is_known(module: nn.Module) -> bool:
     """Whether the operations compute exactly what the class of ``module`` does. Subclasses may differ."""
-    return type(module) in _KNOWN or is_lora(type(module))
+    return type(module) in KNOWN or is_lora(type(module))
 
 
-def operands(module: nn.Module, adapted: bool = True) -> LinearOperands:
-    """The present operands of a layer that was read, without its adapter unless ``adapted``.
-
-    A later change of an array in place does not reach them.
-    """
-    if not is_lora(type(module)):
-        return tuple.__new__(LinearOperands, _ext.operands(module, None))
-    return tuple.__new__(LinearOperands, _ext.operands(module["linear"], module if adapted else None))
+def operands(module: nn.Module) -> LinearOperands:
+    """The present operands of a layer that was read. A later change in place does not reach them."""
+    layer = LinearOperands.of_base(module["linear"] if is_lora(type(module)) else module)
+    layer = layer.with_lora(module) if is_lora(type(module)) else layer
+    return LinearOperands(*(alias(value) if isinstance(value, mx.array) else value for value in layer))
 
 
 def read_together(names: Sequence[str], modules: Sequence, lora: bool, exact: bool) -> Together:
@@ -109,9 +107,42 @@ def watching(watcher: Watcher) -> Iterator[None]:
 def run(module: nn.Module, operation: Callable, **arguments):
     """Run ``operation`` for ``module``."""
     outputs = operation(**arguments)
+    tell(module, operation, arguments, outputs)
+    return outputs
+
+
+def is_watched() -> bool:
+    return _watcher.get() is not None
+
+
+def tell(module: nn.Module, operation: Callable, arguments: dict, outputs) -> None:
     if (watcher := _watcher.get()) is not None:
         watcher(module, operation, arguments, outputs)
-    return outputs
+
+
+class Operation(NamedTuple):
+    """An operation without its arrays, made once."""
+
+    function: Callable  # of mlx_fused
+    made: _ext.Operation
+    settings: dict[str, object]  # the function's arguments that it was made of
+
+    def arguments(self, x: mx.array, layers: Sequence[nn.Module], **others) -> dict[str, object]:
+        """All arguments of the function."""
+        weights = tuple(map(operands, layers))
+        weight = weights[0] if len(weights) == 1 else weights
+        return {self.made.input: alias(x), "weight": weight, **others, **self.settings}
+
+    def __call__(
+        self, module: nn.Module, layers: Sequence[nn.Module], x: mx.array, norm: Norm = None
+    ) -> list[mx.array]:
+        """Run it for ``module``, with the present arrays of layers that were read."""
+        rows, leading = (x, None) if x.ndim == 3 else batched(self.made.name, x)
+        outputs = _ext.project(self.made, rows, norm, layers, None, 1.0, None)
+        if is_watched():
+            result = outputs[0] if len(outputs) == 1 else tuple(outputs)
+            tell(module, self.function, self.arguments(rows, layers, norm=norm), result)
+        return outputs if leading is None else [unbatched(y, leading) for y in outputs]
 
 
 def _read_base(name: str, module: nn.Module | None) -> LinearOperands:

@@ -13,7 +13,7 @@ from weakref import ref
 
 import mlx.nn as nn
 
-from mlx_fused._ext import kind
+from mlx_fused._ext import Kind
 from mlx_fused.patching.projections import NotFused
 from mlx_fused.patching.report import PARTS, Calls
 
@@ -47,7 +47,7 @@ class Roles(NamedTuple):
 
 
 _PARTS = {
-    "attention": ("qkv", "residual"),
+    "attention": ("qkv", "attention", "residual"),
     "mlp": ("mlp", "residual"),
     "norm": ("norm",),
     "experts": ("experts",),
@@ -71,6 +71,7 @@ class Options:
     mlp: bool
     linear: bool
     norm: bool
+    attention: Literal["auto"] | bool
     lora: bool
     exact: bool
 
@@ -87,11 +88,14 @@ class Patch:
 class Active:
     """A patch of a module, and what was read of the module's layers for it."""
 
-    __slots__ = ("_readings", "patch")
+    __slots__ = ("_readings", "copied", "patch")
 
     def __init__(self, patch: Patch):
         self.patch = patch
-        self._readings: dict[object, tuple[tuple, object, str | None]] = {}
+        self.copied: tuple = (
+            None,
+        ) * 5  # the module's method, what it was made of, and its copy (see attention)
+        self._readings: dict[object, tuple[Kind, object, str | None]] = {}
 
     def reading(self, key: object, modules: Iterable, read: Callable):
         """What ``read`` returns for ``modules``, which it need not do again for modules of the same kind.
@@ -99,9 +103,9 @@ class Active:
         Raises:
             NotFused: If ``read`` did.
         """
-        present = kind(*modules)
         before, result, reason = self._readings.get(key, (None, None, None))
-        if present != before:
+        if before is None or not before.is_of(*modules):
+            present = Kind(*modules)
             try:
                 result, reason = read(), None
             except NotFused as error:

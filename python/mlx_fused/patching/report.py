@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from threading import Lock
 
-from mlx_fused._ext import environment, was_composed
+from mlx_fused._ext import add_to, environment, was_composed
 
 # What of a module may be fused, and how it is called.
 TITLES = {
     "qkv": "the QKV projection",
+    "attention": "attention itself",
     "mlp": "the first half of the MLP",
     "residual": "the output projection with its residual",
     "linear": "other linear layers",
@@ -18,10 +18,15 @@ TITLES = {
     "experts": "experts",
 }
 PARTS = tuple(TITLES)
-_COLUMNS = {"qkv": "QKV", "mlp": "MLP", "residual": "output projection + residual", "linear": "other layers"}
-_COLUMNS |= {"norm": "RMS norm", "experts": "experts"}
-
-_lock = Lock()
+_COLUMNS = {
+    "qkv": "QKV",
+    "attention": "attention",
+    "mlp": "MLP",
+    "residual": "output projection + residual",
+    "linear": "other layers",
+    "norm": "RMS norm",
+    "experts": "experts",
+}
 
 _OFF = dict.fromkeys(("0", "false", "off", "no"), True) | dict.fromkeys(("1", "true", "on", "yes", ""), False)
 
@@ -58,12 +63,15 @@ class Calls:
 
     def add(self, total: int = 0, fused: int = 0, reason: str | None = None, is_routed: bool = True) -> None:
         """Count calls; and for fused ones, where routing sent this thread's latest operation."""
-        composed = fused and is_routed and was_composed()
-        with _lock:  # several threads may call the model
-            self.total += total
-            self.fused += fused
-            self.composed += composed
-            self.reason = reason or self.reason
+        # Several threads may call the model.
+        if total:
+            add_to(self, "total", total)
+        if fused:
+            add_to(self, "fused", fused)
+            if is_routed and was_composed():
+                add_to(self, "composed", fused)
+        if reason:
+            self.reason = reason
 
     @property
     def share(self) -> str:
@@ -112,6 +120,7 @@ class LayerReport:
     Attributes:
         name (str): Its name in the model, such as ``model.layers.0.self_attn``.
         qkv (Part or None): Of attention: the projection to queries, keys and values.
+        attention (Part or None): Of attention: what is between its projections.
         mlp (Part or None): Of an MLP: the layers before the last one, with the activation.
         residual (Part or None): Of both: the last projection with the residual.
         linear (Part or None): Every other linear layer, each by itself.
@@ -121,6 +130,7 @@ class LayerReport:
 
     name: str
     qkv: Part | None = None
+    attention: Part | None = None
     mlp: Part | None = None
     residual: Part | None = None
     linear: Part | None = None

@@ -11,34 +11,81 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator
-from functools import cache, partial
+from collections.abc import Iterator
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_fused import _ext
+from mlx_fused._ext import of_class
+from mlx_fused.operations import fused_output_projection_residual
+from mlx_fused.operations.call import batched, unbatched
+from mlx_fused.operations.residual import residual_operation
 from mlx_fused.patching.derived import Derived
+from mlx_fused.patching.projections import Operation, tell
+from mlx_fused.patching.report import Calls
+
+# By whether every step is rounded, and whether our kernels must run.
+OPERATIONS = {
+    (exact, forced): Operation(
+        fused_output_projection_residual,
+        residual_operation(exact, route),
+        {"exact": exact, "route": route},
+    )
+    for exact in (False, True)
+    for forced, route in ((False, None), (True, "fused"))
+}
+
+
+class Product:
+    """A projection that is still to be added."""
+
+    __slots__ = ("_arguments", "_array", "_calls", "_module", "_operation")
+
+    def __init__(
+        self, array: mx.array, operation: Operation, calls: Calls, module: nn.Module, arguments: dict
+    ):
+        self._array, self._operation, self._calls = array, operation, calls
+        self._module, self._arguments = module, arguments  # for a watcher
+
+    def plus(self, residual: mx.array, alpha: float) -> mx.array | None:
+        """``residual + alpha * product``; None if that cannot be one operation."""
+        function, made, _ = self._operation
+        rows, leading = (residual, None) if residual.ndim == 3 else batched(made.name, residual)
+        y = _ext.add_product(made, self._array, rows, alpha)
+        if y is None:
+            return None
+        self._calls.add(0, 1)
+        if self._arguments:
+            tell(self._module, function, self._arguments | {"residual": rows, "alpha": alpha}, y)
+        return y if leading is None else unbatched(y, leading)
 
 
 class Projected(Derived):
-    """The output of a projection. ``+`` computes the projection anew, together with the addition."""
+    """The output of a projection. ``+`` computes the projection and the addition as one operation."""
 
-    _origin: Callable | None  # (residual, alpha) -> residual + alpha * self
-    _alpha = 1.0
+    _origin: tuple[tuple[Product, float], ...] | None  # what it is the sum of, with factors
+    _alpha = 1.0  # the factor of all of them
 
     @classmethod
-    def of(cls, y: mx.array, add: Callable, alpha: float = 1.0) -> Projected:
-        self = cls(y)
-        self._origin, self._alpha = add, alpha
+    def of(cls, y: mx.array, origin: tuple[tuple[Product, float], ...], alpha: float = 1.0) -> Projected:
+        self = of_class(cls, y)
+        self._origin, self._alpha = origin, alpha
         return self
 
     def __add__(self, other):
-        alike = isinstance(other, mx.array) and other.shape == self.shape and other.dtype == self.dtype
-        if not alike or self._origin is None:
+        origin = self._origin
+        if origin is None or not isinstance(other, mx.array) or not self._is_like(other):
             return super().__add__(other)
-        if isinstance(other, Projected) and other._origin is not None:
-            return Projected.of(super().__add__(other), partial(_add_both, self, other))
-        return self._origin(other, self._alpha)
+        if type(other) is Projected and other._origin is not None:
+            return Projected.of(super().__add__(other), (*self._scaled(), *other._scaled()))
+        y = other
+        for product, factor in reversed(origin):
+            y = product.plus(y, factor * self._alpha)
+            if y is None:
+                return super().__add__(other)
+        return y
 
     __radd__ = __add__
 
@@ -51,10 +98,13 @@ class Projected(Derived):
 
     __rmul__ = __mul__
 
+    def _is_like(self, other: mx.array) -> bool:
+        """Whether the sum may be an operation. With three axes the extension compares the shapes."""
+        ndim = self.ndim
+        return other.ndim == ndim and (ndim == 3 or other.shape == self.shape)
 
-def _add_both(a: Projected, b: Projected, residual: mx.array, alpha: float) -> mx.array:
-    """Of layers with attention and MLP side by side: each adds itself."""
-    return a._origin(b._origin(residual, alpha * b._alpha), alpha * a._alpha)
+    def _scaled(self) -> Iterator[tuple[Product, float]]:
+        return ((product, factor * self._alpha) for product, factor in self._origin)
 
 
 @cache

@@ -29,7 +29,8 @@ def kinds_of(model: nn.Module) -> list[Kind]:
     found: dict[Kind, None] = {}
 
     def record(module: nn.Module, operation: Callable, arguments: dict, outputs) -> None:
-        found.update(dict.fromkeys(with_gradients(_kind(arguments, outputs))))
+        if layers_of(arguments):  # attention has none, and no routes
+            found.update(dict.fromkeys(with_gradients(_kind(arguments, outputs))))
 
     def run() -> PatchReport:
         with unpatched():

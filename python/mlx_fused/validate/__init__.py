@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 import mlx_fused
 from mlx_fused.patching import PatchReport
-from mlx_fused.patching.projections import EMBEDDINGS
+from mlx_fused.patching.projections import EMBEDDINGS, watching
 from mlx_fused.validate import end_to_end
 from mlx_fused.validate.checkpoint import (
     CannotValidate,
@@ -58,12 +58,14 @@ def validate(
         CannotValidate: If the unpatched model fails, if nothing runs fused, or if the model does not compute
             in float32 when its embeddings are float32.
     """
-    tokens = mx.array(prompt)
+    tokens, attended = mx.array(prompt), []
     with unpatched(), in_float32(model):
         dtype = model(tokens[None]).dtype
     with mlx_fused.patched(model) as report:
         terms = sum_terms(model, report)
-        model(tokens[None])  # only traced, to count the operations
+        with watching(lambda *call: attended.append(_sums_of_attention(call[2]))):
+            model(tokens[None])  # only traced, to count the operations
+    terms += sum(attended)
     # Norms by themselves are compared as a part of the whole.
     checked = sum(p.calls.fused for x in report.modules for name, p in x.parts.items() if name != "norm")
     if dtype != mx.float32:
@@ -124,6 +126,11 @@ def sum_terms(model: nn.Module, report: PatchReport) -> int:
     heads = [child for x in fused for child in modules[x.name].values() if type(child) in EMBEDDINGS]
     layers = [*linears(model, fused), *heads]
     return sum(m["weight"].shape[-1] * (32 // m.bits if "scales" in m else 1) for m in layers)
+
+
+def _sums_of_attention(arguments: dict) -> int:
+    """Their lengths, of a score and of a result."""
+    return arguments["q"].shape[-1] + arguments["k"].shape[2] if "q" in arguments else 0
 
 
 def _described(checks: OperationChecks) -> dict:

@@ -60,7 +60,9 @@ def compare(
     value, size, steady = expected.value, expected.size, expected.steady
     spread = expected.spread(arithmetic)
     bound = CERTAIN * spread + steady + _FLOOR
-    largest_part, roundings, swallowed = np.abs(value), 1, bound
+    # Shared errors are random, so what is smaller than they are does not decide ties.
+    swallowed = CERTAIN * expected.own_spread(arithmetic) + steady + _FLOOR
+    largest_part, roundings = np.abs(value), 1
     if arithmetic.composed:
         largest_part, roundings = size, expected.roundings
         bound = bound + (roundings - 1) * kind.unit * (size + bound)

@@ -190,10 +190,14 @@ class Expected:
 
     def spread(self, arithmetic: Arithmetic) -> np.ndarray:
         """Of each number."""
-        spread = sqrt(self.terms) * arithmetic.sum_unit * self.magnitude
+        spread = self.own_spread(arithmetic)
         for shared in self.shared:
             spread = np.hypot(spread, shared.effect)
         return spread
+
+    def own_spread(self, arithmetic: Arithmetic) -> np.ndarray:
+        """Of the errors that no other number has."""
+        return sqrt(self.terms) * arithmetic.sum_unit * self.magnitude
 
     def through(
         self,

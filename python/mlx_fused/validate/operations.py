@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf, isnan
 
@@ -23,14 +23,16 @@ from mlx_lm.models.cache import make_prompt_cache
 import mlx_fused
 from mlx_fused.linear import LinearOperands
 from mlx_fused.patching.projections import watching
-from mlx_fused.validate import formulas
+from mlx_fused.validate import attention, formulas
 from mlx_fused.validate.activations import Activation
+from mlx_fused.validate.attention import exact
 from mlx_fused.validate.bounds import DTYPES, Comparison, compare
 from mlx_fused.validate.checkpoint import modules_of, two_rows
 from mlx_fused.validate.formulas import Arithmetic, Call, Expected, Norm, Segment
 
 _TF32_UNIT = 2.0**-11  # the matrix units of GPUs may round float32 operands to TF32
 _INPUTS = ("input", "x")
+_OPERANDS = (*_INPUTS, "residual", "q", "k", "v", "sinks")
 _LABELS = {"weight": "weight", "bias": "bias", "lora_a": "A", "lora_b": "B"}
 
 
@@ -89,6 +91,9 @@ class OperationChecks:
     def _check(self, layer: str, operation: Callable, arguments: dict, outputs) -> None:
         # Evaluated arrays end a graph, so the graph of the outputs then holds this operation alone.
         mx.eval([a for _, a in tree_flatten(arguments) if isinstance(a, mx.array)])
+        if "weight" not in arguments:
+            self._check_attention(layer, operation, arguments, outputs)
+            return
         outputs = _listed(outputs)
         arithmetic = _arithmetic(outputs, arguments, "")
         call = read(arguments, arithmetic.composed and arguments.get("exact", False))
@@ -99,12 +104,9 @@ class OperationChecks:
             compared = compare(_rows(y), y.dtype, expected, arithmetic, distinct)
             self._add("results", "their components", name, layer, compared)
 
-        operands = differentiable(arguments)
-        cotangents = [mx.random.normal(y.shape, y.dtype, key=mx.random.key(i)) for i, y in enumerate(outputs)]
-        function = function_of(operation, arguments, list(operands))
-        _, grads = mx.vjp(function, list(operands.values()), cotangents)
+        cotangents, grads = _gradients(operation, arguments, outputs)
         named_grads = {}
-        for (argument, place), grad in zip(operands, grads, strict=True):
+        for (argument, place), grad in grads.items():
             if argument in _LABELS:
                 segment = call.segments[place].name
                 named_grads[argument, segment] = f"{_LABELS[argument]} of {segment}", grad
@@ -112,13 +114,23 @@ class OperationChecks:
                 named_grads["input" if argument in _INPUTS else argument, ""] = argument, grad
         cotangents = [_rows(g) for g in cotangents]
         segment_grads = formulas.segment_gradients(call, cotangents, arithmetic)
-        arithmetic = _arithmetic(grads, arguments, "Grad")
+        arithmetic = _arithmetic(list(grads.values()), arguments, "Grad")
         for key, expected in formulas.gradients(call, segment_grads, arithmetic):
             if key in named_grads:  # a quantized weight has none
                 self._check_gradient(layer, *named_grads[key], expected, arithmetic)
         if call.residual is not None:
             copied = formulas.copied(cotangents[0])
             self._check_gradient(layer, *named_grads["residual", ""], copied, arithmetic)
+
+    def _check_attention(self, layer: str, operation: Callable, arguments: dict, output: mx.array) -> None:
+        call, arithmetic = attention.read(arguments), Arithmetic(dtype=DTYPES[output.dtype])
+        expected = attention.output(call)
+        distinct = np.unique(expected.value, axis=0, return_index=True)[1]
+        compared = compare(_rows(output), output.dtype, expected, arithmetic, distinct)
+        self._add("results", "their components", "attention", layer, compared)
+        (cotangent,), grads = _gradients(operation, arguments, [output])
+        for name, expected in attention.gradients(call, exact(cotangent), exact(output)).items():
+            self._check_gradient(layer, name, grads[name, None], expected, arithmetic)
 
     def _check_gradient(
         self, layer: str, name: str, grad: mx.array, expected: Expected, arithmetic: Arithmetic
@@ -209,12 +221,14 @@ def input_of(arguments: dict) -> mx.array:
 
 def layers_of(arguments: dict) -> tuple[LinearOperands, ...]:
     """The layers among the arguments by name that an operation takes."""
-    weight = arguments["weight"]
+    weight = arguments.get("weight", ())
     return (weight,) if isinstance(weight, LinearOperands) else weight
 
 
 def with_layers(arguments: dict, layers: list[LinearOperands]) -> dict:
-    """The arguments with other layers."""
+    """The arguments with other layers, if they have any."""
+    if not layers:
+        return arguments
     return arguments | {"weight": tuple(layers) if len(layers) > 1 else layers[0]}
 
 
@@ -232,11 +246,6 @@ def dequantized(
     return scaled + shift, np.abs(scaled) + np.abs(shift)
 
 
-def exact(array: mx.array) -> np.ndarray:
-    """``array`` in float64."""
-    return np.array(array.astype(mx.float64, stream=mx.cpu))
-
-
 def _rows(array: mx.array) -> np.ndarray:
     """``array`` in float64; activations as a matrix of rows."""
     values = exact(array)
@@ -247,7 +256,16 @@ def _listed(value) -> list:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
-def _arithmetic(results: Iterable[mx.array], arguments: dict, primitive: str) -> Arithmetic:
+def _gradients(operation: Callable, arguments: dict, outputs: list[mx.array]):
+    """Random cotangents of the outputs, and the gradients of the operands that may have one."""
+    operands = differentiable(arguments)
+    cotangents = [mx.random.normal(y.shape, y.dtype, key=mx.random.key(i)) for i, y in enumerate(outputs)]
+    function = function_of(operation, arguments, list(operands))
+    _, grads = mx.vjp(function, list(operands.values()), cotangents)
+    return cotangents, dict(zip(operands, grads, strict=True))
+
+
+def _arithmetic(results: list[mx.array], arguments: dict, primitive: str) -> Arithmetic:
     """The arithmetic of ``results``; their graph shows whether our primitive or MLX's own computes them."""
     dot = io.StringIO()
     mx.export_to_dot(dot, *results)
@@ -274,7 +292,7 @@ def _arithmetic(results: Iterable[mx.array], arguments: dict, primitive: str) ->
 
 def differentiable(arguments: dict) -> dict[tuple[str, int | None], mx.array]:
     """The operands that may have a gradient, by name and, for a layer's operands, the layer's index."""
-    found = {(n, None): arguments[n] for n in (*_INPUTS, "residual") if n in arguments}
+    found = {(n, None): arguments[n] for n in _OPERANDS if arguments.get(n) is not None}
     if arguments.get("norm") and arguments["norm"][0] is not None:
         found["norm", None] = arguments["norm"][0]
     for place, layer in enumerate(layers_of(arguments)):
