@@ -8,7 +8,7 @@ from mlx_fused._version import __version__, check_mlx
 
 check_mlx(version("mlx"))
 
-from mlx_fused import nn  # noqa: E402
+from mlx_fused import losses, nn  # noqa: E402
 from mlx_fused.linear import LinearOperands  # noqa: E402
 from mlx_fused.operations import (  # noqa: E402
     fused_attention,
@@ -38,6 +38,7 @@ __all__ = [
     "fused_qkv_projection",
     "fused_qkv_projection_bwd",
     "fused_rms_norm",
+    "losses",
     "nn",
     "patch",
     "patched",

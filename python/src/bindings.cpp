@@ -25,19 +25,6 @@ namespace {
 using OptionalInt = std::optional<int>;
 using Route = std::optional<std::string>;
 
-// mlx_fused.LinearOperands
-using LinearTuple = std::tuple<
-    mx::array,
-    OptionalArray,
-    OptionalArray,
-    OptionalArray,
-    OptionalInt,
-    OptionalInt,
-    std::string,
-    OptionalArray,
-    OptionalArray,
-    float>;
-
 // The present operands of a linear layer, or of an adapter around one: modules are dictionaries of arrays and
 // modules, and their attributes are settings.
 mlx_fused::Linear linear_of_module(nb::handle module) {
@@ -376,6 +363,7 @@ NB_MODULE(_ext, m) {
       "sinks"_a.none(),
       "stream"_a.none());
   bind_cross_entropy(m);
+  bind_logits(m);
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a, "stream"_a.none());
   m.def(
       "difference",

@@ -12,6 +12,19 @@
 
 using OptionalArray = std::optional<mlx::core::array>;
 
+// mlx_fused.LinearOperands
+using LinearTuple = std::tuple<
+    mlx::core::array,
+    OptionalArray,
+    OptionalArray,
+    OptionalArray,
+    std::optional<int>,
+    std::optional<int>,
+    std::string,
+    OptionalArray,
+    OptionalArray,
+    float>;
+
 // Each is LinearOperands or a module.
 mlx_fused::Linears linears(const nanobind::sequence& layers);
 
@@ -21,6 +34,9 @@ using ActivationTuple = std::tuple<std::string, bool, float, float>;
 mlx_fused::Activation activation_of(const std::optional<ActivationTuple>& given);
 
 void bind_cross_entropy(nanobind::module_& m);
+
+// What logits are made from.
+void bind_logits(nanobind::module_& m);
 
 // What patching asks of modules and arrays.
 void bind_patching(nanobind::module_& m);

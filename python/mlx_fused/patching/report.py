@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from mlx_fused._ext import add_to, environment, was_composed
 
-# What of a module may be fused, and how it is called.
+# What may be fused, and how it is called: parts of modules, and the loss of the whole model.
 TITLES = {
     "qkv": "the QKV projection",
     "attention": "attention itself",
@@ -16,8 +16,8 @@ TITLES = {
     "linear": "other linear layers",
     "norm": "the RMS norm",
     "experts": "experts",
+    "loss": "the loss",
 }
-PARTS = tuple(TITLES)
 _COLUMNS = {
     "qkv": "QKV",
     "attention": "attention",
@@ -27,6 +27,7 @@ _COLUMNS = {
     "norm": "RMS norm",
     "experts": "experts",
 }
+PARTS = tuple(_COLUMNS)
 
 _OFF = dict.fromkeys(("0", "false", "off", "no"), True) | dict.fromkeys(("1", "true", "on", "yes", ""), False)
 
