@@ -1,7 +1,11 @@
 """The loss of a patched model is made without its logits, and is mlx-lm's loss whatever the model does."""
 
 import math
+import signal
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -315,6 +319,24 @@ def test_products_with_columns_are_none():
     assert "rows of a weight" in _ext.head_of(y)
 
 
+# Memory.
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="no limit of what a process may allocate")
+def test_a_step_runs_where_logits_do_not_fit():
+    def ends(who):
+        script = Path(__file__).with_name("limited_memory.py")
+        return subprocess.run([sys.executable, script, who, "1024"], capture_output=True, text=True)
+
+    ours = ends("ours")
+    assert ours.returncode == 0 and "loss" in ours.stdout, ours.stderr
+    # MLX does not look whether it got the memory.
+    for who in ("stock", "loss"):
+        failed = ends(who)
+        assert failed.returncode in (-signal.SIGSEGV, -signal.SIGABRT) and "loss" not in failed.stdout
+
+
 # mlx-lm's trainer.
 
 
@@ -337,7 +359,9 @@ def trained(loss, patch, **options):
             losses.append(info["val_loss"])
 
     np.random.seed(0)
-    args = TrainingArgs(batch_size=2, iters=4, steps_per_report=1, adapter_file=options.pop("file"), **options)
+    args = TrainingArgs(
+        batch_size=2, iters=4, steps_per_report=1, adapter_file=options.pop("file"), **options
+    )
     train(model, optim.Adam(1e-2), texts, texts[:4], args, loss, training_callback=Reports())
     losses.append(evaluate(model, texts, 2, -1, loss=loss))
     return losses, dict(tree_flatten(model.trainable_parameters())), patch_of(model)

@@ -37,7 +37,7 @@ def cross_entropy(x: mlx.core.array, layer: Sequence, targets: mlx.core.array, m
 
 def head_of(logits: mlx.core.array) -> tuple[mlx.core.array, tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, mlx.core.array | None, int | None, int | None, str, mlx.core.array | None, mlx.core.array | None, float], float, float | None] | str:
     """
-    What unevaluated logits are made from: the head's input, its LinearOperands as a tuple, the scale and the softcap; or why they are not known to be that.
+    What unevaluated logits are made from: the head's input, its LinearOperands as a tuple, the scale and the softcap; or why a model's loss cannot be made of that.
     """
 
 def rms_norm(x: mlx.core.array, weight: mlx.core.array | None, eps: float, stream: mlx.core.Stream | mlx.core.ThreadLocalStream | mlx.core.Device | mlx.core.DeviceType | None) -> mlx.core.array: ...

@@ -82,7 +82,7 @@ def _head(
     if any(patch.options.exact for patch in patches):
         raise NotFused("exact=True, and MLX rounds logits")
     if logits.shape[:-1] != targets.shape:
-        raise NotFused("the model does not return logits of every token")
+        raise NotFused("it does not return logits of every token")
     if isinstance(found := head_of(logits), str):
         raise NotFused(found)
     x, layer, scale, softcap = found

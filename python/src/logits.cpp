@@ -58,7 +58,7 @@ class Reader {
       step();
     }
     if (at_.size() != size_ || at_.shape(-1) != words_) {
-      throw Unknown{"they are more than a head's outputs"};
+      throw Unknown{"its logits are more than a head's outputs"};
     }
     return at_;
   }
@@ -74,7 +74,7 @@ class Reader {
  private:
   bool is_product() {
     if (!at_.has_primitive()) {
-      throw Unknown{"they were evaluated, or given to a transformation"};
+      throw Unknown{"its logits were evaluated, or made by a transformation"};
     }
     return dynamic_cast<mlx_fused::Projection*>(&at_.primitive()) ||
            is_one_of(at_.primitive().name(), {"Matmul", "AddMM", "QuantizedMatmul"});
@@ -87,7 +87,7 @@ class Reader {
       bool is_right = number(of[1]).has_value();
       auto value = number(of[is_right]);
       if (!value || *value == 0 || !std::isfinite(*value) || (name == "Divide" && !is_right)) {
-        throw Unknown{"they are multiplied with an array"};
+        throw Unknown{"its logits are multiplied with an array"};
       }
       factor_ *= name == "Divide" ? 1 / *value : *value;
       at_ = of[!is_right];
@@ -99,14 +99,14 @@ class Reader {
     } else if (is_one_of(name, {"Reshape", "Flatten", "Unflatten", "ExpandDims", "Squeeze"})) {
       at_ = inputs()[0];
       if (at_.ndim() == 0 || at_.shape(-1) != words_) {
-        throw Unknown{"words are another axis than their last"};
+        throw Unknown{"its logits come from an array with other words"};
       }
     } else if (name == "Broadcast") {  // of a function compiled for any shape; `product` compares the sizes
       at_ = inputs()[0];
     } else if (name.starts_with("Compiled")) {
       enter();
     } else {
-      throw Unknown{"they come from " + std::string(name)};
+      throw Unknown{"its logits come from " + std::string(name)};
     }
   }
 
@@ -173,7 +173,7 @@ std::pair<mx::array, LinearTuple> of_ours(mlx_fused::Projection& head, const mx:
     std::tie(inputs, call) = normed_before(inputs, call, mlx_fused::Products(head.stream()));
   }
   if (call.segments.size() != 1 || call.segments[0].heads || call.epilogue != mlx_fused::Epilogue{}) {
-    throw Unknown{"they come from " + call.node + ", which does more than a head"};
+    throw Unknown{"its logits come from " + call.node + ", which does more than a head"};
   }
   mlx_fused::Operands operands(inputs, input_slots(call));
   auto of = [&](Role role) -> OptionalArray {
@@ -203,12 +203,11 @@ std::pair<mx::array, LinearTuple> of_mlx(const mx::array& y) {
     auto [group_size, bits, mode, transposes] = static_cast<mx::QuantizedMatmul&>(y.primitive()).state();
     static const char* const modes[] = {"affine", "mxfp4", "mxfp8", "nvfp4"};
     if (!transposes || size_t(mode) >= std::size(modes)) {
-      throw Unknown{"they are no product with rows of a weight"};
+      throw Unknown{"its logits are no product with rows of a weight"};
     }
     auto biases = inputs.size() > 3 ? std::optional(inputs[3]) : std::nullopt;
     return {
-        inputs[0],
-        {inputs[1], {}, inputs[2], biases, group_size, bits, modes[size_t(mode)], {}, {}, 1.0f}};
+        inputs[0], {inputs[1], {}, inputs[2], biases, group_size, bits, modes[size_t(mode)], {}, {}, 1.0f}};
   }
   auto& transposed = inputs[1];
   bool is_rows = transposed.ndim() == 2 && transposed.has_primitive() &&
@@ -224,7 +223,7 @@ std::pair<mx::array, LinearTuple> of_mlx(const mx::array& y) {
     is_rows &= bias->ndim() == 1 && alpha == 1 && beta == 1;
   }
   if (!is_rows) {
-    throw Unknown{"they are no product with rows of a weight"};
+    throw Unknown{"its logits are no product with rows of a weight"};
   }
   return {inputs[0], {transposed.inputs()[0], bias, {}, {}, {}, {}, "affine", {}, {}, 1.0f}};
 }
@@ -249,5 +248,5 @@ void bind_logits(nb::module_& m) {
       &head_of,
       "logits"_a,
       "What unevaluated logits are made from: the head's input, its LinearOperands as a tuple, the scale and "
-      "the softcap; or why they are not known to be that.");
+      "the softcap; or why a model's loss cannot be made of that.");
 }
