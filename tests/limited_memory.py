@@ -1,7 +1,7 @@
 """A LoRA step of a model with Gemma3-1B's head in a process that may allocate so much and no more.
 
-``python limited_memory.py stock|loss|ours [MB]``: mlx-lm's own code, a patched model with mlx-lm's loss, or with
-ours; and what may be allocated after the weights are there. Prints the loss and the peak.
+``python limited_memory.py stock|loss|ours [MB]``: mlx-lm's own code, a patched model with mlx-lm's loss, or
+with ours; and what may be allocated after the weights are there. Prints the loss and the peak.
 """
 
 import re

@@ -21,8 +21,7 @@ import mlx_fused
 import tiny_models
 from graph import primitives
 from mlx_fused import _ext
-from mlx_fused.losses import cross_entropy_loss
-from mlx_fused.patching.registry import patch_of
+from mlx_fused.losses import calls, cross_entropy_loss
 from zoo import configs
 
 OURS = "FusedLinearCrossEntropy"
@@ -86,9 +85,9 @@ def check(model, is_ours, run=gradients, tolerance=1e-5):
         if run is not compiled:
             assert (OURS in primitives(actual[0])) == is_ours, report
         assert_alike(actual, expected, tolerance)
-        calls = [patch.calls["loss"] for module in model.modules() if (patch := patch_of(module))]
-        assert (sum(c.total for c in calls), sum(c.fused for c in calls)) == (1, is_ours)
-    return next((c.reason for c in calls if c.reason), None)
+        counter = calls(model)
+        assert (counter.total, counter.fused) == (1, is_ours)
+    return counter.reason
 
 
 @pytest.mark.parametrize("run", [evaluated, gradients, compiled])
@@ -204,9 +203,9 @@ def test_anything_else_is_mlx_own_loss(after):
     expected = run(default_loss, model, tokens)
     with mlx_fused.patched(model):
         actual = run(cross_entropy_loss, model, tokens)
-        calls = patch_of(model).calls["loss"]
+        counter = calls(model)
     assert OURS not in primitives(actual[0])
-    assert (calls.total, calls.fused) == (1, 0) and calls.reason
+    assert (counter.total, counter.fused) == (1, 0) and counter.reason
     if after == "infinitely":
         assert math.isnan(actual[0].item()) and math.isnan(expected[0].item())
     else:
@@ -257,6 +256,10 @@ def test_a_model_that_is_not_to_be_changed_is_not(how, monkeypatch):
     assert OURS not in primitives(loss)
     np.testing.assert_allclose(loss.item(), expected[0].item(), rtol=1e-6)
     assert count.item() == expected[1].item()
+
+
+def test_an_unpatched_model_has_no_calls():
+    assert calls(Head()).total == 0
 
 
 def test_no_target_that_counts():
@@ -364,7 +367,7 @@ def trained(loss, patch, **options):
     )
     train(model, optim.Adam(1e-2), texts, texts[:4], args, loss, training_callback=Reports())
     losses.append(evaluate(model, texts, 2, -1, loss=loss))
-    return losses, dict(tree_flatten(model.trainable_parameters())), patch_of(model)
+    return losses, dict(tree_flatten(model.trainable_parameters())), calls(model) if patch else None
 
 
 @pytest.mark.parametrize("options", [{}, {"grad_checkpoint": True}, {"grad_accumulation_steps": 2}], ids=str)
@@ -375,10 +378,10 @@ def test_mlx_lm_trains_through_it(options, tmp_path, monkeypatch):
     file = tmp_path / "adapters.safetensors"
     stock, parameters, _ = trained(default_loss, False, file=file, **options)
     monkeypatch.setattr(gemma2.TransformerBlock, "__call__", call)  # which grad_checkpoint replaces
-    ours, ours_parameters, patch = trained(cross_entropy_loss, True, file=file, **options)
+    ours, ours_parameters, counter = trained(cross_entropy_loss, True, file=file, **options)
     monkeypatch.setattr(gemma2.TransformerBlock, "__call__", call)
     assert len(stock) == 7  # of four steps, two validations and the end
     np.testing.assert_allclose(ours, stock, rtol=1e-4)
     for name, parameter in parameters.items():
         np.testing.assert_allclose(ours_parameters[name], parameter, rtol=0, atol=2e-3, err_msg=name)
-    assert patch.calls["loss"].total == patch.calls["loss"].fused > 0
+    assert counter.total == counter.fused > 0

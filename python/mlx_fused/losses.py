@@ -11,7 +11,7 @@ from mlx_fused.operations import fused_linear_cross_entropy
 from mlx_fused.patching import projections
 from mlx_fused.patching.projections import NotFused
 from mlx_fused.patching.registry import Patch, patch_of
-from mlx_fused.patching.report import switched_off
+from mlx_fused.patching.report import Calls, switched_off
 
 
 def cross_entropy_loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
@@ -44,18 +44,35 @@ def cross_entropy_loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> 
     return losses.astype(mx.float32).sum() / number, number
 
 
+def calls(model: nn.Module) -> Calls:
+    """How often the loss of a patched model was made, and how often without logits.
+
+    Args:
+        model (mlx.nn.Module): A model that was given to :func:`mlx_fused.patch`; of any other it is never.
+
+    Returns:
+        Calls: A counter, which goes on as those of the report do. ``reason`` says why logits were needed.
+    """
+    patches = _patches(model)
+    return patches[0].calls["loss"] if patches else Calls()
+
+
+def _patches(model: nn.Module) -> list[Patch]:
+    return [patch for module in model.modules() if (patch := patch_of(module))]
+
+
 def _without_logits(
     model: nn.Module, logits: mx.array, targets: mx.array, counts: mx.array
 ) -> mx.array | None:
     """The loss of every target, 0 where it does not count; None if it has to be made of the logits."""
-    patches = [patch for module in model.modules() if (patch := patch_of(module))]
+    patches = _patches(model)
     if not patches or switched_off():
         return None
-    calls = patches[0].calls["loss"]
+    counter = calls(model)
     try:
         x, layer, scale, softcap = _head(patches, logits, targets)
     except NotFused as reason:
-        calls.add(1, reason=str(reason))
+        counter.add(1, reason=str(reason))
         return None
     losses = projections.run(
         model,
@@ -67,7 +84,7 @@ def _without_logits(
         scale=scale,
         softcap=softcap,
     )
-    calls.add(1, 1)
+    counter.add(1, 1)
     return losses
 
 

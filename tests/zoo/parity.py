@@ -10,9 +10,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_fused
 from graph import primitives
+from mlx_fused import losses
 from mlx_fused.losses import cross_entropy_loss
 from mlx_fused.patching import Part
-from mlx_fused.patching.registry import patch_of
 from zoo import configs, exact
 
 # How many times the stock model's error the patched one's may be. Their roundings are independent and of one
@@ -107,12 +107,11 @@ def _sentence(error):
 
 def _count(report, model, result):
     """In how many modules a part ran fused, always, and why not in the others; and the same of the loss."""
-    patches = [patch for module in model.modules() if (patch := patch_of(module))]
-    losses = [calls for patch in patches if (calls := patch.calls["loss"]).total]
+    of_loss = losses.calls(model)
     for part, label in LABELS.items():
         parts = [module.parts[part] for module in report.modules if part in module.parts]
         if part == "loss":
-            parts = [Part(calls.reason, calls=calls) for calls in losses]
+            parts = [Part(of_loss.reason, calls=of_loss)] if of_loss.total else []
         called = [p for p in parts if p.calls.total]
         fused = [p for p in called if p.calls.fused == p.calls.total]
         result.counts[part].append(f"{len(fused)} of {len(parts)}")

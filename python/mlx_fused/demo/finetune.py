@@ -17,8 +17,8 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import load_dataset
 
 import mlx_fused
+from mlx_fused import losses
 from mlx_fused.cli.passthrough import without_logits
-from mlx_fused.patching.registry import patch_of
 from mlx_fused.validate import sum_terms
 
 from .settings import Settings
@@ -105,7 +105,7 @@ def finetune(
     run.peak_memory = mx.get_peak_memory()
     if report:
         run.terms = sum_terms(model, report)
-        calls = [patch_of(model).calls["loss"], *(part.calls for part in report.parts)]
+        calls = [losses.calls(model), *(part.calls for part in report.parts)]
         if not all(0 < part.fused == part.total for part in calls):
             raise RuntimeError(f"Not every call ran fused.\n{report}")
     return run

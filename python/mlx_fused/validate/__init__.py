@@ -13,12 +13,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 import mlx_fused
+from mlx_fused import losses
 from mlx_fused.patching import PatchReport
 from mlx_fused.patching.projections import EMBEDDINGS, watching
 from mlx_fused.validate import end_to_end
 from mlx_fused.validate.checkpoint import (
     CannotValidate,
     attach_adapters,
+    batch_of,
     in_float32,
     linears,
     load,
@@ -65,9 +67,11 @@ def validate(
         terms = sum_terms(model, report)
         with watching(lambda *call: attended.append(_sums_of_attention(call[2]))):
             model(tokens[None])  # only traced, to count the operations
+        # Norms by themselves are compared as a part of the whole.
+        checked = sum(p.calls.fused for x in report.modules for name, p in x.parts.items() if name != "norm")
+        losses.cross_entropy_loss(model, *batch_of(tokens))
+        checked_losses = losses.calls(model).fused
     terms += sum(attended)
-    # Norms by themselves are compared as a part of the whole.
-    checked = sum(p.calls.fused for x in report.modules for name, p in x.parts.items() if name != "norm")
     if dtype != mx.float32:
         raise CannotValidate("The model does not compute in float32 when its embeddings are float32.")
     parts = report.parts
@@ -79,7 +83,8 @@ def validate(
         on_progress(done, total)
 
     runs = Runs(model, on_step)
-    total = runs.count + 4 * checked  # prompt and token, with and without adapters
+    # Prompt and token, with and without adapters; and the loss of both.
+    total = runs.count + 4 * checked + 2 * checked_losses
     logits = runs.compare(lambda: {"logits": end_to_end.logits(model, tokens)}, sum_error(terms))
     operations = {"as loaded": check_operations(model, tokens, on_step)}
     logits = {dtype: lines["logits"] for dtype, lines in logits.items()}
