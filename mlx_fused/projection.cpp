@@ -54,17 +54,6 @@ std::optional<int64_t> line_rows(const Call& call, int batch, int rows) {
   return apart && batch > 1 && rows > 1 ? std::optional<int64_t>(rows) : std::nullopt;
 }
 
-Workload workload(const Arrays& inputs, const Call& call, const Slots& slots) {
-  auto& x = inputs[0];
-  return {
-      .call = call,
-      .promoted = promoted_types(inputs, call, slots),
-      .rows = int64_t(x.shape(0)) * x.shape(1),
-      .in_features = x.shape(2),
-      .line_rows = line_rows(call, x.shape(0), x.shape(1)),
-      .ranks = ranks(Operands(inputs, slots), call)};
-}
-
 // The number of input features, from whichever array the gradient reads; nullopt if none of them tells.
 std::optional<int> in_features(const Operands& operands, const Call& forward) {
   if (auto* x = operands.find(Role::input)) {
@@ -253,6 +242,40 @@ Arrays all_outputs(
 
 }  // namespace
 
+Workload workload(const Arrays& inputs, const Call& call, const Slots& slots) {
+  auto& x = inputs[0];
+  return {
+      .call = call,
+      .promoted = promoted_types(inputs, call, slots),
+      .rows = int64_t(x.shape(0)) * x.shape(1),
+      .in_features = x.shape(2),
+      .line_rows = line_rows(call, x.shape(0), x.shape(1)),
+      .ranks = ranks(Operands(inputs, slots), call)};
+}
+
+std::optional<Slots> wanted_gradients(const Call& call, const std::vector<int>& argnums) {
+  auto slots = input_slots(call);
+  Slots wanted;
+  bool of_groups = false;
+  for (int argnum : argnums) {
+    auto role = slots[argnum].role;
+    bool of_group = role == Role::group_scales || role == Role::group_biases;
+    if (call.quantization && role == Role::weight) {
+      Check(call.operation)
+          .fail(
+              "quantized weights have no gradient; freeze them, and train adapters, biases, or scales of "
+              "mode "
+              "'affine'.");
+    }
+    if (of_group && !call.quantization->is_affine()) {
+      Check(call.operation).fail("scales of mode '", call.quantization->mode, "' have no gradient.");
+    }
+    of_groups |= of_group;
+    wanted.push_back(slots[argnum]);
+  }
+  return of_groups ? std::nullopt : std::optional(wanted);
+}
+
 std::pair<Arrays, Call> normed_before(const Arrays& inputs, const Call& call, const Products& products) {
   std::optional<mx::array> weight;
   Arrays others = inputs;
@@ -378,29 +401,13 @@ std::optional<mx::array> Projection::made_again(const mx::array& output) {
 Arrays Projection::vjp(
     const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
   auto slots = input_slots(call_);
-  GradCall grad{call_.linear(), {}};
-  bool of_groups = false;
-  for (int argnum : argnums) {
-    auto role = slots[argnum].role;
-    bool of_group = role == Role::group_scales || role == Role::group_biases;
-    if (call_.quantization && role == Role::weight) {
-      Check(call_.operation)
-          .fail(
-              "quantized weights have no gradient; freeze them, and train adapters, biases, or scales of "
-              "mode "
-              "'affine'.");
-    }
-    if (of_group && !call_.quantization->is_affine()) {
-      Check(call_.operation).fail("scales of mode '", call_.quantization->mode, "' have no gradient.");
-    }
-    of_groups |= of_group;
-    if (role != Role::residual) {
-      grad.wanted.push_back(slots[argnum]);
-    }
-  }
-  if (of_groups || call_.norm) {
+  auto with_residual = wanted_gradients(call_, argnums);
+  if (!with_residual || call_.norm) {
     return FusedPrimitive::vjp(primals, cotangents, argnums, outputs);
   }
+
+  GradCall grad{call_.linear(), std::move(*with_residual)};
+  std::erase(grad.wanted, Slot{Role::residual});
 
   // A custom function that consumes this output may return cotangents of another dtype.
   auto given = cotangents;

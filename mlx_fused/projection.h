@@ -9,6 +9,7 @@
 #include "mlx_fused/check.h"
 #include "mlx_fused/fused_primitive.h"
 #include "mlx_fused/products.h"
+#include "mlx_fused/routing.h"
 
 namespace mlx_fused {
 
@@ -34,6 +35,13 @@ Arrays all_gradients(
     bool has_bias,
     const std::optional<std::string>& route,
     mx::Stream stream);
+
+// What routing looks at. The slots are those of the call's inputs.
+Workload workload(const Arrays& inputs, const Call& call, const Slots& slots);
+
+// The slots of a call's inputs of which gradients are asked for. Fails if one of them has none. nullopt if
+// MLX has to differentiate the composed form: by groups' scales and biases.
+std::optional<Slots> wanted_gradients(const Call& call, const std::vector<int>& argnums);
 
 // The call of an input that is normed before.
 std::pair<Arrays, Call> normed_before(const Arrays& inputs, const Call& call, const Products& products);

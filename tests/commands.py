@@ -23,8 +23,8 @@ def counts(err):
     return found, re.sub("^(, )+", "", rest)
 
 
-def all_fused(found):
-    of_parts = found.keys() == TITLES.keys() - {"experts"}
+def all_fused(found, of_training=False):
+    of_parts = found.keys() == TITLES.keys() - ({"experts"} if of_training else {"experts", "loss"})
     return of_parts and all(fused == total > 0 for fused, total in found.values())
 
 

@@ -16,12 +16,12 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 import mlx_fused
 import oracle
-from mlx_fused import LinearOperands
+from mlx_fused import LinearOperands, losses
 from mlx_fused._ext import count
 from mlx_fused.operations.call import batched, unbatched
 from mlx_fused.patching import attention, calls, projections, residual
 from mlx_fused.validate import operations
-from mlx_fused.validate.checkpoint import attach_adapters
+from mlx_fused.validate.checkpoint import attach_adapters, batch_of
 from mlx_fused.validate.operations import (
     OperationChecks,
     differentiable,
@@ -148,6 +148,7 @@ def wrapped(wrap):
         mock.patch.object(projections.Operation, "__call__", run),
         mock.patch.object(residual, "plus", plus),
         mock.patch.object(attention, "fused_attention", wrap(mlx_fused.fused_attention)),
+        mock.patch.object(losses, "fused_linear_cross_entropy", wrap(mlx_fused.fused_linear_cross_entropy)),
         mock.patch.object(calls, "watcher_of_thread", lambda: True),
     ):
         yield
@@ -165,7 +166,7 @@ def targets(model):
         return run
 
     with wrapped(note), mlx_fused.patched(model):
-        mx.eval(model(prompt()[None]))
+        mx.eval(model(prompt()[None]), losses.cross_entropy_loss(model, *batch_of(prompt())))
     return list(dict.fromkeys(found))
 
 
@@ -226,7 +227,9 @@ def sabotaged(operation, arguments, target, factor=FACTOR):
         if target.gradient:
             return honest(*values)
         outputs = operation(**changed)
-        outputs = [y.astype(arguments[_activations(arguments)].dtype) for y in oracle.leaves(outputs)]
+        # Losses are float32 whatever they are of.
+        dtype = mx.float32 if "targets" in arguments else arguments[_activations(arguments)].dtype
+        outputs = [y.astype(dtype) for y in oracle.leaves(outputs)]
         return outputs if len(outputs) > 1 else outputs[0]
 
     @run.vjp
@@ -379,13 +382,13 @@ def document(outcomes):
         "",
         "Written by `python tests/sabotage.py`. In tiny random models of six families, patched, one thing",
         "at a time is made 1 % wrong: the weight of q, k, v, gate or up, of what is added to the residual",
-        "or of any other linear layer, a bias, the A or the B of an adapter, or the residual, as the forward",
-        "reads it; the gradient of any of these, or of the activations; and the part of the activations'",
+        "or of any other linear layer, or as the loss reads it, a bias, the A or the B of an adapter, or the",
+        "residual, as the forward reads it; the gradient of any of these, or of the activations; and the part of the activations'",
         "gradient that comes through one projection or one adapter. The checks of operations in",
         "`mlx-fused validate` must fail then, and pass where nothing is wrong: on the model as it is, and",
         "with all the same things multiplied by 1 and not by 1.01. What they do not notice they must call",
-        "inconclusive: the gradients of gate and up are kept in 16 bits, and where these may round either",
-        "way, a small part behind them is hidden.",
+        "inconclusive: the gradients of gate and up are kept in 16 bits, and those of logits are multiplied",
+        "in 16 bits, and where these may round either way, a small part behind them is hidden.",
         "",
         "| model | weights | honest | sabotage noticed | honest, with adapters | sabotage noticed |",
         "|---|---|---|---|---|---|",

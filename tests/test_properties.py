@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import attention
+import cross_entropy
 import operands
 import oracle
 import projections
@@ -72,6 +73,37 @@ def test_attention(data, seed, batch, queries, keys, shape, dtype, mask, has_sin
     call = attention.make(rng, batch, shape, (queries, keys), mask, dtype, has_sinks)
     primals = [data.draw(layouts)(a) if a.size else a for a in call.primals]
     attention.check(rng, call.with_primals(primals))
+
+
+@given(
+    st.data(),
+    seeds,
+    st.integers(0, 2),
+    sizes,
+    widths,
+    st.integers(1, 9) | st.integers(1, 1100),
+    dtypes,
+    st.sampled_from([None, None, ("affine", 32, 4), ("affine", 32, 3), *quantized.FLOATS]),
+    st.fixed_dictionaries(
+        {
+            "bias": st.booleans(),
+            "rank": st.none() | st.integers(1, 5),
+            "masked": st.sampled_from([None, "mask", "index", "both"]),
+            "scale": st.sampled_from([1.0, -0.5, 3.0]),
+            "softcap": st.none() | st.sampled_from([0.5, 4.0]),
+            "smoothing": st.sampled_from([0.0, 0.3]),
+        }
+    ),
+)
+def test_cross_entropy(data, seed, batch, seq, hidden, words, dtype, form, options):
+    rng = np.random.default_rng(seed)
+    hidden = 32 * (1 + hidden % 3) if form else hidden
+    loss = cross_entropy.make(rng, (batch, seq), hidden, words, form, dtype, **options)
+    head = loss.head.with_leaves(
+        {key: data.draw(layouts)(a) if a.size else a for key, a in loss.head.leaves.items() if key[0] != "x"}
+    )
+    keys = data.draw(st.lists(st.sampled_from(head.trainable), unique=True))
+    cross_entropy.check(rng, cross_entropy.replace(loss, head=head), keys)
 
 
 def of_integers(seed, batch, seq, hidden, shape, packed=False):

@@ -21,7 +21,7 @@ import mlx_fused
 import sabotage
 import tiny_demo
 import tiny_models
-from mlx_fused import validate
+from mlx_fused import losses, validate
 from mlx_fused.cli import main
 from mlx_fused.patching import attention, projections
 from mlx_fused.validate import checkpoint, end_to_end
@@ -98,6 +98,7 @@ def test_a_switch_that_is_off_is_to_blame_not_the_model(checkpoints, monkeypatch
 def test_the_switch_is_blamed_only_where_it_is_off(checkpoints, monkeypatch):
     monkeypatch.setattr(projections, "DTYPES", frozenset())
     monkeypatch.setattr(attention, "has_kernels", lambda x: False)
+    monkeypatch.setattr(losses, "head_of", lambda logits: "a reason")  # which takes MLX's products too
     result = run(checkpoints / "model")
     assert result.exit_code == 2
     assert "Nothing of it ran fused" in result.output and "MLX_FUSED" not in result.output
@@ -122,11 +123,13 @@ def test_checkpoints_of_the_demo_pass(checkpoints, arguments):
     assert results["passed"] and results["verdicts"]["failed"] == 0
     assert results["calls"]["qkv"]["fused"] == results["calls"]["qkv"]["total"] > 0
     assert results["calls"]["residual"]["fused"] == results["calls"]["residual"]["total"] > 0
+    assert results["calls"]["loss"]["fused"] == results["calls"]["loss"]["total"] > 0
     layers = sum(not {"norm", "rope"} & set(parts) for parts in results["layers"].values())
     for operations in results["operations"].values():
         # QKV, attention, output, gate * up and down of both layers, and the head, for the prompt and a token
-        assert layers == 5 and operations["count"] == 2 * (2 * 5 + 1)
-        assert set(operations["results"]) == {*"qkvoy", "gate * up", "attention"}
+        # and one loss.
+        assert layers == 5 and operations["count"] == 2 * (2 * 5 + 1) + 1
+        assert set(operations["results"]) == {*"qkvoy", "gate * up", "attention", "loss"}
         findings = [f for part, of in operations.items() if part != "count" for f in of.values()]
         assert all(f["verdict"] == "passed" and f["share"] < 0.5 and f["noticeable"] == 1 for f in findings)
     float32 = results["end_to_end"]["float32"]

@@ -8,12 +8,13 @@ from mlx_fused._version import __version__, check_mlx
 
 check_mlx(version("mlx"))
 
-from mlx_fused import nn  # noqa: E402
+from mlx_fused import losses, nn  # noqa: E402
 from mlx_fused.linear import LinearOperands  # noqa: E402
 from mlx_fused.operations import (  # noqa: E402
     fused_attention,
     fused_gated_projection,
     fused_linear,
+    fused_linear_cross_entropy,
     fused_output_projection_residual,
     fused_output_projection_residual_bwd,
     fused_qkv_projection,
@@ -32,12 +33,14 @@ __all__ = [
     "fused_attention",
     "fused_gated_projection",
     "fused_linear",
+    "fused_linear_cross_entropy",
     "fused_output_projection_residual",
     "fused_output_projection_residual_bwd",
     "fused_qkv_projection",
     "fused_qkv_projection_bwd",
     "fused_rms_norm",
     "fused_rope",
+    "losses",
     "nn",
     "patch",
     "patched",

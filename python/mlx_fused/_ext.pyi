@@ -33,6 +33,13 @@ def all_gradients(operation: Operation, names: Sequence[str], cotangents: Sequen
 
 def attention(q: mlx.core.array, k: mlx.core.array, v: mlx.core.array, scale: float, mask: str | mlx.core.array | None, window: int | None, sinks: mlx.core.array | None, stream: mlx.core.Stream | mlx.core.ThreadLocalStream | mlx.core.Device | mlx.core.DeviceType | None) -> mlx.core.array: ...
 
+def cross_entropy(x: mlx.core.array, layer: Sequence, targets: mlx.core.array, mask: mlx.core.array | None, ignore_index: int | None, scale: float, softcap: float | None, label_smoothing: float, route: str | None, stream: mlx.core.Stream | mlx.core.ThreadLocalStream | mlx.core.Device | mlx.core.DeviceType | None) -> mlx.core.array: ...
+
+def head_of(logits: mlx.core.array) -> tuple[mlx.core.array, tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, mlx.core.array | None, int | None, int | None, str, mlx.core.array | None, mlx.core.array | None, float], float, float | None] | str:
+    """
+    What unevaluated logits are made from: the head's input, its LinearOperands as a tuple, the scale and the softcap; or why a model's loss cannot be made of that.
+    """
+
 def rms_norm(x: mlx.core.array, weight: mlx.core.array | None, eps: float, stream: mlx.core.Stream | mlx.core.ThreadLocalStream | mlx.core.Device | mlx.core.DeviceType | None) -> mlx.core.array: ...
 
 def rope(x: mlx.core.array, dims: int, traditional: bool, base: float | None, scale: float, offset: int | mlx.core.array, freqs: mlx.core.array | None, stream: mlx.core.Stream | mlx.core.ThreadLocalStream | mlx.core.Device | mlx.core.DeviceType | None) -> mlx.core.array: ...

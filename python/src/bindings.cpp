@@ -23,22 +23,8 @@ using mlx_fused::Arrays;
 
 namespace {
 
-using OptionalArray = std::optional<mx::array>;
 using OptionalInt = std::optional<int>;
 using Route = std::optional<std::string>;
-
-// mlx_fused.LinearOperands
-using LinearTuple = std::tuple<
-    mx::array,
-    OptionalArray,
-    OptionalArray,
-    OptionalArray,
-    OptionalInt,
-    OptionalInt,
-    std::string,
-    OptionalArray,
-    OptionalArray,
-    float>;
 
 // The present operands of a linear layer, or of an adapter around one: modules are dictionaries of arrays and
 // modules, and their attributes are settings.
@@ -79,24 +65,6 @@ mlx_fused::Linear linear_of_module(nb::handle module) {
     layer.lora_scale = nb::cast<float>(setting(module, scale));
   }
   return layer;
-}
-
-// Each is LinearOperands or a module.
-mlx_fused::Linears linears(const nb::sequence& layers) {
-  mlx_fused::Linears result;
-  result.reserve(3);
-  for (auto layer : layers) {
-    if (PyDict_Check(layer.ptr())) {
-      result.push_back(linear_of_module(layer));
-      continue;
-    }
-    std::optional<LinearTuple> operands;
-    if (!nb::try_cast(layer, operands) || !operands) {
-      throw nb::type_error("a layer must be LinearOperands or a module");
-    }
-    result.push_back(std::apply([](auto&... of) { return mlx_fused::Linear{std::move(of)...}; }, *operands));
-  }
-  return result;
 }
 
 const std::map<std::string, mlx_fused::Packing> packings = {
@@ -343,6 +311,23 @@ Route tuned_route(const KindTuple& kind, int64_t rows) {
 
 }  // namespace
 
+mlx_fused::Linears linears(const nb::sequence& layers) {
+  mlx_fused::Linears result;
+  result.reserve(3);
+  for (auto layer : layers) {
+    if (PyDict_Check(layer.ptr())) {
+      result.push_back(linear_of_module(layer));
+      continue;
+    }
+    std::optional<LinearTuple> operands;
+    if (!nb::try_cast(layer, operands) || !operands) {
+      throw nb::type_error("a layer must be LinearOperands or a module");
+    }
+    result.push_back(std::apply([](auto&... of) { return mlx_fused::Linear{std::move(of)...}; }, *operands));
+  }
+  return result;
+}
+
 mlx_fused::Activation activation_of(const std::optional<ActivationTuple>& given) {
   using namespace mlx_fused;
   static const std::map<std::string, ActivationKind> kinds = {
@@ -427,6 +412,8 @@ NB_MODULE(_ext, m) {
       "window"_a.none(),
       "sinks"_a.none(),
       "stream"_a.none());
+  bind_cross_entropy(m);
+  bind_logits(m);
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a, "stream"_a.none());
   m.def(
       "rope",

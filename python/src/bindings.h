@@ -5,13 +5,38 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "mlx_fused/activation.h"
+#include "mlx_fused/arguments.h"
+
+using OptionalArray = std::optional<mlx::core::array>;
+
+// mlx_fused.LinearOperands
+using LinearTuple = std::tuple<
+    mlx::core::array,
+    OptionalArray,
+    OptionalArray,
+    OptionalArray,
+    std::optional<int>,
+    std::optional<int>,
+    std::string,
+    OptionalArray,
+    OptionalArray,
+    float>;
+
+// Each is LinearOperands or a module.
+mlx_fused::Linears linears(const nanobind::sequence& layers);
 
 // Its name, whether it is gated, alpha and limit.
 using ActivationTuple = std::tuple<std::string, bool, float, float>;
 
 mlx_fused::Activation activation_of(const std::optional<ActivationTuple>& given);
+
+void bind_cross_entropy(nanobind::module_& m);
+
+// What logits are made from.
+void bind_logits(nanobind::module_& m);
 
 // What patching asks of modules and arrays.
 void bind_patching(nanobind::module_& m);

@@ -10,6 +10,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_fused
 from graph import primitives
+from mlx_fused import losses
+from mlx_fused.losses import cross_entropy_loss
+from mlx_fused.patching import Part
 from zoo import configs, exact
 
 # How many times the stock model's error the patched one's may be. Their roundings are independent and of one
@@ -19,13 +22,14 @@ FACTOR = 4
 
 # The parts, as the page calls them, and the node of each that no other has.
 LABELS = {"qkv": "q, k, v", "attention": "attention", "mlp": "MLP", "residual": "output", "linear": "others"}
-LABELS |= {"norm": "norms", "experts": "experts"}
+LABELS |= {"norm": "norms", "experts": "experts", "loss": "loss"}
 _NODES = {"qkv": "FusedQKVProjection", "residual": "FusedOutputProjection", "norm": "FusedRMSNorm"}
 _NODES |= {"attention": "FusedAttention"}
 
 _EVALUATE = ("dbrx",)  # models whose own code evaluates arrays, which leaves no graph of them
 
 BATCH, PROMPT, STEPS = 2, 9, 3
+_LENGTHS = mx.array([[1, PROMPT + STEPS - 1]] * BATCH)  # every token counts
 MEASURES = ("logits", "gradients", "QLoRA logits", "QLoRA gradients")
 
 
@@ -77,6 +81,7 @@ def _compare(model, result, *measures):
         patched = {m: runs[m](model) for m in expected}
         mx.eval(patched)
         nodes = primitives(*_logits(model))
+        _count(report, model, result)
     result.errors |= stock  # what it says where it fails
     for m, e in expected.items():
         result.errors[m] = difference(patched[m], e), difference(stock[m], e)
@@ -84,7 +89,6 @@ def _compare(model, result, *measures):
     for part, name in _NODES.items():
         ran = any(part in module.parts and module.parts[part].calls.fused for module in report.modules)
         assert ran == (name in nodes) or result.name in _EVALUATE, (result.name, part)
-    _count(report, result)
 
 
 def _stock(run, model):
@@ -101,10 +105,13 @@ def _sentence(error):
     return str(error).splitlines()[0].partition(". ")[0]
 
 
-def _count(report, result):
-    """In how many modules a part ran fused, always, and why not in the others."""
+def _count(report, model, result):
+    """In how many modules a part ran fused, always, and why not in the others; and the same of the loss."""
+    of_loss = losses.calls(model)
     for part, label in LABELS.items():
         parts = [module.parts[part] for module in report.modules if part in module.parts]
+        if part == "loss":
+            parts = [Part(of_loss.reason, calls=of_loss)] if of_loss.total else []
         called = [p for p in parts if p.calls.total]
         fused = [p for p in called if p.calls.fused == p.calls.total]
         result.counts[part].append(f"{len(fused)} of {len(parts)}")
@@ -126,13 +133,10 @@ def _logits(model):
 
 def _gradients(model):
     model.train()
-    _, gradients = nn.value_and_grad(model, _loss)(model, tokens())
+    # Where the model is not patched, this is MLX's own loss.
+    _, gradients = nn.value_and_grad(model, cross_entropy_loss)(model, tokens(), _LENGTHS)
     model.eval()
     return gradients
-
-
-def _loss(model, inputs):
-    return nn.losses.cross_entropy(model(inputs[:, :-1]), inputs[:, 1:], reduction="mean")
 
 
 def difference(actual, expected):

@@ -43,7 +43,8 @@ mlx-lm's own code. {unknown} could not be run here.
   layers before the last one were one operation with the activation. **output**: in how many of both the last
   projection and the residual were one operation. **others**: in how many modules every other linear layer
   ran on our operation. **norms**: how many of MLX's RMS norms ran on our operation. **experts**: of a mixture
-  of experts; these are MLX's gathered products.
+  of experts; these are MLX's gathered products. **loss**: whether
+  [`cross_entropy_loss`](patching.md#the-loss) makes the loss without logits.
 - What is none of these, such as norms of classes of a model's own, runs as in mlx-lm.
 - The numbers are the largest error of the patched model's results, as a part of the largest value, and in
   parentheses the stock model's. Both are rounding ([the bound](#the-bound)).
@@ -63,7 +64,8 @@ The tests (`tests/test_parity.py`) measure every model anew and hold the page to
 - The models are tiny: what each file of `mlx_lm/models` makes of one table of sizes (`tests/zoo/configs.py`),
   {layers} layers of 64 dimensions with random float32 parameters.
 - **logits**: of {batch} sequences of {length} tokens at once, and again with a cache, {prompt} tokens and
-  then one by one. **gradients**: of a cross-entropy loss, for all parameters.
+  then one by one. **gradients**: of `cross_entropy_loss`, which is MLX's own loss unless the model is
+  patched, for all parameters.
 - **QLoRA**: the same model in 4 bits by groups of {group}, with adapters of rank {rank} on all linear layers
   of its blocks; the gradients are those of the adapters.
 - Every token goes to every expert, so that no choice hangs on the last bit. Where a model's code wants fewer
@@ -193,6 +195,7 @@ def _coverage_of(row):
     missing = {part for part, (fused, all) in counts.items() if fused < all}
     if "linear" not in missing:
         missing.discard("qkv")  # they are other linear layers, or one for all three
+    missing.discard("loss")  # of training alone
     named = [coverage for coverage, of in zip(_COVERAGES, _MISSING, strict=False) if missing == set(of)]
     return named[0] if named else "some parts or layers"
 

@@ -109,7 +109,9 @@ void apply_epilogue(const Output& output, const Tile& task, const Tile& t, float
       std::copy_n(row, t.cols, gate + i * t.cols);
     }
   }
-  if (!output.is_gate) {
+  if (output.reduction.take) {
+    output.reduction.take(t, sums, ld);
+  } else if (!output.is_gate) {
     store(output.out, t, sums, ld);
   }
 }

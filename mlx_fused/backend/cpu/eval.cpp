@@ -9,11 +9,13 @@
 #include "mlx_fused/attention.h"
 #include "mlx_fused/backend/cpu/activation.h"
 #include "mlx_fused/backend/cpu/attention.h"
+#include "mlx_fused/backend/cpu/cross_entropy.h"
 #include "mlx_fused/backend/cpu/kernels.h"
 #include "mlx_fused/backend/cpu/norm.h"
 #include "mlx_fused/backend/cpu/parallel.h"
 #include "mlx_fused/backend/cpu/projection.h"
 #include "mlx_fused/backend/cpu/rope.h"
+#include "mlx_fused/cross_entropy.h"
 #include "mlx_fused/norm.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/rope.h"
@@ -194,6 +196,38 @@ cpu::Attention attention_of(const AttentionKind& kind, const mx::array* inputs) 
   return of;
 }
 
+mx::array in_line(const mx::array& a, mx::Stream stream) {
+  return a.flags().row_contiguous ? a : copied(a, stream);
+}
+
+// [batch, rows] as a matrix of one column.
+View view_of_rows(const mx::array& a) {
+  return {
+      .data = data_of(a),
+      .type = type_of(a),
+      .batch = a.shape(0),
+      .seq = a.shape(1),
+      .batch_stride = a.strides(0),
+      .seq_stride = a.strides(1)};
+}
+
+// `inputs` are those of CrossEntropy.
+cpu::CrossEntropy cross_entropy_of(const LossCall& call, const Arrays& inputs, mx::Stream stream) {
+  Operands operands(inputs, input_slots(call.head));
+  auto targets = in_line(inputs.back(), stream);
+  return {
+      .x = view_of(operands.get(Role::input)),
+      .head =
+          {weight_of(operands, 0, call.head.quantization, stream),
+           view_of(operands.find(Role::bias)),
+           adapter_of(operands, 0, call.head),
+           {}},
+      .scale = call.head.epilogue.alpha,
+      .softcap = call.softcap,
+      .smoothing = call.smoothing,
+      .targets = targets.data<int64_t>()};
+}
+
 template <typename F>
 void dispatch(mx::Stream stream, const Arrays& inputs, Arrays& outputs, F work) {
   auto& encoder = mx::cpu::get_command_encoder(stream);
@@ -334,6 +368,60 @@ void AttentionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   dispatch(stream(), inputs, outputs, [=, softmaxes = inputs[2].data<float>()] {
     cpu::attend_grad(of, cotangent, out, softmaxes, grads[0], grads[1], grads[2], d_sinks);
   });
+}
+
+void CrossEntropy::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  for (auto& out : outputs) {
+    bool is_dx = &out == &outputs[2];
+    out.set_data(mx::allocator::malloc(!is_dx || makes_dx_ ? out.nbytes() : 0));
+  }
+  dispatch(
+      stream(),
+      inputs,
+      outputs,
+      [of = cross_entropy_of(call_, inputs, stream()),
+       losses = outputs[0].data<float>(),
+       log_sums = outputs[1].data<float>(),
+       dx = makes_dx_ ? std::optional(view_of(outputs[2])) : std::nullopt] {
+        cpu::cross_entropy(of, losses, log_sums, dx);
+      });
+}
+
+void CrossEntropyScaled::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  auto& scaled = inputs[1];
+  if (scaled.is_donatable() && scaled.flags().row_contiguous) {
+    outputs[0].copy_shared_buffer(scaled);
+  } else {
+    allocate(outputs);
+  }
+  auto targets = in_line(inputs[2], stream());
+  dispatch(
+      stream(),
+      inputs,
+      outputs,
+      [cotangent = view_of_rows(inputs[0]),
+       targets = targets.data<int64_t>(),
+       from = view_of(scaled),
+       to = view_of(outputs[0])] { cpu::scale_rows(from, cotangent, targets, to); });
+}
+
+void CrossEntropyGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  allocate(outputs);
+  Operands wanted(outputs, wanted_);
+  cpu::CrossEntropyGrads grads{
+      .dx = view_of(wanted.find(Role::input)),
+      .dw = view_of(wanted.find(Role::weight)),
+      .dbias = view_of(wanted.find(Role::bias)),
+      .da = view_of(wanted.find(Role::lora_a)),
+      .db = view_of(wanted.find(Role::lora_b))};
+  dispatch(
+      stream(),
+      inputs,
+      outputs,
+      [=,
+       of = cross_entropy_of(call_, {inputs.begin() + 2, inputs.end()}, stream()),
+       cotangent = view_of_rows(inputs[0]),
+       log_sums = inputs[1].data<float>()] { cpu::cross_entropy_grad(of, cotangent, log_sums, grads); });
 }
 
 void check_cpu_settings() {

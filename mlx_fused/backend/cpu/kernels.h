@@ -71,6 +71,10 @@ struct Kernels {
   void (*circle)(const double* turns, double place, int64_t n, float* cosines, float* sines);
   // Rotates pairs of x, each of which is two neighbours, or one of the first half and one of the second.
   void (*rotate)(float* x, int64_t pairs, bool neighbours, const float* cosines, const float* sines);
+  void (*softcap)(float* x, int64_t n, float cap);  // x = cap tanh(x / cap)
+  // Of logits x that were softcapped, unless cap is 0: x = the gradients by what was before, of a cross
+  // entropy times factor, as if no word were the target: factor (e^(x - log_sum) - shift) (1 - (x / cap)^2)
+  void (*cross_entropy_grad)(float* x, int64_t n, float factor, float log_sum, float shift, float cap);
   // Of attention. A column of scores, of n keys, belongs to one query; cols is a multiple of lanes.
   // scores = -inf where the mask is, else scores + mask
   void (*mask_scores)(const float* mask, float* scores, int64_t n);

@@ -30,7 +30,7 @@ constexpr int64_t max_dots_rows_amx = 4, max_dots_rows_amx_quantized = 12;
 // Whether the epilogue does nothing.
 bool is_plain(const Output& o) {
   auto& [residual, alpha, exact, activation] = o.epilogue;
-  return !o.bias && o.low_rank.empty() && !residual && alpha == 1 && !activation;
+  return !o.bias && o.low_rank.empty() && !residual && alpha == 1 && !activation && !o.reduction.take;
 }
 
 void blas_tile(const std::vector<View>& left, const Output& output, const Tile& t) {
@@ -215,6 +215,7 @@ std::vector<Task> split(
   }
   int64_t wanted = wanted_tasks(), row_tiles = (all_rows + rows - 1) / rows;
   int64_t cols = std::clamp(all_cols * row_tiles / wanted / min_cols * min_cols, min_cols, max_cols);
+  cols = outputs[0].reduction.sums ? max_cols : cols;
   std::vector<Task> tasks;
   for (size_t i = 0, count; i < outputs.size(); i += count) {
     count = outputs[i].is_gate ? 2 : 1;

@@ -24,6 +24,7 @@ struct Output {
   std::optional<View> bias = {};
   std::vector<LowRank> low_rank = {};
   Epilogue epilogue = {};
+  Reduction reduction = {};
 };
 
 // A tile of an output, or of a gate and of the output that it gates, computed by one thread.
@@ -36,7 +37,7 @@ struct Task {
 int64_t wanted_tasks();
 
 // Splits the outputs into tiles of at most `rows` rows and of min_cols to max_cols columns, chosen so that
-// every thread gets several.
+// every thread gets several; of max_cols where they are summed.
 std::vector<Task> split(const std::vector<Output>& outputs, int64_t rows, int64_t min_cols, int64_t max_cols);
 
 // Computes every output. left[p] is multiplied with right[p] of each of them.

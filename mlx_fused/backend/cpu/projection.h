@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <variant>
 #include <vector>
@@ -63,12 +64,23 @@ struct Adapter {
   float scale;
 };
 
+// What is done with tiles that are not stored.
+struct Reduction {
+  // Takes one, as rows of length ld, which it may change. Called from several threads.
+  std::function<void(const struct Tile&, float* values, int64_t ld)> take = {};
+  // Whether they are to be the same for any number of threads, and to begin at least tile_pitch columns
+  // apart.
+  bool sums = false;
+  static constexpr int64_t tile_pitch = 64;
+};
+
 struct Segment {
   Weight weight;
   std::optional<View> bias;  // [1, out_features]
   std::optional<Adapter> adapter;
   View out;                      // [rows, out_features]; of gated segments the same for both
   std::optional<View> pre = {};  // where what the activation is of is kept
+  Reduction reduction = {};      // if there is one, nothing is stored, and out is but a shape
 };
 
 struct Epilogue {
@@ -94,11 +106,12 @@ struct GradSegment {
 
 // With g = alpha grad: dx = the sum over the segments of g weight + scale (g b^T) a^T, dw = g^T x, dbias =
 // the sum of the rows of g, da = x^T (scale g b^T), db = scale (x a)^T g. x may be missing if only dx or
-// dbias is wanted.
+// dbias is wanted. If `adds`, they are added to what is there, which is float32.
 void project_grad(
     const std::optional<View>& x,
     const std::vector<GradSegment>& segments,
     const std::optional<View>& dx,
-    float alpha = 1);
+    float alpha = 1,
+    bool adds = false);
 
 }  // namespace mlx_fused::cpu

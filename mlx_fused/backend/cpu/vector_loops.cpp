@@ -1,6 +1,7 @@
 // Compiled once per instruction set; see vectors.h.
 #include "mlx_fused/backend/cpu/activation_loops.h"
 #include "mlx_fused/backend/cpu/attention_loops.h"
+#include "mlx_fused/backend/cpu/cross_entropy_loops.h"
 #include "mlx_fused/backend/cpu/norm_loops.h"
 #include "mlx_fused/backend/cpu/panel_loops.h"
 #include "mlx_fused/backend/cpu/quantized_loops.h"
@@ -192,6 +193,8 @@ const Kernels table = {
     .rms_norm_grad = rms_norm_grad,
     .circle = circle,
     .rotate = rotate,
+    .softcap = softcap,
+    .cross_entropy_grad = cross_entropy_grad,
     .mask_scores = mask_scores,
     .softmax = softmax,
     .softmax_grad = softmax_grad,

@@ -3,15 +3,16 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import mlx_fused
 from mlx_fused.cli.output import say
+from mlx_fused.losses import cross_entropy_loss
 from mlx_fused.patching import Calls, modules, registry
 from mlx_fused.patching.report import TITLES, switched_off
 
@@ -47,7 +48,8 @@ def run(name: str, arguments: list[str]) -> int | str | None:
     """Run the command ``mlx_lm.<name>``; returns its exit status."""
     module = module_of(name)
     sys.argv = [f"mlx-fused {name}", *arguments]
-    with _patching_loader(name), _finding_models(module):
+    training = without_logits(module) if name == "lora" else nullcontext()
+    with _patching_loader(name), _finding_models(module), training:
         try:
             module.main()
         except SystemExit as end:
@@ -55,6 +57,17 @@ def run(name: str, arguments: list[str]) -> int | str | None:
         except KeyboardInterrupt:
             say("")  # ends the line on which the terminal shows ^C
             raise
+
+
+@contextmanager
+def without_logits(lora: ModuleType) -> Iterator[None]:
+    """Let ``mlx_lm.lora`` train and evaluate through our loss; its functions take one, but it names none."""
+
+    def through_ours(function: Callable) -> Callable:
+        return partial(function, loss=cross_entropy_loss)
+
+    with _replaced(lora, "train", through_ours), _replaced(lora, "evaluate", through_ours):
+        yield
 
 
 class _Tally(Calls):

@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -17,6 +17,8 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import load_dataset
 
 import mlx_fused
+from mlx_fused import losses
+from mlx_fused.cli.passthrough import without_logits
 from mlx_fused.validate import sum_terms
 
 from .settings import Settings
@@ -71,7 +73,7 @@ def finetune(
     """Train LoRA adapters with mlx-lm and write them to ``adapter_path``.
 
     Raises:
-        RuntimeError: If ``patch`` is asked for and a call of an attention layer was not fused.
+        RuntimeError: If ``patch`` is asked for and a call of a layer, or of the loss, was not fused.
     """
     changes = {
         "model": str(model_path),
@@ -97,12 +99,13 @@ def finetune(
     report = mlx_fused.patch(model) if patch else None
     mx.clear_cache()
     mx.reset_peak_memory()
-    with redirect_stdout(io.StringIO()):  # its display would interleave with the demo's own
+    loss = without_logits(lora) if patch else nullcontext()
+    with redirect_stdout(io.StringIO()), loss:  # its display would interleave with the demo's own
         lora.train_model(args, model, train_set, valid_set, run)
     run.peak_memory = mx.get_peak_memory()
     if report:
         run.terms = sum_terms(model, report)
-        calls = [part.calls for part in report.parts]
+        calls = [losses.calls(model), *(part.calls for part in report.parts)]
         if not all(0 < part.fused == part.total for part in calls):
             raise RuntimeError(f"Not every call ran fused.\n{report}")
     return run

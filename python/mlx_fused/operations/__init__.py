@@ -1,6 +1,7 @@
 """The fused operations."""
 
 from mlx_fused.operations.attention import fused_attention
+from mlx_fused.operations.cross_entropy import fused_linear_cross_entropy
 from mlx_fused.operations.linear import fused_gated_projection, fused_linear
 from mlx_fused.operations.norm import fused_rms_norm
 from mlx_fused.operations.qkv import fused_qkv_projection, fused_qkv_projection_bwd
@@ -14,6 +15,7 @@ __all__ = [
     "fused_attention",
     "fused_gated_projection",
     "fused_linear",
+    "fused_linear_cross_entropy",
     "fused_output_projection_residual",
     "fused_output_projection_residual_bwd",
     "fused_qkv_projection",

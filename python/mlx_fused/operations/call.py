@@ -69,8 +69,11 @@ _KINDS = {
     "mask": (str, mx.array),
     "norm[0]": mx.array,
     "offset": (int, mx.array),
-    **dict.fromkeys(("group_size", "bits", "window", "dims"), int),
-    **dict.fromkeys(("alpha", "limit", "lora_scale", "norm[1]", "eps", "scale", "base"), (float, int)),
+    **dict.fromkeys(("group_size", "bits", "window", "dims", "ignore_index"), int),
+    **dict.fromkeys(
+        ("alpha", "limit", "lora_scale", "norm[1]", "eps", "scale", "base", "softcap", "label_smoothing"),
+        (float, int),
+    ),
     **dict.fromkeys(("exact", "has_bias", "traditional"), bool),
     **dict.fromkeys(("mode", "route"), str),
     "stream": (mx.Stream, mx.Device, mx.DeviceType),
@@ -90,6 +93,8 @@ _OPTIONAL = {
     "sinks",
     "base",
     "freqs",
+    "ignore_index",
+    "softcap",
     "route",
     "stream",
 }

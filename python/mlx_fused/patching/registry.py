@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from mlx_fused._ext import Kind
 from mlx_fused.patching.projections import NotFused
-from mlx_fused.patching.report import PARTS, Calls
+from mlx_fused.patching.report import TITLES, Calls
 
 
 class Roles(NamedTuple):
@@ -84,7 +84,7 @@ class Patch:
 
     options: Options
     obstacles: Obstacles
-    calls: dict[str, Calls] = field(default_factory=lambda: {part: Calls() for part in PARTS})
+    calls: dict[str, Calls] = field(default_factory=lambda: {part: Calls() for part in TITLES})
 
 
 class Active:

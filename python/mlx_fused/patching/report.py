@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from mlx_fused._ext import switched_off
 
-# What of a module may be fused, and how it is called.
+# What may be fused, and how it is called: parts of modules, and the loss of the whole model.
 TITLES = {
     "qkv": "the QKV projection",
     "attention": "attention itself",
@@ -17,8 +17,8 @@ TITLES = {
     "norm": "the RMS norm",
     "rope": "rotary positions",
     "experts": "experts",
+    "loss": "the loss",
 }
-PARTS = tuple(TITLES)
 _COLUMNS = {
     "qkv": "QKV",
     "attention": "attention",
@@ -29,6 +29,7 @@ _COLUMNS = {
     "rope": "rope",
     "experts": "experts",
 }
+PARTS = tuple(_COLUMNS)
 
 
 @dataclass

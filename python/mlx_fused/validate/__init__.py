@@ -13,12 +13,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 import mlx_fused
+from mlx_fused import losses
 from mlx_fused.patching import PatchReport
 from mlx_fused.patching.projections import EMBEDDINGS, watching
 from mlx_fused.validate import end_to_end
 from mlx_fused.validate.checkpoint import (
     CannotValidate,
     attach_adapters,
+    batch_of,
     in_float32,
     linears,
     load,
@@ -65,10 +67,12 @@ def validate(
         terms = sum_terms(model, report)
         with watching(lambda *call: attended.append(_sums_of_attention(call[2]))):
             model(tokens[None])  # only traced, to count the operations
+        # Norms by themselves and rotary positions are compared as a part of the whole.
+        parts = [part for module in report.modules for part in module.parts.items()]
+        checked = sum(part.calls.fused for name, part in parts if name not in ("norm", "rope"))
+        losses.cross_entropy_loss(model, *batch_of(tokens))
+        checked_losses = losses.calls(model).fused
     terms += sum(attended)
-    # Norms by themselves and rotary positions are compared as a part of the whole.
-    parts = [part for module in report.modules for part in module.parts.items()]
-    checked = sum(part.calls.fused for name, part in parts if name not in ("norm", "rope"))
     if dtype != mx.float32:
         raise CannotValidate("The model does not compute in float32 when its embeddings are float32.")
     parts = report.parts
@@ -80,7 +84,8 @@ def validate(
         on_progress(done, total)
 
     runs = Runs(model, on_step)
-    total = runs.count + 4 * checked  # prompt and token, with and without adapters
+    # Prompt and token, with and without adapters; and the loss of both.
+    total = runs.count + 4 * checked + 2 * checked_losses
     logits = runs.compare(lambda: {"logits": end_to_end.logits(model, tokens)}, sum_error(terms))
     operations = {"as loaded": check_operations(model, tokens, on_step)}
     logits = {dtype: lines["logits"] for dtype, lines in logits.items()}

@@ -123,6 +123,12 @@ def two_rows(tokens: mx.array) -> mx.array:
     return mx.stack([tokens, mx.roll(tokens, 1)])
 
 
+def batch_of(tokens: mx.array) -> tuple[mx.array, mx.array]:
+    """Two rows as a batch of mlx-lm's, with their lengths: of the second only the latter half counts."""
+    count = len(tokens) - 1
+    return two_rows(tokens), mx.array([[1, count], [1 + count // 2, count]])
+
+
 def attach_adapters(model: nn.Module, tokens: mx.array, layers: Iterable[LayerReport]) -> None:
     """Make the adapters trainable; a model without any gets those that mlx-lm makes by default.
 

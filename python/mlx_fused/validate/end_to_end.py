@@ -21,14 +21,16 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import generate_step
 
 import mlx_fused
+from mlx_fused import losses
+from mlx_fused.losses import cross_entropy_loss
 from mlx_fused.patching import PatchReport
 from mlx_fused.patching.report import TITLES
 from mlx_fused.validate.bounds import DTYPES, NOTICEABLE
 from mlx_fused.validate.checkpoint import (
     CannotValidate,
+    batch_of,
     dtype_of,
     in_float32,
-    two_rows,
     unpatched,
 )
 from mlx_fused.validate.operations import exact
@@ -70,12 +72,14 @@ class Runs:
         with self.variant(name, dtype) as report:
             result = function()
             mx.eval(result)
+            of_loss = {"loss": losses.calls(self.model)} if report else {}
         if dtype == self.dtype:
             self.memory[name] = max(self.memory.get(name, 0), mx.get_peak_memory())
-        for module in report.modules if report else ():
-            for part, of in module.parts.items():
-                calls = self.calls[part]
-                calls |= {name: n + getattr(of.calls, name) for name, n in calls.items()}
+        modules = report.modules if report else ()
+        parts = [(part, of.calls) for module in modules for part, of in module.parts.items()]
+        for part, counter in [*parts, *of_loss.items()]:
+            calls = self.calls[part]
+            calls |= {name: n + getattr(counter, name) for name, n in calls.items()}
         self.on_step()
         return result
 
@@ -141,15 +145,10 @@ def training_step(model: nn.Module, tokens: mx.array) -> dict[str, mx.array]:
 
     The gradients of one kind of parameter are concatenated over all layers.
     """
-    batch = two_rows(tokens)
-
-    def loss(model: nn.Module) -> mx.array:
-        logits = model(batch[:, :-1]).astype(mx.float32)
-        return nn.losses.cross_entropy(logits, batch[:, 1:], reduction="mean")
-
+    batch, lengths = batch_of(tokens)
     model.train()
     mx.random.seed(0)  # the same dropout in every run
-    _, gradients = nn.value_and_grad(model, loss)(model)
+    _, gradients = nn.value_and_grad(model, cross_entropy_loss)(model, batch, lengths)
     model.eval()
     kinds = defaultdict(list)
     for name, gradient in tree_flatten(gradients):

@@ -22,13 +22,15 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_fused
 from mlx_fused.linear import LinearOperands
+from mlx_fused.losses import cross_entropy_loss
 from mlx_fused.patching.projections import watching
 from mlx_fused.validate import attention, formulas
 from mlx_fused.validate.activations import Activation
 from mlx_fused.validate.attention import exact
 from mlx_fused.validate.bounds import DTYPES, Comparison, compare
-from mlx_fused.validate.checkpoint import modules_of, two_rows
-from mlx_fused.validate.formulas import Arithmetic, Call, Expected, Norm, Segment
+from mlx_fused.validate.checkpoint import batch_of, modules_of, two_rows
+from mlx_fused.validate.formulas import Arithmetic, Call, Expected, Norm, Operand, Segment
+from mlx_fused.validate.loss import Loss
 
 _TF32_UNIT = 2.0**-11  # the matrix units of GPUs may round float32 operands to TF32
 _INPUTS = ("input", "x")
@@ -84,7 +86,7 @@ class OperationChecks:
 
     def __call__(self, module: nn.Module, operation: Callable, arguments: dict, outputs) -> None:
         with np.errstate(invalid="ignore"):  # operands may hold NaN or infinities
-            self._check(self.layers[id(module)], operation, arguments, outputs)
+            self._check(self.layers.get(id(module), "model"), operation, arguments, outputs)
         self.count += 1
         self.on_call()
 
@@ -93,6 +95,9 @@ class OperationChecks:
         mx.eval([a for _, a in tree_flatten(arguments) if isinstance(a, mx.array)])
         if "weight" not in arguments:
             self._check_attention(layer, operation, arguments, outputs)
+            return
+        if "targets" in arguments:
+            self._check_loss(operation, arguments, outputs)
             return
         outputs = _listed(outputs)
         arithmetic = _arithmetic(outputs, arguments, "")
@@ -105,6 +110,24 @@ class OperationChecks:
             self._add("results", "their components", name, layer, compared)
 
         cotangents, grads = _gradients(operation, arguments, outputs)
+        cotangents = [_rows(g) for g in cotangents]
+        segment_grads = formulas.segment_gradients(call, cotangents, arithmetic)
+        arithmetic = _arithmetic(list(grads.values()), arguments, "Grad")
+        self._check_gradients(layer, call, grads, segment_grads, arithmetic)
+        if call.residual is not None:
+            copied = formulas.copied(cotangents[0])
+            self._check_gradient(layer, "residual", grads["residual", None], copied, arithmetic)
+
+    def _check_gradients(
+        self,
+        layer: str,
+        call: Call,
+        grads: dict,
+        segment_grads: list[Operand],
+        arithmetic: Arithmetic,
+        again: float = 0.0,
+    ) -> None:
+        """``again`` is the unit that the input's gradient is rounded with before it is rounded as it is."""
         named_grads = {}
         for (argument, place), grad in grads.items():
             if argument in _LABELS:
@@ -112,15 +135,11 @@ class OperationChecks:
                 named_grads[argument, segment] = f"{_LABELS[argument]} of {segment}", grad
             else:
                 named_grads["input" if argument in _INPUTS else argument, ""] = argument, grad
-        cotangents = [_rows(g) for g in cotangents]
-        segment_grads = formulas.segment_gradients(call, cotangents, arithmetic)
-        arithmetic = _arithmetic(list(grads.values()), arguments, "Grad")
         for key, expected in formulas.gradients(call, segment_grads, arithmetic):
-            if key in named_grads:  # a quantized weight has none
+            if again and key[0] == "input":
+                expected.add_errors(Operand(expected.value, expected.size, again * np.abs(expected.value)))
+            if key in named_grads:  # a quantized weight has none, and a frozen one is not asked for
                 self._check_gradient(layer, *named_grads[key], expected, arithmetic)
-        if call.residual is not None:
-            copied = formulas.copied(cotangents[0])
-            self._check_gradient(layer, *named_grads["residual", ""], copied, arithmetic)
 
     def _check_attention(self, layer: str, operation: Callable, arguments: dict, output: mx.array) -> None:
         call, arithmetic = attention.read(arguments), Arithmetic(dtype=DTYPES[output.dtype])
@@ -131,6 +150,27 @@ class OperationChecks:
         (cotangent,), grads = _gradients(operation, arguments, [output])
         for name, expected in attention.gradients(call, exact(cotangent), exact(output)).items():
             self._check_gradient(layer, name, grads[name, None], expected, arithmetic)
+
+    def _check_loss(self, operation: Callable, arguments: dict, losses: mx.array) -> None:
+        arithmetic = _arithmetic([losses], arguments, "")
+        call, loss = read(arguments, False), Loss.of(arguments)
+        distinct = np.unique(np.hstack([call.x, loss.targets]), axis=0, return_index=True)[1]
+        compared = compare(
+            exact(losses).reshape(-1, 1), losses.dtype, loss.output(call, arithmetic), arithmetic, distinct
+        )
+        self._add("results", "their components", "loss", "the loss", compared)
+        # The gradient of x alone, as of a frozen head, is made on the way, and any other by itself.
+        operands, x = differentiable(arguments), ("x", None)
+        for keys in {(x,), tuple(operands)}:
+            function = function_of(operation, arguments, list(keys))
+            # All of one size, so that rounding does not hide what few rows say.
+            cotangent = mx.random.uniform(1, 2, losses.shape, losses.dtype, key=mx.random.key(0))
+            _, grads = mx.vjp(function, [operands[key] for key in keys], [cotangent])
+            is_frozen = not arithmetic.composed and keys == (x,) and call.segments[0].a is None
+            of_logits = loss.gradient(exact(cotangent).reshape(-1, 1), call, arithmetic, is_frozen)
+            found = dict(zip(keys, grads, strict=True))
+            again = DTYPES[operands[x].dtype].unit if is_frozen else 0.0  # it is made before its cotangent
+            self._check_gradients("the loss", call, found, [of_logits], arithmetic, again)
 
     def _check_gradient(
         self, layer: str, name: str, grad: mx.array, expected: Expected, arithmetic: Arithmetic
@@ -149,7 +189,8 @@ class OperationChecks:
 def check_operations(
     model: nn.Module, tokens: mx.array, on_call: Callable[[], None] = lambda: None
 ) -> OperationChecks:
-    """Patch ``model`` and check its operations while it reads two prompts and continues one by one token."""
+    """Patch ``model`` and check its operations while it reads two prompts and continues one by one token, and
+    its loss on the two."""
     with mlx_fused.patched(model) as report:
         modules = modules_of(model)
         checks = OperationChecks({id(modules[layer.name]): layer.name for layer in report.modules}, on_call)
@@ -159,6 +200,13 @@ def check_operations(
         mx.eval(model(tokens[None, :-1], cache=cache))
         with watching(checks):
             mx.eval(model(tokens[None, -1:], cache=cache))
+
+        def of_loss(module: nn.Module, operation: Callable, arguments: dict, outputs) -> None:
+            if "targets" in arguments:
+                checks(module, operation, arguments, outputs)
+
+        with watching(of_loss):
+            mx.eval(cross_entropy_loss(model, *batch_of(tokens)))
     return checks
 
 
@@ -211,6 +259,8 @@ def segment_names(arguments: dict) -> tuple[str, ...]:
     count = len(layers_of(arguments))
     if count > 1:
         return ("q", "k", "v") if count == 3 else ("gate", "up")
+    if "targets" in arguments:
+        return ("logits",)
     return ("o",) if "residual" in arguments else ("gate and up",) if is_gated(arguments) else ("y",)
 
 

@@ -1,0 +1,106 @@
+"""Losses of language models, which are made without logits where the model is patched."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_fused._ext import count, head_of, switched_off
+from mlx_fused.linear import LinearOperands
+from mlx_fused.operations import fused_linear_cross_entropy
+from mlx_fused.patching.projections import NotFused, tell, watcher_of_thread
+from mlx_fused.patching.registry import Patch, patch_of
+from mlx_fused.patching.report import Calls
+
+
+def cross_entropy_loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
+    """mlx-lm's ``default_loss``, without the logits where ``model`` is patched.
+
+    MLX computes nothing before it is asked for, so the logits that a model returns say what they would be
+    computed from: the head's input, the head, and what the model does with its output, which may be a
+    multiplication with a number and a softcap. Of these this loss makes a
+    :func:`fused_linear_cross_entropy`, and the logits are never computed. Where the model does anything
+    else, or is not patched, or with ``exact=True`` or ``MLX_FUSED=0``, it is MLX's loss of the logits.
+
+    Args:
+        model (mlx.nn.Module): A model of mlx-lm.
+        batch (array): ``[B, S]``, the tokens. All but the last are the model's input, all but the first the
+            targets.
+        lengths (array): ``[B, 2]``: the first and the last target of each row that counts, where the first of
+            the row has number 1.
+
+    Returns:
+        tuple: The mean loss of the targets that count, float32, and their number.
+    """
+    inputs, targets = batch[:, :-1], batch[:, 1:]
+    logits = model(inputs)
+    steps = mx.arange(1, targets.shape[1] + 1)
+    counts = mx.logical_and(steps >= lengths[:, 0:1], steps <= lengths[:, 1:])
+    losses = _without_logits(model, logits, targets, counts)
+    if losses is None:
+        losses = nn.losses.cross_entropy(logits, targets) * counts
+    number = counts.sum()
+    return losses.astype(mx.float32).sum() / number, number
+
+
+def calls(model: nn.Module) -> Calls:
+    """How often the loss of a patched model was made, and how often without logits.
+
+    Args:
+        model (mlx.nn.Module): A model that was given to :func:`mlx_fused.patch`; of any other it is never.
+
+    Returns:
+        Calls: A counter, which goes on as those of the report do. ``reason`` says why logits were needed.
+    """
+    patches = _patches(model)
+    return patches[0].calls["loss"] if patches else Calls()
+
+
+def _patches(model: nn.Module) -> list[Patch]:
+    return [patch for module in model.modules() if (patch := patch_of(module))]
+
+
+def _without_logits(
+    model: nn.Module, logits: mx.array, targets: mx.array, counts: mx.array
+) -> mx.array | None:
+    """The loss of every target, 0 where it does not count; None if it has to be made of the logits."""
+    patches = _patches(model)
+    if not patches or switched_off():
+        return None
+    counter = calls(model)
+    try:
+        x, layer, scale, softcap = _head(patches, logits, targets)
+    except NotFused as reason:
+        count(counter, 1, 0, str(reason))
+        return None
+    given = {
+        "x": mx.flatten(x, 0, -2),
+        "weight": layer,
+        "targets": mx.flatten(targets),
+        "mask": mx.flatten(counts),
+        "scale": scale,
+        "softcap": softcap,
+    }
+    losses = fused_linear_cross_entropy(**given)
+    if watcher_of_thread() is not None:
+        tell(model, fused_linear_cross_entropy, given, losses)
+    count(counter, 1, 1)
+    return losses
+
+
+def _head(
+    patches: list[Patch], logits: mx.array, targets: mx.array
+) -> tuple[mx.array, LinearOperands, float, float | None]:
+    """The head's input, the head, and the scale and softcap of its outputs.
+
+    Raises:
+        NotFused: If the logits are something else, or are to be rounded.
+    """
+    if any(patch.options.exact for patch in patches):
+        raise NotFused("exact=True, and MLX rounds logits")
+    if logits.shape[:-1] != targets.shape:
+        raise NotFused("it does not return logits of every token")
+    if isinstance(found := head_of(logits), str):
+        raise NotFused(found)
+    x, layer, scale, softcap = found
+    return x, LinearOperands(*layer), scale, softcap
