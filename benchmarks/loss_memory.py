@@ -88,7 +88,14 @@ def measured_table(peaks: dict[str, dict[int, dict[str, int]]]) -> str:
 
 
 def arithmetic_table(found: dict[str, dict[str, float]]) -> str:
-    columns = ("MLX's loss: logits", "our loss: dx", "MLPs", "attention and norms", "adapters", "without logits")
+    columns = (
+        "MLX's loss: logits",
+        "our loss: dx",
+        "MLPs",
+        "attention and norms",
+        "adapters",
+        "without logits",
+    )
     rows = ["| model | tokens | " + " | ".join(columns) + " | largest part |"]
     rows.append("|---|--:|" + "--:|" * len(columns) + "---|")
     for name, of in found.items():
@@ -114,7 +121,9 @@ def arithmetic_table(found: dict[str, dict[str, float]]) -> str:
 @click.option("--one", is_flag=True, help="Measure one thing and print it, in this process.")
 @click.argument("what", nargs=-1)
 @click.option("--out", type=click.Path(path_type=Path), default="benchmarks/results", show_default=True)
-@click.option("--docs", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Write memory.md.")
+@click.option(
+    "--docs", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Write memory.md."
+)
 @click.option("--quick", is_flag=True, help="A tiny model: a check that everything runs.")
 def main(one: bool, what: tuple[str, ...], out: Path, docs: Path | None, quick: bool) -> None:
     """Measure LoRA steps with and without logits, each in a process of its own."""
