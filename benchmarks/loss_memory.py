@@ -102,7 +102,7 @@ def arithmetic_table(found: dict[str, dict[str, float]]) -> str:
         config = _config(name)
         layers = config["num_hidden_layers"]
         for tokens in TOKENS:
-            logits = 3 * 2 * tokens * config["vocab_size"]
+            logits = 4 * 2 * tokens * config["vocab_size"]
             kept = {
                 "our loss": 2 * 2 * tokens * config["hidden_size"],
                 "MLPs": tokens * layers * of["mlp"],
