@@ -21,8 +21,8 @@ KEPT = 128  # tokens with which that is measured: a page is little beside what t
 MOST = 8192
 
 
-def kept_by_mlp(family: Family, patched: bool, tokens: int) -> float:
-    """Bytes per token and layer: what an MLP in one layer more adds to what the forward pass leaves."""
+def kept_by_layer(family: Family, patched: bool, tokens: int) -> float:
+    """Bytes per token: what one layer more adds to what the forward pass leaves."""
 
     def kept(family: Family, layers: int) -> int:
         model = family.model(layers, patched, lora=True)
@@ -37,11 +37,15 @@ def kept_by_mlp(family: Family, patched: bool, tokens: int) -> float:
         del held
         return left
 
-    def by_layer(family: Family) -> int:
-        return kept(family, 3) - kept(family, 2)
+    return (kept(family, 3) - kept(family, 2)) / tokens
 
+
+def kept_by_mlp(family: Family, patched: bool, tokens: int) -> float:
+    """The same of an MLP."""
     attentionless = family.without(NO_HEAD, NO_ATTENTION)
-    return (by_layer(attentionless) - by_layer(attentionless.without(NO_MLP))) / tokens
+    return kept_by_layer(attentionless, patched, tokens) - kept_by_layer(
+        attentionless.without(NO_MLP), patched, tokens
+    )
 
 
 def peak_of_layer(family: Family, patched: bool, tokens: int, sequence: int) -> int:

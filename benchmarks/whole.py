@@ -186,23 +186,25 @@ def _prefill(model: nn.Module, tokens: int) -> Callable[[], mx.array]:
     return call
 
 
-def training_step(model: nn.Module, tokens: int, sequences: int = 1) -> Callable[[], mx.array]:
+def training_step(
+    model: nn.Module, tokens: int, sequences: int = 1, loss: Callable = default_loss
+) -> Callable[[], mx.array]:
     """One step of mlx-lm's trainer, compiled as it does, on so many sequences of so many tokens."""
     optimizer = optim.Adam(learning_rate=1e-5)
     state = [model.state, optimizer.state, mx.random.state]
-    value_and_grad = nn.value_and_grad(model, default_loss)
+    value_and_grad = nn.value_and_grad(model, loss)
     batch, lengths = random_tokens(model, tokens + 1, sequences), mx.array([[0, tokens + 1]] * sequences)
 
     @partial(mx.compile, inputs=state, outputs=state)
     def step(batch: mx.array, lengths: mx.array) -> mx.array:
-        (loss, _), gradients = value_and_grad(model, batch, lengths)
+        (value, _), gradients = value_and_grad(model, batch, lengths)
         optimizer.update(model, gradients)
-        return loss
+        return value
 
     def call() -> mx.array:
-        loss = step(batch, lengths)
-        _finish(state, loss)
-        return loss
+        value = step(batch, lengths)
+        _finish(state, value)
+        return value
 
     return call
 

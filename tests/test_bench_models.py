@@ -130,3 +130,19 @@ def test_memory_of_training(models, tmp_path):
     assert list(result["peak_bytes"]) == ["16", "32"]
     text = (tmp_path / "benchmarks.md").read_text()
     assert "old" not in text and "kept by an MLP, per token and layer" in text
+
+
+def test_memory_by_the_loss(models, tmp_path):
+    import loss_memory
+
+    (tmp_path / "memory.md").write_text(
+        "<!-- measured -->\n<!-- end -->\n<!-- arithmetic -->\n<!-- end -->\n"
+    )
+    arguments = ["--quick", "--out", str(tmp_path), "--docs", str(tmp_path)]
+    done = CliRunner().invoke(loss_memory.main, arguments)
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "loss_memory.json").read_text())
+    peaks, parts = result["peaks"]["tiny"]["128"], result["parts"]["tiny"]
+    assert 0 < peaks["ours"] < peaks["loss"] and 0 < parts["mlp"] < parts["layer"]
+    page = (tmp_path / "memory.md").read_text()
+    assert page.count("| tiny | 128 |") == 1 and page.count("| tiny |") == 1 + len(loss_memory.TOKENS)

@@ -11,19 +11,21 @@ from markdown_it import MarkdownIt
 from mdit_py_plugins.anchors import anchors_plugin
 
 import mlx_fused
-from mlx_fused import nn, patching
+from mlx_fused import losses, nn, patching
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 MARKDOWN = MarkdownIt("commonmark").enable("table").use(anchors_plugin, max_level=6)
 
 # By what stands after "mlx_fused." in their full names.
-PUBLIC = {name: getattr(mlx_fused, name) for name in mlx_fused.__all__ if name not in ("__version__", "nn")}
+_MODULES = ("__version__", "losses", "nn")
+PUBLIC = {name: getattr(mlx_fused, name) for name in mlx_fused.__all__ if name not in _MODULES}
 PUBLIC |= {f"patching.{name}": getattr(patching, name) for name in patching.__all__ if name not in PUBLIC}
 PUBLIC |= {
-    f"nn.{name}": value
-    for name, value in vars(nn).items()
-    if inspect.isclass(value) and value.__module__ == nn.__name__ and not name.startswith("_")
+    f"{module}.{name}": value
+    for module, of in (("losses", losses), ("nn", nn))
+    for name, value in vars(of).items()
+    if getattr(value, "__module__", None) == of.__name__ and not name.startswith("_")
 }
 
 

@@ -260,6 +260,11 @@ def test_a_model_that_is_not_to_be_changed_is_not(how, monkeypatch):
 
 def test_an_unpatched_model_has_no_calls():
     assert calls(Head()).total == 0
+    with pytest.raises(TypeError, match=r"^model must be an mlx\.nn\.Module but got function\.$"):
+        calls(lambda tokens: tokens)
+    model, tokens = Head(), batch()
+    loss, _ = cross_entropy_loss(lambda inputs: model(inputs), tokens, LENGTHS)
+    assert loss.item() == default_loss(model, tokens, LENGTHS)[0].item()
 
 
 def test_no_target_that_counts():

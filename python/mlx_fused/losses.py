@@ -19,7 +19,7 @@ def cross_entropy_loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> 
     MLX computes nothing before it is asked for, so the logits that a model returns say what they would be
     computed from: the head's input, the head, and what the model does with its output, which may be a
     multiplication with a number and a softcap. Of these this loss makes a
-    :func:`fused_linear_cross_entropy`, and the logits are never computed. Where the model does anything
+    :func:`mlx_fused.fused_linear_cross_entropy`, and the logits are never computed. Where the model does anything
     else, or is not patched, or with ``exact=True`` or ``MLX_FUSED=0``, it is MLX's loss of the logits.
 
     Args:
@@ -31,6 +31,10 @@ def cross_entropy_loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> 
 
     Returns:
         tuple: The mean loss of the targets that count, float32, and their number.
+
+    Raises:
+        ValueError: If the environment variable ``MLX_FUSED`` has an unknown value.
+        RuntimeError: At evaluation on the CPU, if a target that counts is no word and there are no logits.
     """
     inputs, targets = batch[:, :-1], batch[:, 1:]
     logits = model(inputs)
@@ -51,13 +55,19 @@ def calls(model: nn.Module) -> Calls:
 
     Returns:
         Calls: A counter, which goes on as those of the report do. ``reason`` says why logits were needed.
+
+    Raises:
+        TypeError: If ``model`` is not an ``mlx.nn.Module``.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an mlx.nn.Module but got {type(model).__name__}.")
     patches = _patches(model)
     return patches[0].calls["loss"] if patches else Calls()
 
 
 def _patches(model: nn.Module) -> list[Patch]:
-    return [patch for module in model.modules() if (patch := patch_of(module))]
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return [patch for module in modules if (patch := patch_of(module))]
 
 
 def _without_logits(

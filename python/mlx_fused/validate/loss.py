@@ -64,9 +64,7 @@ class Loss(NamedTuple):
             found.add_errors(Operand(slope, np.abs(slope), arithmetic.unit * np.abs(slope * at.y.value)))
         return found
 
-    def gradient(
-        self, cotangent: np.ndarray, call: Call, arithmetic: Arithmetic, is_frozen: bool
-    ) -> Operand:
+    def gradient(self, cotangent: np.ndarray, call: Call, arithmetic: Arithmetic, is_frozen: bool) -> Operand:
         """The gradients of the head's outputs, from those of the losses, ``[rows, 1]``.
 
         A frozen head adds the target's row of its weight itself, unrounded.
