@@ -16,7 +16,12 @@ from tiny_models import LAYERS, loss, make, tokens
 DIMS = 16
 LLAMA3 = {"factor": 8.0, "original_max_position_embeddings": 64, "rope_type": "llama3"}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64, "rope_type": "yarn", "mscale": 2.0}
-LONG = {"original_max_position_embeddings": 64, "rope_type": "longrope", "short_factor": 1.0, "long_factor": 3.0}
+LONG = {
+    "original_max_position_embeddings": 64,
+    "rope_type": "longrope",
+    "short_factor": 1.0,
+    "long_factor": 3.0,
+}
 KINDS = {
     "plain": None,
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -88,7 +93,8 @@ def test_report():
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"), [({"rope": False}, "rope=False"), ({"exact": True}, "exact=True, and MLX rounds sines")]
+    ("options", "reason"),
+    [({"rope": False}, "rope=False"), ({"exact": True}, "exact=True, and MLX rounds sines")],
 )
 def test_options(options, reason):
     rope, x = rope_of("llama3"), mx.random.normal((1, 2, 5, DIMS))
