@@ -21,7 +21,8 @@ def cross_entropy_loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> 
     computed from: the head's input, the head, and what the model does with its output, which may be a
     multiplication with a number and a softcap. Of these this loss makes a
     :func:`mlx_fused.fused_linear_cross_entropy`, and the logits are never computed. Where the model does
-    anything else, or is not patched, or with ``exact=True`` or ``MLX_FUSED=0``, it is MLX's loss of the logits.
+    anything else, or is not patched, or with ``exact=True`` or ``MLX_FUSED=0``, it is MLX's loss of the
+    logits.
 
     Args:
         model (mlx.nn.Module): A model of mlx-lm.
