@@ -1,4 +1,4 @@
-"""Measures the memory of a LoRA step by the loss, and works out its parts for whole models: docs/memory.md."""
+"""Measures the memory of a LoRA step by its loss, and works out that of whole models (docs/memory.md)."""
 
 import json
 import subprocess

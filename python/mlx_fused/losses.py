@@ -19,8 +19,9 @@ def cross_entropy_loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> 
     MLX computes nothing before it is asked for, so the logits that a model returns say what they would be
     computed from: the head's input, the head, and what the model does with its output, which may be a
     multiplication with a number and a softcap. Of these this loss makes a
-    :func:`mlx_fused.fused_linear_cross_entropy`, and the logits are never computed. Where the model does anything
-    else, or is not patched, or with ``exact=True`` or ``MLX_FUSED=0``, it is MLX's loss of the logits.
+    :func:`mlx_fused.fused_linear_cross_entropy`, and the logits are never computed. Where the model does
+    anything else, or is not patched, or with ``exact=True`` or ``MLX_FUSED=0``, it is MLX's loss of the
+    logits.
 
     Args:
         model (mlx.nn.Module): A model of mlx-lm.
