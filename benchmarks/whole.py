@@ -15,6 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_fused
 from cases import BITS, GROUP_SIZE, RANK, SCALE
+from mlx_fused.losses import cross_entropy_loss
 
 Config = dict[str, object]
 
@@ -149,7 +150,8 @@ def works(tokens: int) -> list[Work]:
     return [
         Work("decode", 1, _decode),
         Work("prefill", tokens, _prefill),
-        Work("LoRA step", tokens, training_step, trains=True),
+        # Of a stock model it is mlx-lm's own loss.
+        Work("LoRA step", tokens, partial(training_step, loss=cross_entropy_loss), trains=True),
     ]
 
 
