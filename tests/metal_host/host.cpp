@@ -11,8 +11,10 @@
 #include "mlx/transforms.h"
 #include "mlx_fused/activate.h"
 #include "mlx_fused/attention.h"
+#include "mlx_fused/cross_entropy.h"
 #include "mlx_fused/norm.h"
 #include "mlx_fused/projection.h"
+#include "mlx_fused/rope.h"
 #include "mlx_fused/routing.h"
 
 namespace mx = mlx::core;
@@ -47,6 +49,10 @@ NOT_ON_CPU(RMSNorm)
 NOT_ON_CPU(RMSNormGrad)
 NOT_ON_CPU(Attention)
 NOT_ON_CPU(AttentionGrad)
+NOT_ON_CPU(Rope)
+NOT_ON_CPU(CrossEntropy)
+NOT_ON_CPU(CrossEntropyScaled)
+NOT_ON_CPU(CrossEntropyGrad)
 
 void check_cpu_settings() {}
 
