@@ -105,7 +105,12 @@ void CrossEntropy::eval_gpu(const Arrays&, Arrays&) {
   throw std::runtime_error("[CrossEntropy] There are no kernels for GPUs.");
 }
 
+// mx.compile may give it other shapes than it was made with.
 std::vector<mx::Shape> CrossEntropy::output_shapes(const Arrays& inputs) {
+  auto& x = inputs[0];
+  Check check(call_.head.operation);
+  check.shape({"targets"}, inputs.back(), {x.shape(0), x.shape(1)});
+  check_in_features(check, inputs, call_.head);
   return {inputs.back().shape(), inputs.back().shape(), inputs[0].shape()};
 }
 

@@ -253,6 +253,16 @@ Workload workload(const Arrays& inputs, const Call& call, const Slots& slots) {
       .ranks = ranks(Operands(inputs, slots), call)};
 }
 
+void check_in_features(const Check& check, const Arrays& inputs, const Call& call) {
+  Operands operands(inputs, input_slots(call));
+  auto* scales = operands.find(Role::group_scales);
+  int expected =
+      scales ? scales->shape(1) * call.quantization->group_size : operands.get(Role::weight).shape(1);
+  if (inputs[0].shape(-1) != expected) {
+    check.fail("the last axis of the input must have size ", expected, " but got ", inputs[0].shape(-1), ".");
+  }
+}
+
 std::optional<Slots> wanted_gradients(const Call& call, const std::vector<int>& argnums) {
   auto slots = input_slots(call);
   Slots wanted;
@@ -463,6 +473,7 @@ std::pair<Arrays, std::vector<int>> Projection::vmap(const Arrays& inputs, const
 }
 
 std::vector<mx::Shape> Projection::output_shapes(const Arrays& inputs) {
+  check_in_features(Check(call_.operation), inputs, call_);
   return output_shapes_of(call_, inputs[0]);
 }
 

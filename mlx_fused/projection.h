@@ -39,6 +39,9 @@ Arrays all_gradients(
 // What routing looks at. The slots are those of the call's inputs.
 Workload workload(const Arrays& inputs, const Call& call, const Slots& slots);
 
+// That a primitive's input fits its weight: mx.compile may give it other shapes than it was made with.
+void check_in_features(const Check& check, const Arrays& inputs, const Call& call);
+
 // The slots of a call's inputs of which gradients are asked for. Fails if one of them has none. nullopt if
 // MLX has to differentiate the composed form: by groups' scales and biases.
 std::optional<Slots> wanted_gradients(const Call& call, const std::vector<int>& argnums);

@@ -2,6 +2,7 @@
 
 #include "mlx/fast.h"
 #include "mlx/ops.h"
+#include "mlx_fused/check.h"
 #include "mlx_fused/routing.h"
 
 namespace mlx_fused {
@@ -21,19 +22,47 @@ mx::array make(const Arrays& inputs, const RopeKind& kind, mx::Stream s) {
 
 }  // namespace
 
+void check_rope(const Arrays& inputs, const RopeKind& kind) {
+  static const std::string operation = "fused_rope";
+  Check check(operation);
+  auto& x = inputs[0];
+  if (x.ndim() < 3) {
+    check.fail("x must have at least 3 dimensions but got ", x.ndim(), ".");
+  }
+  if (kind.dims <= 0 || kind.dims % 2 != 0 || kind.dims > x.shape(-1)) {
+    check.fail("dims must be even, greater than 0 and at most ", x.shape(-1), " but got ", kind.dims, ".");
+  }
+  if (kind.has_offsets) {
+    auto& offset = inputs[1];
+    if (offset.ndim() > 1 || (offset.size() != 1 && offset.size() != size_t(x.shape(0)))) {
+      check.fail("offset must have shape () or (", x.shape(0), ",) but got ", offset.shape(), ".");
+    }
+  }
+  if (kind.has_freqs) {
+    check.shape({"freqs"}, inputs.back(), {kind.dims / 2});
+  }
+}
+
 mx::array rope(Arrays inputs, const RopeKind& kind, mx::Stream s) {
+  check_rope(inputs, kind);
   auto& x = inputs[0];
   if (!is_known(x.dtype()) || x.ndim() > 4 || describe(s.device).kind != DeviceInfo::cpu) {
     return of_mlx(inputs, kind, s);
   }
   check_cpu_settings();
   if (kind.has_offsets) {
-    inputs[1] = mx::astype(inputs[1], mx::int32, s);
+    inputs[1] = mx::astype(inputs[1], mx::int64, s);
   }
   if (kind.has_freqs) {
     inputs.back() = mx::astype(inputs.back(), mx::float32, s);
   }
   return make(inputs, kind, s);
+}
+
+// mx.compile may give it other shapes than it was made with.
+std::vector<mx::Shape> Rope::output_shapes(const Arrays& inputs) {
+  check_rope(inputs, kind_);
+  return {inputs[0].shape()};
 }
 
 Function Rope::composed() {

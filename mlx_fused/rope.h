@@ -21,11 +21,14 @@ struct RopeKind {
   bool operator==(const RopeKind&) const = default;
 };
 
+// Checks shapes and dims.
+void check_rope(const Arrays& inputs, const RopeKind& kind);
+
 // Of x and, if the kind says so, offsets, [] or [batch], and freqs, [dims / 2]: a primitive of ours on the
 // CPU, where MLX's is some twenty operations; MLX's own elsewhere.
 mx::array rope(Arrays inputs, const RopeKind& kind, mx::Stream s);
 
-// Takes x, [batch, heads, places, head_dim] or without heads, int32 offsets and float32 freqs.
+// Takes x, [batch, heads, places, head_dim] or without heads, int64 offsets and float32 freqs.
 class Rope : public FusedPrimitive {
  public:
   Rope(mx::Stream stream, RopeKind kind) : FusedPrimitive(stream), kind_(kind) {}
@@ -36,9 +39,7 @@ class Rope : public FusedPrimitive {
       const Arrays& cotangents,
       const std::vector<int>& argnums,
       const Arrays& outputs) override;
-  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
-    return {inputs[0].shape()};
-  }
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
   bool is_equivalent(const mx::Primitive& other) const override {
     return kind_ == static_cast<const Rope&>(other).kind_;
   }

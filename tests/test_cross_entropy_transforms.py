@@ -114,6 +114,17 @@ def test_without_row_count_in_a_compiled_function(rng):
             assert float(mx.abs(step(loss.head.x, loss.targets) - expected).max()) < 2.0**-16
 
 
+@pytest.mark.parametrize(
+    "shape, message", [((9, 12), "targets must have shape"), ((4, 8), "must have size 12")]
+)
+def test_a_compiled_function_checks_other_shapes(shape, message):
+    weight = mx.ones((40, 12))
+    compiled = mx.compile(lambda x, t: fused_linear_cross_entropy(x, weight, t), shapeless=True)
+    mx.eval(compiled(mx.ones((4, 12)), mx.zeros(4, mx.int32)))
+    with pytest.raises(ValueError, match=message):
+        compiled(mx.ones(shape), mx.zeros(4, mx.int32))
+
+
 class Head:
     """A head in training, of so many tokens and words."""
 

@@ -165,6 +165,27 @@ def test_the_scale_and_softcap_are_read():
         assert mx.array_equal(found, x) and mx.array_equal(weight, w) and others[0] is None
 
 
+def test_one_compiled_function_twice():
+    part = mx.compile(lambda y: y * 2.0 / 3.0)
+    *_, scale, softcap = _ext.head_of(part(part(mx.ones((4, 32)) @ mx.ones((40, 32)).T)))
+    assert math.isclose(scale, (2 / 3) ** 2, rel_tol=1e-6) and softcap is None
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda x, w: (x @ w.T) * mx.array(2.7).astype(mx.int32),
+        lambda x, w: (x @ w.T) * mx.array(2.7).astype(mx.bool_),
+        lambda x, w: (x @ w.T) * mx.array(0.1).astype(mx.bfloat16),
+        lambda x, w: x @ mx.transpose(w, (0, 1)),
+        lambda x, w: mx.addmm(mx.array([1.0]), x, w.T),
+    ],
+    ids=["to integers", "to bytes", "to 16 bits", "no transpose", "one bias"],
+)
+def test_what_only_looks_like_a_head(after):
+    assert isinstance(_ext.head_of(after(mx.ones((4, 40)), mx.ones((40, 40)))), str)
+
+
 def _changed(y):
     y[..., 3] = 0
     return y

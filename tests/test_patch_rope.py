@@ -138,6 +138,28 @@ def test_wrong_arguments_are_mlxs_errors():
             rope(x)
 
 
+def test_code_with_a_class_in_it_runs_as_it_is():
+    class Classy(nn.Module):
+        def __call__(self, x):
+            class Here:
+                size = DIMS  # a global, which the body of a class looks up by itself
+
+            return mx.fast.rope(x, Here.size, traditional=True, base=1e4, scale=1.0, offset=0)
+
+    rope, x = Classy(), mx.random.normal((1, 2, 5, DIMS))
+    expected = rope(x)
+    mlx_fused.patch(rope)
+    assert mx.array_equal(rope(x), expected)
+
+
+def test_without_base_and_frequencies_it_is_mlxs_error(monkeypatch):
+    rope = rope_of("plain")
+    mlx_fused.patch(rope)
+    rope.base = None
+    with pytest.raises(ValueError, match="Neither base nor freqs"):
+        rope(mx.ones((1, 3, DIMS)))
+
+
 def test_a_module_that_has_layers_is_none(monkeypatch):
     class Block(nn.Module):
         def __init__(self):

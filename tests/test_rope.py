@@ -231,6 +231,31 @@ def test_compiled_without_shapes_takes_other_lengths(rng):
         oracle.assert_equal(compiled(x)[1], both(x)[1])
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, o, f: (mx.ones((6, 2, 3, 8)), o, f), "offset must have shape"),
+        (lambda x, o, f: (x[..., :4], o, f), "dims must be even, greater than 0 and at most 4 but got 8"),
+        (lambda x, o, f: (x, o, f[:2]), r"freqs must have shape \(4,\)"),
+    ],
+)
+def test_compiled_without_shapes_checks_them(change, message):
+    compiled = mx.compile(lambda x, o, f: fused_rope(x, 8, offset=o, freqs=f), shapeless=True)
+    given = mx.ones((2, 2, 3, 8)), mx.array([1, 2]), mx.ones(4)
+    mx.eval(compiled(*given))
+    with pytest.raises(ValueError, match=message):
+        compiled(*change(*given))
+
+
+def test_offsets_beyond_32_bits(rng):
+    x, offset = normal(rng, (1, 2, 3, 8)), 3_000_000_000
+    expected = formula(oracle.exact(x), 8, False, angles(places_of(x, offset), 8))
+    for kind in (mx.uint32, mx.int64):
+        # In double precision a radian of this place has nine digits left.
+        y = fused_rope(x, 8, offset=mx.array([offset], kind))
+        np.testing.assert_allclose(oracle.exact(y), expected, rtol=0, atol=1e-5)
+
+
 def test_equal_rotations_merge_and_others_do_not(rng):
     x = normal(rng, (1, 2, 3, 8))
     kinds = [{}, {}, {"offset": 1}, {"base": 5.0}, {"scale": 2.0}, {"traditional": True}]

@@ -133,17 +133,25 @@ class Reader {
     return of;
   }
 
+  // The latest: a compiled function that is called twice has the same arrays inside.
   mx::array outside(const mx::array& a) const {
-    auto found = std::ranges::find(given_, a.id(), [](auto& pair) { return pair.first; });
-    return found == given_.end() ? a : found->second;
+    auto found =
+        std::find_if(given_.rbegin(), given_.rend(), [&](auto& pair) { return pair.first == a.id(); });
+    return found == given_.rend() ? a : found->second;
   }
 
   // The value of a constant; nullopt if it is none.
   std::optional<double> number(mx::array a) const {
-    while (a.has_primitive() && is_one_of(a.primitive().name(), {"Broadcast", "AsType"})) {
+    while (a.has_primitive()) {
+      std::string_view name = a.primitive().name();
+      // To float32, which holds all values of a smaller type.
+      bool is_wider = name == "AsType" && a.dtype() == mx::float32 && a.inputs()[0].dtype().size() < 4;
+      if (name != "Broadcast" && !is_wider) {
+        return std::nullopt;
+      }
       a = outside(a.inputs()[0]);
     }
-    if (a.has_primitive() || a.size() != 1 || a.is_tracer() || !a.is_available()) {
+    if (a.size() != 1 || a.is_tracer() || !a.is_available()) {
       return std::nullopt;
     }
     return a.dtype() == mx::float32    ? std::optional<double>(*a.data<float>())
@@ -211,7 +219,8 @@ std::pair<mx::array, LinearTuple> of_mlx(const mx::array& y) {
   }
   auto& transposed = inputs[1];
   bool is_rows = transposed.ndim() == 2 && transposed.has_primitive() &&
-                 std::string_view(transposed.primitive().name()) == "Transpose";
+                 std::string_view(transposed.primitive().name()) == "Transpose" &&
+                 static_cast<mx::Transpose&>(transposed.primitive()).state() == std::vector{1, 0};
   OptionalArray bias;
   if (name == "AddMM") {
     bias = inputs[2];
@@ -220,7 +229,7 @@ std::pair<mx::array, LinearTuple> of_mlx(const mx::array& y) {
       bias = mx::array(bias->inputs()[0]);
     }
     auto [alpha, beta] = static_cast<mx::AddMM&>(y.primitive()).state();
-    is_rows &= bias->ndim() == 1 && alpha == 1 && beta == 1;
+    is_rows &= bias->shape() == mx::Shape{y.shape(-1)} && alpha == 1 && beta == 1;
   }
   if (!is_rows) {
     throw Unknown{"its logits are no product with rows of a weight"};

@@ -25,7 +25,7 @@ void check_case(std::mt19937& random, const Case& c) {
   Matrix x(random, c.type, c.layout, c.batch, c.seq, c.heads, c.head_dim),
       y(random, c.type, written, c.batch, c.seq, c.heads, c.head_dim),
       freqs(random, Type::float32, c.layout == stepped ? stepped : plain, 1, 1, 1, c.dims / 2);
-  std::vector<int32_t> offsets;
+  std::vector<int64_t> offsets;
   for (int64_t i = 0; i < c.batch; ++i) {
     offsets.push_back(random() % 100000);
   }

@@ -332,7 +332,7 @@ void Rope::eval_cpu(const Arrays& inputs, Arrays& outputs) {
       .offset_stride = 0,
       .offset = kind_.offset};
   if (kind_.has_offsets) {
-    by.offsets = inputs[1].data<int32_t>();
+    by.offsets = inputs[1].data<int64_t>();
     by.offset_stride = inputs[1].size() > 1 ? inputs[1].strides(0) : 0;
   }
   if (kind_.has_freqs) {

@@ -11,7 +11,7 @@ struct Rotation {
   int64_t dims;
   bool traditional;
   double base, scale;
-  const int32_t* offsets;  // one of each batch, so far apart
+  const int64_t* offsets;  // one of each batch, so far apart
   int64_t offset_stride;
   int32_t offset;             // if there are none
   std::optional<View> freqs;  // [1, dims / 2]

@@ -39,7 +39,8 @@ def seeing(
 
 
 def _copy(method: FunctionType, ours: dict[str, object]) -> FunctionType:
-    if not ours or _names(method, "STORE_GLOBAL", "DELETE_GLOBAL"):  # which a copy would do elsewhere
+    # A copy would assign globals elsewhere, and the body of a class would not find them.
+    if not ours or _names(method, "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_BUILD_CLASS"):
         return method
     own = _Globals(method.__globals__, ours)
     copy = FunctionType(method.__code__, own, method.__name__, method.__defaults__, method.__closure__)

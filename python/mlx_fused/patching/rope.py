@@ -73,6 +73,8 @@ def _rope(active: Active, *args, **kwargs) -> mx.array:
         _check(active)
         if not (args and has_kernels(args[0])):
             raise NotFused("it is not called with an array of a type with kernels")
+        if kwargs.get("base") is None and kwargs.get("freqs") is None:
+            raise NotFused("it is called without base and freqs")
         y = fused_rope(*args, **kwargs)
     except (NotFused, TypeError, ValueError) as reason:  # of a wrong argument MLX's own error tells
         count(counter, 1, 0, str(reason))
