@@ -59,7 +59,7 @@ def test_running_mlx_lms_own_tests(tmp_path):
     script = Path(__file__).with_name("run_mlx_lm_tests.py")
     run = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True)
     assert run.returncode == 1, run.stderr
-    *_, stock, patched, qkv, attention, mlp, residual, linear, norm, changed = run.stdout.splitlines()
+    *_, stock, patched, qkv, attention, mlp, residual, linear, norm, rope, changed = run.stdout.splitlines()
     assert stock == "stock:   2 passed, 1 failed, 0 skipped"
     assert patched == "patched: 1 passed, 2 failed, 0 skipped"
     assert qkv == "qkv: 2 of 2 calls ran fused"
@@ -68,4 +68,5 @@ def test_running_mlx_lms_own_tests(tmp_path):
     assert residual == "residual: 4 of 4 calls ran fused"
     assert linear == "linear: 1 of 1 calls ran fused"
     assert norm == "norm: 5 of 5 calls ran fused"
+    assert rope == "rope: 4 of 4 calls ran fused"
     assert changed.endswith("test_x.py::test_stock: passed, patched failed")
