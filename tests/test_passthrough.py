@@ -125,8 +125,8 @@ def test_the_closing_line_tells_that_dora_is_not_fused(run, checkpoint, tmp_path
     for code, _, err in (trained, used):
         assert code == 0 and "fused QKV 2 of 2" in err  # before the adapters are there
         found, more = counts(err)
-        # What has no adapters: the head, with its loss, norms, and attention itself.
-        without = {"linear", "norm", "attention", "loss"} & found.keys()
+        # What has no adapters: the head, with its loss, norms, rotary positions and attention itself.
+        without = {"linear", "norm", "rope", "attention", "loss"} & found.keys()
         assert all(found.pop(part)[0] > 0 for part in without) and len(found) == 3
         assert all(fused == 0 < total for fused, total in found.values())
         assert "(last obstacle: gate_proj is DoRALinear)" in more
@@ -146,7 +146,7 @@ def test_the_closing_line_tells_what_was_routed_to_mlx(run, checkpoint, monkeypa
     code, _, err = run(main.main, ["generate", "--model", str(checkpoint / "model"), "--max-tokens", "2"])
     found, more = counts(err)
     assert code == 0 and all_fused(found)
-    for part in ("norm", "attention"):  # which no routing decides
+    for part in ("norm", "rope", "attention"):  # which no routing decides
         found.pop(part)
     by_mlx = [f"{fused} of these by MLX's own operations" for fused, _ in found.values()]
     assert [text for text in more.split(", ") if text] == by_mlx
@@ -224,7 +224,7 @@ def loads_a_model(checkpoint, monkeypatch):
     monkeypatch.setattr(
         mlx_fused,
         "patch",
-        lambda model: _patch(model, Options(True, "auto", True, True, True, "auto", True, False)),
+        lambda model: _patch(model, Options(True, "auto", True, True, True, True, "auto", True, False)),
     )
     monkeypatch.setattr("mlx_lm.chat.main", chat)
     return loaded
