@@ -215,6 +215,14 @@ def is_right(findings):
     return all(finding.verdict != "failed" for of in findings.values() for finding in of.values())
 
 
+def with_gradient(operation, arguments):
+    """What ``operation`` gives where its gradient is asked for: attention of few queries is rounded otherwise."""
+    if "q" not in arguments:
+        return operation(**arguments)
+    cotangent = mx.zeros_like(operation(**arguments))
+    return mx.vjp(lambda q: [operation(**arguments | {"q": q})], [arguments["q"]], [cotangent])[0][0]
+
+
 def sabotaged(operation, arguments, target, factor=FACTOR):
     operands = differentiable(arguments)
     keys = list(operands)
@@ -225,8 +233,8 @@ def sabotaged(operation, arguments, target, factor=FACTOR):
     @mx.custom_function
     def run(*values):
         if target.gradient:
-            return honest(*values)
-        outputs = operation(**changed)
+            return with_gradient(operation, arguments) if "q" in arguments else honest(*values)
+        outputs = with_gradient(operation, changed)
         # Losses are float32 whatever they are of.
         dtype = mx.float32 if "targets" in arguments else arguments[_activations(arguments)].dtype
         outputs = [y.astype(dtype) for y in oracle.leaves(outputs)]
