@@ -16,6 +16,7 @@ import numpy as np
 from mlx_fused.validate.bounds import DTYPES
 from mlx_fused.validate.formulas import CERTAIN, FLOAT32, WHOLE, Expected, Shared
 
+_FEW = 8  # queries, whose result is not computed in pairs unless for a gradient
 _STEP = 1e-3  # of the derivative by the scale
 _LARGEST_POWER = 104  # e to minus that is 0; and so are units that a power may be off
 
@@ -124,7 +125,8 @@ class _Softmax:
         self.relative = 2 * off + lost(keys)
 
     def output(self) -> _Sum:
-        return self._by_query(self.p, self.relative * self.p, self.of.v, self.of.factor_unit)
+        unit = self.of.factor_unit if self.of.q.shape[2] > _FEW else 0.0
+        return self._by_query(self.p, self.relative * self.p, self.of.v, unit)
 
     def _by_query(self, weights: np.ndarray, off: np.ndarray, factors: np.ndarray, unit: float) -> _Sum:
         """The products of weights, which may be off, with a row of each key."""
