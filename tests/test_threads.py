@@ -119,6 +119,22 @@ for form in (None, ("affine", 32, 4)):
 """
 
 
+def same_with_any_threads(code):
+    """What ``code`` prints in a process of its own, which is the same with 1, 2 and 7 threads."""
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"MLX_FUSED_NUM_THREADS": threads},
+            check=True,
+            text=True,
+            capture_output=True,
+        ).stdout
+        for threads in ("1", "2", "7")
+    ]
+    assert len(set(runs)) == 1
+    return runs[0]
+
+
 @pytest.mark.parametrize(
     "threads", ["0", "-1", "1025", "1073741824", "2147483648", "9" * 30, "two", "2.0", " 2"]
 )
