@@ -8,7 +8,8 @@
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
 #include "mlx_fused/backend/cpu/cross_entropy.h"
-#include "mlx_fused/composed.h"
+#include "mlx_fused/composed_cross_entropy.h"
+#include "mlx_fused/computed.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/routing.h"
 
@@ -16,44 +17,69 @@ namespace mlx_fused {
 
 namespace {
 
-// Which rows count.
-mx::array counted(const mx::array& targets, mx::Stream s) {
-  return mx::not_equal(targets, mx::array(cpu::ignored, mx::int64), s);
-}
-
-// The losses in MLX's own operations. One whose target is no word is NaN.
-mx::array composed_losses(const Arrays& inputs, const LossCall& call, const Products& products) {
-  auto s = products.stream;
-  auto& targets = inputs.back();
-  auto counts = counted(targets, s);
-  Arrays of_head(inputs.begin(), inputs.end() - 1);
-  // Else a NaN in a row that does not count would reach the gradients.
-  of_head[0] = mx::where(mx::expand_dims(counts, -1, s), of_head[0], mx::array(0, of_head[0].dtype()), s);
-  auto logits = composed::project(of_head, call.head, products)[0];
-  logits = mx::astype(logits, mx::promote_types(logits.dtype(), mx::float32), s);
-  auto number = [&](float value) { return mx::array(value, logits.dtype()); };
-  if (call.softcap != 0) {
-    logits = mx::multiply(number(call.softcap), mx::tanh(mx::divide(logits, number(call.softcap), s), s), s);
-  }
-  int words = logits.shape(-1);
-  auto is_word =
-      mx::logical_and(mx::greater_equal(targets, mx::array(0), s), mx::less(targets, mx::array(words), s), s);
-  auto places = mx::expand_dims(mx::where(is_word, targets, mx::array(0, mx::int64), s), -1, s);
-  auto of_target = mx::squeeze(mx::take_along_axis(logits, places, -1, s), -1, s);
-  of_target = mx::where(is_word, of_target, number(std::numeric_limits<float>::quiet_NaN()), s);
-  auto losses = mx::subtract(
-      mx::logsumexp(logits, -1, false, s), mx::multiply(number(1 - call.smoothing), of_target, s), s);
-  if (call.smoothing != 0) {
-    auto mean = mx::mean(logits, -1, false, s);
-    losses = mx::subtract(losses, mx::multiply(number(call.smoothing), mean, s), s);
-  }
-  return mx::where(counts, losses, number(0), s);
-}
-
-// The same as a function of the inputs.
+// The losses in MLX's own operations, as a function of the inputs.
 Function losses_of(const LossCall& call, mx::Stream s) {
-  return [=](const Arrays& inputs) { return Arrays{composed_losses(inputs, call, Products(s))}; };
+  return [=](const Arrays& inputs) { return Arrays{composed::cross_entropy(inputs, call, Products(s))}; };
 }
+
+// The gradients in MLX's own operations, of blocks of logits.
+class BlockedCrossEntropyGrad : public Computed<CrossEntropyGrad> {
+ public:
+  BlockedCrossEntropyGrad(size_t inputs, mx::Stream s, LossCall call, Slots wanted, BlockSize size)
+      : Computed(inputs, s, std::move(call), std::move(wanted)), size_(size) {}
+
+  static Arrays of(
+      const Arrays& inputs, const LossCall& call, const Slots& wanted, BlockSize size, mx::Stream s) {
+    auto grads = composed::cross_entropy_grad_by_blocks(inputs, call, wanted, size, s);
+    return made<BlockedCrossEntropyGrad>(inputs, grads, s, call, wanted, size);
+  }
+  DEFINE_NAME(BlockedLinearCrossEntropyGrad)
+
+ protected:
+  Arrays apply(const Arrays& inputs) override {
+    return of(inputs, call_, wanted_, size_, stream());
+  }
+
+ private:
+  const BlockSize size_;
+};
+
+// The losses in MLX's own operations, of blocks of logits.
+class BlockedCrossEntropy : public Computed<CrossEntropy> {
+ public:
+  BlockedCrossEntropy(size_t inputs, mx::Stream s, LossCall call, BlockSize size)
+      : Computed(inputs, s, std::move(call)), size_(size) {}
+
+  static Arrays of(const Arrays& inputs, const LossCall& call, BlockSize size, mx::Stream s) {
+    auto outputs = composed::cross_entropy_by_blocks(inputs, call, false, size, s);
+    mx::array nothing(0, inputs[0].dtype());
+    outputs.push_back(mx::broadcast_to(nothing, inputs[0].shape(), s));  // no gradient yet, and no memory
+    return made<BlockedCrossEntropy>(inputs, outputs, s, call, size);
+  }
+  DEFINE_NAME(BlockedLinearCrossEntropy)
+
+ protected:
+  Arrays apply(const Arrays& inputs) override {
+    return of(inputs, call_, size_, stream());
+  }
+  bool has_dx(const Arrays& outputs) override {
+    if (!can_make_dx() || outputs[0].status() != mx::array::Status::unscheduled) {
+      return false;
+    }
+    auto inputs = without_outputs(outputs[0].inputs());
+    compute_by(composed::cross_entropy_by_blocks(inputs, call_, true, size_, stream()), outputs);
+    return true;
+  }
+  Arrays gradients(const Arrays& inputs, const Slots& wanted) override {
+    return BlockedCrossEntropyGrad::of(inputs, call_, wanted, size_, stream());
+  }
+  mx::array scaled(const Arrays& inputs) override {
+    return composed::cross_entropy_scaled(inputs[0], inputs[1], inputs[2], stream());
+  }
+
+ private:
+  const BlockSize size_;
+};
 
 }  // namespace
 
@@ -63,6 +89,7 @@ mx::array cross_entropy(
     const std::optional<mx::array>& mask,
     const std::optional<int64_t>& ignore_index,
     const std::optional<std::string>& route,
+    const std::optional<BlockSize>& blocks,
     mx::Stream s) {
   auto& targets = inputs.back();
   auto given = mx::astype(targets, mx::int64, s);
@@ -77,10 +104,10 @@ mx::array cross_entropy(
   Arrays of_head(inputs.begin(), inputs.end() - 1);
   auto slots = input_slots(call.head);
   auto work = workload(of_head, call.head, slots);
-  auto device = describe(s.device).kind;
-  bool composes = choose_route(Check(call.head.operation), work, s, route) == Route::composed;
-  if (composes || device != DeviceInfo::cpu) {
-    return composed_losses(inputs, call, Products(s, route));
+  auto chosen = choose_route(Check(call.head.operation), work, s, route);
+  bool by_blocks = blocks || describe(s.device).kind != DeviceInfo::cpu;
+  if (by_blocks ? route == "composed" || targets.size() == 0 : chosen == Route::composed) {
+    return composed::cross_entropy(inputs, call, Products(s, route));
   }
   for (size_t i = 0; i < slots.size(); ++i) {
     auto role = slots[i].role;
@@ -92,6 +119,9 @@ mx::array cross_entropy(
       inputs[i] = mx::astype(inputs[i], work.promoted[0], s);
     }
   }
+  if (by_blocks) {
+    return BlockedCrossEntropy::of(inputs, call, blocks.value_or(usual_block), s)[0];
+  }
   return CrossEntropy::of(inputs, call, s)[0];
 }
 
@@ -99,10 +129,6 @@ Arrays CrossEntropy::of(const Arrays& inputs, const LossCall& call, mx::Stream s
   auto primitive = std::make_shared<CrossEntropy>(s, call, makes_dx);
   auto shapes = primitive->output_shapes(inputs);
   return mx::array::make_arrays(shapes, {mx::float32, mx::float32, inputs[0].dtype()}, primitive, inputs);
-}
-
-void CrossEntropy::eval_gpu(const Arrays&, Arrays&) {
-  throw std::runtime_error("[CrossEntropy] There are no kernels for GPUs.");
 }
 
 // mx.compile may give it other shapes than it was made with.
@@ -140,11 +166,11 @@ Arrays CrossEntropy::vjp(
   if (!slots || !is_zero(cotangents[2])) {  // of a second derivative
     wanted = FusedPrimitive::vjp(primals, cotangents, of_head, outputs);
   } else if (*slots == Slots{{Role::input}} && has_dx(outputs)) {
-    wanted = {CrossEntropyScaled::of({cotangent, outputs[2], primals.back()}, stream())};
+    wanted = {scaled({cotangent, outputs[2], primals.back()})};
   } else {
     Arrays inputs = {cotangent, outputs[1]};
     inputs.insert(inputs.end(), primals.begin(), primals.end());
-    wanted = CrossEntropyGrad::of(inputs, call_, *slots, stream());
+    wanted = gradients(inputs, *slots);
   }
   Arrays grads;
   auto next = wanted.begin();
@@ -154,8 +180,12 @@ Arrays CrossEntropy::vjp(
   return grads;
 }
 
+bool CrossEntropy::can_make_dx() const {
+  return call_.smoothing == 0 && !call_.head.has_adapters();
+}
+
 bool CrossEntropy::has_dx(const Arrays& outputs) {
-  if (call_.smoothing != 0 || call_.head.has_adapters()) {
+  if (!can_make_dx()) {
     return false;
   }
   if (outputs[2].status() == mx::array::Status::unscheduled) {
@@ -165,19 +195,21 @@ bool CrossEntropy::has_dx(const Arrays& outputs) {
   return outputs[2].buffer_size() >= outputs[2].nbytes();  // else evaluated before a gradient was asked for
 }
 
+Arrays CrossEntropy::gradients(const Arrays& inputs, const Slots& wanted) {
+  return CrossEntropyGrad::of(inputs, call_, wanted, stream());
+}
+
+mx::array CrossEntropy::scaled(const Arrays& inputs) {
+  return CrossEntropyScaled::of(inputs, stream());
+}
+
 mx::array CrossEntropyScaled::of(const Arrays& inputs, mx::Stream s) {
   return {inputs[1].shape(), inputs[1].dtype(), std::make_shared<CrossEntropyScaled>(s), inputs};
 }
 
-void CrossEntropyScaled::eval_gpu(const Arrays&, Arrays&) {
-  throw std::runtime_error("[CrossEntropyScaled] There are no kernels for GPUs.");
-}
-
 Function CrossEntropyScaled::composed() {
   return [s = stream()](const Arrays& inputs) {
-    auto of_rows = [&](const mx::array& a) { return mx::expand_dims(a, -1, s); };
-    auto dx = mx::astype(mx::multiply(of_rows(inputs[0]), inputs[1], s), inputs[1].dtype(), s);
-    return Arrays{mx::where(of_rows(counted(inputs[2], s)), dx, mx::array(0, dx.dtype()), s)};
+    return Arrays{composed::cross_entropy_scaled(inputs[0], inputs[1], inputs[2], s)};
   };
 }
 
@@ -190,10 +222,6 @@ Arrays CrossEntropyGrad::of(const Arrays& inputs, const LossCall& call, const Sl
     dtypes.push_back(operands.get(role).dtype());
   }
   return mx::array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, inputs);
-}
-
-void CrossEntropyGrad::eval_gpu(const Arrays&, Arrays&) {
-  throw std::runtime_error("[CrossEntropyGrad] There are no kernels for GPUs.");
 }
 
 std::vector<mx::Shape> CrossEntropyGrad::output_shapes(const Arrays& inputs) {

@@ -21,15 +21,27 @@ struct LossCall {
   bool operator==(const LossCall&) const = default;
 };
 
-// The loss of each row, [batch, rows], in float32 (in float64 if an input is): a primitive of ours on the
-// CPU, else MLX's own operations. `inputs` are those of the head and then the targets, integers. Rows with
-// the target `ignore_index`, or where the mask is false, do not count: their loss is 0.
+// How many rows and logits MLX's operations make at a time.
+struct BlockSize {
+  int rows, logits;
+
+  bool operator==(const BlockSize&) const = default;
+};
+
+// docs/design/thresholds.md has the reasons of these numbers.
+constexpr BlockSize usual_block{1024, 1 << 21};
+
+// The loss of each row, [batch, rows], in float32 (in float64 if an input is). `inputs` are those of the head
+// and then the targets, integers. Rows with the target `ignore_index`, or where the mask is false, do not
+// count: their loss is 0. On GPUs, or if there are `blocks`, MLX's operations compute it, of blocks of
+// logits.
 mx::array cross_entropy(
     Arrays inputs,
     LossCall call,
     const std::optional<mx::array>& mask,
     const std::optional<int64_t>& ignore_index,
     const std::optional<std::string>& route,
+    const std::optional<BlockSize>& blocks,
     mx::Stream s);
 
 // Takes the inputs of the head and the targets. Gives the losses and, for the gradient, the logarithms of the
@@ -43,7 +55,6 @@ class CrossEntropy : public FusedPrimitive {
   static Arrays of(const Arrays& inputs, const LossCall& call, mx::Stream s, bool makes_dx = false);
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
-  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
   Arrays vjp(
       const Arrays& primals,
       const Arrays& cotangents,
@@ -61,10 +72,16 @@ class CrossEntropy : public FusedPrimitive {
     return call_.head.quantization.has_value();
   }
 
- private:
-  bool has_dx(const Arrays& outputs);
+  // Whether the third output could be there.
+  bool can_make_dx() const;
+  // Whether it is, or will be: before evaluation this asks for it.
+  virtual bool has_dx(const Arrays& outputs);
+  virtual Arrays gradients(const Arrays& inputs, const Slots& wanted);
+  virtual mx::array scaled(const Arrays& inputs);
 
   const LossCall call_;
+
+ private:
   std::atomic<bool> makes_dx_;
 };
 
@@ -76,7 +93,6 @@ class CrossEntropyScaled : public FusedPrimitive {
   static mx::array of(const Arrays& inputs, mx::Stream s);
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
-  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
     return {inputs[1].shape()};
   }
@@ -102,7 +118,6 @@ class CrossEntropyGrad : public FusedPrimitive {
   static Arrays of(const Arrays& inputs, const LossCall& call, const Slots& wanted, mx::Stream s);
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
-  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& as = static_cast<const CrossEntropyGrad&>(other);
@@ -119,7 +134,6 @@ class CrossEntropyGrad : public FusedPrimitive {
     return call_.head.quantization.has_value();
   }
 
- private:
   const LossCall call_;
   const Slots wanted_;
 };

@@ -8,6 +8,7 @@
 #include "mlx_fused/backend/metal/grid.h"
 #include "mlx_fused/check.h"
 #include "mlx_fused/composed.h"
+#include "mlx_fused/computed.h"
 #include "mlx_fused/norm.h"
 #include "mlx_fused/routing.h"
 
@@ -119,46 +120,13 @@ std::vector<mx::Shape> output_shapes_of(const Call& call, const mx::array& x) {
   return shapes;
 }
 
-// The composed form's outputs as outputs of a primitive that has the composed form's own gradient, where MLX
-// would differentiate operation by operation. It takes the inputs of the call and then the outputs, which it
-// passes on.
-class ComposedProjection : public Projection {
+// The composed form's outputs, with its own gradient.
+class ComposedProjection : public Computed<Projection> {
  public:
-  using Projection::Projection;
+  using Computed::Computed;
 
   static Arrays of(const Arrays& inputs, const Call& call, mx::Stream s) {
-    auto all = inputs;
-    std::vector<mx::Shape> shapes;
-    std::vector<mx::Dtype> dtypes;
-    for (auto& y : composed::project(inputs, call, Products(s))) {
-      shapes.push_back(y.shape());
-      dtypes.push_back(y.dtype());
-      all.push_back(mx::stop_gradient(y, s));
-    }
-    return mx::array::make_arrays(shapes, dtypes, std::make_shared<ComposedProjection>(s, call), all);
-  }
-
-  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    pass_on(inputs, outputs);
-  }
-  void eval_gpu(const Arrays& inputs, Arrays& outputs) override {
-    pass_on(inputs, outputs);
-  }
-  Arrays vjp(
-      const Arrays& primals,
-      const Arrays& cotangents,
-      const std::vector<int>& argnums,
-      const Arrays& outputs) override {
-    return Projection::vjp(without_outputs(primals), cotangents, argnums, outputs);
-  }
-  Arrays jvp(const Arrays& primals, const Arrays& tangents, const std::vector<int>& argnums) override {
-    return Projection::jvp(without_outputs(primals), tangents, argnums);
-  }
-  std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes) override {
-    return Projection::vmap(without_outputs(inputs), without_outputs(axes));
-  }
-  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
-    return Projection::output_shapes(inputs);
+    return made<ComposedProjection>(inputs, composed::project(inputs, call, Products(s)), s, call);
   }
   DEFINE_NAME(ComposedProjection)
 
@@ -172,18 +140,6 @@ class ComposedProjection : public Projection {
   // Its products have a vmap of their own.
   bool is_quantized() const override {
     return false;
-  }
-
- private:
-  template <typename T>
-  std::vector<T> without_outputs(const std::vector<T>& all) const {
-    return {all.begin(), all.end() - call_.segments.size()};
-  }
-
-  static void pass_on(const Arrays& inputs, Arrays& outputs) {
-    for (size_t i = 0; i < outputs.size(); ++i) {
-      outputs[i].copy_shared_buffer(inputs[inputs.size() - outputs.size() + i]);
-    }
   }
 };
 

@@ -1,7 +1,10 @@
 """A call of the cross entropy of a head's logits, its formula in float64, and the error that it may have."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from typing import ClassVar
+from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +13,7 @@ import oracle
 import projections
 from attention import LARGEST_POWER, OWN_ROUNDINGS, SMALLEST, UNIT, lost
 from call import Call
-from mlx_fused import LinearOperands, fused_linear_cross_entropy
+from mlx_fused import LinearOperands, _ext, fused_linear_cross_entropy
 from operands import normal
 
 
@@ -22,6 +25,11 @@ class Loss:
     ignore_index: int | None = None
     softcap: float | None = None
     smoothing: float = 0.0
+
+    # Blocks of logits are made by MLX's operations, which round to 16 bits the head's product, its sums with
+    # the bias and an adapter's, and these times the scale; and of gradients those of each block.
+    by_blocks: ClassVar[bool] = False
+    roundings: ClassVar[int] = 4
 
     def __call__(self, **options):
         return self.of([], [], **options)
@@ -79,6 +87,8 @@ class Loss:
         (sums,), (sizes,) = (oracle.projection(*of) for of in (operands, oracle.magnitudes(operands)))
         sums, sizes = alpha * sums, np.abs(alpha) * sizes
         error = oracle.sum_error(sizes, self.head.forward_terms, mx.float32) + 2 * UNIT * sizes
+        if self.by_blocks and self.head.x.dtype.size == 2:
+            error = error + oracle.rounding_error(sizes, error, self.head.x.dtype, self.roundings)
         slope, of_slope = np.ones_like(sums), np.zeros_like(sums)
         if self.softcap is not None:
             cap = np.float64(np.float32(self.softcap))
@@ -131,9 +141,19 @@ class Loss:
         d = g * (p - taken) * slope
         of_d = np.abs(g) * (of_p + 2 * UNIT * taken) * (np.abs(slope) + of_slope)
         of_d += np.abs(g * (p - taken)) * of_slope + 4 * UNIT * np.abs(d)
-        if self.head.x.dtype == mx.bfloat16:
+        if self.by_blocks and self.head.x.dtype.size == 2:
+            of_d += oracle.rounding_error(d, of_d, self.head.x.dtype, self.roundings)
+        elif self.head.x.dtype == mx.bfloat16:
             of_d += oracle.rounding_error(d, of_d, mx.bfloat16)
         return [a.reshape(*self.head.rows, a.shape[-1]) for a in (d, of_d)]
+
+
+@contextmanager
+def by_blocks(rows, words):
+    """Within it losses are made as on a GPU, by blocks of so many rows and words."""
+    call = partial(_ext.cross_entropy, blocks=(rows, rows * words))
+    with patch.object(_ext, "cross_entropy", call), patch.object(Loss, "by_blocks", True):
+        yield
 
 
 def make(

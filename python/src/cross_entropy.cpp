@@ -1,5 +1,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
@@ -27,7 +28,8 @@ mx::array cross_entropy(
     const std::optional<float>& softcap,
     float label_smoothing,
     const std::optional<std::string>& route,
-    mx::StreamOrDevice s) {
+    mx::StreamOrDevice s,
+    const std::optional<std::pair<int, int>>& blocks) {
   static const std::string operation = "fused_linear_cross_entropy";
   auto stream = mx::to_stream(s);
   mlx_fused::Check check(operation);
@@ -53,7 +55,12 @@ mx::array cross_entropy(
     check.fail("label_smoothing must be at least 0 and less than 1 but got ", label_smoothing, ".");
   }
   inputs.push_back(targets);
-  return mlx_fused::cross_entropy(std::move(inputs), std::move(call), mask, ignore_index, route, stream);
+  std::optional<mlx_fused::BlockSize> size;
+  if (blocks) {
+    size = {blocks->first, blocks->second};
+  }
+  return mlx_fused::cross_entropy(
+      std::move(inputs), std::move(call), mask, ignore_index, route, size, stream);
 }
 
 }  // namespace
@@ -71,5 +78,6 @@ void bind_cross_entropy(nb::module_& m) {
       "softcap"_a.none(),
       "label_smoothing"_a,
       "route"_a,
-      "stream"_a.none());
+      "stream"_a.none(),
+      "blocks"_a = nb::none());  // of so many rows and logits, for tests
 }
