@@ -11,6 +11,7 @@
 #include "mlx_fused/composed.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/routing.h"
+#include "mlx_fused/workload.h"
 
 namespace mlx_fused {
 
