@@ -12,6 +12,7 @@
 #include "mlx_fused/computed.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/routing.h"
+#include "mlx_fused/workload.h"
 
 namespace mlx_fused {
 

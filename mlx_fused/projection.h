@@ -9,7 +9,6 @@
 #include "mlx_fused/check.h"
 #include "mlx_fused/fused_primitive.h"
 #include "mlx_fused/products.h"
-#include "mlx_fused/routing.h"
 
 namespace mlx_fused {
 
@@ -35,9 +34,6 @@ Arrays all_gradients(
     bool has_bias,
     const std::optional<std::string>& route,
     mx::Stream stream);
-
-// What routing looks at. The slots are those of the call's inputs.
-Workload workload(const Arrays& inputs, const Call& call, const Slots& slots);
 
 // That a primitive's input fits its weight: mx.compile may give it other shapes than it was made with.
 void check_in_features(const Check& check, const Arrays& inputs, const Call& call);

@@ -1,5 +1,7 @@
 #include "mlx_fused/rope.h"
 
+#include <cmath>
+
 #include "mlx/fast.h"
 #include "mlx/ops.h"
 #include "mlx_fused/check.h"
@@ -31,6 +33,9 @@ void check_rope(const Arrays& inputs, const RopeKind& kind) {
   }
   if (kind.dims <= 0 || kind.dims % 2 != 0 || kind.dims > x.shape(-1)) {
     check.fail("dims must be even, greater than 0 and at most ", x.shape(-1), " but got ", kind.dims, ".");
+  }
+  if (!kind.has_freqs && !(kind.base > 0 && std::isfinite(kind.base))) {
+    check.fail("base must be greater than 0 and finite but got ", kind.base, ".");
   }
   if (kind.has_offsets) {
     auto& offset = inputs[1];

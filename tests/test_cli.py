@@ -4,8 +4,8 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from importlib.metadata import version
+from unittest.mock import Mock
 
 import mlx.core as mx
 import pytest
@@ -17,7 +17,9 @@ from mlx_fused.cli.info import routes
 from mlx_fused.cli.output import to_json
 from mlx_fused.validate import sum_error
 
-WITHOUT_ROUTES = {f"bfloat16: {name}{end}" for name in ("norm", "attention") for end in ("", ", gradient")}
+ENDS = ("", ", gradient")
+WEIGHTLESS = ("norm", "rope", "attention")
+WITHOUT_ROUTES = {f"bfloat16: {name}{end}" for name in WEIGHTLESS for end in ENDS}
 EXTRA = ("mlx_lm", "click", "rich", "tokenizers", "transformers")
 
 
@@ -39,6 +41,15 @@ def test_version():
     assert result.output == f"mlx-fused, version {mlx_fused.__version__}\n"
 
 
+def test_help_has_the_whole_sentence_of_every_command():
+    shown = CliRunner(env={"COLUMNS": "80"}).invoke(main, ["--help"]).output
+    assert max(map(len, shown.splitlines())) <= 80
+    words = " ".join(shown.split())
+    for name, command in main.commands.items():
+        sentence, _, _ = command.help.partition("\n\n")
+        assert f" {name} {' '.join(sentence.split())}" in words
+
+
 def test_info():
     result = CliRunner().invoke(main, ["info"])
     assert result.exit_code == 0
@@ -50,7 +61,7 @@ def test_info():
     assert str(mx.default_device()) in facts
     assert "4-bit + LoRA: QKV, gradient" in table and "bfloat16: gate * up, gradient" in table
     assert "4-bit: down + residual" in table and "4-bit: head" in table
-    assert "bfloat16: norm" in table and "bfloat16: attention, gradient" in table
+    assert "bfloat16: norm" in table and "bfloat16: rope, gradient" in table
     assert set(re.findall(r"\[\d+\]", table)) == set(re.findall(r"^\[\d+\]", reasons, re.MULTILINE))
 
 
@@ -163,7 +174,7 @@ def test_all_calls_are_fused_on_the_cpu(monkeypatch):
 def test_what_is_mlxs_own_without_a_route_is_told(monkeypatch):
     monkeypatch.setattr(mlx_fused, "fused_rms_norm", mx.fast.rms_norm)  # as on a GPU
     found = dict(routes())
-    for end in ("", ", gradient"):
+    for end in ENDS:
         assert {(d.route, d.source) for d in found[f"bfloat16: norm{end}"]} == {("composed", "no kernel")}
         assert {d.route for d in found[f"bfloat16: attention{end}"]} == {"fused"}
 
@@ -296,8 +307,8 @@ SMALL = calls.Sizes(
 def test_what_is_timed_computes_the_same(monkeypatch, weights):
     # MLX sums 16-bit products in 16 bits on some devices.
     monkeypatch.setitem(calls.WEIGHTS, weights, mx.float32)
-    made = [*calls.make_calls(SMALL, weights, 3), calls.make_block(SMALL, weights, 3)]
-    made += calls.make_weightless(SMALL, weights, 3)
+    made = [make(SMALL, weights, 3) for make in (calls.make_loss, calls.make_block)]
+    made += calls.make_calls(SMALL, weights, 3) + calls.make_weightless(SMALL, weights, 3)
     for call in [*made, *(call.gradient() for call in made)]:
         for stock, fused in zip(call.stock(*call.inputs), call.fused(*call.inputs), strict=True):
             assert stock.shape == fused.shape and stock.dtype == fused.dtype
@@ -307,7 +318,7 @@ def test_what_is_timed_computes_the_same(monkeypatch, weights):
 
 def test_bench_uses_the_sizes_of_a_model(tmp_path):
     sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
-    sizes["intermediate_size"] = 192
+    sizes |= {"intermediate_size": 192, "vocab_size": 96}
     model = tmp_path / "[bold]model"  # what is markup to rich
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"text_config": sizes}))
@@ -317,12 +328,36 @@ def test_bench_uses_the_sizes_of_a_model(tmp_path):
     assert result.exit_code == 0, result.output
     assert "[bold]model" in "".join(result.stderr.split())
     results = json.loads(result.stdout)
-    assert results["sizes"] == vars(replace(SMALL, vocabulary=calls.Sizes.vocabulary))
+    assert results["sizes"] == vars(SMALL)
     assert results["machine"]["mlx"] == version("mlx")
-    names = ["QKV", "output + residual", "gate * up", "down + residual", "block"]
-    assert [cell["operation"] for cell in results["cells"]] == names + [f"{name}, gradient" for name in names]
+    linear = ["QKV", "output + residual", "gate * up", "down + residual", "head", "loss", "block"]
+    names = [name + end for some in (linear, WEIGHTLESS) for end in ENDS for name in some]
+    assert [cell["operation"] for cell in results["cells"]] == names
     assert all(cell["stock_s"] > 0 and cell["fused_s"] > 0 for cell in results["cells"])
     assert "speedup" in result.stderr
+
+
+def test_every_operation_is_timed(monkeypatch):
+    names = {name for name in mlx_fused.__all__ if name.startswith("fused_") and not name.endswith("_bwd")}
+    noted = {name: Mock(wraps=getattr(mlx_fused, name)) for name in names}
+    for name, operation in noted.items():
+        monkeypatch.setattr(mlx_fused, name, operation)
+    given = SMALL, "float32", 1
+    for call in [*calls.make_calls(*given), calls.make_loss(*given), *calls.make_weightless(*given)]:
+        call.fused(*call.inputs)
+    assert {name for name, operation in noted.items() if operation.called} == names
+
+
+def test_the_table_of_bench_fits_a_terminal_of_80_columns(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text('{"hidden_size": 64, "num_attention_heads": 1}')
+    monkeypatch.setattr(sys.modules["mlx_fused.cli.bench"], "side_by_side", lambda call: (3600.0, 0.0125))
+    runner = CliRunner(env={"COLUMNS": "80"})
+    shown = runner.invoke(main, ["bench", "--model", str(tmp_path), "--rows", "1000"]).output
+    rows = [line for line in shown.splitlines() if line.startswith(tuple(calls.WEIGHTS))]
+    assert len(rows) == 2 * (len(calls.WEIGHTS) * 7 + 3 * len(WEIGHTLESS))
+    for row in rows:
+        assert row.split()[-4:] == ["1000", "3600000", "12.500", "288000"] and len(row) <= 80
+    assert "1 of keys, MLP 64 wide, 8192 words" in " ".join(shown.split())
 
 
 def test_bench_says_what_a_config_lacks(tmp_path):

@@ -152,6 +152,16 @@ def test_code_with_a_class_in_it_runs_as_it_is():
     assert mx.array_equal(rope(x), expected)
 
 
+@pytest.mark.parametrize("base", [0.0, -2.0, mx.inf, mx.nan])
+def test_with_a_base_that_ours_refuses_it_is_mlxs(base):
+    rope, x = rope_of("plain"), mx.random.normal((1, 2, 5, DIMS))
+    rope.base = base
+    expected = rope(x)
+    report = mlx_fused.patch(rope)
+    assert mx.array_equal(rope(x), expected, equal_nan=True)
+    assert "base must be greater than 0" in report.parts[0].calls.reason
+
+
 def test_without_base_and_frequencies_it_is_mlxs_error(monkeypatch):
     rope = rope_of("plain")
     mlx_fused.patch(rope)

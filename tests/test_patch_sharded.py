@@ -1,20 +1,15 @@
 """Patching a model that is sharded over several processes."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 import mlx_fused
+import ring
 from oracle import UNIT_ROUNDOFF
 from tiny_models import LAYERS, WIDEST, loss, make, tokens
-
-RANKS = 2
 
 
 def tensor_parallel():
@@ -64,26 +59,9 @@ def distance(a, b):
 
 
 def test_two_processes(tmp_path):
-    hosts = tmp_path / "hosts.json"
-    with socket.socket() as a, socket.socket() as b:
-        for s in (a, b):
-            s.bind(("127.0.0.1", 0))
-        hosts.write_text(json.dumps([[f"127.0.0.1:{s.getsockname()[1]}"] for s in (a, b)]))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__],
-            env={**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0] * RANKS, outputs
     # As in test_models, the sums there and back, and two models that may be off as much.
     tolerance = 2 * 2 * LAYERS * 8 * WIDEST**0.5 * UNIT_ROUNDOFF[mx.float32]
-    for out, err in outputs:
+    for out, err in ring.run(tmp_path, __file__):
         for results, obstacles in zip(json.loads(out), OBSTACLES.values(), strict=True):
             assert max(results["differences"]) <= tolerance
             assert results["calls"] == [[2, 0]] * LAYERS
@@ -92,5 +70,5 @@ def test_two_processes(tmp_path):
 
 
 if __name__ == "__main__":
-    mx.set_default_device(mx.cpu)
+    ring.group()
     print(json.dumps([run(make_model()) for make_model in OBSTACLES]))

@@ -309,6 +309,10 @@ def test_what_is_mlxs(rng):
         ({"dims": 0}, ValueError, "dims must be even, greater than 0 and at most 8 but got 0"),
         ({"dims": 10}, ValueError, "dims must be even, greater than 0 and at most 8 but got 10"),
         ({"dims": 8.0}, TypeError, "dims must be int but got float"),
+        ({"base": 0}, ValueError, "base must be greater than 0 and finite but got 0"),
+        ({"base": -2.0}, ValueError, "base must be greater than 0 and finite but got -2"),
+        ({"base": mx.inf}, ValueError, "base must be greater than 0 and finite but got inf"),
+        ({"base": mx.nan}, ValueError, "base must be greater than 0 and finite but got nan"),
         ({"base": mx.array(2.0)}, TypeError, "base must be float or int but got array"),
         (
             {"base": 2.0, "freqs": mx.ones(4)},

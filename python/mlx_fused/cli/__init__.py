@@ -1,5 +1,6 @@
 """The ``mlx-fused`` command."""
 
+import inspect
 import os
 import sys
 
@@ -36,6 +37,10 @@ class _Group(click.Group):
             with failures.of_mlx_lm():
                 status = passthrough.run(args[0], args[1:])
             sys.exit(status)
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        cmd.short_help = inspect.cleandoc(cmd.help).partition("\n\n")[0]  # click's own is cut to a line
+        super().add_command(cmd, name)
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
         if reason := passthrough.UNPATCHED.get(args[0]):

@@ -6,17 +6,29 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import click
 import mlx.core as mx
 
-from mlx_fused.cli.calls import GROUP_SIZE, WEIGHTS, Call, Sizes, make_block, make_calls, peak_memory
+from mlx_fused.cli.calls import (
+    GROUP_SIZE,
+    WEIGHTS,
+    Call,
+    Sizes,
+    make_block,
+    make_calls,
+    make_loss,
+    make_weightless,
+    peak_memory,
+)
 from mlx_fused.cli.info import describe
 from mlx_fused.cli.output import console, json_option, print_json
 
 _ROUNDS = 5
+_WORDS = 8192  # the most of a head and its loss: more would take stock minutes on some devices
 _LARGEST = 2**31 - 1  # the largest size that an MLX shape can have
 _TURN, _LIMIT = 0.02, 2  # seconds: the least for a turn, and after which no further round begins
 
@@ -44,15 +56,18 @@ _TURN, _LIMIT = 0.02, 2  # seconds: the least for a turn, and after which no fur
 )
 @json_option
 def bench(model: Path | None, weights: tuple[str, ...], rows: tuple[int, ...], as_json: bool) -> None:
-    """Time the operations of attention and MLP, and a transformer block of mlx-lm, stock and fused in turns.
+    """Time every operation, and a transformer block of mlx-lm, stock and fused in turns.
 
-    Only the ratios mean something: other work on the machine slows down both.
+    Only the ratios mean something: other work on the machine slows down both. The head and the loss are
+    timed with 8192 words at most.
     """
+    from rich import box
     from rich.markup import escape
     from rich.progress import track
     from rich.table import Table
 
     sizes = _sizes_of(model) if model else Sizes()
+    sizes = replace(sizes, vocabulary=min(sizes.vocabulary, _WORDS))
     widths = sizes.hidden, sizes.num_heads * sizes.head_dim, sizes.intermediate
     if any(kind.startswith("4-bit") for kind in weights) and any(width % GROUP_SIZE for width in widths):
         raise click.UsageError(f"Widths of 4-bit weights must be divisible by {GROUP_SIZE} but got {widths}.")
@@ -65,28 +80,41 @@ def bench(model: Path | None, weights: tuple[str, ...], rows: tuple[int, ...], a
         )
     out = console(as_json)
     cells = []
-    plan = [(kind, m) for kind in weights for m in rows]
-    for kind, m in track(plan, "Measuring", console=out, transient=True):
-        *calls, _ = make_calls(sizes, kind, m)  # stock, a head takes many seconds on some devices
-        forward = [*calls, make_block(sizes, kind, m)]
+    plan = [(kind, _with_weights, m) for kind in weights for m in rows]
+    dtypes = dict.fromkeys(str(WEIGHTS[kind]).removeprefix("mlx.core.") for kind in weights)
+    plan += [(dtype, make_weightless, m) for dtype in dtypes for m in rows]
+    for kind, make, m in track(plan, "Measuring", console=out, transient=True):
+        forward = make(sizes, kind, m)
         for call in [*forward, *(call.gradient() for call in forward)]:
             stock, fused = side_by_side(call)
             cells.append(
                 {"weights": kind, "operation": call.name, "tokens": m, "stock_s": stock, "fused_s": fused}
             )
 
-    table = Table(title=escape(f"{model or 'Llama-3.2-1B'}: {sizes}"), caption="milliseconds, medians")
-    for title in ("weights", "operation", "tokens", "stock", "fused", "speedup"):
-        table.add_column(title, justify="right" if len(table.columns) > 1 else "left", no_wrap=True)
+    # No padding, so that a terminal of 80 columns has room for all.
+    title = escape(f"{model or 'Llama-3.2-1B'}: {sizes}")
+    shown = {"box": box.SIMPLE_HEAD, "padding": 0, "show_edge": False}
+    table = Table(title=title, caption="milliseconds, medians", **shown)
+    for heading in ("weights", "operation", "tokens", "stock", "fused", "speedup"):
+        table.add_column(heading, justify="right" if len(table.columns) > 1 else "left", no_wrap=True)
     for cell in cells:
         stock, fused = cell["stock_s"], cell["fused_s"]
-        times = f"{1e3 * stock:.3f}", f"{1e3 * fused:.3f}", f"{stock / fused:.2f}"
+        times = _short(1e3 * stock, 3), _short(1e3 * fused, 3), _short(stock / fused, 2)
         table.add_row(cell["weights"], cell["operation"], str(cell["tokens"]), *times)
     machine = describe()
     out.print(table)
     out.print(", ".join(f"{name} {value}" for name, value in machine.items()), soft_wrap=True)
     if as_json:
         print_json({"machine": machine, "sizes": vars(sizes), "cells": cells})
+
+
+def _with_weights(sizes: Sizes, weights: str, rows: int) -> list[Call]:
+    given = sizes, weights, rows
+    return [*make_calls(*given), make_loss(*given), make_block(*given)]
+
+
+def _short(number: float, decimals: int) -> str:
+    return f"{number:.{decimals}f}" if number < 1000 else f"{number:.0f}"
 
 
 def side_by_side(call: Call) -> tuple[float, float]:
@@ -117,7 +145,8 @@ def _sizes_of(model: Path) -> Sizes:
         kv_heads = config.get("num_key_value_heads") or heads
         head_dim = config.get("head_dim") or hidden // heads
         # A model of experts may have no other MLP.
-        sizes = hidden, heads, kv_heads, head_dim, config.get("intermediate_size") or hidden
+        intermediate, words = config.get("intermediate_size") or hidden, config.get("vocab_size") or _WORDS
+        sizes = hidden, heads, kv_heads, head_dim, intermediate, words
         if (
             not all(type(size) is int and 0 < size <= _LARGEST for size in sizes)
             or heads % kv_heads

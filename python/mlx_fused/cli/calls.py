@@ -37,7 +37,7 @@ class Sizes:
 
     def __str__(self) -> str:
         heads = f"{self.num_heads} heads of {self.head_dim}, {self.num_kv_heads} of keys"
-        return f"{self.hidden} wide, {heads}, MLP {self.intermediate} wide"
+        return f"{self.hidden} wide, {heads}, MLP {self.intermediate} wide, {self.vocabulary} words"
 
 
 @dataclass(frozen=True)
@@ -86,15 +86,14 @@ def kinds(sizes: Sizes, weights: str) -> dict[str, Kind]:
 
 
 def make_calls(sizes: Sizes, weights: str, rows: int) -> list[Call]:
-    """The operations on ``rows`` tokens, the head last, with random weights of a kind from ``WEIGHTS``."""
+    """The operations on ``rows`` tokens, with random weights of a kind from ``WEIGHTS``."""
     counts = (sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads)
     q_dims = sizes.num_heads * sizes.head_dim
     qkv = [_Projection(sizes.hidden, n * sizes.head_dim, weights) for n in counts]
     out = _Projection(q_dims, sizes.hidden, weights)
     gate, up = (_Projection(sizes.hidden, sizes.intermediate, weights) for _ in range(2))
     down = _Projection(sizes.intermediate, sizes.hidden, weights)
-    # mlx-lm adapts the layers of blocks alone.
-    head = _Projection(sizes.hidden, sizes.vocabulary, weights.removesuffix(" + LoRA"))
+    head = _head(sizes, weights)
 
     def stock_qkv(x: mx.array) -> list[mx.array]:
         outputs = zip(qkv, counts, strict=True)
@@ -132,14 +131,26 @@ def make_calls(sizes: Sizes, weights: str, rows: int) -> list[Call]:
     ]
 
 
+def make_loss(sizes: Sizes, weights: str, rows: int) -> Call:
+    """The loss of every token, of a head's input."""
+    head, targets = _head(sizes, weights), mx.random.randint(0, sizes.vocabulary, (1, rows))
+    return Call(
+        "loss",
+        [mx.random.normal((1, rows, sizes.hidden)).astype(WEIGHTS[weights])],
+        lambda x: [nn.losses.cross_entropy(head(x), targets).astype(mx.float32)],
+        lambda x: [mlx_fused.fused_linear_cross_entropy(x, head.operands, targets)],
+    )
+
+
 def make_weightless(sizes: Sizes, weights: str, rows: int) -> list[Call]:
-    """What a block has besides linear layers: a norm, and causal attention. They have no routes."""
+    """What a block has besides linear layers: a norm, positions and causal attention. They have no routes."""
 
     def normal(*shape: int) -> mx.array:
         return mx.random.normal(shape).astype(WEIGHTS[weights])
 
     heads = (sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads)
     qkv = [normal(1, n, rows, sizes.head_dim) for n in heads]
+    positions = {"traditional": False, "base": 10000.0, "scale": 1.0, "offset": 0}
     causal = {"scale": sizes.head_dim**-0.5, "mask": "causal"}
     return [
         Call(
@@ -147,6 +158,12 @@ def make_weightless(sizes: Sizes, weights: str, rows: int) -> list[Call]:
             [normal(1, rows, sizes.hidden), normal(sizes.hidden)],
             lambda x, w: [mx.fast.rms_norm(x, w, 1e-5)],
             lambda x, w: [mlx_fused.fused_rms_norm(x, w, 1e-5)],
+        ),
+        Call(
+            "rope",
+            qkv[:1],
+            lambda q: [mx.fast.rope(q, sizes.head_dim, **positions)],
+            lambda q: [mlx_fused.fused_rope(q, sizes.head_dim, **positions)],
         ),
         Call(
             "attention",
@@ -200,6 +217,11 @@ def peak_memory(sizes: Sizes, weights: str, rows: int) -> int:
     tokens = rows * (sizes.hidden + q_dims + sizes.intermediate)
     scores = sizes.num_heads * rows**2
     return WEIGHTS[weights].size * (parameters + tokens + 3 * scores)
+
+
+def _head(sizes: Sizes, weights: str) -> "_Projection":
+    """Without an adapter: mlx-lm adapts the layers of blocks alone."""
+    return _Projection(sizes.hidden, sizes.vocabulary, weights.removesuffix(" + LoRA"))
 
 
 class _Projection:

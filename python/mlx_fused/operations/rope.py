@@ -33,8 +33,8 @@ def fused_rope(
         dims (int): How many numbers of a head are rotated, the first ones. Even.
         traditional (bool): Whether a pair is two neighbours, or one number of the first half of ``dims`` and
             one of the second. Default: ``False``.
-        base (float, optional): Pair ``i`` makes ``base ** (-2 * i / dims)`` radians from place to place. Left
-            out where ``freqs`` is given. Default: ``None``, 10000.
+        base (float, optional): Pair ``i`` makes ``base ** (-2 * i / dims)`` radians from place to place.
+            Greater than 0 and finite; left out where ``freqs`` is given. Default: ``None``, 10000.
         scale (float): What the places are multiplied with. Default: ``1.0``.
         offset (int or array): The first place, or one for each of the batch, ``[B]``. Default: ``0``.
         freqs (array, optional): ``[dims / 2]``, the reciprocals of the radians. Default: ``None``.
