@@ -1,7 +1,9 @@
 #include "mlx_fused/composed_cross_entropy.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
+#include <optional>
 
 #include "mlx/ops.h"
 #include "mlx_fused/backend/cpu/cross_entropy.h"
@@ -106,13 +108,13 @@ class Blocks {
         operands_(inputs.begin(), inputs.end() - 1),
         slots_(input_slots(call.head)) {
     auto x = mx::flatten(inputs[0], 0, 1, s), targets = as_column(mx::flatten(inputs.back(), s), s);
-    int vocabulary = call.head.segments[0].features, height = std::max(1, std::min(x.shape(0), size.rows));
+    int height = std::max(1, std::min(x.shape(0), size.rows));
     for (auto range : ranges(x.shape(0), height)) {
       auto of_rows = slice(targets, 0, range, s);
       auto part = counted_rows(slice(x, 0, range, s), mx::squeeze(of_rows, -1, s), s);
       rows.push_back({range, mx::expand_dims(part, 0, s), of_rows, counted(of_rows, s)});
     }
-    words = ranges(vocabulary, std::max(least_words, size.logits / height));
+    words = ranges(call.head.segments[0].features, std::max(least_words, size.logits / height));
   }
 
   Block block(const Rows& rows, Range words) const {
@@ -320,11 +322,15 @@ mx::array cross_entropy_scaled(
 Arrays cross_entropy_grad_by_blocks(
     const Arrays& inputs, const LossCall& call, const Slots& wanted, BlockSize size, mx::Stream s) {
   Arrays of(inputs.begin() + 2, inputs.end());
+  // The sums of a weight's gradient are done with before those of other words are begun: they are large.
+  // Since each block adds to two sums then, blocks are square.
+  bool by_words = contains(wanted, {Role::weight});
+  if (by_words) {
+    size.rows = std::sqrt(size.logits);
+  }
   Blocks blocks(of, call, size, s);
   auto cotangents = as_column(mx::flatten(inputs[0], s), s),
        log_sums = as_column(mx::flatten(inputs[1], s), s);
-  // The sums of a weight's gradient are done with before those of other words are begun: they are large.
-  bool by_words = contains(wanted, {Role::weight});
   int outer = by_words ? blocks.words.size() : blocks.rows.size();
   int inner = by_words ? blocks.rows.size() : blocks.words.size();
   Operands operands(of, input_slots(call.head));

@@ -24,12 +24,10 @@ struct LossCall {
 // How many rows and logits MLX's operations make at a time.
 struct BlockSize {
   int rows, logits;
-
-  bool operator==(const BlockSize&) const = default;
 };
 
 // docs/design/thresholds.md has the reasons of these numbers.
-constexpr BlockSize usual_block{1024, 1 << 21};
+constexpr BlockSize usual_block{256, 1 << 20};
 
 // The loss of each row, [batch, rows], in float32 (in float64 if an input is). `inputs` are those of the head
 // and then the targets, integers. Rows with the target `ignore_index`, or where the mask is false, do not

@@ -218,7 +218,7 @@ def is_right(findings):
 
 
 def with_gradient(operation, arguments):
-    """What ``operation`` gives where its gradient is asked for: attention of few queries is rounded otherwise."""
+    """What ``operation`` gives where its gradient is asked for: attention of few queries rounds otherwise."""
     if "q" not in arguments:
         return operation(**arguments)
     cotangent = mx.zeros_like(operation(**arguments))

@@ -17,7 +17,6 @@ from test_cross_entropy import dtypes, options
 from test_kinds import FORMS, named
 from test_memory import nbytes, peak
 
-
 ROWS, WORDS = 16, 64  # of a block
 
 

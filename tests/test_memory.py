@@ -200,8 +200,8 @@ def test_the_gradient_of_an_mlp_keeps_its_input_gate_and_up(route, monkeypatch):
 @pytest.mark.parametrize("route", ["fused", "composed"])
 def test_a_compiled_step_keeps_no_activation(route):
     """The peak's other parts do not grow with the layers, but for some that evaluation is ahead by."""
-    # Without memory to spare evaluation waits for what it began, whatever the machine's load. In a process of its
-    # own: where an operation has failed before, MLX 0.32.4 waits for ever.
+    # Without memory to spare evaluation waits for what it began, whatever the machine's load. In a process of
+    # its own: where an operation has failed before, MLX 0.32.4 waits for ever.
     code = "import mlx.core as mx; from test_memory import Mlps; mx.set_memory_limit(0)\n"
     code += "print(*((Mlps(n, 256).peak() - Mlps(n, 128).peak()) / 128 for n in (8, 16)))"
     run = [sys.executable, "-c", code]

@@ -446,7 +446,7 @@ def test_what_cannot_be_validated_is_a_wrong_argument(arguments, message, tmp_pa
 
 
 def test_a_prompt_that_is_too_short(checkpoints):
-    """The loss of two tokens is of one, whose attention has one key and so no gradient of queries and keys."""
+    """The loss of two tokens is of one, whose attention has one key, so no gradient of queries and keys."""
     result = run(checkpoints / "model", "--prompt", "a")
     assert result.exit_code == 2
     assert "three tokens" in result.output

@@ -26,7 +26,7 @@ def fused_linear_cross_entropy(
     route: Route = None,
     stream: Stream = None,
 ) -> mx.array:
-    """The cross entropy of a head's logits, of which on the CPU no more than a block exists at a time.
+    """The cross entropy of a head's logits, of which no more than a block or some exist at a time.
 
     Equivalent to ``mlx.nn.losses.cross_entropy(logits, targets)`` of the logits ``scale * (x @ weight.T +
     bias)`` or, with a ``softcap``, ``softcap * tanh(logits / softcap)``. Sums are accumulated in float32,
@@ -35,8 +35,10 @@ def fused_linear_cross_entropy(
     backward pass keeps the arguments and four bytes for each row, and computes the logits again (Wijmans et
     al., "Cut Your Losses in Large-Vocabulary Language Models", 2024, arXiv:2411.09009); of bfloat16 ``x`` the
     gradients of the logits are rounded to bfloat16 before they are multiplied. Rows that do not count cost
-    nothing: they are neither read nor multiplied, and their loss and gradient are 0. On GPUs, and where
-    gradients are differentiated or mapped, these are MLX's own operations, which keep all logits.
+    nothing: they are neither read nor multiplied, and their loss and gradient are 0. On GPUs the blocks are
+    made by MLX's own operations, of all rows, and logits and their gradients are rounded to ``x``'s dtype.
+    Mapped functions, second derivatives and ``jvp`` keep all logits, and ``mx.compile(shapeless=True)`` on a
+    GPU needs ``route="composed"``, which does too.
 
     Args:
         x (array): ``[..., K]``, float32, float16 or bfloat16. Any strides.

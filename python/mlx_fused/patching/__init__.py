@@ -37,9 +37,10 @@ def patch(
     """Run the linear layers of ``model`` as fused operations, where possible.
 
     The class of every module that has linear layers, of every RMS norm and of rotary positions becomes a
-    subclass of its own class, and nothing else changes: parameters keep their names, and LoRA conversion, quantization, saving
-    and loading work as before. What cannot be fused runs the model's own code. Patching a patched model only
-    replaces its options. With the environment variable ``MLX_FUSED=0`` every call runs the model's own code.
+    subclass of its own class, and nothing else changes: parameters keep their names, and LoRA conversion,
+    quantization, saving and loading work as before. What cannot be fused runs the model's own code. Patching
+    a patched model only replaces its options. With the environment variable ``MLX_FUSED=0`` every call runs
+    the model's own code.
 
     Other threads may be calling the model meanwhile: a call that is already running finishes the way it
     started.

@@ -93,7 +93,7 @@ class Part:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One module with linear layers, an RMS norm or rotary positions. A part that it does not have is ``None``.
+    """One module with linear layers, an RMS norm or rotary positions. Parts it does not have are ``None``.
 
     Attributes:
         name (str): Its name in the model, such as ``model.layers.0.self_attn``.
