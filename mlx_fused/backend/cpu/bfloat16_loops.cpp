@@ -226,7 +226,7 @@ void packed_dots_block(
       for (int j = 0; j < rows_w; ++j) {
         const uint32_t* from = (const uint32_t*)w.codes + (index + j) * w.codes_row_stride + col / per_word;
         words[j] = (__m512i)load_words(from, (w.cols - col) / per_word);
-        _mm_prefetch((const char*)(from + rows_w * w.codes_row_stride), _MM_HINT_T0);
+        prefetch_codes(from);
       }
 #pragma GCC unroll 8
       for (int d = 0; d < Digits<Codes>::per_lane; ++d) {
@@ -268,7 +268,7 @@ void packed_dots_block(
 template <typename Codes, int rows_x>
 void packed_dots_rows(
     const float* x, int64_t ldx, const Quantized& w, int64_t row, int64_t n, float* y, int64_t ldy) {
-  constexpr int rows_w = rows_x == 1 ? 4 : 2;
+  constexpr int rows_w = 2;
   int64_t j = 0;
   for (; j + rows_w <= n; j += rows_w) {
     packed_dots_block<Codes, rows_x, rows_w>(x, ldx, w, row + j, y + j, ldy);

@@ -81,6 +81,7 @@ void packed_dots_row(const float* x, int64_t ldx, const Quantized& w, int64_t in
     end = end < w.cols ? end : w.cols;
     for (int64_t col = first; col < end; col += block) {
       Word words = load_words(row.words + col / per_word, (w.cols - col) / per_word);
+      prefetch_codes(row.words + col / per_word);
       Float part[rows] = {};
 #pragma GCC unroll 16
       for (int s = 0; s < per_word; ++s) {
