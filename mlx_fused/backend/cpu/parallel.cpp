@@ -15,10 +15,8 @@
 #include <thread>
 #include <vector>
 
-#ifdef __linux__
-#include <sched.h>
-#endif
 #include <pthread.h>
+#include <sched.h>
 
 namespace mlx_fused::cpu {
 
@@ -41,6 +39,7 @@ bool spin_until(Condition&& condition) {
       __builtin_ia32_pause();
 #endif
     }
+    sched_yield();  // to the thread that prepares the next operations, if it has no CPU to itself
   } while (std::chrono::steady_clock::now() < end);
   return false;
 }
