@@ -48,6 +48,7 @@ metal-cost: $(VENV)/installed  ## Count what the Metal kernels cost in an Apple 
 bench: $(VENV)/installed  ## Time whole models, stock and patched, and attention and the projections against MLX's and torch's: ARGS=--quick
 	$(BIN)/python benchmarks/models.py $(ARGS)
 	$(BIN)/python benchmarks/sdpa.py $(ARGS)
+	$(BIN)/python benchmarks/loss.py $(ARGS)
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 crossover: $(VENV)/installed  ## Time our kernels against MLX's on all that routing decides about: ARGS=--quick

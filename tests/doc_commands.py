@@ -51,7 +51,7 @@ INSTEAD = (
         "takes minutes, tests/test_demo.py runs it: are there such options?",
     ),
     Instead(
-        r"(?:\S*/)?python benchmarks/(bench|memory|models|sdpa).py(.*)",
+        r"(?:\S*/)?python benchmarks/(bench|loss|memory|models|sdpa).py(.*)",
         r'python "$ROOT"/benchmarks/\1.py\2 --help',
         "takes minutes, tests/test_bench*.py run it: are there such options?",
     ),

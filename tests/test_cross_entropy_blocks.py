@@ -122,6 +122,24 @@ def test_a_frozen_head_makes_its_logits_once(rng):
         assert made["Matmul"] + made["AddMM"] == products, made
 
 
+VIEWS = {"ExpandDims", "Squeeze", "Flatten", "Unflatten", "Slice", "Transpose", "Depends"}
+
+
+def test_operations_of_a_block():
+    """Thirteen in a compiled step of a frozen head: docs/design/cross_entropy.md counts with them."""
+    counts = []
+    for words in (2 * 4096, 3 * 4096):
+        head = Step(256, words)
+
+        def step(x, weight, targets):
+            return mx.value_and_grad(fused_linear_cross_entropy)(x, weight, targets, reduction="sum")
+
+        with by_blocks(256, 4096):
+            counts.append(primitives(*mx.compile(step)(head.x, head.weight, head.targets)))
+    more = counts[1] - counts[0]
+    assert sum(count for name, count in more.items() if name not in VIEWS) == 13, more
+
+
 def test_many_blocks_in_a_thread_with_little_stack():
     """A main thread has 8 MB. MLX frees a compiled function's graph, and looks for gradients, recursively."""
     head, results = Step(1024, 2**16), []  # 1024 blocks, as of 8192 tokens and 262,144 words
