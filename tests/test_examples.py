@@ -43,12 +43,13 @@ def test_every_example_is_tested_and_in_the_readme():
 
 def test_qlora(folder):
     printed = run("qlora", folder)
-    losses = numbers(r"loss (\S+)", printed)
+    losses = numbers(r"  loss (\S+)", printed)
     assert len(losses) == 5 and losses[-1] < losses[0] - 0.3
     # QKV, attention, and the two last projections of each layer, and the head; MLPs name their activation.
     assert (
         len(re.findall(r" fused +1/0", printed)) == 2 * 4 + 1 and len(re.findall(r"silu +1/0", printed)) == 2
     )
+    assert "the loss without logits: 1 of 1 calls" in printed
     (difference,) = numbers(r"differs by (\S+)", printed)
     assert difference < 1e-4
     assert (folder / "qlora-adapters" / "adapters.safetensors").exists()

@@ -1,6 +1,7 @@
 """The loss of a patched model is made without its logits, and is mlx-lm's loss whatever the model does."""
 
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -293,6 +294,16 @@ def test_no_target_that_counts():
     mlx_fused.patch(model)
     loss, count = cross_entropy_loss(model, batch(), mx.array([[9, 8]] * 3))
     assert OURS in primitives(loss) and math.isnan(loss.item()) and count.item() == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (3,), (3, 3)])
+@pytest.mark.parametrize("patch", [False, True])
+def test_lengths_of_another_shape(shape, patch):
+    model = Head()
+    if patch:
+        mlx_fused.patch(model)
+    with pytest.raises(ValueError, match=re.escape(f"lengths must have shape (3, 2) but got {shape}.")):
+        cross_entropy_loss(model, batch(), mx.ones(shape, mx.int32))
 
 
 def test_vmap_over_batches():

@@ -301,8 +301,9 @@ class Wider(nn.Linear):
 )
 def test_layers_that_are_not_linear(layer, name):
     layer = layer()
-    with pytest.raises(TypeError, match=f"but got {name}\\."):
+    with pytest.raises(TypeError, match=f"but got {name}\\.") as error:
         LinearOperands.of(layer)
+    assert ("LinearOperands.of_base takes" in str(error.value)) == name.endswith("Embedding")
 
 
 def test_adapters_that_are_more_than_a_product():

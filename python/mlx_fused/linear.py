@@ -61,9 +61,11 @@ class LinearOperands(NamedTuple):
         """
         linear = layer["linear"] if is_lora(type(layer)) else layer
         if type(linear) not in (nn.Linear, nn.QuantizedLinear):
+            is_embedding = isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding))
+            hint = " LinearOperands.of_base takes an embedding, as a head." if is_embedding else ""
             raise TypeError(
                 "[LinearOperands.of] layer must be an mlx.nn.Linear or QuantizedLinear, or a LoRALinear of "
-                f"one, but got {type_name(layer)}."
+                f"one, but got {type_name(layer)}.{hint}"
             )
         operands = cls.of_base(linear)
         if linear is layer:
@@ -77,7 +79,7 @@ class LinearOperands(NamedTuple):
         """The operands of any layer with the parameter names of ``mlx.nn.Linear`` or ``QuantizedLinear``.
 
         Args:
-            layer (mlx.nn.Module): The layer, of any type.
+            layer (mlx.nn.Module): The layer, of any type; also an embedding, as the head that it is tied to.
 
         Returns:
             LinearOperands: Of the layer's own weight, without an adapter.

@@ -27,16 +27,19 @@ def cross_entropy_loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> 
         model (mlx.nn.Module): A model of mlx-lm.
         batch (array): ``[B, S]``, the tokens. All but the last are the model's input, all but the first the
             targets.
-        lengths (array): ``[B, 2]``: the first and the last target of each row that counts, where the first of
-            the row has number 1.
+        lengths (array): ``[B, 2]``, integers: the first and the last target of each row that counts. Target
+            ``i`` is ``batch[:, i]``, so ``[1, S - 1]`` are all of a row.
 
     Returns:
         tuple: The mean loss of the targets that count, float32, and their number.
 
     Raises:
-        ValueError: If the environment variable ``MLX_FUSED`` has an unknown value.
+        ValueError: If ``lengths`` has another shape, or the environment variable ``MLX_FUSED`` an unknown
+            value.
         RuntimeError: At evaluation on the CPU, if a target that counts is no word and there are no logits.
     """
+    if lengths.shape != (len(batch), 2):  # of fewer rows the number would be theirs
+        raise ValueError(f"lengths must have shape {(len(batch), 2)} but got {lengths.shape}.")
     inputs, targets = batch[:, :-1], batch[:, 1:]
     logits = model(inputs)
     steps = mx.arange(1, targets.shape[1] + 1)
@@ -55,7 +58,8 @@ def calls(model: nn.Module) -> Calls:
         model (mlx.nn.Module): A model that was given to :func:`mlx_fused.patch`; of any other it is never.
 
     Returns:
-        Calls: A counter, which goes on as those of the report do. ``reason`` says why logits were needed.
+        Calls: A counter, which goes on as those of the report do: ``total`` losses, of which ``fused`` were
+        made without logits. ``reason`` says why the latest of the others was not.
 
     Raises:
         TypeError: If ``model`` is not an ``mlx.nn.Module``.

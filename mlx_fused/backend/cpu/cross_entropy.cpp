@@ -179,7 +179,7 @@ class Rows {
       if (target < 0 || target >= words) {
         throw std::out_of_range(
             "[fused_linear_cross_entropy] targets must be from 0 to " + std::to_string(words - 1) +
-            " but got " + std::to_string(target) + ".");
+            ", or left out by mask or ignore_index, but got " + std::to_string(target) + ".");
       }
       rows.push_back(i);
     }

@@ -143,7 +143,10 @@ def layer_of(
     if isinstance(weight, mx.array):
         return LinearOperands(weight, bias)
     got = type(weight).__name__
-    hint = " LinearOperands.of makes one of a layer." if isinstance(weight, nn.Module) else ""
+    hint = ""
+    if isinstance(weight, nn.Module):
+        maker = "of_base" if isinstance(weight, (nn.Embedding, nn.QuantizedEmbedding)) else "of"
+        hint = f" LinearOperands.{maker} makes one of it."
     raise TypeError(f"[{operation}] weight must be {expected} but got {got}.{hint}")
 
 

@@ -26,7 +26,7 @@ def fused_linear_cross_entropy(
     route: Route = None,
     stream: Stream = None,
 ) -> mx.array:
-    """The cross entropy of a head's logits, of which no more than a block or some exist at a time.
+    """The cross entropy of a head's logits, which are made block by block and are never all there.
 
     Equivalent to ``mlx.nn.losses.cross_entropy(logits, targets)`` of the logits ``scale * (x @ weight.T +
     bias)`` or, with a ``softcap``, ``softcap * tanh(logits / softcap)``. Sums are accumulated in float32,
@@ -37,18 +37,21 @@ def fused_linear_cross_entropy(
     gradients of the logits are rounded to bfloat16 before they are multiplied. Rows that do not count cost
     nothing: they are neither read nor multiplied, and their loss and gradient are 0. On GPUs the blocks are
     made by MLX's own operations, of all rows, and logits and their gradients are rounded to ``x``'s dtype.
-    Mapped functions, second derivatives and ``jvp`` keep all logits, and ``mx.compile(shapeless=True)`` on a
-    GPU needs ``route="composed"``, which does too.
+    ``vmap``, ``jvp`` and second derivatives keep all logits, and ``mx.compile(shapeless=True)`` on a GPU
+    needs ``route="composed"``, which does too. The loss of a model of mlx-lm is made of this by
+    :func:`mlx_fused.losses.cross_entropy_loss`.
 
     Args:
         x (array): ``[..., K]``, float32, float16 or bfloat16. Any strides.
         weight (array or LinearOperands): ``[V, K]``, a head's; of a tied embedding, dense or quantized,
             ``LinearOperands.of_base(embedding)``. Quantized weights and LoRA as in
             :func:`fused_qkv_projection`.
-        targets (array): ``[...]``, integers from 0 to ``V - 1``.
+        targets (array): ``[...]``, integers, from 0 to ``V - 1`` in rows that count.
         bias (array, optional): ``[V]``. Left out with :class:`LinearOperands`. Default: ``None``.
-        mask (array, optional): ``[...]``, bool: the rows that count. Default: ``None``, all of them.
-        ignore_index (int, optional): The target of rows that do not count. Default: ``None``.
+        mask (array, optional): ``[...]``, bool: the rows that count. For other weights, multiply the losses
+            with them. Default: ``None``, all of them.
+        ignore_index (int, optional): The target of rows that do not count, such as -100. Default: ``None``,
+            all of them count.
         scale (float): What the logits are multiplied with. Default: ``1.0``.
         softcap (float, optional): What the logits stay within. Default: ``None``.
         label_smoothing (float): How much of the target is spread over all words, at least 0 and less than 1.
