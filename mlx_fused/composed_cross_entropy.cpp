@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <optional>
 
 #include "mlx/ops.h"
 #include "mlx_fused/backend/cpu/cross_entropy.h"
 #include "mlx_fused/composed.h"
+#include "mlx_fused/fused_primitive.h"
 
 namespace mlx_fused::composed {
 
@@ -29,6 +31,35 @@ mx::array as_column(const mx::array& a, mx::Stream s) {
 mx::array exp_of(const mx::array& a, const mx::array& less, mx::Stream s) {
   return mx::exp(mx::subtract(a, less, s), s);
 }
+
+// Its first input, when the others are there. MLX's Depends has neither vmap nor jvp, which go through
+// blocks though nothing needs the results.
+class After : public FusedPrimitive {
+ public:
+  using FusedPrimitive::FusedPrimitive;
+
+  static mx::array of(const mx::array& a, const Arrays& others, mx::Stream s) {
+    Arrays inputs = {a};
+    inputs.insert(inputs.end(), others.begin(), others.end());
+    return {a.shape(), a.dtype(), std::make_shared<After>(s), inputs};
+  }
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    outputs[0].copy_shared_buffer(inputs[0]);
+  }
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override {
+    outputs[0].copy_shared_buffer(inputs[0]);
+  }
+  DEFINE_NAME(After)
+
+ protected:
+  Function composed() override {
+    return [](const Arrays& inputs) { return Arrays{inputs[0]}; };
+  }
+  Arrays apply(const Arrays& inputs) override {
+    return {of(inputs[0], {inputs.begin() + 1, inputs.end()}, stream())};
+  }
+};
 
 // Sums of nothing but -inf count as 0 in an exponent, which so stays -inf.
 mx::array above_minus_infinity(const mx::array& log_sum, mx::Stream s) {
@@ -119,7 +150,7 @@ class Blocks {
 
   Block block(const Rows& rows, Range words) const {
     auto operands = operands_;
-    operands[0] = before.empty() ? rows.x : mx::depends({rows.x}, before)[0];
+    operands[0] = before.empty() ? rows.x : After::of(rows.x, before, s);
     for (size_t i = 0; i < slots_.size(); ++i) {
       if (int axis = axis_of_words(slots_[i].role); axis >= 0) {
         operands[i] = slice(operands[i], axis, words, s);

@@ -48,25 +48,29 @@ class BlockedCrossEntropyGrad : public Computed<CrossEntropyGrad> {
 // The losses in MLX's own operations, of blocks of logits.
 class BlockedCrossEntropy : public Computed<CrossEntropy> {
  public:
-  BlockedCrossEntropy(size_t inputs, mx::Stream s, LossCall call, BlockSize size)
-      : Computed(inputs, s, std::move(call)), size_(size) {}
+  BlockedCrossEntropy(size_t inputs, mx::Stream s, LossCall call, bool makes_dx, BlockSize size)
+      : Computed(inputs, s, std::move(call), makes_dx), size_(size) {}
 
-  static Arrays of(const Arrays& inputs, const LossCall& call, BlockSize size, mx::Stream s) {
-    auto outputs = composed::cross_entropy_by_blocks(inputs, call, false, size, s);
-    mx::array nothing(0, inputs[0].dtype());
-    outputs.push_back(mx::broadcast_to(nothing, inputs[0].shape(), s));  // no gradient yet, and no memory
-    return made<BlockedCrossEntropy>(inputs, outputs, s, call, size);
+  static Arrays of(
+      const Arrays& inputs, const LossCall& call, BlockSize size, mx::Stream s, bool makes_dx = false) {
+    auto outputs = composed::cross_entropy_by_blocks(inputs, call, makes_dx, size, s);
+    if (!makes_dx) {
+      mx::array nothing(0, inputs[0].dtype());
+      outputs.push_back(mx::broadcast_to(nothing, inputs[0].shape(), s));  // no gradient yet, and no memory
+    }
+    return made<BlockedCrossEntropy>(inputs, outputs, s, call, makes_dx, size);
   }
   DEFINE_NAME(BlockedLinearCrossEntropy)
 
  protected:
   Arrays apply(const Arrays& inputs) override {
-    return of(inputs, call_, size_, stream());
+    return of(inputs, call_, size_, stream(), makes_dx_);
   }
   bool has_dx(const Arrays& outputs) override {
     if (!can_make_dx() || outputs[0].status() != mx::array::Status::unscheduled) {
       return false;
     }
+    makes_dx_ = true;
     auto inputs = without_outputs(outputs[0].inputs());
     compute_by(composed::cross_entropy_by_blocks(inputs, call_, true, size_, stream()), outputs);
     return true;

@@ -78,8 +78,6 @@ class CrossEntropy : public FusedPrimitive {
   virtual mx::array scaled(const Arrays& inputs);
 
   const LossCall call_;
-
- private:
   std::atomic<bool> makes_dx_;
 };
 

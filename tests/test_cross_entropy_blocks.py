@@ -37,7 +37,8 @@ for _of, _names in (
     ),
     (
         test_cross_entropy_transforms,
-        "transforms_are_those_of_the_composed_form transforms_of_a_quantized_head the_targets_may_be_mapped "
+        "transforms_are_those_of_the_composed_form transforms_of_a_quantized_head "
+        "a_mapped_gradient_of_a_frozen_quantized_head the_targets_may_be_mapped "
         "the_gradient_of_a_frozen_head_however_it_comes_about",
     ),
 ):
