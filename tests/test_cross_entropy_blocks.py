@@ -123,7 +123,7 @@ def test_a_frozen_head_makes_its_logits_once(rng):
         assert made["Matmul"] + made["AddMM"] == products, made
 
 
-VIEWS = {"ExpandDims", "Squeeze", "Flatten", "Unflatten", "Slice", "Transpose", "Depends"}
+VIEWS = {"ExpandDims", "Squeeze", "Flatten", "Unflatten", "Slice", "Transpose", "After"}
 
 
 def test_operations_of_a_block():
