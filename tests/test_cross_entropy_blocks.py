@@ -143,7 +143,7 @@ def test_operations_of_a_block():
 
 def test_many_blocks_in_a_thread_with_little_stack():
     """A main thread has 8 MB. MLX frees a compiled function's graph, and looks for gradients, recursively."""
-    head, results = Step(1024, 2**16), []  # 1024 blocks, as of 8192 tokens and 262,144 words
+    head, results = Step(1024, 2**16), []  # 1024 blocks, as of 8192 tokens and 131,072 words
 
     def run():
         step = mx.compile(mx.value_and_grad(head.loss))
