@@ -22,7 +22,7 @@ import mlx_fused
 import tiny_models
 from graph import primitives
 from mlx_fused import _ext
-from mlx_fused.losses import calls, cross_entropy_loss
+from mlx_fused.losses import calls, cross_entropy_loss, token_losses
 from zoo import configs
 
 OURS = "FusedLinearCrossEntropy"
@@ -427,3 +427,46 @@ def test_mlx_lm_trains_through_it(options, tmp_path, monkeypatch):
     ours = trained(cross_entropy_loss, True, file=file, **options)
     monkeypatch.setattr(gemma2.TransformerBlock, "__call__", call)
     assert_trained_alike(ours, stock)
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["stock", "patched"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_loss_of_every_token(masked, smoothing, patched):
+    model, tokens = Head(), batch()
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    mask = targets % 3 > 0 if masked else None
+    if patched:
+        mlx_fused.patch(model)
+
+    def ours(model):
+        losses = token_losses(model, inputs, targets, mask=mask, label_smoothing=smoothing)
+        assert (losses.shape, losses.dtype) == (targets.shape, mx.float32)
+        return (losses**2).sum(), losses
+
+    def stock(model):
+        losses = nn.losses.cross_entropy(model(inputs), targets, label_smoothing=smoothing)
+        losses = losses if mask is None else losses * mask
+        return (losses**2).sum(), losses
+
+    results = [tree_flatten(nn.value_and_grad(model, loss)(model)) for loss in (ours, stock)]
+    for (_, a), (_, b) in zip(*results, strict=True):
+        assert float(mx.abs(a - b).max()) < 2.0**-18 * float(mx.abs(b).max())
+    assert (calls(model).total, calls(model).fused) == ((1, 1) if patched else (0, 0))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"targets": mx.zeros((3, 8), mx.int32)}, r"targets must have shape \(3, 9\) but got \(3, 8\)"),
+        ({"mask": mx.ones((9,), mx.bool_)}, r"mask must have shape \(3, 9\) but got \(9,\)"),
+        ({"mask": mx.ones((3, 9))}, "mask must be bool but got mlx.core.float32"),
+    ],
+)
+def test_what_is_wrong_with_tokens(changes, message):
+    given = {"targets": mx.zeros((3, 9), mx.int32), "mask": None} | changes
+    model = Head()
+    for patch in (lambda model: None, mlx_fused.patch):
+        patch(model)
+        with pytest.raises(ValueError, match=rf"\[token_losses\] {message}"):
+            token_losses(model, batch()[:, :-1], **given)

@@ -41,14 +41,50 @@ def cross_entropy_loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> 
     if lengths.shape != (len(batch), 2):  # of fewer rows the number would be theirs
         raise ValueError(f"lengths must have shape {(len(batch), 2)} but got {lengths.shape}.")
     inputs, targets = batch[:, :-1], batch[:, 1:]
-    logits = model(inputs)
     steps = mx.arange(1, targets.shape[1] + 1)
     counts = mx.logical_and(steps >= lengths[:, 0:1], steps <= lengths[:, 1:])
-    losses = _without_logits(model, logits, targets, counts)
-    if losses is None:
-        losses = nn.losses.cross_entropy(logits, targets) * counts
     number = counts.sum()
-    return losses.astype(mx.float32).sum() / number, number
+    return token_losses(model, inputs, targets, mask=counts).sum() / number, number
+
+
+def token_losses(
+    model: nn.Module,
+    inputs: mx.array,
+    targets: mx.array,
+    *,
+    mask: mx.array | None = None,
+    label_smoothing: float = 0.0,
+) -> mx.array:
+    """The loss of every token, for losses of one's own: made as :func:`cross_entropy_loss` makes it.
+
+    Args:
+        model (mlx.nn.Module): A model of mlx-lm.
+        inputs (array): ``[B, S]``, tokens.
+        targets (array): ``[B, S]``, integers: the token that is to follow each.
+        mask (array, optional): ``[B, S]``, bool: the targets that count. Default: ``None``, all of them.
+        label_smoothing (float): How much of the target is spread over all words, at least 0 and less than 1.
+            Default: ``0.0``.
+
+    Returns:
+        array: ``[B, S]``, float32: minus the logarithm of each target's probability, 0 where it does not
+        count.
+
+    Raises:
+        ValueError: If a shape, dtype or value is wrong, or the environment variable ``MLX_FUSED`` has an
+            unknown value.
+        RuntimeError: At evaluation on the CPU, if a target that counts is no word and there are no logits.
+    """
+    for name, a in {"targets": targets, "mask": mask}.items():
+        if a is not None and a.shape != inputs.shape:
+            raise ValueError(f"[token_losses] {name} must have shape {inputs.shape} but got {a.shape}.")
+    if mask is not None and mask.dtype != mx.bool_:
+        raise ValueError(f"[token_losses] mask must be bool but got {mask.dtype}.")
+    logits = model(inputs)
+    losses = _without_logits(model, logits, targets, mask, label_smoothing)
+    if losses is None:
+        losses = nn.losses.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        losses = losses if mask is None else losses * mask
+    return losses.astype(mx.float32)
 
 
 def calls(model: nn.Module) -> Calls:
@@ -76,7 +112,11 @@ def _patches(model: nn.Module) -> list[Patch]:
 
 
 def _without_logits(
-    model: nn.Module, logits: mx.array, targets: mx.array, counts: mx.array
+    model: nn.Module,
+    logits: mx.array,
+    targets: mx.array,
+    mask: mx.array | None,
+    label_smoothing: float,
 ) -> mx.array | None:
     """The loss of every target, 0 where it does not count; None if it has to be made of the logits."""
     patches = _patches(model)
@@ -92,15 +132,16 @@ def _without_logits(
         "x": mx.flatten(x, 0, -2),
         "weight": layer,
         "targets": mx.flatten(targets),
-        "mask": mx.flatten(counts),
+        "mask": None if mask is None else mx.flatten(mask),
         "scale": scale,
         "softcap": softcap,
+        "label_smoothing": label_smoothing,
     }
     losses = fused_linear_cross_entropy(**given)
     if watcher_of_thread() is not None:
         tell(model, fused_linear_cross_entropy, given, losses)
     count(counter, 1, 1)
-    return losses
+    return losses.reshape(targets.shape)
 
 
 def _head(
