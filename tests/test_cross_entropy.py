@@ -1,5 +1,9 @@
 """The loss of a head's logits, without the logits."""
 
+import re
+import subprocess
+import sys
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -307,25 +311,49 @@ def test_in_threads(dtype):
     in_threads(work)
 
 
+NO_WORD = """
+import mlx.core as mx
+from mlx_fused import fused_linear_cross_entropy
+
+x, weight = mx.ones((2, 5, 16)), mx.ones((40, 16))
+
+def loss(x, targets, reduction="sum"):
+    return fused_linear_cross_entropy(x, weight, targets, reduction=reduction)
+
+for target in (-1, 40, 2**40):
+    targets = mx.zeros((2, 5), mx.int64)
+    targets[1, 2] = target
+    losses = (lambda: loss(x, targets, "none"), lambda: loss(x, targets), lambda: mx.grad(loss)(x, targets))
+    for evaluate in losses:
+        try:
+            mx.eval(evaluate())
+        except RuntimeError as error:
+            print(error)
+print(loss(x, mx.zeros((2, 5), mx.int64)).item() > 0)  # evaluation goes on
+"""
+
+
+def test_a_target_that_is_no_word():
+    """In a process of its own: MLX 0.32.4 counts what fails as under way, and from eleven on waits for it."""
+    run = subprocess.run([sys.executable, "-c", NO_WORD], capture_output=True, text=True, check=True)
+    *errors, goes_on = run.stdout.splitlines()
+    assert goes_on == "True" and len(errors) == 9
+    for i, error in enumerate(errors):
+        target = (-1, 40, 2**40)[i // 3]
+        assert re.search(rf"targets must be from 0 to 39, or left out by mask .*, but got {target}\.", error)
+
+
 @pytest.mark.parametrize("target", [-1, 40, 2**40])
-def test_a_target_that_is_no_word(rng, target):
+def test_a_target_that_is_no_word_elsewhere(rng, target):
+    """NaN in MLX's own operations; nothing where the row does not count."""
     loss = make(rng, (2, 5), 16, 40)
     targets = mx.array(loss.targets)
     targets[1, 2] = target
-    wrong = Loss(loss.head, targets)
-    for evaluated in (
-        lambda: wrong(),
-        lambda: wrong(reduction="sum"),
-        lambda: wrong.gradients(mx.ones((2, 5))),
-    ):
-        with pytest.raises(RuntimeError, match=rf"from 0 to 39, or left out by mask .*, but got {target}\."):
-            mx.eval(evaluated())
-    losses = wrong(route="composed")
+    losses = Loss(loss.head, targets)(route="composed")
     assert mx.isnan(losses[1, 2]) and mx.isnan(losses).sum() == 1
     mask = mx.ones((2, 5), mx.bool_)
     mask[1, 2] = False
     assert Loss(loss.head, targets, mask)()[1, 2] == 0
-    oracle.assert_equal(loss(), loss())  # evaluation goes on
 
 
 LAYER = LinearOperands(mx.ones((6, 4)), lora_a=mx.ones((4, 2)), lora_b=mx.ones((2, 6)))
