@@ -29,7 +29,7 @@ def main(monkeypatch):
 
 def test_make_passes_arguments_on():
     root = BENCHMARKS.parent
-    for target, count in (("bench", 3), ("crossover", 1)):
+    for target, count in (("bench", 4), ("crossover", 1)):
         command = ["make", "--dry-run", "-C", root, target, "ARGS=--quick --rows 3"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
         assert sum(line.endswith(".py --quick --rows 3") for line in said) == count
