@@ -344,9 +344,11 @@ def test_qlora_with_mlx_lm_from_training_to_fusing(rng, tokens, quantization, tm
     model = make_model(quantization)
     linear_to_lora_layers(model, -1, LORA)
     adapter = tmp_path / "adapters.safetensors"
-    args = TrainingArgs(batch_size=2, iters=30, steps_per_report=5, adapter_file=adapter, max_seq_length=32)
+    # Every report is of all the data once, in whatever order mlx-lm takes it.
+    args = TrainingArgs(batch_size=2, iters=28, steps_per_report=4, adapter_file=adapter, max_seq_length=32)
     losses = Losses()
-    train(model, optim.Adam(2e-3), Data(rng), None, args, training_callback=losses)
+    np.random.seed(0)
+    train(model, optim.Adam(5e-4), Data(rng), None, args, training_callback=losses)
     assert losses.values[-1] < losses.values[0] - 0.5
     trained = model(tokens)
     assert fused(trained) == (2, 2)
