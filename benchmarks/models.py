@@ -55,8 +55,8 @@ def time_work(family: Family, work: Work, effort: Effort, rivals: dict) -> dict:
         "difference": difference(family, work),
         "parts": parts(family, work, seconds["patched"], effort) if "patched" in calls else None,
         "layer_s": layer_seconds(family, work, effort),
-        # Decode reads all weights once, and the rest multiplies with them.
-        "amount": family.bytes() if work.name == "decode" else family.flops(work),
+        # Decode reads all weights for every token, and the rest multiplies with them.
+        "amount": work.tokens * family.bytes() if work.decodes else family.flops(work),
     }
 
 

@@ -38,15 +38,17 @@ class LlamaCpp:
     def prepare(self, work: Work) -> Callable[[], object] | None:
         if work.trains:
             return None
-        rng, context = np.random.default_rng(1), CONTEXT if work.name == "decode" else 0
+        rng, context = np.random.default_rng(1), CONTEXT if work.decodes else 0
         tokens = rng.integers(0, self._vocabulary, context + work.tokens).tolist()
+        at_once = 1 if work.decodes else work.tokens
         self._llama.reset()
         if context:
             self._llama.eval(tokens[:context])
 
         def call() -> None:
             self._llama.n_tokens = context  # what comes after is forgotten
-            self._llama.eval(tokens[context:])
+            for i in range(context, len(tokens), at_once):
+                self._llama.eval(tokens[i : i + at_once])
 
         return call
 
@@ -123,11 +125,11 @@ class Torch:
 
     def prepare(self, work: Work) -> Callable[[], object]:
         """Like the work of the same name on MLX; to train, adapters are added, and stay."""
-        shape = (1, work.tokens + (CONTEXT if work.name == "decode" else work.trains))
+        shape = (1, work.tokens + (CONTEXT if work.decodes else work.trains))
         tokens = self._torch.randint(self._vocabulary, shape)
         if work.trains:
             return self._step(tokens)
-        return self._decode(tokens, work.tokens) if work.name == "decode" else self._prefill(tokens)
+        return self._decode(tokens, work.tokens) if work.decodes else self._prefill(tokens)
 
     def _decode(self, tokens, new: int) -> Callable[[], object]:
         with self._torch.inference_mode():
@@ -135,7 +137,8 @@ class Torch:
 
         def call() -> object:
             with self._torch.inference_mode():
-                logits = self._model(tokens[:, CONTEXT:], past_key_values=cache, use_cache=True).logits
+                for token in tokens[:, CONTEXT:].T:
+                    logits = self._model(token[None], past_key_values=cache, use_cache=True).logits
                 cache.crop(-new)
             return logits
 

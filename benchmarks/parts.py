@@ -39,7 +39,8 @@ def parts(family: Family, work: Work, total: float, effort: Effort) -> dict[str,
     def of_layers(without: str) -> float:
         return max(0.0, seconds["all"] - seconds[without]) * family.layers / count
 
-    attention, norms = (family.layers * seconds[name] for name in ("attention", "q/k norm and rope"))
+    times = family.layers * (work.tokens if work.decodes else 1)
+    attention, norms = (times * seconds[name] for name in ("attention", "q/k norm and rope"))
     found = {
         "attention's projections": max(0.0, of_layers("no attention") - attention - norms),
         "attention": attention,
@@ -52,7 +53,7 @@ def parts(family: Family, work: Work, total: float, effort: Effort) -> dict[str,
 
 
 def layer_seconds(family: Family, work: Work, effort: Effort) -> dict[str, float]:
-    """Of one layer of a patched model, with our attention and with MLX's."""
+    """Of one layer of a patched model, for one token if it decodes, with our attention and with MLX's."""
     headless, counts = family.without(NO_HEAD), (1, 3)
     ways = {"ours": {}, "MLX's": {"attention": False}}
     calls = {
@@ -64,21 +65,21 @@ def layer_seconds(family: Family, work: Work, effort: Effort) -> dict[str, float
         call()
     seconds = quickest(calls, effort)
     few, many = counts
-    return {whose: (seconds[whose, many] - seconds[whose, few]) / (many - few) for whose in ways}
+    calls_of_one = (many - few) * (work.tokens if work.decodes else 1)
+    return {whose: (seconds[whose, many] - seconds[whose, few]) / calls_of_one for whose in ways}
 
 
 def _alone(family: Family, work: Work) -> dict[str, tuple[Callable, Sequence[mx.array]]]:
     """What is between the projections of an attention block: functions, and their operands."""
     block, args = family.model(1, patched=True).layers[0].self_attn, family.config
     heads, kv_heads = args["num_attention_heads"], args["num_key_value_heads"]
-    decodes = work.name == "decode"
-    keys_length = CONTEXT + 1 if decodes else work.tokens
+    rows, keys_length = (1, CONTEXT + 1) if work.decodes else (work.tokens, work.tokens)
 
     def draw(*shape: int) -> mx.array:
         return mx.random.normal((1, *shape, args["head_dim"])).astype(family.dtype)
 
     def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        mask = None if decodes else "causal"
+        mask = None if work.decodes else "causal"
         return mlx_fused.fused_attention(q, k, v, scale=block.scale, mask=mask)
 
     def norms(q: mx.array, k: mx.array) -> mx.array:
@@ -86,8 +87,8 @@ def _alone(family: Family, work: Work) -> dict[str, tuple[Callable, Sequence[mx.
             q, k = block.q_norm(q), block.k_norm(k)
         return [block.rope(a.transpose(0, 2, 1, 3)) for a in (q, k)]
 
-    qkv = draw(heads, work.tokens), draw(kv_heads, keys_length), draw(kv_heads, keys_length)
-    flat = draw(work.tokens, heads), draw(work.tokens, kv_heads)
+    qkv = draw(heads, rows), draw(kv_heads, keys_length), draw(kv_heads, keys_length)
+    flat = draw(rows, heads), draw(rows, kv_heads)
     return {"attention": (attention, qkv), "q/k norm and rope": (norms, flat)}
 
 

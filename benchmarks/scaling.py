@@ -49,8 +49,7 @@ def scale(family: Family, work: Work, patched: bool, effort: Effort) -> Scaled:
         return np.array([seconds, allocated, size(model)])
 
     with_head, without = (costs(f, least, few) for f in (family, headless))
-    # Generation needs the logits of one token, whatever the length of the prompt.
-    factor = work.tokens / few if work.trains else 1
+    factor = work.logits / min(few, work.logits)
     head = np.maximum(0, with_head - without) * (factor, factor, 1)
 
     tokens = work.tokens if without[0] * work.tokens / few <= effort.never else few

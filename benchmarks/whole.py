@@ -59,6 +59,7 @@ MODELS: dict[str, Config] = {
 }
 KINDS = ("4-bit bfloat16", "bfloat16", "float32")
 CONTEXT = 128
+DECODED = 8  # tokens
 LORA = {"rank": RANK, "scale": SCALE, "dropout": 0.0}
 # Sizes that cost next to nothing, to leave a part of a model out; a group of 4-bit weights is the least.
 NO_HEAD = {"vocab_size": 4 * GROUP_SIZE}
@@ -123,12 +124,10 @@ class Family:
         return self.layers * layer + rest
 
     def flops(self, work: "Work") -> int:
-        """Of the products with weights: the head's of one token or, to train, of all; then dX too."""
+        """Of the products with weights; to train, dX too."""
         dense = Family(self.config | {"num_hidden_layers": 1}, "float32") if "bit" in self.kind else self
         layer, head = dense._parts(lambda a: a.size)
-        if work.trains:
-            return 4 * work.tokens * (self.layers * layer + head)
-        return 2 * (work.tokens * self.layers * layer + head)
+        return (4 if work.trains else 2) * (work.tokens * self.layers * layer + work.logits * head)
 
     def _parts(self, measure: Callable[[mx.array], int]) -> tuple[int, int]:
         """What one layer has, and what the rest has."""
@@ -145,10 +144,19 @@ class Work(NamedTuple):
     prepare: Callable[[nn.Module, int], Callable[[], mx.array]]
     trains: bool = False
 
+    @property
+    def decodes(self) -> bool:
+        return self.name == "decode"
+
+    @property
+    def logits(self) -> int:
+        """Of how many tokens: generation needs those of a prompt's last one only."""
+        return self.tokens if self.trains or self.decodes else 1
+
 
 def works(tokens: int) -> list[Work]:
     return [
-        Work("decode", 1, _decode),
+        Work("decode", DECODED, _decode),
         Work("prefill", tokens, _prefill),
         # Of a stock model it is mlx-lm's own loss.
         Work("LoRA step", tokens, partial(training_step, loss=cross_entropy_loss), trains=True),
@@ -156,17 +164,29 @@ def works(tokens: int) -> list[Work]:
 
 
 def _decode(model: nn.Module, tokens: int) -> Callable[[], mx.array]:
-    """One token after ``CONTEXT`` others, of which the cache is made up."""
+    """So many tokens after ``CONTEXT`` others, of which the cache is made up.
+
+    As mlx-lm generates them: the next one's graph is made while one is computed. Returns the first logits.
+    """
     args, cache, dtype = model.args, make_prompt_cache(model), model.model.norm.weight.dtype
     mx.random.seed(1)
     for layer in cache:
         shape = (1, args.num_key_value_heads, CONTEXT, args.head_dim)
         mx.eval(layer.update_and_fetch(*(mx.random.normal(shape).astype(dtype) for _ in range(2))))
-    token = mx.ones((1, tokens), mx.int32)
+
+    def step(token: mx.array) -> tuple[mx.array, mx.array]:
+        logits = model(token, cache=cache)
+        following = mx.argmax(logits[:, -1:], axis=-1)
+        mx.async_eval(following, logits)
+        return following, logits
 
     def call() -> mx.array:
-        logits = model(token, cache=cache)
-        _finish(logits)
+        token, logits = step(mx.ones((1, 1), mx.int32))
+        for _ in range(tokens - 1):
+            following, _ = step(token)
+            token.item()
+            token = following
+        _finish(token)
         trim_prompt_cache(cache, tokens)
         return logits
 

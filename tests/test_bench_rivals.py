@@ -103,15 +103,15 @@ def test_torch_has_the_model_that_is_timed(rival, torch):
 
 
 def test_torch_decodes_after_a_context_that_stays(rival, torch):
-    from whole import CONTEXT, works
+    from whole import CONTEXT, DECODED, works
 
     decode = rival.prepare(works(16)[0])
     decode(), decode()
     (context, options), *steps = rival.model.calls
     assert context.shape == (1, CONTEXT) and options["use_cache"]
-    assert [tokens.shape for tokens, _ in steps] == [(1, 1), (1, 1)]
+    assert [tokens.shape for tokens, _ in steps] == [(1, 1)] * 2 * DECODED
     assert all(options == {"past_key_values": rival.model.cache, "use_cache": True} for _, options in steps)
-    assert rival.model.cache.crop.mock_calls == [call(-1), call(-1)]
+    assert rival.model.cache.crop.mock_calls == [call(-DECODED), call(-DECODED)]
     assert torch.inference_mode.call_count == 3
 
 
@@ -203,7 +203,7 @@ def test_llama_cpp_decodes_after_a_context_that_stays_and_does_not_train(llama_c
     import machine
     import models
     from outside import LlamaCpp
-    from whole import CONTEXT, works
+    from whole import CONTEXT, DECODED, works
 
     rival = LlamaCpp(models.TINY, "4-bit bfloat16")
     llama = rival._llama
@@ -211,8 +211,9 @@ def test_llama_cpp_decodes_after_a_context_that_stays_and_does_not_train(llama_c
     decode, prefill, step = works(16)
     run = rival.prepare(decode)
     run(), run()
-    assert llama.evaluated == [(0, CONTEXT), (CONTEXT, 1), (CONTEXT, 1)]
+    decoded = [(CONTEXT + i, 1) for i in range(DECODED)]
+    assert llama.evaluated == [(0, CONTEXT), *decoded, *decoded]
     run = rival.prepare(prefill)
     run(), run()
-    assert llama.evaluated[3:] == [(0, 16), (0, 16)]
+    assert llama.evaluated[-2:] == [(0, 16), (0, 16)]
     assert rival.prepare(step) is None
