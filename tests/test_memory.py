@@ -184,10 +184,9 @@ class Mlps:
         return kept(self.loss, self.adapters)
 
     def peak(self):
-        """Of a compiled step."""
-        step = mx.compile(mx.value_and_grad(self.loss, tuple(range(len(self.adapters)))))
-        mx.eval(step(*self.adapters))
-        return peak(lambda: step(*self.adapters), [])
+        """Of a compiled step: the least of some, as they differ in what evaluation is ahead by."""
+        step = mx.value_and_grad(self.loss, tuple(range(len(self.adapters))))
+        return min(peak(lambda: mx.compile(step)(*self.adapters), []) for _ in range(4))
 
 
 @pytest.mark.parametrize("route", ["fused", "composed"])
@@ -203,7 +202,7 @@ def test_a_compiled_step_keeps_no_activation(route):
     # Without memory to spare evaluation waits for what it began, whatever the machine's load. In a process of
     # its own: where an operation has failed before, MLX 0.32.4 waits for ever.
     code = "import mlx.core as mx; from test_memory import Mlps; mx.set_memory_limit(0)\n"
-    code += "print(*((Mlps(n, 256).peak() - Mlps(n, 128).peak()) / 128 for n in (8, 16)))"
+    code += "print(*((Mlps(n, 128).peak() - Mlps(n, 64).peak()) / 64 for n in (8, 16)))"
     run = [sys.executable, "-c", code]
     environment = os.environ | {"MLX_FUSED_ROUTE": route, "PYTHONPATH": str(Path(__file__).parent)}
     printed = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
