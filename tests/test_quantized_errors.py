@@ -1,5 +1,9 @@
 """Wrong layers: ValueError naming the operand, what was expected and what came."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -223,18 +227,29 @@ FOREIGN = [
 ]
 
 
-@pytest.mark.parametrize("changes", FOREIGN, ids=str)
-@pytest.mark.parametrize("kind", ["packed", "output", "output with LoRA"])
-def test_formats_that_only_mlx_may_know_have_its_own_errors(kind, changes):
-    a = QUANTIZED | {"group_size": None, "bits": None, "mode": "affine"} | changes
+def check_foreign_formats(kind):
     rows = 32 if kind == "packed" else 64  # of the first product
-    x, weight, scales, biases = zeros(2, 3, 128), a["weight"], a["scales"], a["biases"]
-    weight, scales, biases = (None if w is None else w[:rows] for w in (weight, scales, biases))
-    with pytest.raises((ValueError, RuntimeError)) as expected:
-        mx.eval(mx.quantized_matmul(x, weight, scales, biases, True, a["group_size"], a["bits"], a["mode"]))
-    with pytest.raises(expected.type) as error:
-        mx.eval(CALLS[kind](**changes))
-    assert str(error.value) == str(expected.value)
+    for changes in FOREIGN:
+        a = QUANTIZED | {"group_size": None, "bits": None, "mode": "affine"} | changes
+        x, weight, scales, biases = zeros(2, 3, 128), a["weight"], a["scales"], a["biases"]
+        weight, scales, biases = (None if w is None else w[:rows] for w in (weight, scales, biases))
+        with pytest.raises((ValueError, RuntimeError)) as expected:
+            mx.eval(
+                mx.quantized_matmul(x, weight, scales, biases, True, a["group_size"], a["bits"], a["mode"])
+            )
+        with pytest.raises(expected.type) as error:
+            mx.eval(CALLS[kind](**changes))
+        assert str(error.value) == str(expected.value), changes
+
+
+@pytest.mark.parametrize("kind", ["packed", "output", "output with LoRA"])
+def test_formats_that_only_mlx_may_know_have_its_own_errors(kind):
+    """In a process of its own: MLX 0.32.4 counts some of what fails as under way, and may wait for it."""
+    code = f"import test_quantized_errors; test_quantized_errors.check_foreign_formats({kind!r})"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, stderr=subprocess.PIPE, text=True
+    )
+    assert run.returncode == 0, run.stderr
 
 
 QKV_MESSAGES = {
