@@ -334,7 +334,7 @@ print(loss(x, mx.zeros((2, 5), mx.int64)).item() > 0)  # evaluation goes on
 
 
 def test_a_target_that_is_no_word():
-    """In a process of its own: MLX 0.32.4 counts what fails as under way, and from eleven on waits for it."""
+    """In a process of its own: MLX 0.32.4 counts some of what fails as under way, and may wait for it."""
     run = subprocess.run([sys.executable, "-c", NO_WORD], capture_output=True, text=True, check=True)
     *errors, goes_on = run.stdout.splitlines()
     assert goes_on == "True" and len(errors) == 9
