@@ -44,21 +44,42 @@ bool spin_until(Condition&& condition) {
   return false;
 }
 
+// A job's tasks are shared out as ranges, one for each thread, which then helps the others: neighbouring tasks
+// mostly read neighbouring memory, which is quickest read in one piece.
 struct Job {
+  struct alignas(64) Range {  // its own cache line
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+
+  Job(const std::function<void(int64_t)>& task, int64_t count) : task(task), ranges(num_threads()) {
+    int64_t n = ranges.size();
+    for (int64_t i = 0; i < n; ++i) {
+      ranges[i].next.store(count * i / n, std::memory_order_relaxed);
+      ranges[i].end = count * (i + 1) / n;
+    }
+  }
+
   const std::function<void(int64_t)>& task;
-  const int64_t count;
-  std::atomic<int64_t> next{0};
+  std::vector<Range> ranges;
+  std::atomic<size_t> joined{0};
   std::atomic<int> helpers{0};
   std::atomic_flag failed;
   std::exception_ptr error;  // the first exception of a task; read only after all tasks have ended
 
   void work() {
     try {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-        task(i);
+      size_t first = joined.fetch_add(1, std::memory_order_relaxed);
+      for (size_t i = 0; i < ranges.size(); ++i) {
+        Range& range = ranges[(first + i) % ranges.size()];
+        for (int64_t t; (t = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) {
+          task(t);
+        }
       }
     } catch (...) {
-      next.store(count, std::memory_order_relaxed);
+      for (Range& range : ranges) {
+        range.next.store(range.end, std::memory_order_relaxed);
+      }
       if (!failed.test_and_set()) {
         error = std::current_exception();
       }

@@ -112,10 +112,23 @@ struct E8m0 {
   }
 };
 
+// Ask for what is soon read: CPUs' own prefetching is slow to follow rows that are read side by side, or codes
+// and scales in turns. Codes go into the second-level cache.
+void prefetch_codes(const void* p) {
+  constexpr int distance = 8192;
+  __builtin_prefetch((const char*)p + distance, 0, 2);
+}
+
+void prefetch_scales(const void* p) {
+  constexpr int distance = 512;
+  __builtin_prefetch((const char*)p + distance);
+}
+
 // A vector of which only the first n elements are read; the rest is zeros.
 template <typename T>
 Float load_some(const void* from, int64_t index, int64_t n) {
   auto p = (const typename T::Element*)from + index;
+  prefetch_scales(p);
   if (n >= lanes) {
     return T::load(p);
   }
@@ -135,13 +148,6 @@ Word load_words(const uint32_t* p, int64_t n) {
   __builtin_memcpy(some, p, n * 4);
   return read<Word>(some);
 #endif
-}
-
-// Asks for codes that are soon read, into the second-level cache. Rows that are read side by side are several
-// streams in one page of memory, which CPUs' own prefetching does not see.
-void prefetch_codes(const uint32_t* p) {
-  constexpr int distance = 8192;
-  __builtin_prefetch((const char*)p + distance, 0, 2);
 }
 
 // A row of a quantized matrix. The format of the scales is chosen at run time rather than by a template
