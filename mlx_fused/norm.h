@@ -34,6 +34,9 @@ class RMSNorm : public FusedPrimitive {
     return eps_ == as.eps_ && again_ == as.again_;
   }
   std::optional<mx::array> made_again(const mx::array& output) override;
+  float eps() const {
+    return eps_;
+  }
   DEFINE_NAME(FusedRMSNorm)
 
  protected:

@@ -1,25 +1,100 @@
 #include "mlx_fused/rope.h"
 
+#include <algorithm>
 #include <cmath>
+#include <string_view>
 
 #include "mlx/fast.h"
 #include "mlx/ops.h"
 #include "mlx_fused/check.h"
+#include "mlx_fused/norm.h"
 #include "mlx_fused/routing.h"
 
 namespace mlx_fused {
 
 namespace {
 
+// The inputs by what they are, in order.
+struct Inputs {
+  const mx::array& x;
+  const mx::array *norm_weight = nullptr, *offsets = nullptr, *freqs = nullptr;
+
+  Inputs(const Arrays& inputs, const RopeKind& kind) : x(inputs[0]) {
+    auto next = inputs.data();
+    norm_weight = kind.norm && kind.norm->has_weight ? ++next : nullptr;
+    offsets = kind.has_offsets ? ++next : nullptr;
+    freqs = kind.has_freqs ? ++next : nullptr;
+  }
+};
+
+template <typename T>
+std::optional<T> copied(const T* value) {
+  return value ? std::optional(*value) : std::nullopt;
+}
+
 mx::array of_mlx(const Arrays& inputs, const RopeKind& kind, mx::Stream s) {
-  auto freqs = kind.has_freqs ? std::optional(inputs.back()) : std::nullopt;
+  Inputs given(inputs, kind);
+  auto x = given.x;
+  if (kind.heads) {
+    x = mx::unflatten(x, -1, {kind.heads, x.shape(-1) / kind.heads}, s);
+    x = kind.norm ? mx::fast::rms_norm(x, copied(given.norm_weight), kind.norm->eps, s) : x;
+    x = mx::transpose(x, {0, 2, 1, 3}, s);
+  }
   auto base = kind.has_freqs ? std::nullopt : std::optional(kind.base);
-  auto offset = kind.has_offsets ? inputs[1] : mx::array(kind.offset, mx::int32);
-  return mx::fast::rope(inputs[0], kind.dims, kind.traditional, base, kind.scale, offset, freqs, s);
+  auto offset = kind.has_offsets ? *given.offsets : mx::array(kind.offset, mx::int32);
+  return mx::fast::rope(x, kind.dims, kind.traditional, base, kind.scale, offset, copied(given.freqs), s);
+}
+
+mx::Shape output_shape(const mx::array& x, const RopeKind& kind) {
+  return kind.heads ? mx::Shape{x.shape(0), kind.heads, x.shape(1), x.shape(2) / kind.heads} : x.shape();
 }
 
 mx::array make(const Arrays& inputs, const RopeKind& kind, mx::Stream s) {
-  return {inputs[0].shape(), inputs[0].dtype(), std::make_shared<Rope>(s, kind), inputs};
+  return {output_shape(inputs[0], kind), inputs[0].dtype(), std::make_shared<Rope>(s, kind), inputs};
+}
+
+// Whether the array is still to be made by this operation, and by nobody but us.
+bool is_made_by(const char* name, const mx::array& x, mx::Stream s) {
+  return x.status() == mx::array::Status::unscheduled && x.has_primitive() &&
+         std::string_view(x.primitive().name()) == name && x.primitive().stream() == s;
+}
+
+// Takes over the norm, the split into heads and the transposition that x is to be made by.
+void take_over(Arrays& inputs, RopeKind& kind, mx::Stream s) {
+  auto x = inputs[0];
+  if (x.ndim() != 4 || std::ranges::any_of(inputs, [](auto& a) { return a.is_tracer(); })) {
+    return;
+  }
+  std::optional<mx::array> weight;
+  std::optional<Norm> norm;
+  for (bool transposed = false;;) {
+    if (!norm && is_made_by("FusedRMSNorm", x, s)) {
+      auto& of = x.inputs();
+      norm = {static_cast<RMSNorm&>(x.primitive()).eps(), of.size() > 1};
+      weight = of.size() > 1 ? std::optional(of[1]) : std::nullopt;
+      x = mx::array(of[0]);
+    } else if (!transposed && is_made_by("Transpose", x, s)) {
+      transposed = static_cast<mx::Transpose&>(x.primitive()).state() == std::vector{0, 2, 1, 3};
+      if (!transposed) {
+        return;
+      }
+      x = mx::array(x.inputs()[0]);
+    } else if (transposed && is_made_by("Reshape", x, s)) {
+      auto& from = x.inputs()[0];
+      bool splits = from.ndim() == 3 && from.shape(0) == x.shape(0) && from.shape(1) == x.shape(1);
+      if (splits && from.dtype() == inputs[0].dtype() && (!weight || weight->dtype() == from.dtype())) {
+        kind.heads = x.shape(2);
+        kind.norm = norm;
+        inputs[0] = from;
+        if (weight) {
+          inputs.insert(inputs.begin() + 1, *weight);
+        }
+      }
+      return;
+    } else {
+      return;
+    }
+  }
 }
 
 }  // namespace
@@ -27,28 +102,30 @@ mx::array make(const Arrays& inputs, const RopeKind& kind, mx::Stream s) {
 void check_rope(const Arrays& inputs, const RopeKind& kind) {
   static const std::string operation = "fused_rope";
   Check check(operation);
-  auto& x = inputs[0];
+  Inputs given(inputs, kind);
+  auto& x = given.x;
+  int size = x.shape(-1) / std::max(1, kind.heads);
   if (x.ndim() < 3) {
     check.fail("x must have at least 3 dimensions but got ", x.ndim(), ".");
   }
-  if (kind.dims <= 0 || kind.dims % 2 != 0 || kind.dims > x.shape(-1)) {
-    check.fail("dims must be even, greater than 0 and at most ", x.shape(-1), " but got ", kind.dims, ".");
+  if (kind.dims <= 0 || kind.dims % 2 != 0 || kind.dims > size) {
+    check.fail("dims must be even, greater than 0 and at most ", size, " but got ", kind.dims, ".");
   }
   if (!kind.has_freqs && !(kind.base > 0 && std::isfinite(kind.base))) {
     check.fail("base must be greater than 0 and finite but got ", kind.base, ".");
   }
   if (kind.has_offsets) {
-    auto& offset = inputs[1];
+    auto& offset = *given.offsets;
     if (offset.ndim() > 1 || (offset.size() != 1 && offset.size() != size_t(x.shape(0)))) {
       check.fail("offset must have shape () or (", x.shape(0), ",) but got ", offset.shape(), ".");
     }
   }
   if (kind.has_freqs) {
-    check.shape({"freqs"}, inputs.back(), {kind.dims / 2});
+    check.shape({"freqs"}, *given.freqs, {kind.dims / 2});
   }
 }
 
-mx::array rope(Arrays inputs, const RopeKind& kind, mx::Stream s) {
+mx::array rope(Arrays inputs, RopeKind kind, mx::Stream s) {
   check_rope(inputs, kind);
   auto& x = inputs[0];
   if (!is_known(x.dtype()) || x.ndim() > 4 || describe(s.device).kind != DeviceInfo::cpu) {
@@ -61,13 +138,14 @@ mx::array rope(Arrays inputs, const RopeKind& kind, mx::Stream s) {
   if (kind.has_freqs) {
     inputs.back() = mx::astype(inputs.back(), mx::float32, s);
   }
+  take_over(inputs, kind, s);
   return make(inputs, kind, s);
 }
 
 // mx.compile may give it other shapes than it was made with.
 std::vector<mx::Shape> Rope::output_shapes(const Arrays& inputs) {
   check_rope(inputs, kind_);
-  return {inputs[0].shape()};
+  return {output_shape(inputs[0], kind_)};
 }
 
 Function Rope::composed() {
@@ -80,7 +158,7 @@ Arrays Rope::apply(const Arrays& inputs) {
 
 Arrays Rope::vjp(
     const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
-  if (argnums != std::vector{0}) {
+  if (argnums != std::vector{0} || kind_.heads) {
     return FusedPrimitive::vjp(primals, cotangents, argnums, outputs);
   }
   // The cotangent is rotated back. A custom function that consumes the output may return one of another

@@ -2,6 +2,7 @@
 
 #include <optional>
 
+#include "mlx_fused/call.h"
 #include "mlx_fused/fused_primitive.h"
 
 // Rotary positions (RoPE) of queries or keys.
@@ -17,6 +18,10 @@ struct RopeKind {
   int offset = 0;  // of all places, if no array tells it
   bool has_offsets = false;
   bool has_freqs = false;
+  // What is done before, if x is a projection, [batch, places, heads * head_dim]: its heads are split and
+  // become the second axis, and normed if there is a norm.
+  int heads = 0;
+  std::optional<Norm> norm = std::nullopt;
 
   bool operator==(const RopeKind&) const = default;
 };
@@ -25,10 +30,12 @@ struct RopeKind {
 void check_rope(const Arrays& inputs, const RopeKind& kind);
 
 // Of x and, if the kind says so, offsets, [] or [batch], and freqs, [dims / 2]: a primitive of ours on the
-// CPU, where MLX's is some twenty operations; MLX's own elsewhere.
-mx::array rope(Arrays inputs, const RopeKind& kind, mx::Stream s);
+// CPU, where MLX's is some twenty operations; MLX's own elsewhere. The primitive takes over what splits a
+// projection into heads and norms them, if nothing of it was evaluated yet and no transform traces it.
+mx::array rope(Arrays inputs, RopeKind kind, mx::Stream s);
 
-// Takes x, [batch, heads, places, head_dim] or without heads, int64 offsets and float32 freqs.
+// Takes x, [batch, heads, places, head_dim] or without heads, the norm's weight, int64 offsets and float32
+// freqs.
 class Rope : public FusedPrimitive {
  public:
   Rope(mx::Stream stream, RopeKind kind) : FusedPrimitive(stream), kind_(kind) {}

@@ -6,7 +6,7 @@ import pytest
 
 import oracle
 from graph import primitives
-from mlx_fused import fused_rope
+from mlx_fused import _ext, fused_rope
 from operands import DTYPES, normal
 from test_threads import in_threads, same_with_any_threads
 
@@ -242,6 +242,114 @@ def test_compiled_without_shapes_checks_them(change, message):
     mx.eval(compiled(*given))
     with pytest.raises(ValueError, match=message):
         compiled(*change(*given))
+
+
+def split(x, heads, weight=None, norm=None, seen=lambda x: x):
+    """Queries as models make them of a projection; ``norm`` tells whether they are normed before or after the
+    heads are the second axis. ``seen`` is called with every array on the way."""
+    x = seen(x.reshape(*x.shape[:2], heads, x.shape[2] // heads))
+    x = seen(_ext.rms_norm(x, weight, 1e-3, None)) if norm == "before" else x
+    x = seen(x.transpose(0, 2, 1, 3))
+    return seen(_ext.rms_norm(x, weight, 1e-3, None)) if norm == "after" else x
+
+
+def evaluated(x):
+    mx.eval(x)
+    return x
+
+
+norms = pytest.mark.parametrize("norm", [None, "before", "after"])
+PROJECTIONS = [
+    (1, 1, 4, 64),
+    (2, 5, 3, 32),
+    (1, 300, 8, 128),
+    (3, 1, 2, 18),
+    (2, 3, 1, 8),
+    (0, 3, 2, 8),
+    (2, 0, 2, 8),
+]
+
+
+@dtypes
+@ways
+@norms
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", PROJECTIONS, ids=str)
+def test_takes_over_what_splits_and_norms_a_projection(rng, shape, weighted, norm, traditional, dtype):
+    """To the bit what it is of the array itself."""
+    *rows, heads, size = shape
+    x, weight = normal(rng, (*rows, heads * size), dtype), normal(rng, (size,), dtype) if weighted else None
+    mx.eval(x, weight)
+    options = {"dims": size // 4 * 2, "traditional": traditional, "offset": mx.array([7])}
+    options["freqs"] = mx.array(rng.uniform(0.5, 100, size // 4), dtype=mx.float32) if weighted else None
+    mx.eval(*(o for o in options.values() if isinstance(o, mx.array)))
+    y = fused_rope(split(x, heads, weight, norm), **options)
+    assert {k: n for k, n in primitives(y).items() if k != "AsType"} == {"FusedRope": 1}
+    oracle.assert_equal(y, fused_rope(split(x, heads, weight, norm, evaluated), **options))
+
+
+@norms
+def test_takes_over_a_projection_of_any_layout(rng, norm):
+    whole, weight = normal(rng, (4, 6, 2 * 3 * 16)), normal(rng, (16,))
+    for x in (whole[:, :, :48], whole[::2, ::-1, 48:], whole.swapaxes(0, 1)[..., ::2]):
+        mx.eval(x, weight)
+        y = fused_rope(split(x, 3, weight, norm), 16, offset=3)
+        assert primitives(y) == {"FusedRope": 1}
+        oracle.assert_equal(y, fused_rope(split(x, 3, weight, norm, evaluated), 16, offset=3))
+
+
+def test_what_it_took_over_stays_what_it_was(rng):
+    x, weight = normal(rng, (2, 5, 48)), normal(rng, (16,))
+    q = split(x, 3, weight, "before")
+    y = fused_rope(q, 16)
+    expected = split(x, 3, weight, "before", evaluated)
+    oracle.assert_equal(y, fused_rope(expected, 16))
+    oracle.assert_equal(q, expected)
+
+
+NOT_TAKEN = {
+    "evaluated": lambda x, w: evaluated(split(x, 3, w, "before")),
+    "other axes": lambda x, w: x.reshape(2, 5, 3, 16).transpose(0, 2, 3, 1),
+    "other axes twice": lambda x, w: x.reshape(2, 5, 3, 16).transpose(0, 2, 1, 3).transpose(1, 0, 2, 3),
+    "not a split": lambda x, w: x.reshape(2, 3, 5, 16).transpose(0, 2, 1, 3),
+    "of four axes": lambda x, w: x.reshape(2, 5, 6, 8).reshape(2, 5, 3, 16).transpose(0, 2, 1, 3),
+    "not transposed": lambda x, w: x.reshape(2, 5, 3, 16),
+    "no heads": lambda x, w: _ext.rms_norm(x, None, 1e-5, None),
+    "another dtype": lambda x, w: split(x.astype(mx.bfloat16), 3, w, "before"),
+    "converted": lambda x, w: split(x, 3, w).astype(mx.bfloat16),
+    "normed twice": lambda x, w: _ext.rms_norm(split(x, 3, w, "before"), w, 1e-5, None),
+    "changed": lambda x, w: split(x, 3, w, "before", lambda x: x + 1),
+}
+
+
+@pytest.mark.parametrize("make", NOT_TAKEN.values(), ids=NOT_TAKEN)
+def test_takes_over_nothing_else(rng, make):
+    x, weight = normal(rng, (2, 5, 48)), normal(rng, (16,))
+    oracle.assert_equal(fused_rope(make(x, weight), 4), fused_rope(evaluated(make(x, weight)), 4))
+
+
+@norms
+def test_a_transform_sees_every_operation(rng, norm):
+    x, weight, offset = normal(rng, (2, 5, 48)), normal(rng, (16,)), mx.array([3, 9])
+
+    def ours(x, weight, offset):
+        return (fused_rope(split(x, 3, weight, norm), 16, offset=offset) ** 3).sum()
+
+    def apart(x, weight, offset):
+        y = mx.contiguous(split(x, 3, weight, norm))
+        return (mx.fast.rope(y, 16, traditional=False, base=BASE, scale=1.0, offset=offset) ** 3).sum()
+
+    argnums = (0, 1) if norm else 0
+    for transform in (lambda f: mx.grad(f, argnums), lambda f: mx.compile(mx.grad(f, argnums)), mx.compile):
+        results = [oracle.leaves(transform(f)(x, weight, offset)) for f in (ours, apart)]
+        for a, b in zip(*results, strict=True):
+            assert float(mx.abs(a - b).max()) < 2.0**-16 * float(mx.abs(b).max())
+    compiled = mx.compile(lambda x: fused_rope(split(x, 3, weight, norm), 16))
+    assert primitives(compiled(x))["Transpose"] == 1
+    mapped = mx.vmap(lambda o: fused_rope(split(x, 3, weight, norm), 16, offset=o))(mx.array([1, 8]))
+    for i, o in enumerate((1, 8)):
+        one = fused_rope(split(x, 3, weight, norm, evaluated), 16, offset=o)
+        assert float(mx.abs(mapped[i] - one).max()) < 2.0**-16 * float(mx.abs(one).max())
 
 
 def test_offsets_beyond_32_bits(rng):

@@ -175,6 +175,14 @@ void allocate_by_place(mx::array& a) {
       mx::allocator::malloc(a.nbytes()), a.size(), {places * heads * size, size, heads * size, 1}, flags);
 }
 
+// A view that allocate_by_place made, as rows of one head each.
+View one_head_each(View v) {
+  v.seq *= v.batch * v.heads;
+  v.seq_stride = v.dim;
+  v.batch = v.heads = 1;
+  return v;
+}
+
 cpu::Attention attention_of(const AttentionKind& kind, const mx::array* inputs) {
   cpu::Attention of{
       .q = view_of(inputs[0]),
@@ -322,7 +330,9 @@ void RMSNormGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
 }
 
 void Rope::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  allocate(outputs);
+  auto next = inputs.begin();
+  auto x = *next++;
+  auto norm_weight = kind_.norm && kind_.norm->has_weight ? std::optional(view_of(*next++)) : std::nullopt;
   cpu::Rotation by{
       .dims = kind_.dims,
       .traditional = kind_.traditional,
@@ -332,14 +342,29 @@ void Rope::eval_cpu(const Arrays& inputs, Arrays& outputs) {
       .offset_stride = 0,
       .offset = kind_.offset};
   if (kind_.has_offsets) {
-    by.offsets = inputs[1].data<int64_t>();
-    by.offset_stride = inputs[1].size() > 1 ? inputs[1].strides(0) : 0;
+    by.offsets = next->data<int64_t>();
+    by.offset_stride = next->size() > 1 ? next->strides(0) : 0;
+    ++next;
   }
   if (kind_.has_freqs) {
-    by.freqs = view_of(inputs.back());
+    by.freqs = view_of(*next);
   }
-  dispatch(stream(), inputs, outputs, [x = view_of(inputs[0]), out = view_of(outputs[0]), by] {
-    cpu::rotate(x, out, by);
+  if (!kind_.heads) {
+    allocate(outputs);
+    dispatch(stream(), inputs, outputs, [x = view_of(x), out = view_of(outputs[0]), by] {
+      cpu::rotate(x, out, by);
+    });
+    return;
+  }
+  allocate_by_place(outputs[0]);  // as the projection lies in memory
+  auto projected = in_line(x, stream());
+  auto to = view_of(outputs[0]), from = to;
+  from.data = data_of(projected);
+  dispatch(stream(), inputs, outputs, [=, norm = kind_.norm] {
+    if (norm) {
+      cpu::rms_norm(one_head_each(from), norm_weight, one_head_each(to), norm->eps);
+    }
+    cpu::rotate(norm ? to : from, to, by);
   });
 }
 

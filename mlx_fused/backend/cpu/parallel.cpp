@@ -44,8 +44,8 @@ bool spin_until(Condition&& condition) {
   return false;
 }
 
-// A job's tasks are shared out as ranges, one for each thread, which then helps the others: neighbouring tasks
-// mostly read neighbouring memory, which is quickest read in one piece.
+// A job's tasks are shared out as ranges, one for each thread, which then helps the others: neighbouring
+// tasks mostly read neighbouring memory, which is quickest read in one piece.
 struct Job {
   struct alignas(64) Range {  // its own cache line
     std::atomic<int64_t> next;

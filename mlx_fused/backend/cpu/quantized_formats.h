@@ -112,8 +112,8 @@ struct E8m0 {
   }
 };
 
-// Ask for what is soon read: CPUs' own prefetching is slow to follow rows that are read side by side, or codes
-// and scales in turns. Codes go into the second-level cache.
+// Ask for what is soon read: CPUs' own prefetching is slow to follow rows that are read side by side, or
+// codes and scales in turns. Codes go into the second-level cache.
 void prefetch_codes(const void* p) {
   constexpr int distance = 8192;
   __builtin_prefetch((const char*)p + distance, 0, 2);
