@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -38,17 +39,24 @@ class LlamaCpp:
     def prepare(self, work: Work) -> Callable[[], object] | None:
         if work.trains:
             return None
-        rng, context = np.random.default_rng(1), CONTEXT if work.decodes else 0
-        tokens = rng.integers(0, self._vocabulary, context + work.tokens).tolist()
-        at_once = 1 if work.decodes else work.tokens
-        self._llama.reset()
-        if context:
-            self._llama.eval(tokens[:context])
+        count = CONTEXT if work.decodes else work.tokens
+        tokens = np.random.default_rng(1).integers(0, self._vocabulary, count).tolist()
+        return self._decode(tokens, work.tokens) if work.decodes else self._prefill(tokens)
 
+    def _decode(self, context: list[int], new: int) -> Callable[[], object]:
+        self._llama.reset()
+        self._llama.eval(context)
+
+        def call() -> list[int]:
+            self._llama.n_tokens = CONTEXT  # what comes after is forgotten
+            return list(islice(self._llama.generate(context[-1:], temp=0.0, reset=False), new))
+
+        return call
+
+    def _prefill(self, tokens: list[int]) -> Callable[[], object]:
         def call() -> None:
-            self._llama.n_tokens = context  # what comes after is forgotten
-            for i in range(context, len(tokens), at_once):
-                self._llama.eval(tokens[i : i + at_once])
+            self._llama.n_tokens = 0
+            self._llama.eval(tokens)
 
         return call
 
@@ -125,20 +133,22 @@ class Torch:
 
     def prepare(self, work: Work) -> Callable[[], object]:
         """Like the work of the same name on MLX; to train, adapters are added, and stay."""
-        shape = (1, work.tokens + (CONTEXT if work.decodes else work.trains))
+        shape = (1, CONTEXT if work.decodes else work.tokens + work.trains)
         tokens = self._torch.randint(self._vocabulary, shape)
         if work.trains:
             return self._step(tokens)
         return self._decode(tokens, work.tokens) if work.decodes else self._prefill(tokens)
 
-    def _decode(self, tokens, new: int) -> Callable[[], object]:
+    def _decode(self, context, new: int) -> Callable[[], object]:
         with self._torch.inference_mode():
-            cache = self._model(tokens[:, :CONTEXT], use_cache=True, logits_to_keep=1).past_key_values
+            cache = self._model(context, use_cache=True, logits_to_keep=1).past_key_values
 
         def call() -> object:
+            token = context[:, -1:]
             with self._torch.inference_mode():
-                for token in tokens[:, CONTEXT:].T:
-                    logits = self._model(token[None], past_key_values=cache, use_cache=True).logits
+                for _ in range(new):
+                    logits = self._model(token, past_key_values=cache, use_cache=True).logits
+                    token = logits.argmax(-1)
                 cache.crop(-new)
             return logits
 

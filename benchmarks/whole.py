@@ -59,7 +59,7 @@ MODELS: dict[str, Config] = {
 }
 KINDS = ("4-bit bfloat16", "bfloat16", "float32")
 CONTEXT = 128
-DECODED = 8  # tokens
+DECODED = 32  # tokens
 LORA = {"rank": RANK, "scale": SCALE, "dropout": 0.0}
 # Sizes that cost next to nothing, to leave a part of a model out; a group of 4-bit weights is the least.
 NO_HEAD = {"vocab_size": 4 * GROUP_SIZE}

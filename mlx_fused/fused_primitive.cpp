@@ -97,6 +97,11 @@ mx::array made_again(const mx::array& x) {
   return primitive ? primitive->made_again(x).value_or(x) : x;
 }
 
+bool is_to_be_made_by(const char* name, const mx::array& x, mx::Stream s) {
+  return x.status() == mx::array::Status::unscheduled && x.has_primitive() && !x.is_tracer() &&
+         x.primitive().stream() == s && std::string_view(x.primitive().name()) == name;
+}
+
 bool is_zero(const mx::array& cotangent) {
   auto* a = &cotangent;
   auto spreads = [](const mx::Primitive& p) {

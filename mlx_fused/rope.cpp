@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <string_view>
 
 #include "mlx/fast.h"
 #include "mlx/ops.h"
@@ -53,12 +52,6 @@ mx::array make(const Arrays& inputs, const RopeKind& kind, mx::Stream s) {
   return {output_shape(inputs[0], kind), inputs[0].dtype(), std::make_shared<Rope>(s, kind), inputs};
 }
 
-// Whether the array is still to be made by this operation, and by nobody but us.
-bool is_made_by(const char* name, const mx::array& x, mx::Stream s) {
-  return x.status() == mx::array::Status::unscheduled && x.has_primitive() &&
-         std::string_view(x.primitive().name()) == name && x.primitive().stream() == s;
-}
-
 // Takes over the norm, the split into heads and the transposition that x is to be made by.
 void take_over(Arrays& inputs, RopeKind& kind, mx::Stream s) {
   auto x = inputs[0];
@@ -68,18 +61,18 @@ void take_over(Arrays& inputs, RopeKind& kind, mx::Stream s) {
   std::optional<mx::array> weight;
   std::optional<Norm> norm;
   for (bool transposed = false;;) {
-    if (!norm && is_made_by("FusedRMSNorm", x, s)) {
+    if (!norm && is_to_be_made_by("FusedRMSNorm", x, s)) {
       auto& of = x.inputs();
       norm = {static_cast<RMSNorm&>(x.primitive()).eps(), of.size() > 1};
       weight = of.size() > 1 ? std::optional(of[1]) : std::nullopt;
       x = mx::array(of[0]);
-    } else if (!transposed && is_made_by("Transpose", x, s)) {
+    } else if (!transposed && is_to_be_made_by("Transpose", x, s)) {
       transposed = static_cast<mx::Transpose&>(x.primitive()).state() == std::vector{0, 2, 1, 3};
       if (!transposed) {
         return;
       }
       x = mx::array(x.inputs()[0]);
-    } else if (transposed && is_made_by("Reshape", x, s)) {
+    } else if (transposed && is_to_be_made_by("Reshape", x, s)) {
       auto& from = x.inputs()[0];
       bool splits = from.ndim() == 3 && from.shape(0) == x.shape(0) && from.shape(1) == x.shape(1);
       if (splits && from.dtype() == inputs[0].dtype() && (!weight || weight->dtype() == from.dtype())) {

@@ -155,7 +155,7 @@ class LlamaCpp:
     """Reads the file, and counts tokens as llama.cpp does."""
 
     def __init__(self, path, **options):
-        self.options, self.n_tokens, self.evaluated = options, 0, []
+        self.options, self.n_tokens, self.evaluated, self.generated = options, 0, [], []
         self.file = gguf.GGUFReader(path)
 
     def reset(self):
@@ -164,6 +164,12 @@ class LlamaCpp:
     def eval(self, tokens):
         self.evaluated.append((self.n_tokens, len(tokens)))
         self.n_tokens += len(tokens)
+
+    def generate(self, tokens, **options):
+        self.generated.append(options)
+        while True:
+            self.eval(tokens)
+            yield 1
 
 
 @pytest.fixture
@@ -213,6 +219,7 @@ def test_llama_cpp_decodes_after_a_context_that_stays_and_does_not_train(llama_c
     run(), run()
     decoded = [(CONTEXT + i, 1) for i in range(DECODED)]
     assert llama.evaluated == [(0, CONTEXT), *decoded, *decoded]
+    assert llama.generated == [{"temp": 0.0, "reset": False}] * 2
     run = rival.prepare(prefill)
     run(), run()
     assert llama.evaluated[-2:] == [(0, 16), (0, 16)]
