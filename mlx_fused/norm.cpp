@@ -35,6 +35,19 @@ mx::array rms_norm(
   return make(weight ? Arrays{x, *weight} : Arrays{x}, eps, false, s);
 }
 
+std::optional<Unnormed> unnormed(const mx::array& normed, mx::Stream s) {
+  if (!is_to_be_made_by("FusedRMSNorm", normed, s)) {
+    return std::nullopt;
+  }
+  auto& inputs = normed.inputs();
+  bool has_weight = inputs.size() > 1;
+  if (std::ranges::any_of(inputs, [&](auto& a) { return a.dtype() != normed.dtype(); })) {
+    return std::nullopt;
+  }
+  auto weight = has_weight ? std::optional(inputs[1]) : std::nullopt;
+  return Unnormed{inputs[0], weight, {static_cast<RMSNorm&>(normed.primitive()).eps(), has_weight}};
+}
+
 Function RMSNorm::composed() {
   return of_mlx(eps_, stream());
 }

@@ -2,6 +2,7 @@
 
 #include <optional>
 
+#include "mlx_fused/call.h"
 #include "mlx_fused/fused_primitive.h"
 
 // The RMS norm of arrays that are there already: x / sqrt(mean(x^2) + eps) over the last axis, times a weight
@@ -12,6 +13,16 @@ namespace mlx_fused {
 // own elsewhere, and if the graph is to be exported.
 mx::array rms_norm(
     const mx::array& x, const std::optional<mx::array>& weight, float eps, bool exports, mx::Stream s);
+
+// What an array is to be made of by RMSNorm, for an operation that takes over the norm: nullopt if it is not,
+// or if not all of it has one dtype.
+struct Unnormed {
+  mx::array x;
+  std::optional<mx::array> weight;
+  Norm norm;
+};
+
+std::optional<Unnormed> unnormed(const mx::array& normed, mx::Stream s);
 
 // Takes x and the weight, if there is one.
 class RMSNorm : public FusedPrimitive {

@@ -74,12 +74,32 @@ class ComposedProjection : public Computed<Projection> {
   }
 };
 
-// Whether the kernel that computes the projection norms its input as well: few rows, on Metal.
+// Whether the kernel that computes the projection norms its input as well: few rows, on Metal. On a CPU an
+// operation of few rows takes over the norm, see below.
 bool norms_itself(
     const Workload& work, mx::Dtype normed, const std::optional<std::string>& route, mx::Stream stream) {
   return describe(stream.device).kind == DeviceInfo::metal && normed == work.promoted[0] &&
          metal::can_norm(work.rows, work.in_features * normed.size()) &&
          choose_route(Check(work.call.operation), work, stream, route) == Route::fused;
+}
+
+// Takes over the norm that the input is to be made by, on a CPU and where the rows are so few that it does
+// not matter if other operations norm them too.
+void take_over_norm(Arrays& inputs, Call& call, mx::Stream stream) {
+  constexpr int max_rows = 8;  // docs/design/thresholds.md
+  auto& x = inputs[0];
+  bool is_few = x.shape(0) <= max_rows && x.shape(1) <= max_rows && x.shape(0) * x.shape(1) <= max_rows;
+  if (call.norm || !is_few || describe(stream.device).kind != DeviceInfo::cpu ||
+      std::ranges::any_of(inputs, [](auto& a) { return a.is_tracer(); })) {
+    return;
+  }
+  if (auto norm = unnormed(x, stream)) {
+    call.norm = norm->norm;
+    inputs[0] = norm->x;
+    if (norm->weight) {
+      inputs.insert(inputs.begin() + 1, *norm->weight);
+    }
+  }
 }
 
 // The outputs of a call, as Projection has them.
@@ -121,6 +141,7 @@ Arrays all_outputs(
       inputs[i] = mx::astype(inputs[i], wanted, stream);
     }
   }
+  take_over_norm(inputs, call, stream);
   auto shapes = output_shapes_of(call, inputs[0]);
   std::vector<mx::Dtype> dtypes(shapes.size(), dtype);
   auto primitive = std::make_shared<Projection>(stream, std::move(call), keeps);

@@ -58,14 +58,11 @@ void take_over(Arrays& inputs, RopeKind& kind, mx::Stream s) {
   if (x.ndim() != 4 || std::ranges::any_of(inputs, [](auto& a) { return a.is_tracer(); })) {
     return;
   }
-  std::optional<mx::array> weight;
-  std::optional<Norm> norm;
+  std::optional<Unnormed> norm;
   for (bool transposed = false;;) {
-    if (!norm && is_to_be_made_by("FusedRMSNorm", x, s)) {
-      auto& of = x.inputs();
-      norm = {static_cast<RMSNorm&>(x.primitive()).eps(), of.size() > 1};
-      weight = of.size() > 1 ? std::optional(of[1]) : std::nullopt;
-      x = mx::array(of[0]);
+    if (auto before = norm ? std::nullopt : unnormed(x, s)) {
+      norm = before;
+      x = before->x;
     } else if (!transposed && is_to_be_made_by("Transpose", x, s)) {
       transposed = static_cast<mx::Transpose&>(x.primitive()).state() == std::vector{0, 2, 1, 3};
       if (!transposed) {
@@ -74,13 +71,14 @@ void take_over(Arrays& inputs, RopeKind& kind, mx::Stream s) {
       x = mx::array(x.inputs()[0]);
     } else if (transposed && is_to_be_made_by("Reshape", x, s)) {
       auto& from = x.inputs()[0];
-      bool splits = from.ndim() == 3 && from.shape(0) == x.shape(0) && from.shape(1) == x.shape(1);
-      if (splits && from.dtype() == inputs[0].dtype() && (!weight || weight->dtype() == from.dtype())) {
+      if (from.ndim() == 3 && from.shape(0) == x.shape(0) && from.shape(1) == x.shape(1)) {
         kind.heads = x.shape(2);
-        kind.norm = norm;
         inputs[0] = from;
-        if (weight) {
-          inputs.insert(inputs.begin() + 1, *weight);
+        if (norm) {
+          kind.norm = norm->norm;
+        }
+        if (norm && norm->weight) {
+          inputs.insert(inputs.begin() + 1, *norm->weight);
         }
       }
       return;

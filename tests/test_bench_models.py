@@ -47,7 +47,7 @@ def test_quick_run_prints_and_writes_everything(run):
     kinds = {(r["weights"], r["work"]): r for r in result["records"]}
     works = ("decode", "prefill", "LoRA step")
     assert list(kinds) == [(k, w) for k in ("4-bit bfloat16", "bfloat16", "float32") for w in works]
-    for (weights, work), record in kinds.items():
+    for (weights, _), record in kinds.items():
         stock, patched = (record["seconds"][who] for who in ("stock", "patched"))
         assert record["ratio"] == pytest.approx(stock / patched)
         assert record["tokens_per_s"]["patched"] == pytest.approx(32 / patched)

@@ -7,6 +7,7 @@ import pytest
 import graph
 import mlx_fused
 import oracle
+import projections
 from operands import normal
 
 EPS = 1e-5
@@ -29,6 +30,11 @@ def operation(name, weights):
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     return call
+
+
+def evaluated(x):
+    mx.eval(x)
+    return x
 
 
 OPERATIONS = ("linear", "gated_projection", "qkv_projection")
@@ -56,11 +62,77 @@ def test_equals_the_norm_before(rng, name, route):
     call = operation(name, weights)
     ours = call(x, norm=(weight, EPS), route=route)
     norm = mx.fast.rms_norm if route == "composed" else mlx_fused.fused_rms_norm
-    oracle.assert_equal(ours, call(norm(x, weight, EPS), route=route))
+    oracle.assert_equal(ours, call(evaluated(norm(x, weight, EPS)), route=route))
+
+
+KINDS = {
+    "linear": lambda rng, *sizes, **o: projections.linear(rng, *sizes, 24, **o),
+    "activation": lambda rng, *sizes, **o: projections.linear(rng, *sizes, 24, activation="gelu", **o),
+    "gated": lambda rng, *sizes, **o: projections.gated(rng, *sizes, 24, **o),
+    "qkv": lambda rng, *sizes, **o: projections.qkv(rng, *sizes, (4, 2, 8), **o),
+    "residual": lambda rng, *sizes, **o: projections.output(rng, *sizes, 24, **o),
+}
+FORMS = {"dense": None, "quantized": ("affine", 64, 4)}
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_few_rows_take_over_the_norm(rng, kind, form, dtype):
+    """To the bit what it is of the norm itself; with adapters, and with every step rounded."""
+    for (batch, rows), scaled, lora, exact in (
+        ((1, 1), True, False, False),
+        ((2, 4), False, True, False),
+        ((8, 1), True, True, True),
+        ((3, 3), True, False, False),
+        ((0, 3), True, False, False),
+    ):
+        ranks = {"ranks": (2, None, 3)[: 2 if kind is KINDS["gated"] else 3]} if lora else {}
+        if ranks and kind not in (KINDS["gated"], KINDS["qkv"]):
+            ranks = {"rank": 2}
+        call = kind(rng, batch, rows, 128, form=form, dtype=dtype, **ranks)
+        weight = normal(rng, (128,), dtype) if scaled else None
+        x = evaluated(call.x)
+        normed = mlx_fused.fused_rms_norm(x, weight, EPS)
+        ours = call.replace(**{call.input_name: normed})(exact=exact)
+        assert graph.primitives(*ours)["FusedRMSNorm"] == (batch * rows > 8)
+        before = evaluated(mlx_fused.fused_rms_norm(x, weight, EPS))
+        oracle.assert_equal(ours, call.replace(**{call.input_name: before})(exact=exact))
+        oracle.assert_equal(normed, before)
+
+
+def test_takes_over_no_other_norm(rng):
+    x, weight, (w, *_) = operands(rng)
+    wide = mlx_fused.fused_rms_norm(x.astype(mx.bfloat16), weight, EPS)  # of another dtype than its input
+    assert wide.dtype == mx.float32
+    not_taken = [wide, mx.fast.rms_norm(x, weight, EPS), mlx_fused.fused_rms_norm(x, weight, EPS) + 0]
+    for normed in not_taken:
+        y = mlx_fused.fused_linear(normed, w)
+        assert graph.primitives(y)["FusedRMSNorm"] == graph.primitives(normed)["FusedRMSNorm"]
+        oracle.assert_equal(y, mlx_fused.fused_linear(evaluated(normed), w))
+
+
+def test_a_transform_sees_the_norm(rng):
+    x, weight, (w, *_) = operands(rng)
+
+    def apply(x, weight, w):
+        return mlx_fused.fused_linear(mlx_fused.fused_rms_norm(x, weight, EPS), w)
+
+    assert graph.primitives(apply(x, weight, w))["FusedRMSNorm"] == 0
+    assert graph.primitives(mx.compile(apply)(x, weight, w))["FusedRMSNorm"] == 1
+    mapped = mx.vmap(apply, (0, None, None))(x[:, None], weight, w)[:, 0]
+    assert float(mx.abs(mapped - apply(x, weight, w)).max()) < 1e-5
+    for transform in (lambda f: f, mx.compile):
+        ours = transform(mx.grad(lambda *a: (apply(*a) ** 3).sum(), (0, 1, 2)))(x, weight, w)
+        theirs = mx.grad(lambda x, v, w: ((mx.fast.rms_norm(x, v, EPS) @ w.T) ** 3).sum(), (0, 1, 2))(
+            x, weight, w
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            assert float(mx.abs(a - b).max()) < 1e-4 * float(mx.abs(b).max())
 
 
 def test_a_graph_to_export_has_mlxs_own_operations_alone(rng):
-    x, weight, (w, *_) = operands(rng)
+    x, weight, (w, *_) = operands(rng, rows=5)
     for route, ours in ((None, {"FusedRMSNorm", "FusedLinear"}), ("composed", set())):
         nodes = graph.primitives(mlx_fused.fused_linear(x, w, norm=(weight, EPS), route=route))
         assert {node for node in nodes if node.startswith("Fused")} == ours

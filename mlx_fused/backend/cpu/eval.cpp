@@ -263,9 +263,21 @@ void Projection::eval_cpu(const Arrays& inputs, Arrays& outputs) {
          view_of(outputs[activation ? 0 : i]),
          activation && keeps_ ? std::optional(view_of(outputs[1 + i])) : std::nullopt});
   }
-  auto x = view_of(operands.get(Role::input));
+  auto& input = operands.get(Role::input);
+  auto x = view_of(input);
   cpu::Epilogue epilogue{view_of(operands.find(Role::residual)), alpha, exact, activation};
-  dispatch(stream(), inputs, outputs, [=] { cpu::project(x, segments, epilogue); });
+  if (!call_.norm) {
+    dispatch(stream(), inputs, outputs, [=] { cpu::project(x, segments, epilogue); });
+    return;
+  }
+  Arrays normed = {mx::array(input.shape(), input.dtype(), nullptr, {})};
+  allocate(normed);
+  mx::cpu::get_command_encoder(stream()).add_temporary(normed[0]);
+  auto weight = view_of(operands.find(Role::norm_weight));
+  dispatch(stream(), inputs, outputs, [=, to = view_of(normed[0]), eps = call_.norm->eps] {
+    cpu::rms_norm(x, weight, to, eps);
+    cpu::project(to, segments, epilogue);
+  });
 }
 
 void ProjectionGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
