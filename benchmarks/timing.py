@@ -20,14 +20,14 @@ class Effort:
     # Idle workers spin before they sleep: OpenBLAS for some 50 ms, OpenMP for 5 ms.
     pause: float
     ceiling_size: int
-    min_rounds: int = 3
+    min_rounds: int = 12
     once: float = 2
     never: float = 45
     rotated: int = ROTATED
 
 
 FULL = Effort(cell=4, turn=0.15, pause=0.06, ceiling_size=2048)
-QUICK = Effort(cell=0.02, turn=0.002, pause=0.001, ceiling_size=256, rotated=2**15)
+QUICK = Effort(cell=0.02, turn=0.002, pause=0.001, ceiling_size=256, min_rounds=3, rotated=2**15)
 
 
 def measure(calls: dict[str, Callable], effort: Effort) -> dict[str, list[float]]:
