@@ -98,8 +98,8 @@ mx::array made_again(const mx::array& x) {
 }
 
 bool is_to_be_made_by(const char* name, const mx::array& x, mx::Stream s) {
-  return x.status() == mx::array::Status::unscheduled && x.has_primitive() && !x.is_tracer() &&
-         x.primitive().stream() == s && std::string_view(x.primitive().name()) == name;
+  return x.status() == mx::array::Status::unscheduled && x.has_primitive() && x.primitive().stream() == s &&
+         std::string_view(x.primitive().name()) == name;
 }
 
 bool is_zero(const mx::array& cotangent) {

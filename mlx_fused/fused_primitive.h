@@ -62,8 +62,8 @@ class FusedPrimitive : public mx::Primitive {
 // gradient too: what it is of would not be kept else.
 mx::array made_again(const mx::array& x);
 
-// Whether the array is still to be made by this operation: nothing of it was evaluated, and no transform
-// traces it. An operation that makes it as well may then take its place.
+// Whether the array is still to be made by this operation. Unless a transform traces it, an operation that
+// makes it as well may take that one's place.
 bool is_to_be_made_by(const char* name, const mx::array& x, mx::Stream s);
 
 // Whether it is what MLX gives as the cotangent of an output that nothing depends on.
