@@ -13,26 +13,13 @@ namespace mlx_fused {
 
 namespace {
 
-// The inputs by what they are, in order.
-struct Inputs {
-  const mx::array& x;
-  const mx::array *norm_weight = nullptr, *offsets = nullptr, *freqs = nullptr;
-
-  Inputs(const Arrays& inputs, const RopeKind& kind) : x(inputs[0]) {
-    auto next = inputs.data();
-    norm_weight = kind.norm && kind.norm->has_weight ? ++next : nullptr;
-    offsets = kind.has_offsets ? ++next : nullptr;
-    freqs = kind.has_freqs ? ++next : nullptr;
-  }
-};
-
 template <typename T>
 std::optional<T> copied(const T* value) {
   return value ? std::optional(*value) : std::nullopt;
 }
 
 mx::array of_mlx(const Arrays& inputs, const RopeKind& kind, mx::Stream s) {
-  Inputs given(inputs, kind);
+  RopeInputs given(inputs, kind);
   auto x = given.x;
   if (kind.heads) {
     x = mx::unflatten(x, -1, {kind.heads, x.shape(-1) / kind.heads}, s);
@@ -93,7 +80,7 @@ void take_over(Arrays& inputs, RopeKind& kind, mx::Stream s) {
 void check_rope(const Arrays& inputs, const RopeKind& kind) {
   static const std::string operation = "fused_rope";
   Check check(operation);
-  Inputs given(inputs, kind);
+  RopeInputs given(inputs, kind);
   auto& x = given.x;
   int size = x.shape(-1) / std::max(1, kind.heads);
   if (x.ndim() < 3) {

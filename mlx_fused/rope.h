@@ -26,6 +26,19 @@ struct RopeKind {
   bool operator==(const RopeKind&) const = default;
 };
 
+// The inputs by what they are, in their order.
+struct RopeInputs {
+  const mx::array& x;
+  const mx::array *norm_weight, *offsets, *freqs;
+
+  RopeInputs(const Arrays& inputs, const RopeKind& kind) : x(inputs[0]) {
+    auto last = inputs.data();
+    norm_weight = kind.norm && kind.norm->has_weight ? ++last : nullptr;
+    offsets = kind.has_offsets ? ++last : nullptr;
+    freqs = kind.has_freqs ? ++last : nullptr;
+  }
+};
+
 // Checks shapes and dims.
 void check_rope(const Arrays& inputs, const RopeKind& kind);
 

@@ -342,9 +342,7 @@ void RMSNormGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
 }
 
 void Rope::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  auto next = inputs.begin();
-  auto x = *next++;
-  auto norm_weight = kind_.norm && kind_.norm->has_weight ? std::optional(view_of(*next++)) : std::nullopt;
+  RopeInputs given(inputs, kind_);
   cpu::Rotation by{
       .dims = kind_.dims,
       .traditional = kind_.traditional,
@@ -353,28 +351,25 @@ void Rope::eval_cpu(const Arrays& inputs, Arrays& outputs) {
       .offsets = nullptr,
       .offset_stride = 0,
       .offset = kind_.offset};
-  if (kind_.has_offsets) {
-    by.offsets = next->data<int64_t>();
-    by.offset_stride = next->size() > 1 ? next->strides(0) : 0;
-    ++next;
+  if (given.offsets) {
+    by.offsets = given.offsets->data<int64_t>();
+    by.offset_stride = given.offsets->size() > 1 ? given.offsets->strides(0) : 0;
   }
-  if (kind_.has_freqs) {
-    by.freqs = view_of(*next);
-  }
+  by.freqs = view_of(given.freqs);
   if (!kind_.heads) {
     allocate(outputs);
-    dispatch(stream(), inputs, outputs, [x = view_of(x), out = view_of(outputs[0]), by] {
+    dispatch(stream(), inputs, outputs, [x = view_of(given.x), out = view_of(outputs[0]), by] {
       cpu::rotate(x, out, by);
     });
     return;
   }
   allocate_by_place(outputs[0]);  // as the projection lies in memory
-  auto projected = in_line(x, stream());
+  auto projected = in_line(given.x, stream());
   auto to = view_of(outputs[0]), from = to;
   from.data = data_of(projected);
-  dispatch(stream(), inputs, outputs, [=, norm = kind_.norm] {
+  dispatch(stream(), inputs, outputs, [to, from, by, norm = kind_.norm, weight = view_of(given.norm_weight)] {
     if (norm) {
-      cpu::rms_norm(one_head_each(from), norm_weight, one_head_each(to), norm->eps);
+      cpu::rms_norm(one_head_each(from), weight, one_head_each(to), norm->eps);
     }
     cpu::rotate(norm ? to : from, to, by);
   });
