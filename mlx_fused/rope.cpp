@@ -42,7 +42,7 @@ mx::array make(const Arrays& inputs, const RopeKind& kind, mx::Stream s) {
 // Takes over the norm, the split into heads and the transposition that x is to be made by.
 void take_over(Arrays& inputs, RopeKind& kind, mx::Stream s) {
   auto x = inputs[0];
-  if (x.ndim() != 4 || std::ranges::any_of(inputs, [](auto& a) { return a.is_tracer(); })) {
+  if (x.ndim() != 4 || x.is_tracer()) {
     return;
   }
   std::optional<Unnormed> norm;

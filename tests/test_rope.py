@@ -352,6 +352,38 @@ def test_a_transform_sees_every_operation(rng, norm):
         assert float(mx.abs(mapped[i] - one).max()) < 2.0**-16 * float(mx.abs(one).max())
 
 
+@norms
+def test_transforms_of_what_took_over(rng, norm):
+    """By the frequencies and the offsets, while x is a constant."""
+    x, weight, freqs = (
+        normal(rng, (2, 5, 48)),
+        normal(rng, (16,)),
+        mx.array(rng.uniform(0.5, 9, 8), mx.float32),
+    )
+    mx.eval(x, weight, freqs)
+
+    def both(transform):
+        ways = (lambda x: x, evaluated)
+        return [
+            transform(lambda f, o=3, s=s: fused_rope(split(x, 3, weight, norm, s), 16, freqs=f, offset=o))
+            for s in ways
+        ]
+
+    for transform in (
+        lambda f: mx.jvp(f, [freqs], [2 * freqs])[1][0],
+        lambda f: mx.vjp(f, [freqs], [mx.ones((2, 3, 5, 16))])[1][0],
+        lambda f: mx.grad(lambda w: (f(w) ** 3).sum())(freqs),
+        lambda f: mx.compile(mx.grad(lambda w: (f(w) ** 3).sum()))(freqs),
+        lambda f: mx.compile(f)(freqs),
+        lambda f: mx.vmap(f)(mx.stack([freqs, 2 * freqs])),
+        lambda f: mx.vmap(mx.vmap(f, (0, None)), (None, 0))(mx.stack([freqs, 2 * freqs]), mx.array([1, 8])),
+    ):
+        ours, apart = both(transform)
+        size = float(mx.abs(apart).max())
+        assert ours.shape == apart.shape and size > 0
+        assert float(mx.abs(ours - apart).max()) < 2.0**-16 * size
+
+
 def test_offsets_beyond_32_bits(rng):
     x, offset = normal(rng, (1, 2, 3, 8)), 3_000_000_000
     expected = formula(oracle.exact(x), 8, False, angles(places_of(x, offset), 8))
