@@ -5,6 +5,7 @@
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
+#include "mlx/scheduler.h"
 #include "mlx_fused/activate.h"
 #include "mlx_fused/attention.h"
 #include "mlx_fused/backend/cpu/activation.h"
@@ -236,6 +237,10 @@ cpu::CrossEntropy cross_entropy_of(const LossCall& call, const Arrays& inputs, m
       .targets = targets.data<int64_t>()};
 }
 
+// MLX counts what it dispatches, and waits while there is much ahead, for what that takes of memory. Outputs of
+// up to this take little: uncounted, they leave Python the time to make the next graph.
+constexpr size_t max_uncounted_bytes = 1 << 18;  // docs/design/thresholds.md
+
 template <typename F>
 void dispatch(mx::Stream stream, const Arrays& inputs, Arrays& outputs, F work) {
   auto& encoder = mx::cpu::get_command_encoder(stream);
@@ -245,7 +250,15 @@ void dispatch(mx::Stream stream, const Arrays& inputs, Arrays& outputs, F work) 
   for (auto& out : outputs) {
     encoder.set_output_array(out);
   }
-  encoder.dispatch(std::move(work));
+  size_t bytes = 0;
+  for (auto& out : outputs) {
+    bytes += out.nbytes();
+  }
+  if (bytes > max_uncounted_bytes) {
+    encoder.dispatch(std::move(work));
+  } else {
+    mx::scheduler::enqueue(stream, std::move(work));
+  }
 }
 
 }  // namespace
