@@ -7,8 +7,6 @@
 
 namespace mlx_fused {
 
-namespace {
-
 std::optional<Quantization> quantization(const Linear& layer) {
   if (!layer.scales) {
     return std::nullopt;
@@ -16,6 +14,8 @@ std::optional<Quantization> quantization(const Linear& layer) {
   auto& mode = layer.mode;
   return with_defaults(mode, layer.bits, layer.group_size, layer.biases.has_value());
 }
+
+namespace {
 
 // Sizes that we do not know are left for MLX to judge. But a mode with a fixed format accepts no other sizes,
 // which MLX does not check.
@@ -274,6 +274,23 @@ Arrays check_arguments(
     inputs.push_back(operands.get(role, segment));
   }
   return inputs;
+}
+
+Arrays check_table(const Check& check, const Linear& table) {
+  if (table.bias || table.lora_a || table.lora_b) {
+    check.fail(
+        "weight must have neither a bias nor an adapter but got ", table.bias ? "a bias." : "an adapter.");
+  }
+  check.ndim({"weight"}, table.weight, 2);
+  if (table.scales) {
+    check.ndim({"scales"}, *table.scales, 2);
+  }
+  auto q = quantization(table);
+  int cols = q ? table.scales->shape(1) * q->group_size : table.weight.shape(1);
+  Arrays arrays;
+  auto add = [&](Role, const mx::array& a) { arrays.push_back(a); };
+  LayerCheck<decltype(add)>{check, table, cols, table.weight.shape(0), -1, add}.add_all();
+  return arrays;
 }
 
 }  // namespace mlx_fused

@@ -25,6 +25,9 @@ struct Linear {
 
 using Linears = std::vector<Linear>;
 
+// How its weight is quantized; nullopt if it is not.
+std::optional<Quantization> quantization(const Linear& layer);
+
 // Why these layers, which read the same input, cannot be computed by one operation; nullopt if they can.
 std::optional<std::string> difference(const Linears& layers);
 
@@ -49,5 +52,8 @@ Arrays check_arguments(
     Call& call,
     const Products& products,
     Packing packing = Packing::in_order);
+
+// Checks a table, a layer's weight without anything else, and lists its arrays: the weight, scales, biases.
+Arrays check_table(const Check& check, const Linear& table);
 
 }  // namespace mlx_fused

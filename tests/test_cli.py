@@ -309,7 +309,8 @@ def test_what_is_timed_computes_the_same(monkeypatch, weights):
     monkeypatch.setitem(calls.WEIGHTS, weights, mx.float32)
     made = [make(SMALL, weights, 3) for make in (calls.make_loss, calls.make_block)]
     made += calls.make_calls(SMALL, weights, 3) + calls.make_weightless(SMALL, weights, 3)
-    for call in [*made, *(call.gradient() for call in made)]:
+    embedding = calls.make_embedding(SMALL, weights, 3)
+    for call in [embedding, *made, *(call.gradient() for call in made)]:
         for stock, fused in zip(call.stock(*call.inputs), call.fused(*call.inputs), strict=True):
             assert stock.shape == fused.shape and stock.dtype == fused.dtype
             bound = sum_error(1000) * mx.abs(stock).max().item()  # no longer chain of sums in a block
@@ -332,6 +333,7 @@ def test_bench_uses_the_sizes_of_a_model(tmp_path):
     assert results["machine"]["mlx"] == version("mlx")
     linear = ["QKV", "output + residual", "gate * up", "down + residual", "head", "loss", "block"]
     names = [name + end for some in (linear, WEIGHTLESS) for end in ENDS for name in some]
+    names.insert(0, "embedding")
     assert [cell["operation"] for cell in results["cells"]] == names
     assert all(cell["stock_s"] > 0 and cell["fused_s"] > 0 for cell in results["cells"])
     assert "speedup" in result.stderr
@@ -343,7 +345,8 @@ def test_every_operation_is_timed(monkeypatch):
     for name, operation in noted.items():
         monkeypatch.setattr(mlx_fused, name, operation)
     given = SMALL, "float32", 1
-    for call in [*calls.make_calls(*given), calls.make_loss(*given), *calls.make_weightless(*given)]:
+    alone = calls.make_embedding(*given), calls.make_loss(*given)
+    for call in [*alone, *calls.make_calls(*given), *calls.make_weightless(*given)]:
         call.fused(*call.inputs)
     assert {name for name, operation in noted.items() if operation.called} == names
 
@@ -354,7 +357,7 @@ def test_the_table_of_bench_fits_a_terminal_of_80_columns(monkeypatch, tmp_path)
     runner = CliRunner(env={"COLUMNS": "80"})
     shown = runner.invoke(main, ["bench", "--model", str(tmp_path), "--rows", "1000"]).output
     rows = [line for line in shown.splitlines() if line.startswith(tuple(calls.WEIGHTS))]
-    assert len(rows) == 2 * (len(calls.WEIGHTS) * 7 + 3 * len(WEIGHTLESS))
+    assert len(rows) == len(calls.WEIGHTS) * (1 + 2 * 7) + 2 * 3 * len(WEIGHTLESS)
     for row in rows:
         assert row.split()[-4:] == ["1000", "3600000", "12.500", "288000"] and len(row) <= 80
     assert "1 of keys, MLP 64 wide, 8192 words" in " ".join(shown.split())

@@ -12,6 +12,7 @@ from mlx_fused import losses, nn  # noqa: E402
 from mlx_fused.linear import LinearOperands  # noqa: E402
 from mlx_fused.operations import (  # noqa: E402
     fused_attention,
+    fused_embedding,
     fused_gated_projection,
     fused_linear,
     fused_linear_cross_entropy,
@@ -31,6 +32,7 @@ __all__ = [
     "LinearOperands",
     "__version__",
     "fused_attention",
+    "fused_embedding",
     "fused_gated_projection",
     "fused_linear",
     "fused_linear_cross_entropy",

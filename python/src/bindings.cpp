@@ -9,6 +9,7 @@
 
 #include "mlx_fused/arguments.h"
 #include "mlx_fused/attention.h"
+#include "mlx_fused/embedding.h"
 #include "mlx_fused/norm.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/rope.h"
@@ -65,6 +66,17 @@ mlx_fused::Linear linear_of_module(nb::handle module) {
     layer.lora_scale = nb::cast<float>(setting(module, scale));
   }
   return layer;
+}
+
+mlx_fused::Linear linear_of(nb::handle layer) {
+  if (PyDict_Check(layer.ptr())) {
+    return linear_of_module(layer);
+  }
+  std::optional<LinearTuple> operands;
+  if (!nb::try_cast(layer, operands) || !operands) {
+    throw nb::type_error("a layer must be LinearOperands or a module");
+  }
+  return std::apply([](auto&... of) { return mlx_fused::Linear{std::move(of)...}; }, *operands);
 }
 
 const std::map<std::string, mlx_fused::Packing> packings = {
@@ -159,6 +171,16 @@ Arrays all_gradients(
   auto primals = mlx_fused::check_arguments(
       check, operation.input, input, std::nullopt, linears(layers), std::nullopt, call, products);
   return mlx_fused::all_gradients(check, names, cotangents, primals, call, has_bias, operation.route, stream);
+}
+
+mx::array embedding(const mx::array& x, nb::handle table, mx::StreamOrDevice s) {
+  static const std::string operation = "fused_embedding";
+  mlx_fused::Check check(operation);
+  if (!mx::issubdtype(x.dtype(), mx::integer)) {
+    check.fail("x must be integers but got ", x.dtype(), ".");
+  }
+  auto layer = linear_of(table);
+  return mlx_fused::embedding(x, check_table(check, layer), mlx_fused::quantization(layer), mx::to_stream(s));
 }
 
 mx::array rms_norm(const mx::array& x, const OptionalArray& weight, float eps, mx::StreamOrDevice s) {
@@ -305,15 +327,7 @@ mlx_fused::Linears linears(const nb::sequence& layers) {
   mlx_fused::Linears result;
   result.reserve(3);
   for (auto layer : layers) {
-    if (PyDict_Check(layer.ptr())) {
-      result.push_back(linear_of_module(layer));
-      continue;
-    }
-    std::optional<LinearTuple> operands;
-    if (!nb::try_cast(layer, operands) || !operands) {
-      throw nb::type_error("a layer must be LinearOperands or a module");
-    }
-    result.push_back(std::apply([](auto&... of) { return mlx_fused::Linear{std::move(of)...}; }, *operands));
+    result.push_back(linear_of(layer));
   }
   return result;
 }
@@ -404,6 +418,7 @@ NB_MODULE(_ext, m) {
       "stream"_a.none());
   bind_cross_entropy(m);
   bind_logits(m);
+  m.def("embedding", &embedding, "x"_a, "table"_a, "stream"_a.none());
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a, "stream"_a.none());
   m.def(
       "rope",

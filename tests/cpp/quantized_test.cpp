@@ -1,6 +1,9 @@
 // The products with quantized weights against loops in double precision.
-#include "quantized.h"
+#include <stdexcept>
+
+#include "mlx_fused/backend/cpu/embedding.h"
 #include "mlx_fused/backend/cpu/sgemm.h"
+#include "quantized.h"
 
 namespace {
 
@@ -69,6 +72,45 @@ void check_mixed() {
   }
 }
 
+void check_embedded() {
+  std::mt19937 random(3);
+  int turn = 0;
+  for (Format f : all_formats()) {
+    for (int64_t groups : {1, 3, 19}) {
+      for (int64_t count : {0, 1, 2, 40}) {
+        Type type = types[turn++ % 3];
+        QuantizedMatrix table(random, f, type, 7, groups * f.group_size);
+        Matrix out(random, type, plain, 1, count, 1, table.q.cols);
+        std::vector<int64_t> places;
+        for (int64_t i = 0; i < count; ++i) {
+          places.push_back(int64_t(random() % 14) - 7);
+        }
+        embed(table.q, places.data(), out.view);
+        double unit = type == Type::float32 ? 0x1p-24 : type == Type::float16 ? 0x1p-11 : 0x1p-8;
+        double smallest = type == Type::float16 ? 0x1p-24 : 0;
+        for (int64_t i = 0; i < count; ++i) {
+          int64_t row = places[i] < 0 ? places[i] + 7 : places[i];
+          for (int64_t j = 0; j < table.q.cols; ++j) {
+            double product = table.get(row, j), sum = product + table.get_bias(row, j);
+            double bound = unit * (1 + unit) * (std::abs(product) + std::abs(sum)) + smallest;
+            check(std::abs(out.get(i, j) - sum) <= bound, "a row of a table");
+          }
+        }
+        for (int64_t place : {-8, 7}) {
+          bool thrown = false;
+          try {
+            places.assign(count, place);
+            embed(table.q, places.data(), out.view);
+          } catch (const std::out_of_range&) {
+            thrown = true;
+          }
+          check(thrown == (count > 0), "no row of a table");
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char**) {
@@ -77,5 +119,6 @@ int main(int argc, char**) {
   }
   check_cases();
   check_mixed();
-  std::puts("quantized_test: all products are right");
+  check_embedded();
+  std::puts("quantized_test: all products and rows are right");
 }

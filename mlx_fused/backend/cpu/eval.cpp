@@ -11,12 +11,14 @@
 #include "mlx_fused/backend/cpu/activation.h"
 #include "mlx_fused/backend/cpu/attention.h"
 #include "mlx_fused/backend/cpu/cross_entropy.h"
+#include "mlx_fused/backend/cpu/embedding.h"
 #include "mlx_fused/backend/cpu/kernels.h"
 #include "mlx_fused/backend/cpu/norm.h"
 #include "mlx_fused/backend/cpu/parallel.h"
 #include "mlx_fused/backend/cpu/projection.h"
 #include "mlx_fused/backend/cpu/rope.h"
 #include "mlx_fused/cross_entropy.h"
+#include "mlx_fused/embedding.h"
 #include "mlx_fused/norm.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/rope.h"
@@ -237,8 +239,8 @@ cpu::CrossEntropy cross_entropy_of(const LossCall& call, const Arrays& inputs, m
       .targets = targets.data<int64_t>()};
 }
 
-// MLX counts what it dispatches, and waits while there is much ahead, for what that takes of memory. Outputs of
-// up to this take little: uncounted, they leave Python the time to make the next graph.
+// MLX counts what it dispatches, and waits while there is much ahead, for what that takes of memory. Outputs
+// of up to this take little: uncounted, they leave Python the time to make the next graph.
 constexpr size_t max_uncounted_bytes = 1 << 18;  // docs/design/thresholds.md
 
 template <typename F>
@@ -336,6 +338,22 @@ void ActivateGrad::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   dispatch(stream(), inputs, outputs, [=, d_pre = views_of(outputs), activation = activation_] {
     cpu::activate_grad(cotangent, pre, d_pre, activation);
   });
+}
+
+void Embedding::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  allocate(outputs);
+  Operands operands(inputs, {{Role::weight}, {Role::group_scales}, {Role::group_biases}});
+  auto table = std::get<cpu::Quantized>(weight_of(operands, 0, format_, stream()));
+  auto places = in_line(inputs.back(), stream());
+  View out{
+      .data = data_of(outputs[0]),
+      .type = type_of(outputs[0]),
+      .seq = int64_t(places.size()),
+      .dim = table.cols,
+      .seq_stride = table.cols,
+      .dim_stride = 1};
+  dispatch(
+      stream(), inputs, outputs, [=, places = places.data<int64_t>()] { cpu::embed(table, places, out); });
 }
 
 void RMSNorm::eval_cpu(const Arrays& inputs, Arrays& outputs) {

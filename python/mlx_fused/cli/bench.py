@@ -20,6 +20,7 @@ from mlx_fused.cli.calls import (
     Sizes,
     make_block,
     make_calls,
+    make_embedding,
     make_loss,
     make_weightless,
     peak_memory,
@@ -85,7 +86,7 @@ def bench(model: Path | None, weights: tuple[str, ...], rows: tuple[int, ...], a
     plan += [(dtype, make_weightless, m) for dtype in dtypes for m in rows]
     for kind, make, m in track(plan, "Measuring", console=out, transient=True):
         forward = make(sizes, kind, m)
-        for call in [*forward, *(call.gradient() for call in forward)]:
+        for call in [*forward, *(call.gradient() for call in forward if call.inputs)]:
             stock, fused = side_by_side(call)
             cells.append(
                 {"weights": kind, "operation": call.name, "tokens": m, "stock_s": stock, "fused_s": fused}
@@ -110,7 +111,7 @@ def bench(model: Path | None, weights: tuple[str, ...], rows: tuple[int, ...], a
 
 def _with_weights(sizes: Sizes, weights: str, rows: int) -> list[Call]:
     given = sizes, weights, rows
-    return [*make_calls(*given), make_loss(*given), make_block(*given)]
+    return [make_embedding(*given), *make_calls(*given), make_loss(*given), make_block(*given)]
 
 
 def _short(number: float, decimals: int) -> str:

@@ -142,6 +142,18 @@ def make_loss(sizes: Sizes, weights: str, rows: int) -> Call:
     )
 
 
+def make_embedding(sizes: Sizes, weights: str, rows: int) -> Call:
+    """The embeddings of words. They have no gradient but that of the table."""
+    table, words = _head(sizes, weights).operands, mx.random.randint(0, sizes.vocabulary, (1, rows))
+
+    def stock() -> list[mx.array]:
+        if table.scales is None:
+            return [table.weight[words]]
+        return [mx.dequantize(table.weight[words], table.scales[words], table.biases[words], **_QUANTIZATION)]
+
+    return Call("embedding", [], stock, lambda: [mlx_fused.fused_embedding(words, table)])
+
+
 def make_weightless(sizes: Sizes, weights: str, rows: int) -> list[Call]:
     """What a block has besides linear layers: a norm, positions and causal attention. They have no routes."""
 

@@ -53,8 +53,8 @@ def patch(
             be faster, ``True`` with ours if there are any, ``False`` never. Default: ``"auto"``.
         mlp (bool): Compute the layers of an MLP before its last one, with the activation and the product with
             the gate, in one operation. Default: ``True``.
-        linear (bool): Compute every other linear layer, such as the head, by our operation, where that may be
-            faster. Default: ``True``.
+        linear (bool): Compute every other linear layer, such as the head, and the rows of quantized
+            embeddings by our operations, where that may be faster. Default: ``True``.
         norm (bool): Compute every ``mlx.nn.RMSNorm`` by our operation; on a GPU, for few tokens, inside the
             operation after it. Default: ``True``.
         rope (bool): Compute rotary positions by our operation, where the code of a module that is nothing

@@ -59,7 +59,8 @@ class Call:
             is_head = is_own or any(child is owner for child in self.module.values())
             if not is_head or (active := self.active if is_own else active_of(owner)) is None:
                 return layer
-            return StandIn(layer, self, name, None, partial(self.run_linear, owner, active, name, layer))
+            embed = Call._embed if is_own and type(layer) is nn.QuantizedEmbedding else None
+            return StandIn(layer, self, name, embed, partial(self.run_linear, owner, active, name, layer))
         if not is_own or (run is None and not saves(layer)):
             return layer
         if run is None:
@@ -108,6 +109,18 @@ class Call:
 
     def _linear(self, name: str, layer: nn.Module, x: mx.array) -> mx.array:
         return self.run_linear(self.module, self.active, name, layer, x)
+
+    def _embed(self, name: str, layer: nn.Module, x: mx.array) -> mx.array:
+        """The call of an embedding."""
+        calls = self.active.patch.calls["linear"]
+        try:
+            read_embedding(self.module, self.active, name, layer)
+            y = _ext.embedding(x, layer, None)
+        except (NotFused, ValueError) as reason:  # of a wrong argument MLX's own error tells
+            count(calls, 1, 0, str(reason))
+            return layer(x)
+        count(calls, 1, 1, None, False)
+        return y
 
     def run_linear(
         self, module: nn.Module, active: Active, name: str, layer: nn.Module, x: mx.array
@@ -233,12 +246,21 @@ def read_linear(module: nn.Module, active: Active, name: str, layer: nn.Module) 
         raise NotFused(f"{name} is one launch on a GPU in MLX too")
 
 
+def read_embedding(module: nn.Module, active: Active, name: str, layer: nn.Module) -> None:
+    """Raises ``NotFused`` if our operation cannot take the rows, or has no reason to."""
+    if _ext.on_gpu():
+        raise NotFused(f"on a GPU {name} is MLX's")
+    read_linear(module, active, name, layer)
+
+
 def read_linears(module: nn.Module, active: Active, names: tuple[str, ...]) -> None:
     """Raises ``NotFused`` if not all of these layers can be computed by our operation."""
     obstacles = []
     for name in names:
+        layer = module.get(name)
+        read = read_embedding if type(layer) is nn.QuantizedEmbedding else read_linear
         try:
-            read_linear(module, active, name, module.get(name))
+            read(module, active, name, layer)
         except NotFused as reason:
             obstacles.append(str(reason))
     if obstacles:

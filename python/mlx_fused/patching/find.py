@@ -94,8 +94,9 @@ def _roles(module: nn.Module, heads: tuple[str, ...]) -> Roles:
         kind, output = _mlp(module) if len(linears) > 1 and entry == "__call__" else (None, None)
     if kind is None and any(map(_is_switch, module.values())):
         kind = "experts"
-    others = tuple(name for name in linears if name not in (*inputs, output))
-    return Roles(entry, kind, inputs, output, (*others, *heads))
+    tables = (name for name, layer in module.items() if type(layer) is nn.QuantizedEmbedding)
+    others = dict.fromkeys((*linears, *heads, *tables))
+    return Roles(entry, kind, inputs, output, tuple(name for name in others if name not in (*inputs, output)))
 
 
 def _mlp(module: nn.Module) -> tuple[str | None, str | None]:
