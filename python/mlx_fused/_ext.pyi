@@ -88,6 +88,11 @@ def of_class(cls: object, a: mlx.core.array, origin: object) -> object:
 def has_kernels(x: object | None) -> bool:
     """Whether it is an array with axes, of a type with kernels."""
 
+def norm_of(norm: object, x: object | None) -> mlx.core.array | None:
+    """
+    What ``norm``, an mlx.nn.RMSNorm, makes of x; None if x, the weight or eps is of a type without kernels.
+    """
+
 def on_gpu() -> bool:
     """Whether the default device is a GPU."""
 

@@ -183,20 +183,6 @@ mx::array embedding(const mx::array& x, nb::handle table, mx::StreamOrDevice s) 
   return mlx_fused::embedding(x, check_table(check, layer), mlx_fused::quantization(layer), mx::to_stream(s));
 }
 
-mx::array rms_norm(const mx::array& x, const OptionalArray& weight, float eps, mx::StreamOrDevice s) {
-  static const std::string operation = "fused_rms_norm";
-  mlx_fused::Check check(operation);
-  check.floating({"x"}, x);
-  if (x.ndim() == 0) {
-    check.fail("x must have shape [..., K] but got ().");
-  }
-  if (weight) {
-    check.shape({"weight"}, *weight, {x.shape(-1)});
-    check.floating({"weight"}, *weight);
-  }
-  return mlx_fused::rms_norm(x, weight, eps, false, mx::to_stream(s));
-}
-
 mx::array rope(
     const mx::array& x,
     int dims,
@@ -322,6 +308,20 @@ Route tuned_route(const KindTuple& kind, int64_t rows) {
 }
 
 }  // namespace
+
+mx::array rms_norm(const mx::array& x, const OptionalArray& weight, float eps, mx::StreamOrDevice s) {
+  static const std::string operation = "fused_rms_norm";
+  mlx_fused::Check check(operation);
+  check.floating({"x"}, x);
+  if (x.ndim() == 0) {
+    check.fail("x must have shape [..., K] but got ().");
+  }
+  if (weight) {
+    check.shape({"weight"}, *weight, {x.shape(-1)});
+    check.floating({"weight"}, *weight);
+  }
+  return mlx_fused::rms_norm(x, weight, eps, false, mx::to_stream(s));
+}
 
 mlx_fused::Linears linears(const nb::sequence& layers) {
   mlx_fused::Linears result;

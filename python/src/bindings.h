@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "mlx/utils.h"
 #include "mlx_fused/activation.h"
 #include "mlx_fused/arguments.h"
 
@@ -27,6 +28,10 @@ using LinearTuple = std::tuple<
 
 // Each is LinearOperands or a module.
 mlx_fused::Linears linears(const nanobind::sequence& layers);
+
+// fused_rms_norm
+mlx::core::array rms_norm(
+    const mlx::core::array& x, const OptionalArray& weight, float eps, mlx::core::StreamOrDevice s);
 
 // Its name, whether it is gated, alpha and limit.
 using ActivationTuple = std::tuple<std::string, bool, float, float>;

@@ -69,6 +69,26 @@ bool switched_off() {
   return words.at(word);
 }
 
+bool has_kernels(nb::handle x) {
+  if (!x.is_valid() || !is_array(x)) {
+    return false;
+  }
+  auto& array = *nb::inst_ptr<mx::array>(x);
+  return array.ndim() > 0 && mlx_fused::is_known(array.dtype());
+}
+
+std::optional<mx::array> norm_of(nb::handle norm, nb::handle x) {
+  static PyObject* const weight_name = PyUnicode_InternFromString("weight");
+  static PyObject* const eps_name = PyUnicode_InternFromString("eps");
+  nb::handle weight = PyDict_GetItemWithError(norm.ptr(), weight_name);
+  auto eps = nb::getattr(norm, nb::handle(eps_name));
+  bool is_number = PyFloat_CheckExact(eps.ptr()) || PyLong_CheckExact(eps.ptr());
+  if (!has_kernels(x) || !has_kernels(weight) || !is_number) {
+    return std::nullopt;
+  }
+  return rms_norm(*nb::inst_ptr<mx::array>(x), *nb::inst_ptr<mx::array>(weight), nb::cast<float>(eps), {});
+}
+
 }  // namespace
 
 void bind_patching(nb::module_& m) {
@@ -100,17 +120,14 @@ void bind_patching(nb::module_& m) {
       "origin"_a,
       "An alias of a subclass of Derived.");
   m.def(
-      "has_kernels",
-      [](nb::handle x) {
-        if (!is_array(x)) {
-          return false;
-        }
-        auto& array = *nb::inst_ptr<mx::array>(x);
-        auto type = array.dtype();
-        return array.ndim() > 0 && (type == mx::float32 || type == mx::float16 || type == mx::bfloat16);
-      },
+      "has_kernels", &has_kernels, "x"_a.none(), "Whether it is an array with axes, of a type with kernels.");
+  m.def(
+      "norm_of",
+      &norm_of,
+      "norm"_a,
       "x"_a.none(),
-      "Whether it is an array with axes, of a type with kernels.");
+      "What ``norm``, an mlx.nn.RMSNorm, makes of x; None if x, the weight or eps is of a type without "
+      "kernels.");
   m.def(
       "on_gpu",
       [] { return mx::default_device() == mx::Device::gpu; },

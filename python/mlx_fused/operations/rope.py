@@ -7,6 +7,8 @@ import mlx.core as mx
 from mlx_fused import _ext
 from mlx_fused.operations.call import Stream, check_kinds
 
+_ARRAY = mx.array
+
 
 def fused_rope(
     x: mx.array,
@@ -49,12 +51,11 @@ def fused_rope(
         ValueError: If a shape, dtype or value is wrong. The message names the argument, what it must be and
             what it is.
     """
-    numbers = {"dims": dims, "base": base, "scale": scale}
     try:
-        if mx.array in map(type, numbers.values()):  # whose gradient would be lost
+        if _ARRAY in (type(dims), type(base), type(scale)):  # whose gradient would be lost
             raise TypeError
         return _ext.rope(x, dims, traditional, base, scale, offset, freqs, stream)
     except TypeError:
-        given = {"x": x, "traditional": traditional, "offset": offset, "freqs": freqs, "stream": stream}
-        check_kinds("fused_rope", given | numbers, [])
+        given = {"x": x, "dims": dims, "traditional": traditional, "base": base, "scale": scale}
+        check_kinds("fused_rope", given | {"offset": offset, "freqs": freqs, "stream": stream}, [])
         raise

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fused import _ext
-from mlx_fused._ext import alias, can_norm, count, has_kernels, of_class, rms_norm
+from mlx_fused._ext import alias, can_norm, count, norm_of, of_class
 from mlx_fused.operations.call import Norm
 from mlx_fused.patching.derived import Derived
 from mlx_fused.patching.projections import NotFused
@@ -33,21 +33,17 @@ def run(norm: nn.Module, active: Active, method: Callable, x: object) -> mx.arra
     counter = active.patch.calls["norm"]
     try:
         read(active, method)
-        if not has_kernels(x):
-            raise NotFused("it is not called with one array of a type with kernels")
-        weight, eps = norm.get("weight"), norm.eps
-        if not has_kernels(weight) or type(eps) not in (float, int):
-            raise NotFused("its weight or eps is of a type without kernels")
+        y = norm_of(norm, x)
+        if y is None:
+            raise NotFused("it is not called with one array, or has a weight and eps, of types with kernels")
     except NotFused as reason:
         count(counter, 1, 0, str(reason))
         return None
     if not _ext.on_gpu():
         count(counter, 1, 1, None, False)
-        return rms_norm(x, weight, eps, None)
+        return y
     count(counter, 1, 0, "on a GPU it is MLX's, or a part of the operation after it")
-    if not can_norm(x):
-        return None
-    return of_class(Normed, _CALL(norm, x), (alias(x), (alias(weight), eps)))
+    return of_class(Normed, y, (alias(x), (alias(norm["weight"]), norm.eps))) if can_norm(x) else y
 
 
 def read(active: Active, method: Callable) -> None:
