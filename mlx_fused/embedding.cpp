@@ -1,5 +1,7 @@
 #include "mlx_fused/embedding.h"
 
+#include <limits>
+
 #include "mlx/ops.h"
 #include "mlx_fused/routing.h"
 
@@ -7,8 +9,14 @@ namespace mlx_fused {
 
 namespace {
 
+// Of the rows: in the modes of small floats the scales are bytes.
 mx::Dtype dtype_of(const Arrays& table, const Quantization& format) {
-  return format.is_affine() ? table[1].dtype() : mx::bfloat16;
+  return format.is_affine() ? mx::promote_types(table[1].dtype(), table[2].dtype()) : mx::bfloat16;
+}
+
+bool has_kernel(const Arrays& table, const Quantization& format) {
+  bool is_one_type = !format.is_affine() || table[1].dtype() == table[2].dtype();
+  return is_known(format) && is_one_type && is_known(dtype_of(table, format));
 }
 
 mx::Shape shape_of(const mx::array& places, const Arrays& table, const Quantization& format) {
@@ -43,15 +51,16 @@ mx::array of_mlx(
 
 mx::array embedding(
     const mx::array& places, Arrays table, const std::optional<Quantization>& format, mx::Stream s) {
-  bool is_ours = format && is_known(*format) && (!format->is_affine() || is_known(table[1].dtype()));
-  if (!is_ours || describe(s.device).kind != DeviceInfo::cpu) {
+  if (!format || !has_kernel(table, *format) || describe(s.device).kind != DeviceInfo::cpu) {
     return of_mlx(places, table, format, s);
   }
   check_cpu_settings();
   auto primitive = std::make_shared<Embedding>(s, *format);
   auto shape = shape_of(places, table, *format);
   auto dtype = dtype_of(table, *format);
-  table.push_back(mx::astype(places, mx::int64, s));
+  bool may_wrap = places.dtype() == mx::uint64;  // to a row that there is
+  auto largest = mx::array(std::numeric_limits<int64_t>::max(), mx::uint64);
+  table.push_back(mx::astype(may_wrap ? mx::minimum(places, largest, s) : places, mx::int64, s));
   return {shape, dtype, primitive, table};
 }
 

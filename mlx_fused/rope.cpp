@@ -23,7 +23,7 @@ mx::array of_mlx(const Arrays& inputs, const RopeKind& kind, mx::Stream s) {
   auto x = given.x;
   if (kind.heads) {
     x = mx::unflatten(x, -1, {kind.heads, x.shape(-1) / kind.heads}, s);
-    x = kind.norm ? mx::fast::rms_norm(x, copied(given.norm_weight), kind.norm->eps, s) : x;
+    x = kind.norm ? rms_norm(x, copied(given.norm_weight), kind.norm->eps, false, s) : x;
     x = mx::transpose(x, {0, 2, 1, 3}, s);
   }
   auto base = kind.has_freqs ? std::nullopt : std::optional(kind.base);
@@ -58,7 +58,7 @@ void take_over(Arrays& inputs, RopeKind& kind, mx::Stream s) {
       x = mx::array(x.inputs()[0]);
     } else if (transposed && is_to_be_made_by("Reshape", x, s)) {
       auto& from = x.inputs()[0];
-      if (from.ndim() == 3 && from.shape(0) == x.shape(0) && from.shape(1) == x.shape(1)) {
+      if (from.shape() == mx::Shape{x.shape(0), x.shape(1), x.shape(2) * x.shape(3)}) {
         kind.heads = x.shape(2);
         inputs[0] = from;
         if (norm) {

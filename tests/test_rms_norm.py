@@ -110,6 +110,17 @@ def test_of_nothing(shape):
     oracle.assert_equal(grads, [mx.zeros(shape), mx.zeros(shape[-1:])])
 
 
+@pytest.mark.parametrize("shape", [(2, 0, 32), (0, 3, 32)], ids=str)
+def test_of_no_heads(shape):
+    """Transposed, with strides that no copy changes."""
+    x = mx.array(np.zeros(shape, np.float32)).reshape(*shape[:2], 2, 16).transpose(0, 2, 1, 3)
+    weight = mx.ones(16)
+    for given in (x, mx.contiguous(x)):
+        assert fused_rms_norm(given, None, EPS).shape == x.shape
+        grads = mx.grad(lambda x, w: fused_rms_norm(x, w, EPS).sum(), (0, 1))(given, weight)
+        oracle.assert_equal(grads, [mx.zeros(x.shape), mx.zeros(16)])
+
+
 VIEWS = {
     "transposed": lambda x: x.swapaxes(1, 2),
     "heads": lambda x: x.swapaxes(0, 2),

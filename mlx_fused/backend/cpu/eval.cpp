@@ -1,6 +1,8 @@
 // Evaluates the primitives on the CPU: allocates the outputs, describes every array as a view and enqueues
 // the work.
 #include <algorithm>
+#include <functional>
+#include <numeric>
 
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
@@ -96,6 +98,10 @@ mx::array with_unit_rows(const mx::array& a, mx::Stream stream) {
 // strides.
 View rows_of(const mx::array& a, mx::Stream stream) {
   View v{.data = data_of(a), .type = type_of(a), .dim = a.shape(-1), .dim_stride = a.strides(-1)};
+  if (a.size() == 0) {  // a copy may have any strides again
+    v.seq = std::accumulate(a.shape().begin(), a.shape().end() - 1, int64_t(1), std::multiplies());
+    return v;
+  }
   for (int i = a.ndim() - 2; i >= 0; --i) {
     int64_t size = a.shape(i), stride = a.strides(i);
     if (size == 1) {

@@ -25,8 +25,8 @@ def fused_embedding(x: mx.array, weight: mx.array | LinearOperands, *, stream: S
             default device.
 
     Returns:
-        array: ``[*x.shape, K]``, of the dtype of ``weight``, or of its scales; bfloat16 in the modes whose
-        scales are bytes.
+        array: ``[*x.shape, K]``, of the dtype of ``weight``, or of its scales and biases; bfloat16 in the
+        modes whose scales are bytes.
 
     Raises:
         TypeError: If an argument is of a wrong type.
