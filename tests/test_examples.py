@@ -45,9 +45,9 @@ def test_qlora(folder):
     printed = run("qlora", folder)
     losses = numbers(r"  loss (\S+)", printed)
     assert len(losses) == 5 and losses[-1] < losses[0] - 0.3
-    # QKV, attention, and the two last projections of each layer, and the head; MLPs name their activation.
+    # QKV, attention, and the two last projections of each layer, the head and the embedding; MLPs name their activation.
     assert (
-        len(re.findall(r" fused +1/0", printed)) == 2 * 4 + 1 and len(re.findall(r"silu +1/0", printed)) == 2
+        len(re.findall(r" fused +1/0", printed)) == 2 * 4 + 2 and len(re.findall(r"silu +1/0", printed)) == 2
     )
     assert "the loss without logits: 1 of 1 calls" in printed
     (difference,) = numbers(r"differs by (\S+)", printed)

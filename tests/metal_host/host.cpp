@@ -12,6 +12,7 @@
 #include "mlx_fused/activate.h"
 #include "mlx_fused/attention.h"
 #include "mlx_fused/cross_entropy.h"
+#include "mlx_fused/embedding.h"
 #include "mlx_fused/norm.h"
 #include "mlx_fused/projection.h"
 #include "mlx_fused/rope.h"
@@ -45,6 +46,7 @@ NOT_ON_CPU(Projection)
 NOT_ON_CPU(ProjectionGrad)
 NOT_ON_CPU(Activate)
 NOT_ON_CPU(ActivateGrad)
+NOT_ON_CPU(Embedding)
 NOT_ON_CPU(RMSNorm)
 NOT_ON_CPU(RMSNormGrad)
 NOT_ON_CPU(Attention)

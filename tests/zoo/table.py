@@ -125,8 +125,9 @@ def row(result):
 
 
 def _one(counts):
-    """Those of dense and of quantized weights, in few words."""
-    return ", QLoRA ".join(dict.fromkeys(counts)) or _NO_NUMBER
+    """Those of dense and, if not as many are left out of them, of quantized weights, which add embeddings."""
+    left_out = {of - fused for fused, of in map(_dense, counts)}
+    return ", QLoRA ".join(counts if len(left_out) > 1 else counts[:1]) or _NO_NUMBER
 
 
 def coverage(row):
