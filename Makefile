@@ -6,7 +6,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake metal mlx_fused pyth
 # A worker per CPU; one that has nothing left takes tests from the others.
 WORKERS := --numprocesses auto --dist worksteal
 
-.PHONY: help demo test test-slow test-metal mac-report test-mlx-lm models metal-cost bench crossover sanitize docs linkcheck lint stubs wheels wheel-macos clean
+.PHONY: help demo test coverage test-slow test-metal mac-report test-mlx-lm models metal-cost bench crossover sanitize docs linkcheck lint stubs wheels wheel-macos clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -25,7 +25,10 @@ demo: $(VENV)/installed  ## Fine-tune a small model, stock and patched, and comp
 	$(BIN)/mlx-fused demo
 
 test: $(VENV)/installed sanitize  ## Run the tests
-	$(BIN)/python -m pytest $(WORKERS) --durations=15 --cov=python/mlx_fused --cov-report=term
+	$(BIN)/python -m pytest $(WORKERS) --durations=15
+
+coverage: $(VENV)/installed  ## Run the Python tests, and list the lines of the package that they do not reach
+	$(BIN)/python -m pytest $(WORKERS) --cov=python/mlx_fused --cov-report=term-missing
 
 test-slow: $(VENV)/installed  ## Run the longer sweeps
 	$(BIN)/python -m pytest $(WORKERS) -m slow

@@ -45,7 +45,8 @@ def test_qlora(folder):
     printed = run("qlora", folder)
     losses = numbers(r"  loss (\S+)", printed)
     assert len(losses) == 5 and losses[-1] < losses[0] - 0.3
-    # QKV, attention, and the two last projections of each layer, the head and the embedding; MLPs name their activation.
+    # QKV, attention and the two last projections of each layer, the head and the embedding; MLPs name their
+    # activation.
     assert (
         len(re.findall(r" fused +1/0", printed)) == 2 * 4 + 2 and len(re.findall(r"silu +1/0", printed)) == 2
     )
