@@ -184,6 +184,7 @@ TRANSFORMS = {
         lambda x, s, b: mx.vmap(f, (0, 1, 1))(mx.stack([x, x + 1]), mx.stack([s, b], 1), mx.stack([b, s], 1))
     ),
     "vmap of places": lambda f: lambda x, s, b: mx.vmap(f, (0, None, None))(x.flatten(), s, b),
+    "nested vmap": lambda f: lambda x, s, b: mx.vmap(mx.vmap(f, (0, None, None)), (1, None, None))(x, s, b),
     "vmap of grad": lambda f: (
         lambda x, s, b: mx.vmap(mx.grad(f, (1, 2)), (0, None, None))(mx.stack([x, x + 1]), s, b)
     ),
