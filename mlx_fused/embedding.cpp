@@ -58,9 +58,11 @@ mx::array embedding(
   auto primitive = std::make_shared<Embedding>(s, *format);
   auto shape = shape_of(places, table, *format);
   auto dtype = dtype_of(table, *format);
-  bool may_wrap = places.dtype() == mx::uint64;  // to a row that there is
-  auto largest = mx::array(std::numeric_limits<int64_t>::max(), mx::uint64);
-  table.push_back(mx::astype(may_wrap ? mx::minimum(places, largest, s) : places, mx::int64, s));
+  auto rows = places;
+  if (rows.dtype() == mx::uint64) {  // which may wrap to a row that there is
+    rows = mx::minimum(rows, mx::array(std::numeric_limits<int64_t>::max(), mx::uint64), s);
+  }
+  table.push_back(mx::astype(rows, mx::int64, s));
   return {shape, dtype, primitive, table};
 }
 

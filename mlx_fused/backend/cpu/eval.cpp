@@ -255,11 +255,9 @@ void dispatch(mx::Stream stream, const Arrays& inputs, Arrays& outputs, F work) 
   for (auto& in : inputs) {
     encoder.set_input_array(in);
   }
-  for (auto& out : outputs) {
-    encoder.set_output_array(out);
-  }
   size_t bytes = 0;
   for (auto& out : outputs) {
+    encoder.set_output_array(out);
     bytes += out.nbytes();
   }
   if (bytes > max_uncounted_bytes) {
