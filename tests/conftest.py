@@ -6,6 +6,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+# The threads of NumPy's products would slow down the other workers. It is read when NumPy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import mlx.core as mx
 import numpy as np
 import pytest

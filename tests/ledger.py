@@ -8,6 +8,7 @@ anew, to tests/ledger.json and as tables to docs/design/ledger.md.
 import json
 from collections import namedtuple
 from fractions import Fraction
+from functools import lru_cache
 from math import ceil
 from pathlib import Path
 
@@ -198,6 +199,7 @@ def zeros(rng, shape, dtype=DTYPE):
     return mx.zeros(shape, dtype)
 
 
+@lru_cache(maxsize=1)  # one is asked for several times on end
 def call_of(case):
     """The call of projections.py that a case is."""
     rng, rank = np.random.default_rng(0), RANK if "lora" in case.operation else None

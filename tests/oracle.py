@@ -16,11 +16,6 @@ SMALLEST_NORMAL = {
 }
 
 
-def product(a, b):
-    """``a @ b`` by this thread alone: those of NumPy's BLAS slow down the other workers."""
-    return np.einsum("...ij,jk->...ik", a, b)
-
-
 def projection(x, weights, biases, lora_a, lora_b, scale):
     """y = x W^T + b + scale (x A) B for each segment; a bias, or an A and its B, may be None.
 
@@ -28,7 +23,7 @@ def projection(x, weights, biases, lora_a, lora_b, scale):
     """
     segments = []
     for w, b, a, lb, s in zip(weights, biases, lora_a, lora_b, scale, strict=True):
-        y = product(x, w.sum(0).T) + (0 if b is None else b)
+        y = x @ w.sum(0).T + (0 if b is None else b)
         segments.append(y if a is None else y + s * ((x @ a) @ lb))
     return segments
 
@@ -39,13 +34,13 @@ def projection_bwd(grads, x, weights, lora_a, lora_b, scale):
     rows = x.reshape(count, x.shape[-1])
     d_x, others = 0, []
     for g, w, a, b, s in zip(grads, weights, lora_a, lora_b, scale, strict=True):
-        d_x = d_x + product(g, w.sum(0))
+        d_x = d_x + g @ w.sum(0)
         flat = g.reshape(count, g.shape[-1])
         d_a = d_b = None
         if a is not None:
             d_x = d_x + s * ((g @ b.T) @ a.T)
             d_a, d_b = s * (rows.T @ (flat @ b.T)), s * ((rows @ a).T @ flat)
-        others.append((product(flat.T, rows), flat.sum(0), d_a, d_b))
+        others.append((flat.T @ rows, flat.sum(0), d_a, d_b))
     return d_x, *(list(part) for part in zip(*others, strict=True))
 
 

@@ -256,7 +256,7 @@ def broken(request):
 )
 def test_every_command_ends_in_one_line_where_stdout_is_broken(broken, checkpoint, tmp_path, command):
     more = {
-        "bench": ["--rows", "1", "--weights", "float32"],
+        "bench": ["--model", checkpoint / "model", "--rows", "1", "--weights", "float32"],
         "validate": [checkpoint / "model", "--tokens", "2"],
         "demo": ["--out", tmp_path],
     }
@@ -272,8 +272,9 @@ def test_errors_of_use_keep_their_status_where_stderr_is_broken(broken, command)
     assert (done.returncode, done.stdout) == (2, "")
 
 
-def test_json_is_alone_on_stdout_where_stderr_is_broken(broken):
-    done = broken(2, ["bench", "--rows", "1", "--weights", "float32", "--json"])
+def test_json_is_alone_on_stdout_where_stderr_is_broken(broken, checkpoint):
+    sizes = ["--model", checkpoint / "model", "--rows", "1", "--weights", "float32"]
+    done = broken(2, ["bench", *sizes, "--json"])
     assert done.returncode in (0, 1)  # closed on purpose, or not
     assert done.returncode or "cells" in json.loads(done.stdout)
 
