@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import click
 import mlx.core as mx
@@ -16,7 +17,7 @@ import report
 import report_models
 from parts import graph_building, layer_seconds, parts
 from scaling import scale, size, with_memory
-from timing import FULL, QUICK, Effort, first_call, quickest
+from timing import FULL, QUICK, Effort, first_call, take_turns
 from whole import KINDS, MODELS, NO_HEAD, Family, Work, works
 
 TINY = MODELS["Llama-3.2-1B"] | {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 512}
@@ -43,11 +44,14 @@ def time_work(family: Family, work: Work, effort: Effort, rivals: dict) -> dict:
         if call := rival.prepare(work):
             calls[name] = call
             call()
-    seconds |= quickest(calls, effort)
+    turns = take_turns(calls, replace(effort, cell=effort.decode) if work.decodes else effort)
+    seconds |= {who: min(calls) for who, calls in turns.items()}
     return {
         "work": work.name,
         "tokens": work.tokens,
         "seconds": seconds,
+        "median_s": {who: median(calls) for who, calls in turns.items()},
+        "calls": {who: len(calls) for who, calls in turns.items()},
         "tokens_per_s": {who: work.tokens / s for who, s in seconds.items()},
         "ratio": seconds["stock"] / seconds["patched"],
         "memory": memory,

@@ -14,6 +14,7 @@ _LEFT = 3  # columns with words
 def show(console: Console, result: dict) -> None:
     titles = {
         "models": "Whole models: tokens per second",
+        "turns": "Decode in turns: tokens per second, by medians and by quickest calls",
         "memory": "Peak memory, GB",
         "limits": "Share of the machine's rates reached",
         "parts": "Where the time of the patched model goes",
@@ -65,6 +66,10 @@ def _tables(result: dict) -> dict[str, Table]:
             [*first, "stock", "patched", "ratio", *rivals],
             [[*_what(r), *_speeds(r, rivals)] for r in records],
         ),
+        "turns": (
+            ["model", "weights", "beside", "calls", *2 * ("patched", "beside", "ratio")],
+            [row for r in records if r["work"] == "decode" for row in _turns(r)],
+        ),
         "memory": (
             [*first, "stock", "patched", "ratio"],
             [[*_what(r), *_memory(r["memory"], r["scaled"])] for r in records],
@@ -107,6 +112,19 @@ def _speeds(record: dict, rivals: list[str]) -> Iterator[str]:
     yield digits(record["ratio"])
     for who in rivals:
         yield digits(speeds[who]) if who in speeds else ""
+
+
+def _turns(record: dict) -> Iterator[list[str]]:
+    """Of every rival that took as many turns as the patched model."""
+    calls = record["calls"]
+    for who in calls:
+        if who in ("stock", "patched") or calls[who] != calls.get("patched"):
+            continue
+        row = [record["model"], record["weights"], who, str(calls[who])]
+        for seconds in (record["median_s"], record["seconds"]):
+            ours, theirs = (record["tokens"] / seconds[name] for name in ("patched", who))
+            row += [digits(ours), digits(theirs), f"{ours / theirs:.2f}"]
+        yield row
 
 
 def _memory(memory: dict, scaled: dict) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """What ``make bench`` says about whole models: it runs, adds up, and scales as it should."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-PLACES = ("models", "memory", "limits", "parts", "layers", "graphs", "scaling")
+PLACES = ("models", "turns", "memory", "limits", "parts", "layers", "graphs", "scaling")
 
 
 @pytest.fixture
@@ -62,6 +63,22 @@ def test_quick_run_prints_and_writes_everything(run):
     # Five tables with a row for each, one for the graphs; a small model is too slow for --quick.
     assert document.count("\n| tiny | ") == 5 * len(kinds) + 1
     assert "Share of the machine's rates reached" in output
+
+
+def test_decode_takes_turns_with_a_rival(models):
+    import report_models
+
+    rival = SimpleNamespace(prepare=lambda work: lambda: time.sleep(0.01))
+    family, decode = models.Family(models.TINY, "float32"), models.works(32)[0]
+    record = models.time_work(family, decode, models.QUICK, {"rival": rival})
+    records = [{"model": "tiny", "weights": "float32"} | record]
+    models.add_shares(records, {"read": 1e9})
+    result = {"records": records, "graph_us": {}, "scaling": []}
+    ((*names, calls, _, _, of_medians, _, _, of_quickest),) = report_models._tables(result)["turns"][1]
+    assert names == ["tiny", "float32", "rival"]
+    assert int(calls) == record["calls"]["patched"] == record["calls"]["rival"] > models.QUICK.min_rounds
+    for ratio, seconds in ((of_medians, record["median_s"]), (of_quickest, record["seconds"])):
+        assert ratio == f"{seconds['rival'] / seconds['patched']:.2f}"
 
 
 def test_options_choose_the_models(run):
