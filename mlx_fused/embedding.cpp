@@ -1,5 +1,6 @@
 #include "mlx_fused/embedding.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "mlx/ops.h"
@@ -64,6 +65,12 @@ mx::array embedding(
   }
   table.push_back(mx::astype(rows, mx::int64, s));
   return {shape, dtype, primitive, table};
+}
+
+// Places may have any axes, so a mapped one is just another.
+std::pair<Arrays, std::vector<int>> Embedding::vmap(const Arrays& inputs, const std::vector<int>& axes) {
+  bool maps_table = std::any_of(axes.begin(), axes.end() - 1, [](int axis) { return axis != -1; });
+  return maps_table ? FusedPrimitive::vmap(inputs, axes) : std::pair(apply(inputs), std::vector{axes.back()});
 }
 
 std::vector<mx::Shape> Embedding::output_shapes(const Arrays& inputs) {

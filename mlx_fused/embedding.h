@@ -18,6 +18,7 @@ class Embedding : public FusedPrimitive {
   Embedding(mx::Stream stream, Quantization format) : FusedPrimitive(stream), format_(std::move(format)) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes) override;
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
   bool is_equivalent(const mx::Primitive& other) const override {
     return format_ == static_cast<const Embedding&>(other).format_;

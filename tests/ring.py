@@ -28,6 +28,7 @@ def run(folder, script, *arguments):
         temporary = BUILD / str(rank)
         temporary.mkdir(parents=True, exist_ok=True)
         changes = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts), "TMPDIR": str(temporary)}
+        changes["MLX_FUSED_NUM_THREADS"] = "1"  # what waits for the other spins, and takes its CPU
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         command = [sys.executable, script, *arguments]
         processes.append(subprocess.Popen(command, env=os.environ | changes, **pipes))

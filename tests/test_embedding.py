@@ -213,6 +213,14 @@ def test_transforms_of_no_places(rng):
     assert mx.vmap(lambda x: fused_embedding(x, of))(x).shape == (2, 0, COLS)
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_mapped_axis_of_places_is_one_more(rng, axis):
+    of, x = table(rng), mx.array(rng.integers(-ROWS, ROWS, (2, 3, 4)))
+    y = mx.vmap(lambda x: fused_embedding(x, of), axis)(x)
+    assert primitives(y)["FusedEmbedding"] == 1  # which knows that a row is missing
+    oracle.assert_equal(y, of_mlx(mx.moveaxis(x, axis, 0), of))
+
+
 def test_shapes_may_change_after_compiling(rng):
     of = table(rng)
     step = mx.compile(lambda x, *arrays: fused_embedding(x, of._replace(scales=arrays[0])), shapeless=True)

@@ -32,7 +32,9 @@ def fused_embedding(x: mx.array, weight: mx.array | LinearOperands, *, stream: S
         TypeError: If an argument is of a wrong type.
         ValueError: If a shape or dtype is wrong. The message names the argument, what it must be and what it
             is.
-        RuntimeError: At evaluation, if the table has no such row: of a quantized one, on a CPU.
+        RuntimeError: At evaluation, if the table has no such row: of a quantized one, on a CPU. Gradients by
+            scales and biases are MLX's, which checks nothing. After a failed evaluation of any operation MLX
+            0.32.4 may wait for ever in a later one.
     """
     table = layer_of("fused_embedding", weight, None)
     try:
