@@ -45,13 +45,13 @@ def time_work(family: Family, work: Work, effort: Effort, rivals: dict) -> dict:
             calls[name] = call
             call()
     turns = take_turns(calls, replace(effort, cell=effort.decode) if work.decodes else effort)
-    seconds |= {who: min(calls) for who, calls in turns.items()}
+    seconds |= {who: min(times) for who, times in turns.items()}
     return {
         "work": work.name,
         "tokens": work.tokens,
         "seconds": seconds,
-        "median_s": {who: median(calls) for who, calls in turns.items()},
-        "calls": {who: len(calls) for who, calls in turns.items()},
+        "median_s": {who: median(times) for who, times in turns.items()},
+        "calls": {who: len(times) for who, times in turns.items()},
         "tokens_per_s": {who: work.tokens / s for who, s in seconds.items()},
         "ratio": seconds["stock"] / seconds["patched"],
         "memory": memory,

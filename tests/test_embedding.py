@@ -169,6 +169,11 @@ def loss(embedding):
     return f
 
 
+def of_all_places(f):
+    """Mapped, and their sum."""
+    return lambda x, s, b: mx.vmap(f, (0, None, None))(x, s, b).sum()
+
+
 TRANSFORMS = {
     "compile": lambda f: mx.compile(f),
     "grad": lambda f: mx.grad(f, (1, 2)),
@@ -185,6 +190,12 @@ TRANSFORMS = {
     ),
     "vmap of places": lambda f: lambda x, s, b: mx.vmap(f, (0, None, None))(x.flatten(), s, b),
     "nested vmap": lambda f: lambda x, s, b: mx.vmap(mx.vmap(f, (0, None, None)), (1, None, None))(x, s, b),
+    "vmap of scales": lambda f: lambda x, s, b: mx.vmap(f, (None, 0, None))(x, mx.stack([s, b]), b),
+    "grad of vmap": lambda f: mx.grad(of_all_places(f), (1, 2)),
+    "compile of grad of vmap": lambda f: mx.compile(mx.grad(of_all_places(f), (1, 2))),
+    "jvp of vmap": lambda f: (
+        lambda x, s, b: mx.jvp(lambda s, b: of_all_places(f)(x, s, b), [s, b], [b, s])[1]
+    ),
     "vmap of grad": lambda f: (
         lambda x, s, b: mx.vmap(mx.grad(f, (1, 2)), (0, None, None))(mx.stack([x, x + 1]), s, b)
     ),
