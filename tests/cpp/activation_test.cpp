@@ -161,23 +161,31 @@ struct Layer {
     return {weight, bias.view, Adapter{a.view, b.view, 0.5f}, out, pre};
   }
 
-  // The sum and the most that float32 may be off.
-  std::pair<double, double> sum(const Matrix& x, int64_t i, int64_t j) const {
-    double expected = bias.get(0, j), size = std::abs(expected), in = x.view.cols();
-    auto add = [&](double value) {
-      expected += value;
-      size += std::abs(value);
-    };
-    for (int64_t k = 0; k < in; ++k) {
-      add(x.get(i, k) * (quantized ? quantized->get(j, k) : dense.get(j, k)));
-      if (quantized) {
-        add(x.get(i, k) * quantized->get_bias(j, k));
-      }
-      for (int64_t r = 0; r < 3; ++r) {
-        add(0.5 * x.get(i, k) * a.get(k, r) * b.get(r, j));
+  // Every sum, and the most that float32 may be off.
+  std::vector<std::pair<double, double>> sums(const Matrix& x) const {
+    auto products = quantized ? terms(x, *quantized) : std::vector{std::pair{values_of(x), values_of(dense)}};
+    auto x_values = values_of(x), a_values = values_of(a), b_values = values_of(b);
+    int64_t in = x_values.cols, n = b_values.cols;
+    std::vector<std::pair<double, double>> sums;
+    for (int64_t i = 0; i < x_values.rows; ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        double expected = bias.get(0, j), size = std::abs(expected);
+        auto add = [&](double value) {
+          expected += value;
+          size += std::abs(value);
+        };
+        for (int64_t k = 0; k < in; ++k) {
+          for (auto& [left, right] : products) {
+            add(left.at[i * in + k] * right.at[j * in + k]);
+          }
+          for (int64_t r = 0; r < 3; ++r) {
+            add(0.5 * x_values.at[i * in + k] * a_values.at[k * 3 + r] * b_values.at[r * n + j]);
+          }
+        }
+        sums.emplace_back(expected, 0x1p-24 * size * (2 * std::sqrt(6.0 * in) + 4));
       }
     }
-    return {expected, 0x1p-24 * size * (2 * std::sqrt(6 * in) + 4)};
+    return sums;
   }
 };
 
@@ -193,6 +201,7 @@ void check_product(
     }
   }
   Layer gate(random, f, type, in, n), up(random, f, type, in, n);
+  auto sums = gate.sums(x), up_sums = up.sums(x);
   for (bool keeps : {true, false}) {
     std::vector<Segment> segments = {gate.segment(out.view, pre.view)};
     if (a.gated) {
@@ -204,11 +213,11 @@ void check_product(
     project(x.view, segments, {.activation = a});
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < n; ++j) {
-        auto [y, lost] = gate.sum(x, i, j);
+        auto [y, lost] = sums[i * n + j];
         double expected = value_of(a, y).first;
         double error = steepest(a, std::abs(y) + lost) * lost + 32 * 0x1p-24 * (std::abs(expected) + 1e-3);
         if (a.gated) {
-          auto [u, lost_up] = up.sum(x, i, j);
+          auto [u, lost_up] = up_sums[i * n + j];
           double times = clipped(a, u);
           error = error * (std::abs(times) + lost_up) +
                   std::abs(expected) * (lost_up + 0x1p-23 * std::abs(times));

@@ -41,9 +41,9 @@ struct Case {
 struct Result {
   double value = 0, error = 0;
 
-  void add(double term, double of_term, int64_t n) {
+  void add(double term, double of_term, double lost) {
     value += term;
-    error += of_term + lost(n) * std::abs(term);
+    error += of_term + lost * std::abs(term);
   }
 };
 
@@ -71,6 +71,10 @@ class Test {
         dq_(matrix(written(), c.heads, c.queries, c.dim)),
         dk_(matrix(written(), c.kv_heads, c.keys, c.dim)),
         dv_(matrix(written(), c.kv_heads, c.keys, c.v_dim)),
+        q_values_(values_of(*q_)),
+        k_values_(values_of(*k_)),
+        v_values_(values_of(*v_)),
+        g_values_(values_of(*g_)),
         sinks_(random, c.type, plain, 1, 1, 1, c.heads),
         d_sinks_(random, c.type, plain, 1, 1, 1, c.heads),
         of_{.q = q_->view, .k = k_->view, .v = v_->view, .scale = 0.3f},
@@ -165,16 +169,18 @@ class Test {
   void check_query(
       int64_t b, int64_t head, int64_t i, std::vector<Result>& dk, std::vector<Result>& dv, Result& d_sink) {
     int64_t kv_head = head / (c_.heads / c_.kv_heads), n = c_.keys, row = b * c_.queries + i;
-    auto of = [&](const Matrix& m, int64_t row, int64_t head, int64_t size, int64_t d) {
-      return m.get(row, head * size + d);
+    auto of = [&](const Values& m, int64_t row, int64_t head, int64_t size, int64_t d) {
+      return m.at[row * m.cols + head * size + d];
     };
+    double of_keys = lost(n), of_v = lost(c_.v_dim), of_queries = lost(c_.queries * c_.heads);
     std::vector<double> p(n);
     double error = 0, largest = -infinity, scale = of_.scale;
     bool is_unseen = true;
     for (int64_t j = 0; j < n; ++j) {
       double size = 0;
       for (int64_t d = 0; d < c_.dim; ++d) {
-        double term = scale * of(*q_, row, head, c_.dim, d) * of(*k_, b * n + j, kv_head, c_.dim, d);
+        double term =
+            scale * of(q_values_, row, head, c_.dim, d) * of(k_values_, b * n + j, kv_head, c_.dim, d);
         p[j] += term;
         size += std::abs(term);
       }
@@ -204,7 +210,7 @@ class Test {
     sum += of_sink;
     // Relative, of every p: of the scores, of the exponential and its argument, and of the sum.
     double relative =
-        2 * error + unit * (2 * farthest + 2 * std::abs(std::isinf(largest) ? 0 : largest) + 16) + lost(n);
+        2 * error + unit * (2 * farthest + 2 * std::abs(std::isinf(largest) ? 0 : largest) + 16) + of_keys;
     for (double& x : p) {
       x = sum == 0 ? 0 : x / sum;
     }
@@ -214,34 +220,35 @@ class Test {
     for (int64_t d = 0; d < c_.v_dim; ++d) {
       Result o;
       for (int64_t j = 0; j < n; ++j) {
-        double term = p[j] * of(*v_, b * n + j, kv_head, c_.v_dim, d);
-        o.add(term, (relative + rounded) * std::abs(term), n);
+        double term = p[j] * of(v_values_, b * n + j, kv_head, c_.v_dim, d);
+        o.add(term, (relative + rounded) * std::abs(term), of_keys);
       }
       check_near(*out_, row, head * c_.v_dim + d, o, "the result");
-      double g = of(*g_, row, head, c_.v_dim, d);
+      double g = of(g_values_, row, head, c_.v_dim, d);
       double rounding = unit_of(c_.type) * (std::abs(o.value) + o.error);
-      delta.add(g * o.value, std::abs(g) * (o.error + rounding + 0x1p-25), c_.v_dim);
+      delta.add(g * o.value, std::abs(g) * (o.error + rounding + 0x1p-25), of_v);
     }
     d_sink.add(
         -of_sink * delta.value,
         of_sink * (delta.error * (1 + relative) + relative * std::abs(delta.value)),
-        c_.queries + c_.batch);
+        lost(c_.queries + c_.batch));
     std::vector<Result> dq(c_.dim);
     for (int64_t j = 0; j < n; ++j) {
       Result dp;
       for (int64_t d = 0; d < c_.v_dim; ++d) {
-        double g = of(*g_, row, head, c_.v_dim, d);
-        dp.add(g * of(*v_, b * n + j, kv_head, c_.v_dim, d), 0, c_.v_dim);
-        dv[j * c_.v_dim + d].add(p[j] * g, (relative + rounded) * std::abs(p[j] * g), c_.queries * c_.heads);
+        double g = of(g_values_, row, head, c_.v_dim, d);
+        dp.add(g * of(v_values_, b * n + j, kv_head, c_.v_dim, d), 0, of_v);
+        dv[j * c_.v_dim + d].add(p[j] * g, (relative + rounded) * std::abs(p[j] * g), of_queries);
       }
       double slope = dp.value - delta.value, ds = is_unseen ? 0 : p[j] * slope;
       double of_ds =
           is_unseen ? 0 : p[j] * ((1 + relative) * (dp.error + delta.error) + 2 * relative * std::abs(slope));
       of_ds += (rounded + 2 * unit) * (std::abs(ds) + of_ds);
       for (int64_t d = 0; d < c_.dim; ++d) {
-        double q = scale * of(*q_, row, head, c_.dim, d), k = scale * of(*k_, b * n + j, kv_head, c_.dim, d);
-        dq[d].add(ds * k, of_ds * std::abs(k), n);
-        dk[j * c_.dim + d].add(ds * q, of_ds * std::abs(q), c_.queries * c_.heads);
+        double q = scale * of(q_values_, row, head, c_.dim, d),
+               k = scale * of(k_values_, b * n + j, kv_head, c_.dim, d);
+        dq[d].add(ds * k, of_ds * std::abs(k), of_keys);
+        dk[j * c_.dim + d].add(ds * q, of_ds * std::abs(q), of_queries);
       }
     }
     for (int64_t d = 0; d < c_.dim; ++d) {
@@ -252,6 +259,7 @@ class Test {
   const Case c_;
   std::mt19937& random_;
   std::unique_ptr<Matrix> q_, k_, v_, g_, out_, dq_, dk_, dv_;
+  const Values q_values_, k_values_, v_values_, g_values_;
   Matrix sinks_, d_sinks_;
   Attention of_;
   std::vector<float> softmaxes_;

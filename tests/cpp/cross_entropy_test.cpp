@@ -91,8 +91,16 @@ class Test {
     if (c.rank > 0) {
       of_.head.adapter = {a_.view, b_.view, 0.5f};
     }
+    for (int64_t j = 0; j < c.words; ++j) {
+      for (int64_t k = 0; k < c.in; ++k) {
+        weights_.push_back(weight(j, k));
+      }
+    }
     double largest = 0;
     for (int64_t i = 0; i < rows_; ++i) {
+      for (int64_t r = 0; r < c.rank; ++r) {
+        low_ranks_.push_back(low_rank(i, r));
+      }
       for (int64_t j = 0; j < c.words; ++j) {
         largest = std::max(largest, std::abs(sum(i, j).value));
       }
@@ -163,12 +171,12 @@ class Test {
     double bias = bias_.get(0, j);
     Number n{bias, std::abs(bias)};
     for (int64_t k = 0; k < c_.in; ++k) {
-      auto w = weight(j, k);
+      const auto& w = weights_[j * c_.in + k];
       n.value += x_.get(i, k) * w.value;
       n.size += std::abs(x_.get(i, k)) * w.size;
     }
     for (int64_t r = 0; r < c_.rank; ++r) {
-      auto of_row = low_rank(i, r);
+      const auto& of_row = low_ranks_[i * c_.rank + r];
       double b = 0.5 * b_.get(r, j);
       n.value += of_row.value * b;
       n.size += of_row.size * std::abs(b);
@@ -223,7 +231,7 @@ class Test {
       double size = std::abs(d) + of_d;
       dbias[j].add(d, of_d, size);
       for (int64_t k = 0; k < c_.in; ++k) {
-        auto w = weight(j, k);
+        const auto& w = weights_[j * c_.in + k];
         double x = x_.get(i, k);
         dx[k].add(d * w.value, of_d * w.size, size * w.size);
         dw[j * c_.in + k].add(d * x, of_d * std::abs(x), size * std::abs(x));
@@ -234,7 +242,7 @@ class Test {
         }
       }
       for (int64_t r = 0; r < c_.rank; ++r) {
-        auto of_row = low_rank(i, r);
+        const auto& of_row = low_ranks_[i * c_.rank + r];
         db[r * c_.words + j].add(0.5 * d * of_row.value, 0.5 * of_d * of_row.size, 0.5 * size * of_row.size);
       }
     }
@@ -255,6 +263,7 @@ class Test {
   bool has_scaled_ = false;
   std::unique_ptr<Matrix> dense_;
   std::unique_ptr<QuantizedMatrix> quantized_;
+  std::vector<Number> weights_, low_ranks_;  // of words and inputs, of rows and ranks
   std::vector<int64_t> targets_;
   CrossEntropy of_;
 };
