@@ -26,6 +26,11 @@ def blocks():
         yield
 
 
+@pytest.fixture
+def many():
+    return 3 * ROWS, 3 * WORDS
+
+
 # What holds on the CPU holds of blocks.
 for _of, _names in (
     (

@@ -5,7 +5,7 @@ import pytest
 import mutation
 from msl_sim.library import KINDS
 
-SLOW = ("projection", "input_grad", "activation.h", "weight.h", "common", "epilogue", "low_rank", "adapter")
+SLOW = ("projection", "input_grad", "activation.h", "weight", "common", "epilogue", "low_rank", "adapter")
 FILES = sorted(mutation.TESTS, key=lambda file: file.endswith(".metal"))  # a header is compiled many times
 
 

@@ -2,16 +2,17 @@
 
 import hashlib
 import subprocess
-import sys
 import tempfile
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+import ziglang
+
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build" / "msl_sim"
-ZIG = [sys.executable, "-m", "ziglang"]
+ZIG = Path(ziglang.__file__).with_name("zig")
 TARGET = [
     "-target",
     "x86_64-linux-gnu",
@@ -57,7 +58,7 @@ class CompileError(Exception):
 
 def zig(*args):
     """Runs the compiler and returns what it printed."""
-    done = subprocess.run([*ZIG, *map(str, args)], capture_output=True, text=True)
+    done = subprocess.run([ZIG, *map(str, args)], capture_output=True, text=True)
     if done.returncode:
         raise CompileError(done.stderr.strip())
     return done.stdout
