@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -49,7 +50,15 @@ def libraries(built_wheel):
 @pytest.fixture
 def commands(built_wheel):
     listed = json.loads((wheel.OBJECTS / "compile_commands.json").read_text())
-    return {Path(command["file"]): command["command"] for command in listed}
+    return {
+        source: command["command"] for command in listed for source in compiled_in(Path(command["file"]))
+    }
+
+
+def compiled_in(path):
+    """The source itself, or those that one of CMake's own includes."""
+    included = re.findall(r'#include "(.*)"', path.read_text()) if path.parent.name == "Unity" else [path]
+    return map(Path, included)
 
 
 @pytest.fixture

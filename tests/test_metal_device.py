@@ -154,8 +154,10 @@ def test_a_process_that_dies_outside_its_tests_loses_its_file_alone(tmp_path):
     assert report["suites"] == {"forward": counts(passed=24)}
 
 
-@pytest.mark.parametrize("suffix", [".metallib", ".aside"])  # the latter is left by a run that was killed
-@pytest.mark.parametrize("options, library", [((), "metallib"), (("--from-source",), "source")])
+@pytest.mark.parametrize(
+    "suffix, options, library",
+    [(".aside", (), "metallib"), (".metallib", ("--from-source",), "source")],  # the former of a killed run
+)
 def test_the_metallib_is_aside_while_the_device_is_to_compile(tmp_path, suffix, options, library):
     metallib = tmp_path / "mlx_fused.metallib"
     metallib.with_suffix(suffix).write_text("kernels")

@@ -32,8 +32,8 @@ def main(mlx: Path, target: Path, command: list[str]) -> None:
     frameworks = dict.fromkeys(name for flag, name in pairwise(command) if flag == "-framework")
     words = [word for word in command if word != "-framework" and word not in frameworks]
     words += [f"-F{stubs}", *(word for name in frameworks for word in ("-framework", name))]
-    # zig would embed a libc++ of its own, and MLX's exceptions would not be caught.
-    words += ["-nostdlib++", str(stubs / "libc++.1.tbd")]
+    # zig would embed libraries of its own: of a second libc++ MLX's exceptions would not be caught.
+    words += ["-nostdlib", str(stubs / "libc++.1.tbd")]
     if "Foundation" in frameworks:  # which re-exports it
         words.append(str(stubs / "libobjc.A.tbd"))
     words += ["-shared", "-Wl,-undefined,dynamic_lookup", f"-Wl,-install_name,@rpath/{target.name}"]
