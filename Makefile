@@ -58,7 +58,8 @@ crossover: $(VENV)/installed  ## Time our kernels against MLX's on all that rout
 	$(BIN)/python benchmarks/crossover.py $(ARGS)
 
 sanitize: $(VENV)/installed  ## Test the C++ CPU path under ASan and UBSan (part of test)
-	$(BIN)/cmake -S . -B build/sanitize "-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python" -DMLX_FUSED_BUILD_PYTHON=OFF -DMLX_FUSED_BUILD_TESTS=ON \
+	$(BIN)/cmake --fresh -S . -B build/sanitize -G Ninja "-DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja" \
+	  "-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python" -DMLX_FUSED_BUILD_PYTHON=OFF -DMLX_FUSED_BUILD_TESTS=ON \
 	  -DCMAKE_CXX_FLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS"
 	$(BIN)/cmake --build build/sanitize --parallel
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --parallel
