@@ -19,6 +19,7 @@ $(VENV)/bin/python:
 
 $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[test]'
+	@sh cmake/precompile_mlx.sh $(BIN)/python
 	@touch $@
 
 demo: $(VENV)/installed  ## Fine-tune a small model, stock and patched, and compare

@@ -10,7 +10,7 @@ function(keep result package)
       GLOB_RECURSE files
       RELATIVE "${package}"
       "${package}/${folder}/*")
-    list(FILTER files EXCLUDE REGEX "__pycache__")
+    list(FILTER files EXCLUDE REGEX "__pycache__|\\.gch$")
     foreach(file IN LISTS files)
       file(SHA256 "${package}/${file}" hash)
       string(APPEND contents "${hash} ${file}\n")
@@ -21,7 +21,10 @@ function(keep result package)
   if(NOT EXISTS "${copy}")
     file(REMOVE_RECURSE "${copy}.part")
     list(TRANSFORM ARGN PREPEND "${package}/")
-    file(COPY ${ARGN} DESTINATION "${copy}.part")
+    file(
+      COPY ${ARGN}
+      DESTINATION "${copy}.part"
+      PATTERN "*.gch" EXCLUDE)
     file(RENAME "${copy}.part" "${copy}")
   endif()
   set(${result}
