@@ -50,9 +50,7 @@ def libraries(built_wheel):
 @pytest.fixture
 def commands(built_wheel):
     listed = json.loads((wheel.OBJECTS / "compile_commands.json").read_text())
-    return {
-        source: command["command"] for command in listed for source in compiled_in(Path(command["file"]))
-    }
+    return {source: command["command"] for command in listed for source in compiled_in(Path(command["file"]))}
 
 
 def compiled_in(path):
