@@ -18,7 +18,7 @@ $(VENV)/bin/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip==26.3
 
 $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@sh cmake/precompile_mlx.sh $(BIN)/python
 	@touch $@
 
