@@ -19,9 +19,9 @@ kinds = pytest.mark.parametrize(
     "form, dtype",
     [
         pytest.param(
-            FORMS[kind[0]], kind[1], id=f"{kind[0]}-{kind[1]}", marks=[pytest.mark.slow] * (kind not in SOME)
+            FORMS[name], dtype, id=f"{name}-{dtype}", marks=[pytest.mark.slow] * ((name, dtype) not in SOME)
         )
-        for kind in product(FORMS, operands.DTYPES)
+        for name, dtype in product(FORMS, operands.DTYPES)
     ],
 )
 weights = pytest.mark.parametrize("weighted", [True, False], ids=["weight", "plain"])
